@@ -63,7 +63,7 @@ class EWCConfig:
         default=10.0,
         metadata={
             "help": "Strength of the penalty: the coefficient of an element is f_max times its importance. 0 switches "
-            "the penalty off. Best value depends on the learning rate; `ewc/grad_norm_ratio` in the log shows its effect."
+            "the penalty off. The best value depends on the learning rate; `ewc/grad_norm_ratio` shows its effect."
         },
     )
     source: Source = field(
@@ -76,7 +76,9 @@ class EWCConfig:
     )
     granularity: Granularity = field(
         default="element",
-        metadata={"help": "One importance for each `element` of a tensor, or one for each `tensor` (almost no memory)."},
+        metadata={
+            "help": "One importance for each `element` of a tensor, or one for each `tensor` (almost no memory)."
+        },
     )
     normalization: Normalization = field(
         default="mean",
@@ -117,7 +119,8 @@ class EWCConfig:
         default=256, metadata={"help": "For `source: fisher`: at most this many rows of a stage's data are used."}
     )
     fisher_batch_size: int = field(
-        default=8, metadata={"help": "For `source: fisher` with `gnb`: rows in a batch. Does not change the expectation."}
+        default=8,
+        metadata={"help": "For `source: fisher` with `gnb`: rows in a batch. Does not change the expectation."},
     )
 
     def __post_init__(self) -> None:
@@ -174,8 +177,12 @@ class HBATConfig:
         default_factory=lambda: ["sft", "dpo"],
         metadata={"help": "The objectives of a round in order: `sft`, `dpo`, or `Objective` objects of your own."},
     )
-    sft: Any = field(default=None, metadata={"help": "Fields of trl.SFTConfig for the SFT stages (mapping or object)."})
-    dpo: Any = field(default=None, metadata={"help": "Fields of trl.DPOConfig for the DPO stages (mapping or object)."})
+    sft: Any = field(
+        default=None, metadata={"help": "Fields of trl.SFTConfig for the SFT stages (mapping or object)."}
+    )
+    dpo: Any = field(
+        default=None, metadata={"help": "Fields of trl.DPOConfig for the DPO stages (mapping or object)."}
+    )
     ewc: Any = field(
         default_factory=EWCConfig,
         metadata={"help": "Elastic weight consolidation (mapping or EWCConfig). null: plain alternation."},
@@ -204,19 +211,25 @@ class HBATConfig:
     )
     on_bad_rows: OnBadRows = field(
         default="raise",
-        metadata={"help": "Rows that cannot be trained on: `raise` an error that names them, or `drop` and count them."},
+        metadata={
+            "help": "Rows that cannot be trained on: `raise` an error that names them, or `drop` and count them."
+        },
     )
     seed: int = field(
-        default=42, metadata={"help": "Cuts the data sets into parts and initialises new adapters. Stages seed by section."}
+        default=42,
+        metadata={"help": "Cuts the data sets into parts and initialises new adapters. Stages seed by section."},
     )
     report_to: Any = field(
-        default="none", metadata={"help": "Reporters of the whole run, as in transformers: tensorboard, wandb, none, ..."}
+        default="none",
+        metadata={"help": "Reporters of the whole run, as in transformers: tensorboard, wandb, none, ..."},
     )
     run_name: str | None = field(default=None, metadata={"help": "Name of the run for the reporters."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
     model_init_kwargs: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Arguments of `from_pretrained` when the model is given by name or path (dtype, revision, ...)."},
+        metadata={
+            "help": "Arguments of `from_pretrained` when the model is given by name or path (dtype, revision, ...)."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,1 @@
+"""Elastic weight consolidation: the mathematics (tensors in, tensors out) and, in `callback`, when it acts."""

@@ -1,0 +1,114 @@
+r"""Diagonal Fisher information of a causal language model.
+
+With $\ell_s(\theta) = \sum_t \log p_\theta(y_t \mid x, y_{<t})$ the log-likelihood of one sequence, summed (not
+averaged) over its target tokens, the result is $\mathbb{E}_s[(\partial \ell_s / \partial \theta_i)^2]$: a mean over
+sequences of squares, never the square of a mean gradient, which is too small by the batch size and ranks parameters
+wrongly.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hbat.ewc.parameters import trainable_parameters
+
+#: Label of positions that are no target, as the host's collators set it.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised sequence.
+
+    Attributes:
+        input_ids: Token ids of prompt and answer.
+        labels: The same ids at target positions and -100 elsewhere.
+    """
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+
+
+def diagonal_fisher(
+    model: nn.Module,
+    examples: Iterable[Example],
+    *,
+    estimator: str = "gnb",
+    granularity: str = "element",
+    batch_size: int = 8,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    r"""Estimate the diagonal Fisher at the model's present weights.
+
+    `gnb` (Gauss-Newton-Bartlett) draws the target tokens from the model: per-sequence gradients are then independent
+    with mean zero, so the squared gradient of a batch's *sum* is unbiased for the sum of squares, with one backward
+    pass a batch. `empirical` uses the data's own tokens with one backward pass a sequence; it differs from the Fisher
+    by a factor that varies in training. The model runs in evaluation mode and is left in the mode it was in.
+
+    Args:
+        model: Called as `model(input_ids=..., attention_mask=...)` with an output that has `logits`.
+        examples: Tokenised sequences.
+        estimator: `gnb` or `empirical`.
+        granularity: `element`, or `tensor` for the mean over each tensor's elements.
+        batch_size: Sequences in a backward pass of `gnb`.
+        generator: Source of the sampled labels, on the CPU.
+
+    Returns:
+        Raw importance of the trainable parameters by name, in float32.
+
+    Raises:
+        ValueError: If there is no example with a target token.
+    """
+    parameters = trainable_parameters(model)
+    usable = [each for each in examples if any(label != IGNORED for label in each.labels[1:])]
+    if not usable:
+        raise ValueError("No example has a target token, so there is no log-likelihood to take the Fisher of.")
+    total = {name: torch.zeros_like(each, dtype=torch.float32) for name, each in parameters.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in _batches(usable, batch_size if estimator == "gnb" else 1):
+            log_likelihood = _log_likelihood(model, batch, sampled=estimator == "gnb", generator=generator)
+            gradients = torch.autograd.grad(log_likelihood, list(parameters.values()), allow_unused=True)
+            for each, gradient in zip(total.values(), gradients, strict=True):
+                if gradient is not None:
+                    each.add_(gradient.float().square_())
+    finally:
+        model.train(was_training)
+    for each in total.values():
+        each.div_(len(usable))
+    return total if granularity == "element" else {name: each.mean() for name, each in total.items()}
+
+
+def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
+
+
+def _log_likelihood(
+    model: nn.Module, batch: Sequence[Example], *, sampled: bool, generator: torch.Generator | None
+) -> Tensor:
+    device = next(model.parameters()).device
+    longest = max(len(each.input_ids) for each in batch)
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, T); padding is masked out, so any id does
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for row, each in enumerate(batch):
+        length = len(each.input_ids)
+        input_ids[row, :length] = torch.tensor(each.input_ids)
+        attention_mask[row, :length] = 1
+        labels[row, :length] = torch.tensor(each.labels)
+    logits = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)).logits
+    targets = labels[:, 1:].to(device)
+    is_target = targets != IGNORED
+    log_probs = torch.log_softmax(logits[:, :-1][is_target].float(), dim=-1)  # (targets, V)
+    chosen = _sample(log_probs, generator) if sampled else targets[is_target]
+    return log_probs.gather(-1, chosen.unsqueeze(-1)).sum()
+
+
+def _sample(log_probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    # On the CPU, so that a seed gives the same labels on every device.
+    probabilities = log_probs.detach().exp().cpu()
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(log_probs.device)

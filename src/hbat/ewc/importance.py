@@ -1,0 +1,141 @@
+"""How much each tensor or element of a model matters to an objective: measured, accumulated, normalised.
+
+Raw importance is what a stage yields (squared displacement or Fisher); normalised importance is what the penalty
+takes. Both are float32, finite and non-negative, of shape `()` for a tensor as a whole or of the tensor's own shape.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hbat.ewc.parameters import require_same_names
+
+
+@torch.no_grad()
+def displacement(
+    parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor], granularity: str = "element"
+) -> dict[str, Tensor]:
+    r"""Squared change of each parameter over a stage: $d_i = (\theta_i - \theta^*_i)^2$.
+
+    Args:
+        parameters: Weights at the stage's end, by name.
+        anchor: Weights at its start, same names and shapes.
+        granularity: `element`, or `tensor` for the mean of $d$ over each tensor's elements.
+
+    Returns:
+        Raw importance in float32, on the device of the parameters.
+
+    Raises:
+        ValueError: If a change is not finite.
+    """
+    require_same_names(parameters, anchor, "anchor")
+    result = {}
+    for name, each in parameters.items():
+        squared = (each.float() - anchor[name].float()).square_()
+        result[name] = squared if granularity == "element" else squared.mean()
+    _require_finite(result, "displacement")
+    return result
+
+
+@torch.no_grad()
+def accumulate(total: dict[str, Tensor], addition: Mapping[str, Tensor]) -> None:
+    """Add a stage's raw importance to an objective's sum, in place: $A_n = A_{n-1} + d_n$.
+
+    Args:
+        total: The sum so far; empty before the first stage.
+        addition: What the stage yields.
+    """
+    if not total:
+        total.update({name: each.clone() for name, each in addition.items()})
+        return
+    require_same_names(total, addition, "importance")
+    for name, each in total.items():
+        each.add_(addition[name].to(each.device))
+
+
+@torch.no_grad()
+def normalize(raw: Mapping[str, Tensor], normalization: str = "mean", scale: float = 1.0) -> dict[str, Tensor]:
+    r"""Turn raw importance into the penalty's $F$.
+
+    With K tensors: `mean` gives $F = A / (K \cdot \mathrm{mean}(A))$, where the mean runs over all entries (elements
+    or tensors), so that $F$ is free of $A$'s scale and a uniform $A$ gives $1/K$ everywhere; over tensors it sums to
+    one. `max` gives $F = A / \max(A)$. `softmax` gives $F = \mathrm{softmax}_k(s^2 A_k)$ over tensors, which depends
+    on $A$'s scale: with the authors' $s = 10^{10}$ it is one-hot for real displacements.
+
+    Args:
+        raw: Raw importance by name.
+        normalization: `mean`, `max` or `softmax`.
+        scale: $s$ of the softmax.
+
+    Returns:
+        Importance of the same shapes; all zero where `raw` is.
+
+    Raises:
+        ValueError: If an entry is negative or not finite, or the softmax is asked for over elements.
+    """
+    _require_finite(raw, "importance")
+    if not raw:
+        return {}
+    if normalization == "softmax":
+        return _softmax(raw, scale)
+    if normalization == "max":
+        divisor = max(float(each.max()) for each in raw.values())
+    else:
+        entries = sum(each.numel() for each in raw.values())
+        divisor = math.fsum(float(each.sum(dtype=torch.float64)) for each in raw.values()) / entries * len(raw)
+    if divisor == 0.0:
+        return {name: torch.zeros_like(each) for name, each in raw.items()}
+    return {name: (each.double() / divisor).float() for name, each in raw.items()}
+
+
+def effective_tensors(importance: Mapping[str, Tensor]) -> float:
+    r"""How many tensors share the penalty: $1 / \sum_k p_k^2$ with $p$ the tensors' mean importance over its sum.
+
+    Args:
+        importance: Importance by name.
+
+    Returns:
+        Between 1 (a single tensor holds it all) and the number of tensors; 0 where all importance is zero.
+    """
+    means = _tensor_means(importance)
+    total = float(means.sum())
+    return 0.0 if total == 0.0 else float(1.0 / (means / total).square().sum())
+
+
+def most_important(raw: Mapping[str, Tensor], fraction: float) -> set[str]:
+    """Pick the tensors with the largest mean importance.
+
+    Args:
+        raw: Importance by name.
+        fraction: Share of the tensors to pick, rounded down.
+
+    Returns:
+        Their names.
+    """
+    order = torch.argsort(_tensor_means(raw), descending=True, stable=True)[: int(fraction * len(raw))].tolist()
+    names = list(raw)
+    return {names[index] for index in order}
+
+
+def _tensor_means(importance: Mapping[str, Tensor]) -> Tensor:
+    return torch.tensor([float(each.mean(dtype=torch.float64)) for each in importance.values()], dtype=torch.float64)
+
+
+def _softmax(raw: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    if any(each.dim() > 0 for each in raw.values()):
+        raise ValueError("`normalization='softmax'` runs over tensors but the importance is per element; use 'mean'.")
+    exponents = torch.stack([each.double().cpu() for each in raw.values()]) * scale**2
+    shares = torch.softmax(exponents, dim=0).float()
+    return {name: share.to(each.device) for (name, each), share in zip(raw.items(), shares, strict=True)}
+
+
+def _require_finite(values: Mapping[str, Tensor], what: str) -> None:
+    for name, each in values.items():
+        low, high = each.aminmax()
+        if not (low >= 0 and torch.isfinite(high)):  # NaN fails the first comparison
+            raise ValueError(
+                f"The {what} of {name!r} is not finite and non-negative (smallest {float(low)}, largest "
+                f"{float(high)}). The weights have diverged: lower the learning rate."
+            )
