@@ -1,0 +1,60 @@
+import atexit
+import os
+import pathlib
+import random
+import shutil
+import sys
+import tempfile
+from importlib import metadata
+
+import pytest
+
+# Before the hosts are imported: they read these once.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "HF_DATASETS_CACHE": tempfile.mkdtemp(prefix="hbat-tests-"),
+}
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+def pytest_report_header():
+    names = ["torch", "transformers", "trl", "accelerate", "peft", "datasets"]
+    return "hosts: " + ", ".join(f"{name} {_version(name)}" for name in names)
+
+
+def _version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_host_state():
+    """Every test starts from the same seeds and without an accelerator left by the last one."""
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(1)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the hosts draw from this global state
+    torch.manual_seed(0)
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - the host's own way to start anew
+        GradientState._reset_state()  # noqa: SLF001
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Folder of the shared sample data."""
+    default = pathlib.Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    folder = pathlib.Path(os.environ.get("HBAT_SHARED_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data in {folder}; set HBAT_SHARED_DATA to its folder")
+    return folder

@@ -1,0 +1,150 @@
+"""The mathematics once more, slow and obvious, in float64. Shares no code with the library."""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+
+
+def array(value):
+    """Any tensor, number or array as a float64 array."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().double().numpy()
+    return np.asarray(value, dtype=np.float64)
+
+
+def arrays(mapping):
+    return {name: array(each) for name, each in mapping.items()}
+
+
+# --- penalty ---------------------------------------------------------------------------------------------------------
+
+
+def penalty(parameters, anchor, importance, strength=1.0):
+    """strength * sum_k sum_i F_ki (theta_ki - anchor_ki)^2, element by element."""
+    total = 0.0
+    for name in parameters:
+        theta, start = array(parameters[name]), array(anchor[name])
+        weight = np.broadcast_to(array(importance[name]), theta.shape)
+        for index in np.ndindex(theta.shape):
+            total += strength * weight[index] * (theta[index] - start[index]) ** 2
+    return total
+
+
+def penalty_gradient(parameters, anchor, importance, strength=1.0):
+    """Its derivative in every element: 2 strength F (theta - anchor)."""
+    return {
+        name: 2.0 * strength * array(importance[name]) * (array(parameters[name]) - array(anchor[name]))
+        for name in parameters
+    }
+
+
+def proximal(parameters, anchor, importance, strength, learning_rates):
+    """Minimiser of |x - theta|^2 / (2 eta) + c |x - anchor|^2, found by setting the derivative in x to zero."""
+    result = arrays(parameters)
+    for name, rate in learning_rates.items():
+        pull = 2.0 * rate * strength * array(importance[name])
+        result[name] = (array(parameters[name]) + pull * array(anchor[name])) / (1.0 + pull)
+    return result
+
+
+def norm(mapping):
+    """2-norm over all the tensors of a mapping."""
+    return math.sqrt(sum(float((array(each) ** 2).sum()) for each in mapping.values()))
+
+
+def inner(first, second):
+    return sum(float((array(first[name]) * array(second[name])).sum()) for name in first)
+
+
+def drift(parameters, anchor):
+    """Root mean square of the difference over all elements."""
+    squares = [(array(parameters[name]) - array(anchor[name])).ravel() ** 2 for name in parameters]
+    return math.sqrt(np.concatenate(squares).mean())
+
+
+# --- importance ------------------------------------------------------------------------------------------------------
+
+
+def displacement(end, start, granularity):
+    squares = {name: (array(end[name]) - array(start[name])) ** 2 for name in end}
+    return squares if granularity == "element" else {name: each.mean() for name, each in squares.items()}
+
+
+def normalize(raw, normalization, scale=1.0):
+    raw = arrays(raw)
+    entries = np.concatenate([each.ravel() for each in raw.values()])
+    if normalization == "mean":
+        return {name: each / (len(raw) * entries.mean()) for name, each in raw.items()}
+    if normalization == "max":
+        return {name: each / entries.max() for name, each in raw.items()}
+    exponents = {name: (scale**2) * float(each) for name, each in raw.items()}
+    largest = max(exponents.values())
+    weights = {name: math.exp(each - largest) for name, each in exponents.items()}
+    return {name: each / sum(weights.values()) for name, each in weights.items()}
+
+
+def effective_tensors(importance):
+    means = [array(each).mean() for each in importance.values()]
+    shares = [each / sum(means) for each in means]
+    return 1.0 / sum(each**2 for each in shares)
+
+
+# --- Fisher ----------------------------------------------------------------------------------------------------------
+
+
+def _trainable(model):
+    return {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+
+def _target_log_probs(model, ids, labels):
+    """(position of the label, log-probabilities there) for every target of one sequence, without any padding."""
+    logits = model(input_ids=torch.tensor([list(ids)])).logits[0]
+    for position in range(1, len(ids)):
+        if labels[position] != -100:
+            yield position, torch.log_softmax(logits[position - 1], dim=-1)
+
+
+def _gradient(scalar, parameters):
+    found = torch.autograd.grad(scalar, list(parameters.values()), retain_graph=True, allow_unused=True)
+    return {
+        name: np.zeros(tuple(each.shape)) if gradient is None else array(gradient)
+        for (name, each), gradient in zip(parameters.items(), found, strict=True)
+    }
+
+
+def exact_fisher(model, examples):
+    """True diagonal Fisher, a mean over sequences: every label of every target position is enumerated.
+
+    Labels of different positions are independent given the data's own prefix and their scores have mean zero, so the
+    second moment of the sum is the sum of second moments.
+    """
+    parameters = _trainable(model)
+    total = {name: np.zeros(tuple(each.shape)) for name, each in parameters.items()}
+    for ids, labels in examples:
+        for _, log_probs in _target_log_probs(model, ids, labels):
+            for token in range(log_probs.numel()):
+                score = _gradient(log_probs[token], parameters)
+                for name, each in score.items():
+                    total[name] += math.exp(float(log_probs[token])) * each**2
+    return {name: each / len(examples) for name, each in total.items()}
+
+
+def empirical_fisher(model, examples):
+    """Mean over sequences of the squared gradient of the log-likelihood of the data's own targets."""
+    parameters = _trainable(model)
+    total = {name: np.zeros(tuple(each.shape)) for name, each in parameters.items()}
+    for ids, labels in examples:
+        log_likelihood = sum(each[labels[at]] for at, each in _target_log_probs(model, ids, labels))
+        for name, each in _gradient(log_likelihood, parameters).items():
+            total[name] += each**2
+    return {name: each / len(examples) for name, each in total.items()}
+
+
+# --- plan of a run ---------------------------------------------------------------------------------------------------
+
+
+def stages(num_rounds, objectives):
+    """(index, round, objective) of every stage in order."""
+    return [(index, *each) for index, each in enumerate(itertools.product(range(num_rounds), objectives))]
