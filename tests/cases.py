@@ -148,7 +148,7 @@ def weights(model):
 def largest_difference(first, second):
     """Largest absolute difference between two mappings of tensors with the same names."""
     assert first.keys() == second.keys()
-    return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
+    return max(float((first[name].detach().double() - second[name].detach().double()).abs().max()) for name in first)
 
 
 def random_like(tensors, seed, *, std=None):

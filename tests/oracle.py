@@ -127,7 +127,7 @@ def exact_fisher(model, examples):
             for token in range(log_probs.numel()):
                 score = _gradient(log_probs[token], parameters)
                 for name, each in score.items():
-                    total[name] += math.exp(float(log_probs[token])) * each**2
+                    total[name] += math.exp(log_probs[token].detach()) * each**2
     return {name: each / len(examples) for name, each in total.items()}
 
 

@@ -223,7 +223,7 @@ class _Tally:
 
     def add(self, block: _Block, scale: float | None = None) -> None:
         # Before the block's difference is changed; with a `scale`, its gradient too.
-        pull = block.difference * block.importance
+        pull = (block.difference * block.importance).float()  # the importance may be of another precision
         task = torch.zeros_like(pull) if scale is None else block.gradient.float() / scale
         sums = torch.stack([
             torch.dot(pull, block.difference),
