@@ -1,0 +1,120 @@
+"""Checking the data sets of a run before its first stage: type, size, columns and every row."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from hbat.loading import DatasetError, load
+from hbat.row_search import search
+from hbat.rows import FIELDS, MISSING_COLUMN, Fault, RowCheck, preference_faults, sft_faults
+from hbat.sections import nearest
+
+__all__ = ["DatasetError", "Fault", "RowCheck", "check_dataset", "load", "preference_faults", "sft_faults"]
+
+logger = logging.getLogger(__name__)
+
+# Decoding these takes long, and no check looks at them.
+_MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
+
+
+def check_dataset(
+    dataset: Any,
+    *,
+    name: str,
+    faults: RowCheck | None,
+    minimum_rows: int = 1,
+    on_bad_rows: Literal["raise", "drop"] = "raise",
+) -> Dataset:
+    """Check a data set before anything is trained on it: its type, its size, its columns and every row.
+
+    Args:
+        dataset: What the user gave.
+        name: How the user knows it; every message begins with it.
+        faults: The check of one row; None looks at no row.
+        minimum_rows: The number of rounds: each needs a row.
+        on_bad_rows: `raise` an error about the faulty rows, or `drop` them with a warning.
+
+    Returns:
+        The data set, without its faulty rows where they are dropped.
+
+    Raises:
+        DatasetError: If it cannot be trained on.
+    """
+    _check_type(dataset, name)
+    _check_size(len(dataset), name, minimum_rows)
+    if faults is None:
+        return dataset
+    rows = _readable(dataset)
+    try:
+        _check_columns(rows[0] if rows.column_names else {}, dataset.column_names, name, faults)
+        found = search(rows, faults)
+    except UnicodeDecodeError as error:  # a reader takes bytes as they come; the first look at the text fails
+        raise DatasetError(f"{name}: a text is not UTF-8 ({error}). Save the data as UTF-8.") from None
+    if not found.rows:
+        return dataset
+    total, bad = len(dataset), len(found.rows)
+    if on_bad_rows != "drop":
+        others = f"{bad} of {total} rows are faulty ({found.counts})" if bad > 1 else f"It is the only one of {total}"
+        raise DatasetError(
+            f"{name}, {found.first} {others}. Correct the data, or set `on_bad_rows: drop` to train without such rows."
+        )
+    if total - bad < minimum_rows:
+        raise DatasetError(
+            f"{name}, {found.first} {bad} of {total} rows are faulty ({found.counts}); without them {total - bad} are "
+            f"left, but {minimum_rows} are needed: every round needs at least one row."
+        )
+    logger.warning(
+        "%s: %d of %d rows are faulty and left out (%s). First: %s", name, bad, total, found.counts, found.first
+    )
+    dropped = set(found.rows)
+    return dataset.select([number for number in range(total) if number not in dropped])
+
+
+def _check_type(dataset: Any, name: str) -> None:
+    if isinstance(dataset, Dataset):
+        return
+    if dataset is None:
+        raise DatasetError(f"{name} is missing (None). Give a `datasets.Dataset`.")
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        split = "train" if "train" in dataset else next(iter(dataset), "train")
+        raise DatasetError(
+            f"{name} holds several splits ({', '.join(map(str, dataset)) or 'none'}). Did you mean dataset[{split!r}]?"
+        )
+    if isinstance(dataset, IterableDataset):
+        raise DatasetError(
+            f"{name} is an IterableDataset, whose length is unknown, so it cannot be cut into rounds. "
+            "Load it without `streaming=True`."
+        )
+    advice = (
+        "Make one with `datasets.Dataset.from_list(rows)`." if isinstance(dataset, list | tuple) else "Load it first."
+    )
+    raise DatasetError(f"{name} is a {type(dataset).__name__}, not a `datasets.Dataset`. {advice}")
+
+
+def _check_size(rows: int, name: str, minimum_rows: int) -> None:
+    if rows == 0:
+        raise DatasetError(f"{name} has no rows.")
+    if rows < minimum_rows:
+        raise DatasetError(
+            f"{name} has too few rows: {rows} for {minimum_rows} rounds; every round needs at least one row. "
+            "Lower `num_rounds`, or give more data."
+        )
+
+
+def _check_columns(row: Mapping[str, Any], columns: Sequence[str], name: str, faults: RowCheck) -> None:
+    for fault in faults(row):
+        if fault.kind == MISSING_COLUMN:
+            hints = [f"`{column}`:{nearest(column, FIELDS)}" for column in columns if column not in FIELDS]
+            close = " ".join(["", *(hint for hint in hints if hint.endswith("?"))])
+            raise DatasetError(
+                f"{name} has no column `{fault.field}`. Its columns: {', '.join(f'`{column}`' for column in columns)}."
+                f"{close} {fault.problem[0].upper()}{fault.problem[1:]}. Rename or map the columns."
+            )
+
+
+def _readable(dataset: Dataset) -> Dataset:
+    # A transform of the user's own is part of the data; any other format (torch, numpy) only hides the lists.
+    plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
+    return plain.select_columns([each for each in plain.column_names if each not in _MEDIA])
