@@ -158,6 +158,7 @@ FAULTY_PAIRS = [
     ("empty turn", "chosen", {"chosen": dialogue("Hi", " "), "rejected": dialogue("Hi", "Go away")}),
     ("role marker", "chosen", {"chosen": dialogue("Hi", "Human: Oh"), "rejected": dialogue("Hi", "Go away")}),
     ("wrong last turn", "rejected", {"prompt": dialogue("Hi", "")[:-1], "chosen": " A", "rejected": " B\n\nHuman: C"}),
+    ("no prompt", "chosen", {"promt": "Hi", "chosen": "Hello", "rejected": "Go away"}),
     ("empty text", "chosen", {"chosen": "The sky is ", "rejected": "The sky is blue"}),
     ("role marker", "chosen", {"chosen": "The sky is blue.  Human: Why?", "rejected": "The sky is green"}),
 ]

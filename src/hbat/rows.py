@@ -52,12 +52,8 @@ def sft_faults(row: Mapping[str, Any], *, text_field: str = "text") -> Iterator[
         if "completion" in row:
             yield from _prompted_faults(row, ("completion",))
         else:
-            yield Fault(
-                MISSING_COLUMN,
-                "completion",
-                "beside a `prompt` TRL looks for nothing but a `completion`, so remove `prompt` if another column "
-                f"holds the text. SFT data has {SFT_FORMATS}",
-            )
+            reason = "`prompt` needs it; remove `prompt` if another column holds the whole text"
+            yield Fault(MISSING_COLUMN, "completion", f"{reason}. SFT data has {SFT_FORMATS}")
     elif "conversations" in row:
         yield from _dialogue_faults(row, "conversations", ("from", "value"))
     elif "messages" in row:
@@ -188,6 +184,9 @@ def _remainder_faults(chosen: str, rejected: str) -> Iterator[Fault]:
     while shared < end:  # bisection: comparing slices is far cheaper than comparing characters
         middle = (shared + end + 1) // 2
         shared, end = (middle, end) if chosen[:middle] == rejected[:middle] else (shared, middle - 1)
+    if not shared:
+        yield Fault("no prompt", "chosen", "it and `rejected` begin differently, and there is no column `prompt`")
+        return
     for field, text in (("chosen", chosen), ("rejected", rejected)):
         if not text[shared:].strip():
             yield Fault("empty text", field, "nothing is left of it after the beginning that both sides share")
