@@ -1,10 +1,10 @@
 """What a user can set: the fields of a run and of EWC, their help and their validation. Imports no trainer."""
 
-import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+from hbat.sections import build_section, nearest
 
 Source = Literal["displacement", "fisher", "uniform", "random"]
 Granularity = Literal["tensor", "element"]
@@ -17,20 +17,6 @@ OnBadRows = Literal["raise", "drop"]
 
 #: The scale that the authors' code applies to a displacement before it squares it.
 AUTHORS_IMPORTANCE_SCALE = 1e10
-
-
-def nearest(key: str, valid: Iterable[str]) -> str:
-    """Say which of the `valid` names is closest to an unknown one, as the tail of an error message.
-
-    Args:
-        key: The unknown name.
-        valid: The names that are known.
-
-    Returns:
-        `" Did you mean `name`?"`, or an empty text where nothing is close.
-    """
-    close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.6)
-    return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def _check_choice(name: str, value: object, choices: object) -> None:
@@ -296,24 +282,3 @@ class HBATConfig:
                     f"{nearest(str(key), self.objective_names)}"
                 )
         return value.get(objective, default)
-
-
-def build_section(section: str, config_class: type, values: Mapping[str, Any]) -> Any:
-    """Build a dataclass of our own from the mapping of a section.
-
-    Args:
-        section: Its name, for messages.
-        config_class: The dataclass.
-        values: Its fields.
-
-    Returns:
-        An instance of `config_class`.
-
-    Raises:
-        ValueError: If a key is unknown.
-    """
-    valid = [each.name for each in dataclasses.fields(config_class)]
-    for key in values:
-        if key not in valid:
-            raise ValueError(f"`{section}.{key}` is not an option.{nearest(str(key), valid)}")
-    return config_class(**values)

@@ -1,7 +1,7 @@
 """Where code can act between a trainer's backward pass and its gradient clipping."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ def after_backward(accelerator: Any, action: Callable[[Tensor], None]) -> Callab
     Returns:
         A function that takes the action out again; calling it twice does no harm.
     """
-    inner: Callable[..., None] = accelerator.backward
+    inner = cast("Callable[..., None]", accelerator.backward)
 
     def backward(loss: Tensor, **kwargs: Any) -> None:
         inner(loss, **kwargs)
@@ -34,7 +34,7 @@ def after_backward(accelerator: Any, action: Callable[[Tensor], None]) -> Callab
         active.clear()  # another wrapper may lie on top, so the link stays and does nothing
         if accelerator.__dict__.get("backward") is backward:
             if getattr(inner, "__self__", None) is accelerator:
-                del accelerator.backward
+                accelerator.__dict__.pop("backward")
             else:
                 accelerator.backward = inner
 

@@ -242,7 +242,8 @@ def refuse_sharded(args: TrainingArguments) -> None:
     if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
         engine = "DeepSpeed" if getattr(args, "deepspeed", None) else "FSDP"
         raise NotImplementedError(
-            f"Elastic weight consolidation does not run under {engine} yet. Train in one process or with DDP "
+            f"Parameters sharded by {engine} are not supported: neither the penalty nor the hand-over between stages. "
+            "Train in one process or with DDP "
             "(`accelerate launch --multi_gpu`), with LoRA or QLoRA where memory is short."
         )
 

@@ -1,0 +1,42 @@
+"""From the names in `objectives` to objectives."""
+
+import importlib
+from collections.abc import Sequence
+
+from hbat.config import HBATConfig
+from hbat.objectives.objective import Objective
+from hbat.sections import nearest
+
+#: Each name is also the module's and the function's, loaded only when asked for.
+BUILT_IN: Sequence[str] = ("sft", "dpo")
+
+
+def resolve(config: HBATConfig) -> list[Objective]:
+    """Turn the entries of `objectives` into objectives, with their sections.
+
+    Args:
+        config: The run's configuration.
+
+    Returns:
+        The objectives of a round, in order.
+
+    Raises:
+        ValueError: If a name is unknown.
+        TypeError: If an entry is neither a name nor an `Objective`.
+    """
+    resolved = []
+    for entry in config.objectives:
+        if isinstance(entry, Objective):
+            resolved.append(entry)
+        elif not isinstance(entry, str):
+            raise TypeError(f"`objectives` holds a {type(entry).__name__}; give names or `Objective` objects.")
+        elif entry not in BUILT_IN:
+            raise ValueError(
+                f"`objectives` names {entry!r}, which is not built in ({', '.join(BUILT_IN)})."
+                f"{nearest(entry, BUILT_IN)} Another trainer becomes an objective with "
+                "`hbat.Objective(name=..., trainer_class=..., config_class=...)`."
+            )
+        else:
+            make = getattr(importlib.import_module(f"hbat.objectives.{entry}"), entry)
+            resolved.append(make(getattr(config, entry)))
+    return resolved

@@ -1,0 +1,158 @@
+"""The contract between a run and what its stages minimise: how one objective's trainer is built."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hbat.ewc.fisher import Example
+from hbat.rows import RowCheck
+from hbat.sections import build_section
+
+#: Fields of a stage's configuration that belong to the run, and what to set instead.
+_OWNED_BY_THE_RUN = {
+    "output_dir": "every stage has its own folder inside the run's. Set the run's `output_dir`.",
+    "report_to": "one set of reporters serves the whole run. Set the run's `report_to`.",
+    "run_name": "one set of reporters serves the whole run. Set the run's `run_name`.",
+    "push_to_hub": "stages are not pushed. Call `push_to_hub()` after training.",
+    "resume_from_checkpoint": "the run resumes as a whole. Pass `resume_from_checkpoint` to `HBATTrainer.train`.",
+    "load_best_model_at_end": "the next stage starts from this one's end. Use `average` to hold a stage back.",
+    "model_init_kwargs": "the model is loaded once for all stages. Set the run's `model_init_kwargs`.",
+    "sync_ref_model": "the reference policy is the model at the stage's start. More rounds renew it more often.",
+}
+_NO_LAMBDA_SCHEDULE = {"reduce_lr_on_plateau", "greedy"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a stage minimises: a trainer class of TRL or of your own, and what a run must know about it.
+
+    `sft` and `dpo` are built in; any other `transformers.Trainer` that takes `model`, `args`, `train_dataset`,
+    `eval_dataset`, `processing_class` and `callbacks` becomes an objective by naming it:
+
+        Objective(name="kto", trainer_class=KTOTrainer, config_class=KTOConfig, uses_reference=True)
+
+    Attributes:
+        name: Key of its data sets, prefix of its log entries.
+        trainer_class: The trainer of its stages.
+        config_class: The trainer's configuration.
+        config: Fields of the configuration (mapping), or a ready configuration.
+        uses_reference: Whether the trainer takes a reference policy as `ref_model`. It gets the model at the stage's
+            start; with an adapter the host copies the adapter itself.
+        faults: Finds what is wrong with a row of its data, before the first stage.
+        examples: Turns a row of the trainer's tokenised data into sequences whose log-likelihood measures the Fisher.
+        metric: Evaluation metric that stands for the objective in the table; lower is better.
+        trainer_kwargs: More arguments for the trainer's constructor.
+    """
+
+    name: str
+    trainer_class: type[Trainer]
+    config_class: type[TrainingArguments]
+    config: Mapping[str, Any] | TrainingArguments | None = None
+    uses_reference: bool = False
+    faults: RowCheck | None = None
+    examples: Callable[[Mapping[str, Any]], Iterator[Example]] | None = None
+    metric: str = "loss"
+    trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def base_args(self, output_dir: str) -> TrainingArguments:
+        """Build and check the objective's configuration.
+
+        Args:
+            output_dir: Any folder; each stage sets its own.
+
+        Returns:
+            The configuration as the user gave it.
+
+        Raises:
+            ValueError: If it cannot work inside a run.
+            TypeError: If a ready configuration is of another class.
+        """
+        if isinstance(self.config, TrainingArguments):
+            if not isinstance(self.config, self.config_class):
+                raise TypeError(
+                    f"`{self.name}` is a {type(self.config).__name__}; it must be a {self.config_class.__name__}, or "
+                    "a mapping of its fields."
+                )
+            args = self.config
+        else:
+            values = dict(self.config or {})
+            build = {"output_dir": output_dir, "report_to": "none"}
+            reserved = {key: why for key, why in _OWNED_BY_THE_RUN.items() if key in values}
+            args = build_section(self.name, self.config_class, build | values, owned=reserved)
+        for key in ("load_best_model_at_end", "sync_ref_model"):
+            if getattr(args, key, False):
+                raise ValueError(f"`{self.name}.{key}` cannot be set here: {_OWNED_BY_THE_RUN[key]}")
+        if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) in _NO_LAMBDA_SCHEDULE:
+            raise ValueError(
+                f"`{self.name}.lr_scheduler_type` is {args.lr_scheduler_type!s}, which depends on evaluations inside "
+                "a stage. Take a schedule of the step alone, such as 'cosine' or 'constant_with_warmup'."
+            )
+        return args
+
+    def stage_args(self, base: TrainingArguments, output_dir: str, seed_offset: int) -> TrainingArguments:
+        """Make the configuration of one stage. Must directly precede the trainer's construction.
+
+        Building a configuration resets accelerate's global state, which breaks a trainer that is alive.
+
+        Args:
+            base: The objective's configuration.
+            output_dir: The stage's folder.
+            seed_offset: Added to the seed, so that stages do not replay one shuffle.
+
+        Returns:
+            A new configuration.
+        """
+        return dataclasses.replace(
+            base,
+            output_dir=output_dir,
+            seed=base.seed + seed_offset,
+            report_to="none",
+            disable_tqdm=True,
+            push_to_hub=False,
+            save_total_limit=base.save_total_limit or 1,
+        )
+
+    def build_trainer(
+        self,
+        *,
+        model: Any,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        processing_class: Any,
+        reference: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> Trainer:
+        """Build the trainer of one stage.
+
+        Args:
+            model: The model, with its adapter where there is one.
+            args: The stage's configuration.
+            train_dataset: The rows of the stage.
+            eval_dataset: Rows to evaluate on.
+            processing_class: The tokenizer.
+            reference: A full model as reference policy; None where the host takes the adapter's copy.
+            callbacks: Callbacks of the stage.
+
+        Returns:
+            The trainer.
+        """
+        extra = dict(self.trainer_kwargs)
+        if self.uses_reference and reference is not None:
+            # Left out, TRL would load the weights that lie on disk under the model's name, not the present ones.
+            extra["ref_model"] = reference
+        trainer = self.trainer_class(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **extra,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer

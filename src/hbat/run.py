@@ -1,0 +1,136 @@
+"""A run between its stages: what goes to disk when a stage is done, and comes back when the run goes on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hbat.config import HBATConfig
+from hbat.consolidation import Consolidation
+from hbat.fingerprint import differences
+from hbat.rounds import Stage
+from hbat.run_state import RunFolder, RunState, RunStateError
+
+_SHOWN_DIFFERENCES = 8
+
+
+class Run:
+    """State of a run: its manifest, accumulated importance and carried moments.
+
+    Args:
+        config: The run's configuration.
+        folder: Its folder.
+        state: Its manifest.
+    """
+
+    def __init__(self, config: HBATConfig, folder: RunFolder, state: RunState) -> None:
+        self.state = state
+        self.consolidation = None if config.ewc is None else Consolidation(config.ewc, config.seed)
+        self.moments: dict[str, Mapping[str, Tensor]] = {}
+        self._folder = folder
+
+    @classmethod
+    def start(
+        cls, config: HBATConfig, folder: RunFolder, described: dict[str, Any], weights: Mapping[str, Tensor]
+    ) -> "Run":
+        """Begin a new run and put its start on disk.
+
+        Args:
+            config: The run's configuration.
+            folder: Its folder, without a run.
+            described: Fingerprint of the run.
+            weights: Trainable weights by name.
+
+        Returns:
+            The run before its first stage.
+        """
+        run = cls(config, folder, RunState(fingerprint=described))
+        folder.write_tensors(run.state, "weights", 0, weights)
+        run.state.files["initial"] = run.state.files["weights"]
+        folder.commit(run.state)
+        return run
+
+    @classmethod
+    def resume(cls, config: HBATConfig, folder: RunFolder, state: RunState, described: dict[str, Any]) -> "Run":
+        """Read a run that goes on.
+
+        Args:
+            config: The present configuration.
+            folder: The run's folder.
+            state: Its manifest.
+            described: Fingerprint of the present configuration and data.
+
+        Returns:
+            The run before its next stage.
+
+        Raises:
+            RunStateError: If configuration or data are not those of the run on disk.
+        """
+        changed = differences(state.fingerprint, described)
+        if changed:
+            shown = "; ".join(changed[:_SHOWN_DIFFERENCES])
+            more = f"; and {len(changed) - _SHOWN_DIFFERENCES} more" if len(changed) > _SHOWN_DIFFERENCES else ""
+            raise RunStateError(
+                f"`output_dir` {config.output_dir!r} holds another run: {shown}{more}. Restore these values to go on "
+                "with it, or choose another folder."
+            )
+        run = cls(config, folder, state)
+        for objective in config.objective_names:
+            importance = folder.read_tensors(state, f"importance-{objective}")
+            if importance and run.consolidation is not None:
+                run.consolidation.accumulated[objective] = importance
+            run.moments[objective] = folder.read_tensors(state, f"optimizer-{objective}")
+        return run
+
+    def weights(self, kind: str = "weights") -> dict[str, Tensor]:
+        """Read trainable weights.
+
+        Args:
+            kind: `weights` of the next stage's start, or `initial` ones of the run.
+
+        Returns:
+            Weights by name.
+        """
+        return self._folder.read_tensors(self.state, kind)
+
+    def commit_stage(
+        self,
+        stage: Stage,
+        *,
+        steps: int,
+        importance: Mapping[str, Tensor] | None,
+        moments: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        """Take in what a stage left, and make it the run's state on disk.
+
+        Args:
+            stage: The stage that is done.
+            steps: Its optimizer steps.
+            importance: Raw importance that it yields.
+            moments: Moments for its objective's next stage.
+            weights: Trainable weights at its end.
+        """
+        state, name = self.state, stage.objective
+        if self.consolidation is not None and importance is not None:
+            self.consolidation.add(name, importance)
+            accumulated = self.consolidation.accumulated[name]
+            self._folder.write_tensors(state, f"importance-{name}", stage.index, accumulated)
+        self.moments[name] = moments
+        if moments:
+            self._folder.write_tensors(state, f"optimizer-{name}", stage.index, moments)
+        self._folder.write_tensors(state, "weights", stage.index + 1, weights)
+        state.next_stage = stage.index + 1
+        state.global_step += steps
+        state.objective_steps[name] = state.objective_steps.get(name, 0) + steps
+        self._folder.commit(state)
+        self._folder.remove_stage(stage.folder)
+
+    def commit_evaluations(self, rows: list[dict[str, Any]]) -> None:
+        """Put the rows of the forgetting matrix on disk.
+
+        Args:
+            rows: All rows so far.
+        """
+        self.state.evaluations = rows
+        self._folder.commit(self.state)

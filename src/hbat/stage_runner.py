@@ -1,0 +1,284 @@
+"""Runs one stage: builds its trainer, holds it back, trains, measures what it moved, and leaves a clean model."""
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hbat.config import HBATConfig
+from hbat.consolidation import Consolidation
+from hbat.ewc.callback import EWCCallback
+from hbat.ewc.fisher import Example, diagonal_fisher
+from hbat.ewc.importance import displacement
+from hbat.ewc.parameters import trainable_parameters
+from hbat.learning_rate import extend_schedule
+from hbat.lifecycle import StageGuard
+from hbat.nonfinite import StopOnNonFiniteLoss
+from hbat.objectives.objective import Objective
+from hbat.optimizer_state import CarryMoments
+from hbat.reporting import ForwardLogs, RunReporter
+from hbat.rounds import Stage, part_indices
+from hbat.stage_start import StageStart
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage leaves beside the model's weights.
+
+    Attributes:
+        steps: Its optimizer steps.
+        importance: Raw importance that it yields; None without consolidation.
+        moments: Optimizer moments for the objective's next stage; empty if they are reset.
+    """
+
+    steps: int
+    importance: Mapping[str, Tensor] | None
+    moments: Mapping[str, Tensor]
+
+
+class StageRunner:
+    """Runs the stages of a run on one model.
+
+    Args:
+        model: The model, with its adapter where there is one.
+        config: The run's configuration.
+        sections: Configuration of each objective.
+        processing_class: The tokenizer.
+        callbacks: The user's callbacks, for every stage.
+        start: Holder of the stage's start.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: HBATConfig,
+        sections: Mapping[str, TrainingArguments],
+        processing_class: Any,
+        callbacks: list[TrainerCallback],
+        start: StageStart,
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._sections = sections
+        self._processing_class = processing_class
+        self._callbacks = callbacks
+        self._start = start
+
+    @contextmanager
+    def building(
+        self,
+        objective: Objective,
+        folder: Path | str,
+        *,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        seed_offset: int = 0,
+        callbacks: Iterable[TrainerCallback] = (),
+        frozen: Iterable[str] = (),
+    ) -> Iterator[Trainer]:
+        """Build an objective's trainer, and leave the model clean afterwards, whatever happens.
+
+        Args:
+            objective: The objective.
+            folder: Folder for the host's checkpoints.
+            train_dataset: Rows to train on.
+            eval_dataset: Rows to evaluate on.
+            seed_offset: Added to the objective's seed.
+            callbacks: Callbacks of the trainer.
+            frozen: Names of parameters that get no update.
+
+        Yields:
+            The trainer, the only one alive.
+        """
+        models = [each for each in (self._model, self._start.reference) if each is not None]
+        guard, trainer = StageGuard(*models), None
+        try:
+            parameters = trainable_parameters(self._model)
+            for name in frozen:
+                parameters[name].requires_grad_(False)
+            with _quiet_datasets():
+                trainer = objective.build_trainer(
+                    model=self._model,
+                    args=objective.stage_args(self._sections[objective.name], str(folder), seed_offset),
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=self._processing_class,
+                    reference=self._start.reference,
+                    callbacks=list(callbacks),
+                )
+            yield trainer
+        finally:
+            guard.restore(trainer)
+
+    def run(
+        self,
+        stage: Stage,
+        objective: Objective,
+        dataset: Dataset,
+        eval_dataset: Dataset | None,
+        *,
+        folder: Path,
+        consolidation: Consolidation | None,
+        moments: Mapping[str, Tensor],
+        steps_before: int,
+        reporter: RunReporter,
+        steps_after: int,
+    ) -> StageResult:
+        """Train one stage. The stage's start must have been taken.
+
+        Args:
+            stage: The stage.
+            objective: Its objective.
+            dataset: All training rows of the objective; the stage takes its part.
+            eval_dataset: Rows for the host's own evaluation inside the stage, where its configuration asks for one.
+            folder: The stage's folder.
+            consolidation: Importance of the run so far.
+            moments: Optimizer moments that the stage starts from.
+            steps_before: Optimizer steps of the objective's earlier stages.
+            reporter: The run's reporter.
+            steps_after: Estimate of the run's steps after this stage.
+
+        Returns:
+            What the stage leaves. The model's weights are those of its end, averaged with its start where that is set.
+        """
+        carry = CarryMoments(moments)
+        evaluates = str(getattr(self._sections[stage.objective].eval_strategy, "value", "no")) != "no"
+        with self.building(
+            objective,
+            folder,
+            train_dataset=dataset.select(part_indices(len(dataset), stage.num_rounds, stage.round, self._config.seed)),
+            eval_dataset=eval_dataset if evaluates else None,
+            seed_offset=stage.index,
+            callbacks=[carry, *self._callbacks, ForwardLogs(reporter, stage, steps_after)],
+            frozen=consolidation.frozen(stage) if consolidation is not None else (),
+        ) as trainer:
+            self._start.share_adapter()
+            extend_schedule(
+                trainer,
+                self._config.lr_schedule_of(stage.objective),
+                round_index=stage.round,
+                num_rounds=stage.num_rounds,
+                steps_before=steps_before,
+            )
+            self._hold_back(trainer, stage, consolidation)
+            StopOnNonFiniteLoss(trainer, stage)
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder, trainer.args.max_steps))
+            steps = trainer.state.global_step
+            examples = self._fisher_examples(objective, trainer.train_dataset)
+        self._average(self._config.average_of(stage.objective))
+        carried = carry.saved if self._config.optimizer_state == "carry" else {}
+        return StageResult(steps, self._yielded(stage, consolidation, examples), carried)
+
+    def _hold_back(self, trainer: Trainer, stage: Stage, consolidation: Consolidation | None) -> None:
+        if consolidation is None or consolidation.config.f_max == 0:
+            return
+        importance = consolidation.importance(stage)
+        if importance is not None:
+            config = consolidation.config
+            callback = EWCCallback(importance, self._start.anchor, f_max=config.f_max, method=config.method)
+            callback.bind(trainer)
+
+    @torch.no_grad()
+    def _average(self, share: float) -> None:
+        if share == 1.0:
+            return
+        for name, each in trainable_parameters(self._model).items():
+            start = self._start.anchor[name].float()
+            each.copy_(start + share * (each.float() - start))
+
+    def _yielded(
+        self, stage: Stage, consolidation: Consolidation | None, examples: list[Example]
+    ) -> Mapping[str, Tensor] | None:
+        if consolidation is None or (consolidation.config.f_max == 0 and consolidation.config.freeze == 0):
+            return None
+        config, parameters = consolidation.config, trainable_parameters(self._model)
+        if config.source == "displacement":
+            return displacement(parameters, self._start.anchor, config.granularity)
+        if config.source == "fisher":
+            return diagonal_fisher(
+                self._model,
+                examples,
+                estimator=config.estimator,
+                granularity=config.granularity,
+                batch_size=config.fisher_batch_size,
+                generator=torch.Generator().manual_seed(self._config.seed + stage.index),
+            )
+        return consolidation.control(parameters, stage)
+
+    def _fisher_examples(self, objective: Objective, rows: Any) -> list[Example]:
+        ewc = self._config.ewc
+        if ewc is None or ewc.source != "fisher" or objective.examples is None:
+            return []
+        step = max(1, math.ceil(len(rows) / ewc.fisher_samples))
+        return [each for index in range(0, len(rows), step) for each in objective.examples(rows[index])]
+
+
+def last_checkpoint(folder: Path, max_steps: int) -> str | None:
+    """Find the checkpoint from which a stage that was cut off goes on.
+
+    Args:
+        folder: The stage's folder.
+        max_steps: The stage's `max_steps`; 0 or less where epochs bound it.
+
+    Returns:
+        The newest whole checkpoint, or None to start the stage anew.
+    """
+    found = []
+    for each in folder.glob("checkpoint-*"):
+        number = each.name.removeprefix("checkpoint-")
+        if number.isdigit() and (each / "trainer_state.json").exists():
+            found.append((int(number), each))
+    if not found:
+        return None
+    step, newest = max(found)
+    # The host trains one step too many from a checkpoint that is at `max_steps` in the middle of an epoch (seen in
+    # transformers 4.57-5.23), so a stage killed between its last step and its commit starts anew.
+    return None if 0 < max_steps <= step else str(newest)
+
+
+def estimated_steps(args: TrainingArguments, rows: int, num_rounds: int) -> int:
+    """Estimate the optimizer steps of a stage before its data is tokenised.
+
+    Args:
+        args: The objective's configuration.
+        rows: Rows of its whole data set.
+        num_rounds: Number of parts.
+
+    Returns:
+        Optimizer steps; packing and filters can make them fewer.
+    """
+    if args.max_steps > 0:
+        return args.max_steps
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    return math.ceil(math.ceil(rows / num_rounds / batch) * args.num_train_epochs)
+
+
+def is_main_process() -> bool:
+    """Whether this process writes for all.
+
+    Returns:
+        True in a single process and on rank 0.
+    """
+    # Asking accelerate would initialise its state before a stage's configuration can.
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    # The run has one progress bar; tokenising a stage's part would draw another.
+    quiet_before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not quiet_before:
+            enable_progress_bars()

@@ -1,0 +1,87 @@
+"""The weights at a stage's start: anchor of the penalty and reference policy of DPO, in one set of tensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hbat.ewc.parameters import canonical_name, snapshot, trainable_parameters
+from hbat.lifecycle import unpatched_copy
+
+#: Name that the host gives to the adapter it copies for the reference policy.
+REFERENCE_ADAPTER = "ref"
+
+
+class StageStart:
+    """Holds the weights at the start of the stage under way.
+
+    A full model with a preference objective needs a second model as reference policy anyway: its parameters are the
+    anchor of every stage. Otherwise the anchor is a copy of the trainable weights, which with LoRA is small, and in a
+    preference stage the host's reference adapter takes its place.
+
+    Args:
+        model: The model, as no trainer has touched it.
+        needs_reference: Whether an objective of the run takes a reference policy.
+    """
+
+    def __init__(self, model: nn.Module, *, needs_reference: bool) -> None:
+        self._model = model
+        self.reference: Any = None
+        self._anchor: dict[str, Tensor] = {}
+        self._shares_adapter = False
+        if needs_reference and not hasattr(model, "peft_config"):
+            self.reference = unpatched_copy(model)
+            own = {canonical_name(name): each for name, each in self.reference.named_parameters()}
+            self._anchor = {name: own[name] for name in trainable_parameters(model)}
+
+    @property
+    def anchor(self) -> Mapping[str, Tensor]:
+        """Weights at the stage's start by parameter name, of the parameters' own dtype."""
+        return self._anchor
+
+    @torch.no_grad()
+    def take(self, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Make `weights` the stage's start.
+
+        Args:
+            weights: Trainable weights by name; the model's present ones where left out.
+        """
+        current = trainable_parameters(self._model)
+        if not self._anchor or self._shares_adapter:
+            self._anchor = snapshot(current)
+            self._shares_adapter = False
+        for name, each in self._anchor.items():
+            each.copy_(current[name] if weights is None else weights[name])
+
+    @torch.no_grad()
+    def share_adapter(self) -> None:
+        """Let the host's reference adapter be the anchor, where it made one that equals it."""
+        if REFERENCE_ADAPTER not in getattr(self._model, "peft_config", {}):
+            return
+        copies = self._reference_adapter()
+        # The host casts adapters of a quantised model to bfloat16, but not their copies.
+        if all(
+            torch.equal(copies[name], each) and copies[name].dtype == each.dtype for name, each in self._anchor.items()
+        ):
+            self._anchor = copies
+            self._shares_adapter = True
+
+    @torch.no_grad()
+    def set_reference(self, weights: Mapping[str, Tensor]) -> None:
+        """Give the reference policy other weights, for an evaluation outside a stage.
+
+        Args:
+            weights: Trainable weights by name.
+        """
+        if self.reference is not None:
+            self.take(weights)
+        elif REFERENCE_ADAPTER in getattr(self._model, "peft_config", {}):
+            for name, each in self._reference_adapter().items():
+                each.copy_(weights[name])
+
+    def _reference_adapter(self) -> dict[str, Tensor]:
+        parameters = {canonical_name(name): each for name, each in self._model.named_parameters()}
+        return {
+            name: parameters[name.replace(".default.", f".{REFERENCE_ADAPTER}.")].detach() for name in self._anchor
+        }

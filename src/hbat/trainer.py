@@ -1,0 +1,291 @@
+"""HBATTrainer: the loop over the stages of a run."""
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from hbat.config import HBATConfig
+from hbat.datasets import check_dataset
+from hbat.evaluation import ForgettingMatrix, scores
+from hbat.ewc.callback import refuse_sharded
+from hbat.ewc.parameters import require_same_names, snapshot, trainable_parameters
+from hbat.fingerprint import fingerprint
+from hbat.model_loading import load_model, load_tokenizer
+from hbat.objectives.builtin import resolve
+from hbat.report import write_model_card, write_results
+from hbat.reporting import RunReporter, load_log
+from hbat.rounds import Stage, plan
+from hbat.run import Run
+from hbat.run_state import RunFolder, RunStateError
+from hbat.sections import nearest
+from hbat.stage_runner import StageRunner, estimated_steps, is_main_process
+from hbat.stage_start import StageStart
+
+logger = logging.getLogger(__name__)
+
+
+class HBATTrainer:
+    """Trains one model, or one adapter, on several objectives by alternating between them round by round.
+
+    Every data set is cut into `num_rounds` parts. A round runs each objective once on its part, with the objective's own
+    TRL trainer, built anew on the same model; the reference policy of a preference stage is the model at the stage's
+    start. With `ewc`, a stage is held back where the other objectives' stages moved the weights most. After every stage
+    every objective is evaluated, and the state of the run is on disk.
+
+    Args:
+        model: Name or path of a causal language model, or a model, or a PeftModel with one trainable adapter.
+        args: The run's configuration.
+        train_dataset: Training rows by objective, in TRL's formats.
+        eval_dataset: Evaluation rows by objective; an objective may be left out.
+        processing_class: The tokenizer; the model's own where left out.
+        peft_config: Configuration of a new adapter for the whole run.
+        callbacks: Callbacks for every stage's trainer.
+
+    Raises:
+        ValueError: If configuration, data or model cannot be trained as asked; the message names what and where.
+        TypeError: If an argument is of the wrong kind.
+        NotImplementedError: Under FSDP or DeepSpeed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: HBATConfig,
+        train_dataset: Mapping[str, Dataset],
+        eval_dataset: Mapping[str, Dataset] | None = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if not isinstance(args, HBATConfig):
+            raise TypeError(f"`args` is a {type(args).__name__}; give an `HBATConfig`.")
+        self.args = args
+        self._objectives = {each.name: each for each in resolve(args)}
+        self._sections = {name: each.base_args(args.output_dir) for name, each in self._objectives.items()}
+        for section in self._sections.values():
+            refuse_sharded(section)
+        self._train_dataset = self._checked(train_dataset, "train_dataset", minimum_rows=args.num_rounds)
+        missing = [name for name in self._objectives if name not in self._train_dataset]
+        if missing:
+            raise ValueError(f"`train_dataset` has no rows for {missing}; its keys are {list(train_dataset)}.")
+        self._eval_dataset = self._checked(eval_dataset or {}, "eval_dataset", minimum_rows=1)
+        self.model = load_model(model, args, peft_config)
+        self.processing_class = load_tokenizer(processing_class, self.model)
+        self.state = TrainerState()
+        self.matrix = ForgettingMatrix({name: each.metric for name, each in self._objectives.items()})
+        self._plan = plan(args.num_rounds, args.objective_names)
+        self._folder = RunFolder(args.output_dir, writes=is_main_process())
+        self._start = StageStart(
+            self.model, needs_reference=any(each.uses_reference for each in self._objectives.values())
+        )
+        self._runner = StageRunner(
+            self.model, args, self._sections, self.processing_class, list(callbacks or []), self._start
+        )
+        self._rehearse()
+
+    def _checked(self, given: Mapping[str, Dataset], argument: str, minimum_rows: int) -> dict[str, Dataset]:
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"`{argument}` is a {type(given).__name__}; give a mapping from objective to data set, with the keys "
+                f"{list(self._objectives)}."
+            )
+        for name in given:
+            if name not in self._objectives:
+                raise ValueError(
+                    f"`{argument}` has rows for {name!r}, which no stage trains.{nearest(str(name), self._objectives)}"
+                )
+        return {
+            name: check_dataset(
+                dataset,
+                name=f"{argument}[{name!r}]",
+                faults=self._objectives[name].faults,
+                minimum_rows=minimum_rows,
+                on_bad_rows=self.args.on_bad_rows,
+            )
+            for name, dataset in given.items()
+        }
+
+    def _rehearse(self) -> None:
+        # Each objective's trainer is built once on one row, so that what the host refuses is refused before the first
+        # stage and not after hours.
+        self._start.take()
+        with tempfile.TemporaryDirectory() as folder:
+            for name, objective in self._objectives.items():
+                with self._runner.building(objective, folder, train_dataset=self._train_dataset[name].select([0])):
+                    pass
+
+    def train(self, resume_from_checkpoint: bool | None = None) -> TrainOutput:
+        """Run all stages that are not done yet.
+
+        Args:
+            resume_from_checkpoint: True goes on where the run in `output_dir` was cut off and starts where there is
+                none. Otherwise the folder must not hold a run.
+
+        Returns:
+            Steps of the run, mean of the logged training losses, and the final scores as `eval_<objective>/<metric>`.
+
+        Raises:
+            RunStateError: If `output_dir` holds another run, or one and `resume_from_checkpoint` is not set.
+            FloatingPointError: If a loss is NaN or infinite; the stage's start is on disk.
+        """
+        run = self._begin(resume=bool(resume_from_checkpoint))
+        if run.state.next_stage == len(self._plan):
+            logger.info("The run in %s is finished; nothing is left to train.", self.args.output_dir)
+        reporter = RunReporter(self.args, self.model, self.state, run.state.global_step + self._steps_from(run))
+        try:
+            self._evaluate_if_due(run, reporter)
+            for stage in self._plan[run.state.next_stage :]:
+                self._run_stage(stage, run, reporter)
+                self._evaluate_if_due(run, reporter)
+        finally:
+            reporter.save()
+            reporter.close()
+        losses = [value for entry in self.state.log_history for key, value in entry.items() if key.endswith("/loss")]
+        metrics = {
+            f"eval_{name}/{key}": value
+            for name, each in (self.matrix.rows[-1]["scores"] if self.matrix.rows else {}).items()
+            for key, value in each.items()
+        }
+        return TrainOutput(self.state.global_step, sum(losses) / max(len(losses), 1), metrics)
+
+    def _begin(self, *, resume: bool) -> Run:
+        parameters = trainable_parameters(self.model)
+        described = fingerprint(self.args, self._sections, self._train_dataset, parameters)
+        found = self._folder.read()
+        if found is None:
+            self.matrix.rows, self.state = [], TrainerState()
+            return Run.start(self.args, self._folder, described, parameters)
+        if not resume:
+            raise RunStateError(
+                f"`output_dir` {self.args.output_dir!r} holds a run already, at stage {found.next_stage} of "
+                f"{len(self._plan)}. Pass `resume_from_checkpoint=True` to go on with it, or choose another folder."
+            )
+        run = Run.resume(self.args, self._folder, found, described)
+        weights = run.weights()
+        require_same_names(parameters, weights, "weight on disk")
+        with torch.no_grad():
+            for name, each in parameters.items():
+                each.copy_(weights[name])
+        self.matrix.rows = list(found.evaluations)
+        self.state = load_log(self._folder.path, found.global_step)
+        return run
+
+    def _run_stage(self, stage: Stage, run: Run, reporter: RunReporter) -> None:
+        name = stage.objective
+        self._start.take()
+        result = self._runner.run(
+            stage,
+            self._objectives[name],
+            self._train_dataset[name],
+            self._eval_dataset.get(name),
+            folder=self._folder.path / stage.folder,
+            consolidation=run.consolidation,
+            moments=run.moments.pop(name, {}),
+            steps_before=run.state.objective_steps.get(name, 0),
+            reporter=reporter,
+            steps_after=self._steps_from(run, stage.index + 1),
+        )
+        run.commit_stage(
+            stage,
+            steps=result.steps,
+            importance=result.importance,
+            moments=result.moments,
+            weights=trainable_parameters(self.model),
+        )
+        self.state.global_step = run.state.global_step
+        reporter.save()
+
+    def _evaluate_if_due(self, run: Run, reporter: RunReporter) -> None:
+        done = run.state.next_stage - 1
+        if not self._eval_dataset or self.matrix.has(done):
+            return
+        results = self.evaluate()
+        stage = self._plan[done] if done >= 0 else None
+        self.matrix.add(
+            stage=done,
+            round_index=stage.round if stage else 0,
+            objective=stage.objective if stage else None,
+            scores=results,
+        )
+        entry = {f"eval_{name}/{key}": value for name, each in results.items() for key, value in each.items()}
+        reporter.log(entry, run.state.global_step)
+        run.commit_evaluations(self.matrix.rows)
+        if is_main_process():
+            write_results(self._folder.path, self.matrix)
+
+    def _steps_from(self, run: Run, first: int | None = None) -> int:
+        first = run.state.next_stage if first is None else first
+        return sum(
+            estimated_steps(
+                self._sections[stage.objective], len(self._train_dataset[stage.objective]), stage.num_rounds
+            )
+            for stage in self._plan[first:]
+        )
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Evaluate every objective that has evaluation rows, on the model as it is.
+
+        The reference policy of a preference objective is the model at the start of the run, so that scores of different
+        stages compare.
+
+        Returns:
+            Scores by objective and metric.
+        """
+        found = self._folder.read()
+        initial = {} if found is None else self._folder.read_tensors(found, "initial")
+        initial = initial or snapshot(trainable_parameters(self.model))
+        results = {}
+        for name, dataset in self._eval_dataset.items():
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                self._runner.building(
+                    self._objectives[name], folder, train_dataset=dataset.select([0]), eval_dataset=dataset
+                ) as trainer,
+            ):
+                self._start.set_reference(initial)
+                results[name] = scores(trainer.evaluate())
+        return results
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Save model or adapter, tokenizer and model card.
+
+        Args:
+            output_dir: Folder; the run's where left out.
+        """
+        if not is_main_process():
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        self.model.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        write_model_card(folder, self.args, self.model, self.matrix)
+
+    def push_to_hub(self, repo_id: str | None = None, *, private: bool | None = None) -> str:
+        """Save and upload what `save_model` writes.
+
+        Args:
+            repo_id: Repository; the name of the run's folder where left out.
+            private: Whether a new repository is private.
+
+        Returns:
+            Address of the commit.
+        """
+        from huggingface_hub import HfApi  # noqa: PLC0415 - only needed here
+
+        self.save_model()
+        api = HfApi()
+        repository = api.create_repo(repo_id or Path(self.args.output_dir).name, private=private, exist_ok=True)
+        return str(
+            api.upload_folder(
+                repo_id=repository.repo_id,
+                folder_path=self.args.output_dir,
+                ignore_patterns=["state/*", "stage-*", "runs/*", "hbat_state.json", "trainer_state.json", "*.tmp"],
+                commit_message="Hybrid alignment training",
+            )
+        )
