@@ -20,22 +20,30 @@ def after_backward(accelerator: Any, action: Callable[[Tensor], None]) -> Callab
     Returns:
         A function that takes the action out again; calling it twice does no harm.
     """
-    inner = cast("Callable[..., None]", accelerator.backward)
-
-    def backward(loss: Tensor, **kwargs: Any) -> None:
-        inner(loss, **kwargs)
-        if active:
-            action(loss.detach())
-
-    active = [True]
-    accelerator.backward = backward
+    link = _Link(cast("Callable[..., None]", accelerator.backward), action)
+    accelerator.backward = link
 
     def undo() -> None:
-        active.clear()  # another wrapper may lie on top, so the link stays and does nothing
-        if accelerator.__dict__.get("backward") is backward:
-            if getattr(inner, "__self__", None) is accelerator:
-                accelerator.__dict__.pop("backward")
-            else:
-                accelerator.backward = inner
+        link.active = False  # other links may lie on top of this one: it goes when they have gone
+        top = accelerator.__dict__.get("backward")
+        while isinstance(top, _Link) and not top.active:
+            top = top.inner
+            accelerator.backward = top
+        if getattr(top, "__self__", None) is accelerator:
+            accelerator.__dict__.pop("backward", None)
 
     return undo
+
+
+class _Link:
+    """One action laid over the method as it was."""
+
+    def __init__(self, inner: Callable[..., None], action: Callable[[Tensor], None]) -> None:
+        self.inner = inner
+        self.action = action
+        self.active = True
+
+    def __call__(self, loss: Tensor, **kwargs: Any) -> None:
+        self.inner(loss, **kwargs)
+        if self.active:
+            self.action(loss.detach())

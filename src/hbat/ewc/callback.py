@@ -1,6 +1,7 @@
 """EWCCallback: when the penalty acts in a `transformers.Trainer`, and what it logs. The formulas are in `penalty`."""
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,7 +55,7 @@ class EWCCallback(TrainerCallback):
         f_max: float = 1.0,
         method: Method = "gradient",
     ) -> None:
-        if f_max < 0:
+        if not f_max >= 0:  # NaN is not
             raise ValueError(f"`f_max` is {f_max}; it must be at least 0.")
         if method not in {"gradient", "proximal"}:
             raise ValueError(f"`method` is {method!r}; it must be 'gradient' or 'proximal'.")
@@ -116,7 +117,8 @@ class EWCCallback(TrainerCallback):
         anchor = snapshot(parameters) if self.anchor is None else self.anchor
         require_same_names(parameters, anchor, "anchor")
         require_same_names(parameters, self.importance, "importance")
-        self._parameters, self._anchor = parameters, anchor
+        self._parameters = parameters
+        self._anchor = {name: anchor[name].detach().to(each.device) for name, each in parameters.items()}
         self._importance = {name: _beside(self.importance[name], each) for name, each in parameters.items()}
         if self.method == "gradient" and self._trainer is not None:
             self._undo = after_backward(self._trainer.accelerator, self._after_backward)
@@ -239,13 +241,19 @@ def refuse_sharded(args: TrainingArguments) -> None:
     Raises:
         NotImplementedError: Under DeepSpeed or FSDP.
     """
-    if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
-        engine = "DeepSpeed" if getattr(args, "deepspeed", None) else "FSDP"
+    for engine in ("DeepSpeed", "FSDP"):
+        if not getattr(args, engine.lower(), None) and not _is_launched_with(engine):
+            continue
         raise NotImplementedError(
             f"Parameters sharded by {engine} are not supported: neither the penalty nor the hand-over between stages. "
             "Train in one process or with DDP "
             "(`accelerate launch --multi_gpu`), with LoRA or QLoRA where memory is short."
         )
+
+
+def _is_launched_with(engine: str) -> bool:
+    # With a configuration of its own, `accelerate launch` leaves the arguments empty and says it here.
+    return os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in {"1", "true", "yes", "on", "y", "t"}
 
 
 def _beside(value: Tensor | float, parameter: Tensor) -> Tensor | float:
