@@ -37,7 +37,7 @@ class StopOnNonFiniteLoss(TrainerCallback):
         bad, self._bad = self._bad, None
         if bad is not None and bool(bad):
             raise FloatingPointError(
-                f"The loss is not finite in {self._stage} at its step {state.global_step + 1}. The weights at the stage's "
-                f"start are on disk: lower the learning rate of `{self._stage.objective}` and train into a new folder, "
-                "or fix the data."
+                f"The loss is not finite in {self._stage} at its step {state.global_step + 1}. The weights at the "
+                f"stage's start are on disk: lower the learning rate of `{self._stage.objective}` and train into a "
+                "new folder, or fix the data."
             )

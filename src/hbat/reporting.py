@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
@@ -41,7 +41,7 @@ class RunReporter:
         state.is_world_process_zero = self._args.process_index == 0
         state.is_local_process_zero = self._args.local_process_index == 0
         state.max_steps = total_steps
-        self._handler = CallbackHandler(self._reporters(), model, None, None, None)
+        self._handler = CallbackHandler([DefaultFlowCallback(), *self._reporters()], model, None, None, None)
         self._handler.on_train_begin(self._args, state, self._control)
         quiet = config.disable_tqdm or not state.is_local_process_zero
         self._bar = tqdm(total=total_steps, initial=state.global_step, disable=quiet, dynamic_ncols=True, unit="step")

@@ -26,6 +26,7 @@ from hbat.objectives.objective import Objective
 from hbat.optimizer_state import CarryMoments
 from hbat.reporting import ForwardLogs, RunReporter
 from hbat.rounds import Stage, part_indices
+from hbat.run import Run
 from hbat.stage_start import StageStart
 
 
@@ -126,9 +127,7 @@ class StageRunner:
         eval_dataset: Dataset | None,
         *,
         folder: Path,
-        consolidation: Consolidation | None,
-        moments: Mapping[str, Tensor],
-        steps_before: int,
+        run: Run,
         reporter: RunReporter,
         steps_after: int,
     ) -> StageResult:
@@ -140,16 +139,15 @@ class StageRunner:
             dataset: All training rows of the objective; the stage takes its part.
             eval_dataset: Rows for the host's own evaluation inside the stage, where its configuration asks for one.
             folder: The stage's folder.
-            consolidation: Importance of the run so far.
-            moments: Optimizer moments that the stage starts from.
-            steps_before: Optimizer steps of the objective's earlier stages.
+            run: The run; the moments of the stage's objective are taken out of it.
             reporter: The run's reporter.
             steps_after: Estimate of the run's steps after this stage.
 
         Returns:
             What the stage leaves. The model's weights are those of its end, averaged with its start where that is set.
         """
-        carry = CarryMoments(moments)
+        consolidation = run.consolidation
+        carry = CarryMoments(run.moments.pop(stage.objective, {}))
         evaluates = str(getattr(self._sections[stage.objective].eval_strategy, "value", "no")) != "no"
         with self.building(
             objective,
@@ -166,7 +164,7 @@ class StageRunner:
                 self._config.lr_schedule_of(stage.objective),
                 round_index=stage.round,
                 num_rounds=stage.num_rounds,
-                steps_before=steps_before,
+                steps_before=run.state.objective_steps.get(stage.objective, 0),
             )
             self._hold_back(trainer, stage, consolidation)
             StopOnNonFiniteLoss(trainer, stage)

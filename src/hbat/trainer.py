@@ -34,10 +34,10 @@ logger = logging.getLogger(__name__)
 class HBATTrainer:
     """Trains one model, or one adapter, on several objectives by alternating between them round by round.
 
-    Every data set is cut into `num_rounds` parts. A round runs each objective once on its part, with the objective's own
-    TRL trainer, built anew on the same model; the reference policy of a preference stage is the model at the stage's
-    start. With `ewc`, a stage is held back where the other objectives' stages moved the weights most. After every stage
-    every objective is evaluated, and the state of the run is on disk.
+    Every data set is cut into `num_rounds` parts. A round runs each objective once on its part, with the objective's
+    own TRL trainer, built anew on the same model; the reference policy of a preference stage is the model at the
+    stage's start. With `ewc`, a stage is held back where the other objectives' stages moved the weights most. After
+    every stage every objective is evaluated, and the state of the run is on disk.
 
     Args:
         model: Name or path of a causal language model, or a model, or a PeftModel with one trainable adapter.
@@ -186,9 +186,7 @@ class HBATTrainer:
             self._train_dataset[name],
             self._eval_dataset.get(name),
             folder=self._folder.path / stage.folder,
-            consolidation=run.consolidation,
-            moments=run.moments.pop(name, {}),
-            steps_before=run.state.objective_steps.get(name, 0),
+            run=run,
             reporter=reporter,
             steps_after=self._steps_from(run, stage.index + 1),
         )
@@ -232,8 +230,8 @@ class HBATTrainer:
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Evaluate every objective that has evaluation rows, on the model as it is.
 
-        The reference policy of a preference objective is the model at the start of the run, so that scores of different
-        stages compare.
+        The reference policy of a preference objective is the model at the start of the run, so that scores of
+        different stages compare.
 
         Returns:
             Scores by objective and metric.
