@@ -11,7 +11,7 @@ from dataclasses import dataclass
 #   plain alternation in 4 rounds, 5e-4    71 / 97 / 70     (58, 77, 68, 76)
 #
 # So alternation repairs much of what a too large preference learning rate does, and does not beat a tuned one. The
-# settings were chosen after looking at seeds 0 and 1. For two stages 2e-4 (joint 81) and 5e-5 (80) are worse than 1e-4.
+# settings were chosen after looking at these seeds. For two stages 2e-4 (joint 81) and 5e-5 (80) are worse than 1e-4.
 # At 2e-4 plain alternation loses to two stages (69 on seeds 0 and 1, against 80): it learns less of the style.
 #
 # One thread is the safe choice on a shared machine: beside other work two threads took several times as long.

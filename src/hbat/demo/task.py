@@ -154,8 +154,7 @@ def _draw_prompt(rng: random.Random) -> str:
 def _draw_wrong_body(rng: random.Random, prompt: str) -> Words:
     right = list(right_body(prompt))
     while True:
-        kind = rng.random()
-        body = list(right)
+        kind, body = rng.random(), list(right)
         if kind < SHARE_STOPPED:
             body = body[: rng.randint(1, len(body) - 1)]
         elif kind < SHARE_STOPPED + SHARE_MISSED:
