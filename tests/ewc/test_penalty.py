@@ -113,6 +113,14 @@ def test_bf16_value_is_computed_in_float32():
     assert float(value.detach()) == pytest.approx(oracle.penalty(parameters, anchor, importance), rel=1e-5)
 
 
+def test_bf16_weights_far_from_their_anchor_are_subtracted_in_float32():
+    parameters, _, importance = build("element", dtype=torch.bfloat16)
+    far = {name: each.bfloat16() for name, each in cases.random_like(parameters, 9, std=30.0).items()}
+    measured = measure_penalty(parameters, far, importance)
+    assert float(measured.penalty) == pytest.approx(oracle.penalty(parameters, far, importance), rel=1e-5)
+    assert float(measured.drift) == pytest.approx(oracle.drift(parameters, far), rel=1e-5)
+
+
 @pytest.mark.usefixtures("_block")
 def test_gradients_that_carry_a_loss_scale_get_the_scaled_penalty():
     parameters, anchor, importance = build("element")
