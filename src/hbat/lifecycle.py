@@ -65,6 +65,9 @@ class StageGuard:
 class _ModelRecord:
     def __init__(self, model: Any) -> None:
         self._model = model
+        for module in _wrapped(model):
+            # A trainer of the user's own may have left it: accelerate would skip the model, and autocast with it.
+            module.__dict__.pop("_is_accelerate_prepared", None)
         self._attributes = {
             name: {key: module.__dict__[key] for key in _PATCHED if key in module.__dict__}
             for name, module in model.named_modules()
