@@ -1,0 +1,170 @@
+"""The command `hbat`: train or check a run from a YAML file, or show the demo. Nothing heavy is imported for help."""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hbat
+from hbat.config import EWCConfig
+from hbat.run_file import RunFile, described_keys, parse, parse_overrides
+
+_USER_ERRORS = (ValueError, TypeError, KeyError, OSError, NotImplementedError, ImportError)
+_OWN_OPTIONS = ("config", "resume", "traceback", "help")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. See `{self.prog} --help`.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Its words; those of the process where left out.
+
+    Returns:
+        Exit status: 0, 2 for what the user can correct, 1 for what went wrong in training, 130 when interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options, rest = _parser().parse_known_args(words)
+        status: int = options.run(options, rest)
+    except KeyboardInterrupt:
+        print("hbat: interrupted", file=sys.stderr)  # noqa: T201 - what a command line is for
+        return 130
+    except Exception as error:  # noqa: BLE001 - the host raises anything; the user gets one line
+        if "--traceback" in words:
+            traceback.print_exc()
+        print(f"hbat: error: {_one_line(error)}", file=sys.stderr)  # noqa: T201
+        return 2 if isinstance(error, _USER_ERRORS) else 1
+    return status
+
+
+def _one_line(error: Exception) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    line = " ".join(str(text).split())
+    if isinstance(error, (*_USER_ERRORS, FloatingPointError)) and line:
+        return line
+    return f"{type(error).__name__}: {line} (`--traceback` shows where)"
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
+    run = _prepare(options, words)
+    with contextlib.redirect_stdout(sys.stderr):  # the standard output is for the result
+        from hbat.assembly import build_trainer, refuse_other_run  # noqa: PLC0415 - heavy
+
+        if not options.resume:
+            refuse_other_run(run)
+        trainer = build_trainer(run)
+        trainer.train(resume_from_checkpoint=options.resume)
+        trainer.save_model()
+    from hbat.summary import end_processes, print_result  # noqa: PLC0415 - heavy
+
+    print_result(trainer)
+    end_processes()
+    return 0
+
+
+def _validate(options: argparse.Namespace, words: Sequence[str]) -> int:
+    run = _prepare(options, words)
+    with contextlib.redirect_stdout(sys.stderr):
+        from hbat.assembly import build_trainer  # noqa: PLC0415 - heavy
+
+        trainer = build_trainer(run)
+    from hbat.summary import end_processes, print_plan  # noqa: PLC0415 - heavy
+
+    print_plan(trainer)
+    end_processes()
+    return 0
+
+
+def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
+    if words:
+        raise ValueError(f"`{words[0]}` is not an option of `hbat demo`.")
+    from hbat.demo.run import run  # noqa: PLC0415 - heavy
+
+    status: int = run(output_dir=options.output_dir, seed=options.seed, quick=options.quick)
+    return status
+
+
+def _prepare(options: argparse.Namespace, words: Sequence[str]) -> RunFile:
+    run = parse(options.config, parse_overrides(words, _OWN_OPTIONS))
+    run.set_environment()
+    return run
+
+
+# --- options and their help ------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hbat", allow_abbrev=False, description="Hybrid alignment training: alternate SFT and preference stages."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="{train,validate,demo}")
+    train = _run_command(commands, "train", _train, "train the run that a YAML file describes")
+    train.add_argument("--resume", action="store_true", help="go on where the run in `output_dir` was cut off")
+    _run_command(commands, "validate", _validate, "check configuration, data and model; train and write nothing")
+    demo = commands.add_parser("demo", allow_abbrev=False, help="train a small model on the CPU and compare methods")
+    demo.add_argument("--output-dir", type=Path, default=Path("demo-output"), help="folder (default: ./%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of data and weights (default: %(default)s)")
+    demo.add_argument("--quick", action="store_true", help="smaller and faster, to see that it runs")
+    demo.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _run_command(commands: Any, name: str, run: Any, what: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        allow_abbrev=False,
+        help=what,
+        usage=f"hbat {name} --config run.yaml [options] [--KEY VALUE ...]",
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=_keys_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    command.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    command.set_defaults(run=run)
+    return command
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        try:
+            version = hbat.__version__
+        except ImportError:  # a source tree that is not installed
+            version = "(not installed)"
+        parser.exit(message=f"hbat {version}\n")
+
+
+def _keys_help() -> str:
+    entries = [_entry(name, each) for name, each in described_keys() if name not in {"sft", "dpo", "ewc"}]
+    ewc = [_entry(f"ewc.{each.name}", each) for each in dataclasses.fields(EWCConfig)]
+    return "\n".join([
+        "Every key of the file can be set here as well: `--num_rounds 2`, `--sft.learning_rate=1e-5`, `--ewc null`,",
+        "`--objectives [sft,dpo]`, `--datasets.dpo pairs.jsonl.gz`. Values are YAML; without a value a key is true.",
+        "\nkeys:",
+        *entries,
+        "\nsections:",
+        "  sft.KEY, dpo.KEY\n        Any field of trl.SFTConfig and trl.DPOConfig.",
+        "  ewc\n        null: plain alternation, no penalty.",
+        *ewc,
+    ])
+
+
+def _entry(name: str, field: "dataclasses.Field[Any]") -> str:
+    default = "" if field.default is dataclasses.MISSING or field.default is None else f" (default: {field.default})"
+    text = textwrap.fill(f"{field.metadata['help']}{default}", 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return f"  {name}\n{text}"
