@@ -1,5 +1,6 @@
 """What a user can set: the fields of a run and of EWC, their help and their validation. Imports no trainer."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -28,9 +29,14 @@ def _check_choice(name: str, value: object, choices: object) -> None:
 
 
 def _check_number(name: str, value: object, low: float, high: float = float("inf")) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isinf(value):
         bound = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
         raise ValueError(f"`{name}` is {value!r}; it must be a number {bound}.")
+
+
+def _check_whole(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least {low}.")
 
 
 @dataclass(kw_only=True)
@@ -122,8 +128,8 @@ class EWCConfig:
         _check_number("ewc.f_max", self.f_max, 0)
         _check_number("ewc.importance_scale", self.importance_scale, 0)
         _check_number("ewc.freeze", self.freeze, 0, 1)
-        _check_number("ewc.fisher_samples", self.fisher_samples, 1)
-        _check_number("ewc.fisher_batch_size", self.fisher_batch_size, 1)
+        _check_whole("ewc.fisher_samples", self.fisher_samples, 1)
+        _check_whole("ewc.fisher_batch_size", self.fisher_batch_size, 1)
         if self.normalization == "softmax" and self.granularity == "element":
             raise ValueError(
                 "`ewc.normalization: softmax` runs over tensors but `ewc.granularity` is 'element'. "
@@ -221,10 +227,8 @@ class HBATConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.output_dir, str) or not self.output_dir:
             raise ValueError(f"`output_dir` is {self.output_dir!r}; name a folder for the run.")
-        if isinstance(self.num_rounds, bool) or not isinstance(self.num_rounds, int) or self.num_rounds < 1:
-            raise ValueError(f"`num_rounds` is {self.num_rounds!r}; it must be a whole number of at least 1.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"`seed` is {self.seed!r}; it must be a whole number of at least 0.")
+        _check_whole("num_rounds", self.num_rounds, 1)
+        _check_whole("seed", self.seed, 0)
         self._check_objectives()
         _check_choice("optimizer_state", self.optimizer_state, OptimizerState)
         _check_choice("on_bad_rows", self.on_bad_rows, OnBadRows)

@@ -15,7 +15,7 @@ from hbat.config import HBATConfig
 from hbat.datasets import check_dataset
 from hbat.evaluation import ForgettingMatrix, scores
 from hbat.ewc.callback import refuse_sharded
-from hbat.ewc.parameters import require_same_names, snapshot, trainable_parameters
+from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
 from hbat.fingerprint import fingerprint
 from hbat.model_loading import load_model, load_tokenizer
 from hbat.objectives.builtin import resolve
@@ -169,7 +169,7 @@ class HBATTrainer:
             )
         run = Run.resume(self.args, self._folder, found, described)
         weights = run.weights()
-        require_same_names(parameters, weights, "weight on disk")
+        require_counterparts(parameters, weights, "weight on disk")
         with torch.no_grad():
             for name, each in parameters.items():
                 each.copy_(weights[name])

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from hbat.ewc.parameters import canonical_name, require_same_names, snapshot, trainable_parameters
+from hbat.ewc.parameters import canonical_name, require_counterparts, snapshot, trainable_parameters
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,14 @@ def test_snapshot_is_a_detached_copy_of_the_same_dtype():
 
 def test_missing_names_are_counted_and_the_first_is_named():
     with pytest.raises(KeyError, match=r"2 of 3 parameters have no anchor, first 'b'"):
-        require_same_names(dict.fromkeys("abc"), {"a": 1}, "anchor")
+        require_counterparts(dict.fromkeys("abc"), {"a": 1}, "anchor")
 
 
-def test_more_names_than_needed_are_no_error():
-    require_same_names({"a": 1}, {"a": 1, "b": 2}, "importance")
+def test_more_names_than_needed_and_numbers_for_tensors_are_no_error():
+    require_counterparts({"a": torch.ones(2)}, {"a": 1.0, "b": torch.ones(3)}, "importance")
+    require_counterparts({"a": torch.ones(2)}, {"a": torch.ones(())}, "importance")
+
+
+def test_a_counterpart_of_another_shape_is_named():
+    with pytest.raises(ValueError, match=r"anchor of 'a' has the shape \(3, 2\), the parameter \(2, 3\)"):
+        require_counterparts({"a": torch.ones(2, 3)}, {"a": torch.ones(3, 2)}, "anchor")

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hbat.config import Method
 from hbat.ewc.backward import after_backward
-from hbat.ewc.parameters import require_same_names, snapshot, trainable_parameters
+from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
 from hbat.ewc.penalty import PenaltyStatistics, add_penalty_gradient_, measure_penalty, proximal_step_
 
 #: Largest ratio of the penalty's gradient norm to the task's in a stage, below which the penalty is called dead.
@@ -115,8 +115,8 @@ class EWCCallback(TrainerCallback):
             )
         parameters = trainable_parameters(model)
         anchor = snapshot(parameters) if self.anchor is None else self.anchor
-        require_same_names(parameters, anchor, "anchor")
-        require_same_names(parameters, self.importance, "importance")
+        require_counterparts(parameters, anchor, "anchor")
+        require_counterparts(parameters, self.importance, "importance")
         self._parameters = parameters
         self._anchor = {name: anchor[name].detach().to(each.device) for name, each in parameters.items()}
         self._importance = {name: _beside(self.importance[name], each) for name, each in parameters.items()}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hbat.ewc.parameters import require_same_names
+from hbat.ewc.parameters import require_counterparts
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def displacement(
     Raises:
         ValueError: If a change is not finite.
     """
-    require_same_names(parameters, anchor, "anchor")
+    require_counterparts(parameters, anchor, "anchor")
     result = {}
     for name, each in parameters.items():
         squared = (each.float() - anchor[name].float()).square_()
@@ -50,7 +50,7 @@ def accumulate(total: dict[str, Tensor], addition: Mapping[str, Tensor]) -> None
     if not total:
         total.update({name: each.clone() for name, each in addition.items()})
         return
-    require_same_names(total, addition, "importance")
+    require_counterparts(total, addition, "importance")
     for name, each in total.items():
         each.add_(addition[name].to(each.device))
 

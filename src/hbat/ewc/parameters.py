@@ -51,8 +51,8 @@ def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: each.detach().clone() for name, each in parameters.items()}
 
 
-def require_same_names(expected: Mapping[str, object], given: Mapping[str, object], what: str) -> None:
-    """Check that every parameter has its counterpart.
+def require_counterparts(expected: Mapping[str, Tensor], given: Mapping[str, Tensor | float], what: str) -> None:
+    """Check that every parameter has its counterpart, of its shape or of shape `()`.
 
     Args:
         expected: Parameters by name.
@@ -61,6 +61,7 @@ def require_same_names(expected: Mapping[str, object], given: Mapping[str, objec
 
     Raises:
         KeyError: If an entry is missing.
+        ValueError: If an entry has another shape, as after resizing the embeddings.
     """
     missing = [name for name in expected if name not in given]
     if missing:
@@ -68,3 +69,10 @@ def require_same_names(expected: Mapping[str, object], given: Mapping[str, objec
             f"{len(missing)} of {len(expected)} parameters have no {what}, first {missing[0]!r}. "
             f"Take the {what} from the same model with the same adapters."
         )
+    for name, each in expected.items():
+        shape = getattr(given[name], "shape", ())
+        if shape not in {(), each.shape}:
+            raise ValueError(
+                f"The {what} of {name!r} has the shape {tuple(shape)}, the parameter {tuple(each.shape)}. "
+                f"Take the {what} from the same model with the same adapters."
+            )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hbat.ewc.parameters import require_same_names
+from hbat.ewc.parameters import require_counterparts
 
 #: Elements handled at a time. On a CPU the scratch block (1 MiB of float32) stays in the cache, which brings the step
 #: near the memory bandwidth; a GPU wants few, large kernels.
@@ -69,8 +69,8 @@ def ewc_penalty(
     Raises:
         KeyError: If a parameter has no anchor or no importance.
     """
-    require_same_names(parameters, anchor, "anchor")
-    require_same_names(parameters, importance, "importance")
+    require_counterparts(parameters, anchor, "anchor")
+    require_counterparts(parameters, importance, "importance")
     terms = [
         (importance[name] * (each.float() - anchor[name].float()).square()).sum() for name, each in parameters.items()
     ]

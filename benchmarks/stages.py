@@ -1,0 +1,118 @@
+"""Cost of alternation: a run of 8 stages over the same 8 stages as plain TRL trainers, timed in turn.
+
+Both build a fresh trainer a stage, train the same rows with the same seeds on one model, and give DPO a reference model
+with the weights of its stage's start. The run also cuts the data, guards the model, and writes its state to disk.
+
+    python benchmarks/stages.py [--repeats 3] [--steps 12]
+"""
+
+import argparse
+import tempfile
+import warnings
+
+import torch
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from workload import byte_tokenizer, in_turn, llama, ratio, rows, save
+
+from hbat import HBATConfig, HBATTrainer
+from hbat.lifecycle import unpatched_copy
+from hbat.rounds import part_indices
+
+ROUNDS = 4
+BATCH = 8
+
+
+def section(steps: int) -> dict[str, object]:
+    """Fields that SFT and DPO share.
+
+    Args:
+        steps: Steps of a stage.
+
+    Returns:
+        The fields.
+    """
+    return {
+        "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-4, "logging_steps": 5, "max_length": 256,
+        "max_steps": steps, "per_device_train_batch_size": BATCH, "save_strategy": "no", "use_cpu": True,
+    }  # fmt: skip
+
+
+def plain(data: dict, tokenizer: object, steps: int) -> None:
+    """Run the stages as TRL trainers by hand.
+
+    Args:
+        data: Rows by objective.
+        tokenizer: The tokenizer.
+        steps: Steps of a stage.
+    """
+    model = llama(256, 4)
+    reference = unpatched_copy(model)
+    for stage in range(2 * ROUNDS):
+        name = ("sft", "dpo")[stage % 2]
+        part = data[name].select(part_indices(len(data[name]), ROUNDS, stage // 2, 42))
+        common = section(steps) | {"report_to": "none", "disable_tqdm": True, "seed": 42 + stage}
+        with tempfile.TemporaryDirectory() as folder:
+            if name == "sft":
+                args = SFTConfig(output_dir=folder, **common)
+                trainer = SFTTrainer(model, args=args, train_dataset=part, processing_class=tokenizer)
+            else:
+                reference.load_state_dict(model.state_dict())
+                args = DPOConfig(output_dir=folder, **common)
+                trainer = DPOTrainer(
+                    model, ref_model=reference, args=args, train_dataset=part, processing_class=tokenizer
+                )
+            trainer.train()
+        for each in (model, reference):  # or the forward wrappers pile up
+            for key in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                each.__dict__.pop(key, None)
+
+
+def hybrid(data: dict, tokenizer: object, steps: int, **options: object) -> None:
+    """Run the stages as one run.
+
+    Args:
+        data: Rows by objective.
+        tokenizer: The tokenizer.
+        steps: Steps of a stage.
+        options: More fields of the run's configuration.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config = HBATConfig(
+            output_dir=folder, num_rounds=ROUNDS, sft=section(steps), dpo=section(steps), disable_tqdm=True, **options
+        )
+        HBATTrainer(llama(256, 4), config, data, processing_class=tokenizer).train()
+
+
+def main() -> None:
+    """Time the variants and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    tokenizer = byte_tokenizer()
+    data = {
+        "sft": rows(BATCH * given.steps * ROUNDS, 100, preference=False, seed=1),
+        "dpo": rows(BATCH * given.steps * ROUNDS, 100, preference=True, seed=2),
+    }
+    bare = {"ewc": None, "optimizer_state": "reset"}
+    times = in_turn(
+        {
+            "plain TRL": lambda: plain(data, tokenizer, given.steps),
+            "hbat, no EWC": lambda: hybrid(data, tokenizer, given.steps, **bare),
+            "hbat, default": lambda: hybrid(data, tokenizer, given.steps),
+        },
+        given.repeats,
+    )
+    print(f"{'8 stages':16}{'wall s (min)':>14}{'wall ratio':>12}{'cpu ratio':>12}")
+    result = {}
+    for name, each in times.items():
+        ratios = {clock: ratio(times, name, "plain TRL", clock) for clock in ("wall", "cpu")}
+        result[name] = {"wall_s": each["wall"], "cpu_s": each["cpu"], "ratio": ratios}
+        print(f"{name:16}{min(each['wall']):14.2f}{ratios['wall']:12.3f}{ratios['cpu']:12.3f}")
+    save("stages", {"steps_per_stage": given.steps, "variants": result})
+
+
+if __name__ == "__main__":
+    main()

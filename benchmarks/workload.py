@@ -1,0 +1,127 @@
+"""Models, rows and measurement that the benchmarks share. Everything is made in memory from seeds."""
+
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token a byte.
+
+    Returns:
+        The tokenizer.
+    """
+    alphabet = ["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")  # noqa: S106
+
+
+def llama(hidden: int, layers: int, vocabulary: int = 258, seed: int = 0) -> LlamaForCausalLM:
+    """A Llama with random weights.
+
+    Args:
+        hidden: Width.
+        layers: Depth.
+        vocabulary: Number of tokens.
+        seed: Seed of the weights.
+
+    Returns:
+        The model in float32.
+    """
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+            num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512, pad_token_id=0, eos_token_id=1,
+            bos_token_id=None, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def rows(count: int, length: int, *, preference: bool, seed: int) -> Dataset:
+    """Rows of random letters.
+
+    Args:
+        count: Number of rows.
+        length: Characters of an answer.
+        preference: Whether rows have `chosen` and `rejected`, or `completion`.
+        seed: Seed of the letters.
+
+    Returns:
+        The data set.
+    """
+    chance = random.Random(seed)
+
+    def text() -> str:
+        return "".join(chance.choices("abcdefgh ", k=length)).strip() or "a"
+
+    if preference:
+        return Dataset.from_list([{"prompt": text(), "chosen": " a" + text(), "rejected": " b" + text()} for _ in range(count)])
+    return Dataset.from_list([{"prompt": text(), "completion": " " + text()} for _ in range(count)])
+
+
+def in_turn(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Time variants in turn, so that a slow moment of the machine hits all of them.
+
+    Args:
+        variants: What to run, by name.
+        repeats: How often each runs, after a first run that is not counted.
+
+    Returns:
+        Wall and processor seconds of each run, by variant.
+    """
+    times: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in variants}
+    for repeat in range(repeats + 1):
+        for name, run in variants.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            if repeat:
+                times[name]["wall"].append(time.perf_counter() - wall)
+                times[name]["cpu"].append(time.process_time() - cpu)
+    return times
+
+
+def ratio(times: dict[str, dict[str, list[float]]], name: str, base: str, clock: str) -> float:
+    """Median over repeats of the ratio of two variants that ran one after the other.
+
+    Args:
+        times: What `in_turn` returned.
+        name: The variant above the line.
+        base: The variant below it.
+        clock: `wall` or `cpu`.
+
+    Returns:
+        The ratio.
+    """
+    return statistics.median(a / b for a, b in zip(times[name][clock], times[base][clock], strict=True))
+
+
+def save(name: str, result: dict[str, Any]) -> None:
+    """Write a result with the versions that made it.
+
+    Args:
+        name: Name of the benchmark.
+        result: Plain values.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    packages = ("torch", "transformers", "trl", "accelerate", "peft")
+    about = {"python": platform.python_version(), "threads": torch.get_num_threads()}
+    about |= {package: version(package) for package in packages}
+    file = RESULTS / f"{name}.json"
+    file.write_text(json.dumps({"about": about, **result}, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {file.relative_to(Path(__file__).parent.parent)}")
