@@ -106,7 +106,7 @@ def _fits(value: object, hint: Any) -> bool:
     origin = get_origin(hint) or hint
     if origin is Literal:
         return value in get_args(hint)
-    if not isinstance(origin, type) or origin is object:
+    if origin is Any or not isinstance(origin, type):  # `Any` is a class since Python 3.11
         return True
     if origin in {int, float}:
         return isinstance(value, int if origin is int else int | float) and not isinstance(value, bool)
