@@ -15,9 +15,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_origin
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -76,15 +76,15 @@ class RunFolder:
         if not manifest.exists():
             return None
         try:
-            values = json.loads(manifest.read_text(encoding="utf-8"))
+            values = dict(json.loads(manifest.read_text(encoding="utf-8")))
             found = values.pop("format")
-            if found != FORMAT:
-                raise RunStateError(f"{manifest} has format {found!r}; this version of hbat reads format {FORMAT}.")
-            return RunState(**values)
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            if found == FORMAT:
+                return _typed(RunState(**values))
+        except (KeyError, TypeError, ValueError) as error:
             raise RunStateError(
                 f"{manifest} cannot be read ({error}). Restore it from a backup, or train into another folder."
             ) from error
+        raise RunStateError(f"{manifest} has format {found!r}; this version of hbat reads format {FORMAT}.")
 
     def commit(self, state: RunState) -> None:
         """Make `state` the run's state, and remove the tensor files that it no longer names.
@@ -99,8 +99,8 @@ class RunFolder:
         folder = self.path / "state"
         if folder.is_dir():
             for file in folder.iterdir():
-                if file.name not in state.files.values():
-                    file.unlink()
+                if file.name not in state.files.values() and not file.is_dir():
+                    file.unlink(missing_ok=True)
 
     def write_tensors(self, state: RunState, kind: str, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors under a new name and note it in `state`, which is not yet committed.
@@ -146,6 +146,14 @@ class RunFolder:
         """
         if self._writes:
             shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def _typed(state: RunState) -> RunState:
+    for each in fields(state):
+        value, expected = getattr(state, each.name), get_origin(each.type) or each.type
+        if not isinstance(value, cast("type", expected)) or isinstance(value, bool):
+            raise TypeError(f"`{each.name}` is {value!r}")
+    return state
 
 
 def write_json(path: Path, values: object) -> None:

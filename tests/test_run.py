@@ -1,0 +1,265 @@
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+
+from hbat import run_state
+from hbat.config import EWCConfig, HBATConfig
+from hbat.rounds import plan
+from hbat.run import Run
+from hbat.run_state import RunFolder, RunStateError
+
+PLAN = plan(2, ["sft", "dpo"])
+DESCRIBED = {"run": {"seed": 1}, "dpo": {"beta": 0.1}}
+
+
+def tensors(number):
+    return {"a": torch.full((2, 2), float(number)), "b": torch.tensor([float(number)] * 3)}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def config(folder, **options):
+    return HBATConfig(output_dir=str(folder), **options)
+
+
+def start(path, **options):
+    return Run.start(config(path, **options), RunFolder(path), DESCRIBED, tensors(0))
+
+
+def resume(path, described=DESCRIBED, **options):
+    folder = RunFolder(path)
+    return Run.resume(config(path, **options), folder, folder.read(), described)
+
+
+def finish(run, stage, *, steps=5, importance=True, moments=True):
+    """Commit a stage whose every tensor holds a number that tells the stage."""
+    run.commit_stage(
+        stage,
+        steps=steps,
+        importance=tensors(stage.index + 1) if importance else None,
+        moments={"a::exp_avg": torch.full((2, 2), stage.index + 0.5)} if moments else {},
+        weights=tensors(10 * (stage.index + 1)),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _fast_disk(monkeypatch):
+    """Waiting for the disk takes most of the time here, and a test outlives no power cut."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def test_a_run_starts_with_its_weights_on_disk(tmp_path):
+    start(tmp_path)
+    run = resume(tmp_path)
+    assert (run.state.next_stage, run.state.global_step) == (0, 0)
+    assert same(run.weights(), tensors(0))
+    assert same(run.weights("initial"), tensors(0))
+    assert run.consolidation.accumulated == {}
+    assert run.moments == {"sft": {}, "dpo": {}}
+
+
+def test_a_resumed_run_holds_what_the_stages_left(tmp_path):
+    run = start(tmp_path)
+    for stage, steps in zip(PLAN[:3], (5, 7, 6), strict=True):
+        finish(run, stage, steps=steps)
+    again = resume(tmp_path)
+    assert (again.state.next_stage, again.state.global_step) == (3, 18)
+    assert again.state.objective_steps == {"sft": 11, "dpo": 7}
+    assert same(again.weights(), tensors(30))
+    assert same(again.weights("initial"), tensors(0))
+    assert same(again.consolidation.accumulated["sft"], tensors(1 + 3))
+    assert same(again.consolidation.accumulated["dpo"], tensors(2))
+    assert same(again.moments["sft"], {"a::exp_avg": torch.full((2, 2), 2.5)})
+    assert same(again.moments["dpo"], {"a::exp_avg": torch.full((2, 2), 1.5)})
+    for stage in PLAN:
+        ours, theirs = run.consolidation.importance(stage), again.consolidation.importance(stage)
+        assert same(ours, theirs)
+
+
+def test_a_stage_that_is_done_leaves_no_checkpoints_and_no_old_tensors(tmp_path):
+    run = start(tmp_path)
+    (tmp_path / PLAN[0].folder / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / PLAN[1].folder).mkdir()
+    for stage in PLAN[:1]:
+        finish(run, stage)
+    assert not (tmp_path / PLAN[0].folder).exists()
+    assert (tmp_path / PLAN[1].folder).exists()
+    assert {each.name for each in (tmp_path / "state").iterdir()} == {
+        "weights-000.safetensors",  # the run's start, for evaluations
+        "weights-001.safetensors",
+        "importance-sft-000.safetensors",
+        "optimizer-sft-000.safetensors",
+    }
+
+
+def test_without_consolidation_and_carried_moments_only_weights_are_kept(tmp_path):
+    run = start(tmp_path, ewc=None)
+    finish(run, PLAN[0], moments=False)
+    assert run.consolidation is None
+    assert set(run.state.files) == {"initial", "weights"}
+    assert resume(tmp_path, ewc=None).consolidation is None
+
+
+def test_a_stage_that_yields_no_importance_leaves_the_sums_alone(tmp_path):
+    run = start(tmp_path)
+    finish(run, PLAN[0])
+    finish(run, PLAN[1], importance=False)
+    assert set(resume(tmp_path).consolidation.accumulated) == {"sft"}
+
+
+def test_evaluations_are_part_of_the_state(tmp_path):
+    rows = [{"stage": -1, "round": 0, "objective": None, "scores": {"sft": {"loss": 0.25}}}]
+    start(tmp_path).commit_evaluations(rows)
+    assert resume(tmp_path).state.evaluations == rows
+
+
+def test_a_process_that_only_reads_follows_the_run_without_writing(tmp_path):
+    folder = RunFolder(tmp_path, writes=False)
+    run = Run.start(config(tmp_path), folder, DESCRIBED, tensors(0))
+    finish(run, PLAN[0])
+    assert (run.state.next_stage, run.state.global_step) == (1, 5)
+    assert same(run.consolidation.accumulated["sft"], tensors(1))
+    assert not list(tmp_path.iterdir())
+
+
+# --- another run in the folder ---------------------------------------------------------------------------------------
+
+
+def test_another_configuration_is_refused_and_the_change_named(tmp_path):
+    start(tmp_path)
+    with pytest.raises(RunStateError, match=r"holds another run: dpo\.beta: 0\.1 -> 0\.2\. Restore these values"):
+        resume(tmp_path, {"run": {"seed": 1}, "dpo": {"beta": 0.2}})
+    resume(tmp_path)
+
+
+def test_many_changes_are_counted_after_the_first_eight(tmp_path):
+    start(tmp_path)
+    many = DESCRIBED | {f"extra-{number}": number for number in range(11)}
+    with pytest.raises(RunStateError, match=r"extra-6: None -> 6; and 3 more\. Restore"):
+        resume(tmp_path, many)
+
+
+@pytest.mark.parametrize("kind", ["weights", "importance-sft", "optimizer-sft"])
+def test_a_tensor_file_that_is_gone_is_named(kind, tmp_path):
+    run = start(tmp_path)
+    finish(run, PLAN[0])
+    file = tmp_path / "state" / run.state.files[kind]
+    file.unlink()
+    with pytest.raises(RunStateError, match=rf"{file.name} cannot be read"):
+        resume(tmp_path).weights()
+
+
+# --- a crash at any moment -------------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """A process that dies."""
+
+
+def _die_at(monkeypatch, number):
+    """Die before the n-th operation on files; returns the counter."""
+    counter = {"calls": 0}
+
+    def counted(operation):
+        def call(*args, **kwargs):
+            counter["calls"] += 1
+            if counter["calls"] == number:
+                raise Crash
+            return operation(*args, **kwargs)
+
+        return call
+
+    for owner, name in [
+        (pathlib.Path, "replace"), (pathlib.Path, "unlink"), (pathlib.Path, "mkdir"), (os, "fsync"),
+        (run_state, "save_file"), (run_state.shutil, "rmtree"),
+    ]:  # fmt: skip
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    return counter
+
+
+def _expected(done):
+    """What a run holds after `done` stages: next stage, weights, importance of sft, moments of dpo."""
+    return {
+        "next": done,
+        "weights": 10.0 * done,
+        "sft": {0: None, 1: 1.0, 2: 1.0, 3: 4.0, 4: 4.0}[done],
+        "dpo": {0: None, 1: None, 2: 1.5, 3: 1.5, 4: 3.5}[done],
+    }
+
+
+def _held(run):
+    importance = run.consolidation.accumulated.get("sft")
+    moments = run.moments["dpo"]
+    return {
+        "next": run.state.next_stage,
+        "weights": float(run.weights()["a"][0, 0]),
+        "sft": float(importance["a"][0, 0]) if importance else None,
+        "dpo": float(moments["a::exp_avg"][0, 0]) if moments else None,
+    }
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_stage_cut_off_at_any_file_operation_is_wholly_done_or_not_at_all(index, tmp_path):
+    number, outcomes = 0, []
+    while True:
+        number += 1
+        path = tmp_path / str(number)
+        run = start(path)
+        for stage in PLAN[:index]:
+            finish(run, stage)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            _die_at(monkeypatch, number)
+            try:
+                finish(run, PLAN[index])
+                break
+            except Crash:
+                pass
+        again = resume(path)
+        done = again.state.next_stage
+        assert _held(again) == _expected(done)
+        outcomes.append(done)
+        for stage in PLAN[done:]:
+            finish(again, stage)
+        assert _held(resume(path)) == _expected(4)
+        assert again.state.global_step == 20
+    assert sorted(set(outcomes)) == [index, index + 1]
+    assert number > 10
+
+
+def test_a_start_cut_off_at_any_file_operation_leaves_no_run_or_a_whole_one(tmp_path):
+    number = 0
+    while True:
+        number += 1
+        path = tmp_path / str(number)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            _die_at(monkeypatch, number)
+            try:
+                start(path)
+                break
+            except Crash:
+                pass
+        if RunFolder(path).read() is None:
+            start(path)
+        assert _held(resume(path)) == _expected(0)
+    assert number > 5
+
+
+def test_state_of_a_stage_is_named_for_the_stage(tmp_path):
+    run = start(tmp_path)
+    finish(run, PLAN[0])
+    finish(run, PLAN[1])
+    manifest = json.loads((tmp_path / "hbat_state.json").read_text())
+    assert manifest["files"]["weights"] == "weights-002.safetensors"
+    assert manifest["files"]["importance-dpo"] == "importance-dpo-001.safetensors"
+
+
+def test_the_random_control_is_the_same_before_and_after_a_resume(tmp_path):
+    ewc = EWCConfig(source="random")
+    first = start(tmp_path, ewc=ewc, seed=9).consolidation.control(tensors(0), PLAN[2])
+    again = resume(tmp_path, ewc=ewc, seed=9).consolidation.control(tensors(0), PLAN[2])
+    assert same(first, again)
