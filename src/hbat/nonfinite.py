@@ -1,5 +1,7 @@
 """Stops a stage whose loss is NaN or infinite, before the optimizer takes a step from it."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -37,7 +39,27 @@ class StopOnNonFiniteLoss(TrainerCallback):
         bad, self._bad = self._bad, None
         if bad is not None and bool(bad):
             raise FloatingPointError(
-                f"The loss is not finite in {self._stage} at its step {state.global_step + 1}. The weights at the "
-                f"stage's start are on disk: lower the learning rate of `{self._stage.objective}` and train into a "
-                "new folder, or fix the data."
+                f"The loss is not finite in {self._stage} at its step {state.global_step + 1}.{_advice(self._stage)}"
             )
+
+
+def require_finite_weights(parameters: Mapping[str, Tensor], stage: Stage) -> None:
+    """Refuse to go on from weights that are NaN or infinite: a gradient can be so where the loss was not.
+
+    Args:
+        parameters: Weights at the stage's end, by name.
+        stage: The stage, for the message.
+
+    Raises:
+        FloatingPointError: If one is not finite.
+    """
+    for name, each in parameters.items():
+        if not bool(torch.isfinite(each).all()):
+            raise FloatingPointError(f"The weight {name!r} is not finite at the end of {stage}.{_advice(stage)}")
+
+
+def _advice(stage: Stage) -> str:
+    return (
+        f" The weights at the stage's start are on disk: lower the learning rate of `{stage.objective}` and train "
+        "into a new folder, or fix the data."
+    )

@@ -20,11 +20,11 @@ def moments(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str,
         parameters: Trainable parameters by name.
 
     Returns:
-        Tensors by `parameter::entry`, not copied; plain numbers as float64 tensors of shape `()`.
+        Tensors by `parameter::entry`, not copied; plain numbers as int64 or float64 tensors of shape `()`.
     """
     state = _inner(optimizer).state
     return {
-        f"{name}{_SEPARATOR}{key}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        f"{name}{_SEPARATOR}{key}": value if isinstance(value, Tensor) else _as_tensor(value)
         for name, each in parameters.items()
         for key, value in state.get(each, {}).items()
         if isinstance(value, Tensor | int | float)
@@ -43,7 +43,7 @@ def load_moments(optimizer: Any, parameters: Mapping[str, nn.Parameter], saved: 
     by_parameter: dict[str, dict[str, Any]] = {}
     for key, value in saved.items():
         name, entry = key.rsplit(_SEPARATOR, 1)
-        plain = value.dtype == torch.float64 and value.dim() == 0
+        plain = value.dtype in {torch.int64, torch.float64} and value.dim() == 0
         by_parameter.setdefault(name, {})[entry] = value.item() if plain else value
     state = inner.state_dict()
     order = [each for group in inner.param_groups for each in group["params"]]
@@ -95,6 +95,11 @@ class CarryMoments(TrainerCallback):
             # On the CPU, so that the moments of objectives that do not train take no accelerator memory.
             current = moments(kwargs["optimizer"], trainable_parameters(model))
             self.saved = {key: each.cpu() for key, each in current.items()}
+
+
+def _as_tensor(number: float) -> Tensor:
+    # bitsandbytes counts its steps in a plain int, and takes nothing else back.
+    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
 
 
 def _inner(optimizer: Any) -> Any:

@@ -21,7 +21,7 @@ from hbat.ewc.importance import displacement
 from hbat.ewc.parameters import trainable_parameters
 from hbat.learning_rate import extend_schedule
 from hbat.lifecycle import StageGuard
-from hbat.nonfinite import StopOnNonFiniteLoss
+from hbat.nonfinite import StopOnNonFiniteLoss, require_finite_weights
 from hbat.objectives.objective import Objective
 from hbat.optimizer_state import CarryMoments
 from hbat.reporting import ForwardLogs, RunReporter
@@ -171,6 +171,7 @@ class StageRunner:
             trainer.train(resume_from_checkpoint=last_checkpoint(folder, trainer.args.max_steps))
             steps = trainer.state.global_step
             examples = self._fisher_examples(objective, trainer.train_dataset)
+        require_finite_weights(trainable_parameters(self._model), stage)
         self._average(self._config.average_of(stage.objective))
         carried = carry.saved if self._config.optimizer_state == "carry" else {}
         return StageResult(steps, self._yielded(stage, consolidation, examples), carried)
