@@ -164,4 +164,6 @@ def _absolute(source: Any) -> Any:
     # So that the message about a missing file says where it was looked for.
     if isinstance(source, str) and source.lower().endswith(_FILE_ENDINGS):
         return str(Path(source).expanduser().absolute())
+    if isinstance(source, Mapping) and "path" in source:
+        return {**source, "path": _absolute(source["path"])}
     return [_absolute(each) for each in source] if isinstance(source, list) else source

@@ -27,8 +27,8 @@ class RunFile:
     )
     datasets: dict[str, Any] = field(
         metadata={
-            "help": "Training rows by objective: a name on the Hub, a file, a list of files, or a mapping with "
-            "`path`, `name`, `split`, `data_files` and `revision`. Files: .jsonl, .json, .csv (all also .gz), .parquet."
+            "help": "Training rows by objective: name on the Hub, file, list of files, or a mapping with `path`, "
+            "`name`, `split`, `data_files` and `revision`. Files: .jsonl, .json, .csv, each also .gz; .parquet."
         }
     )
     eval_datasets: dict[str, Any] | None = field(

@@ -45,7 +45,7 @@ def print_plan(trainer: HBATTrainer) -> None:
         return
     console, rounds = Console(soft_wrap=True), trainer.args.num_rounds
     names = trainer.args.objective_names
-    table = _table("objective", "stages", "rows", "rows in a part", "steps in a stage", "evaluation rows")
+    table = _table("objective", "stages", "rows", "rows a stage", "steps a stage", "evaluation rows")
     total = 0
     for name in names:
         rows = len(trainer._train_dataset[name])  # noqa: SLF001 - what is left of the data after its check
@@ -76,5 +76,5 @@ def end_processes() -> None:
 def _table(*columns: str) -> Table:
     table = Table(title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        table.add_column(column, justify="right" if number else "left")
     return table
