@@ -4,27 +4,32 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainingArguments
 
 from hbat.config import HBATConfig
 
 _SAMPLED_ROWS = 1000
 #: Fields of a stage's configuration that say where and how much is logged or kept, not what is trained.
 _INCIDENTAL = {
-    "disable_tqdm", "hub_token", "log_level", "log_level_replica", "log_on_each_node", "logging_dir",
+    "disable_tqdm", "hub_token", "local_rank", "log_level", "log_level_replica", "log_on_each_node", "logging_dir",
     "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "output_dir", "project",
     "report_to", "run_name", "save_on_each_node", "save_steps", "save_strategy", "save_total_limit",
-    "trackio_space_id",
+    "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
 }  # fmt: skip
+
+
+class _Section(Protocol):
+    """A stage's configuration, of which nothing but its values matters here."""
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 def fingerprint(
     config: HBATConfig,
-    sections: Mapping[str, TrainingArguments],
+    sections: Mapping[str, _Section],
     datasets: Mapping[str, Dataset],
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Any]:
