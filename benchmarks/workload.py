@@ -71,7 +71,9 @@ def rows(count: int, length: int, *, preference: bool, seed: int) -> Dataset:
         return "".join(chance.choices("abcdefgh ", k=length)).strip() or "a"
 
     if preference:
-        return Dataset.from_list([{"prompt": text(), "chosen": " a" + text(), "rejected": " b" + text()} for _ in range(count)])
+        return Dataset.from_list([
+            {"prompt": text(), "chosen": " a" + text(), "rejected": " b" + text()} for _ in range(count)
+        ])
     return Dataset.from_list([{"prompt": text(), "completion": " " + text()} for _ in range(count)])
 
 

@@ -258,7 +258,9 @@ def _is_launched_with(engine: str) -> bool:
 
 def _beside(value: Tensor | float, parameter: Tensor) -> Tensor | float:
     # A mapping from disk or CPU is brought to the parameter's device once, not at every step.
-    return value.detach().to(parameter.device) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return float(value) if value.dim() == 0 else value.detach().to(parameter.device)
 
 
 def _task_norm(measured: PenaltyStatistics, total_norm: float | None) -> float:

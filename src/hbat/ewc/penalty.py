@@ -107,7 +107,7 @@ def add_penalty_gradient_(
     for block in _blocks(parameters, anchor, importance, with_gradient=True):
         if tally is not None:
             tally.add(block, scale)
-        block.gradient.add_(block.difference.mul_(block.importance), alpha=2.0 * scale * strength)
+        _add_pull_(block, 2.0 * scale * strength)
     return tally.result(strength) if tally is not None else None
 
 
@@ -194,15 +194,32 @@ def _blocks(
         if scratch.numel() < size or scratch.device != each.device:
             scratch = torch.empty(size, dtype=torch.float32, device=each.device)
         own = importance[name]
+        if isinstance(own, Tensor) and own.dim() == 0 and own.device.type == "cpu":
+            own = float(own)
         own_pieces = own.reshape(-1).split(size) if isinstance(own, Tensor) and own.dim() > 0 else None
         pieces = zip(
             _flat(each).split(size), anchor[name].reshape(-1).split(size), _flat(gradient).split(size), strict=True
         )
         for index, (parameter, start, gradient_piece) in enumerate(pieces):
-            difference = scratch[: parameter.numel()]
-            difference.copy_(parameter).sub_(start)
+            difference = _subtract(parameter, start, scratch[: parameter.numel()])
             weight = own if own_pieces is None else own_pieces[index]
             yield _Block(name, parameter, start, gradient_piece, weight, difference)
+
+
+def _add_pull_(block: _Block, factor: float) -> None:
+    # Each form reads and writes every block once; the general one passes over the scratch block once more.
+    if not isinstance(block.importance, Tensor):
+        block.gradient.add_(block.difference, alpha=factor * block.importance)
+    elif block.gradient.dtype == block.importance.dtype == torch.float32 and block.importance.dim() > 0:
+        block.gradient.addcmul_(block.difference, block.importance, value=factor)
+    else:
+        block.gradient.add_(block.difference.mul_(block.importance), alpha=factor)
+
+
+def _subtract(parameter: Tensor, anchor: Tensor, out: Tensor) -> Tensor:
+    if parameter.dtype == anchor.dtype == torch.float32:
+        return torch.sub(parameter, anchor, out=out)
+    return out.copy_(parameter).sub_(anchor)  # with `out=`, torch would subtract in the operands' own precision
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -1,0 +1,138 @@
+"""Cost of the penalty on a model of 100M parameters: closed form against autograd, and against memory bandwidth.
+
+`authors` is the loop of the authors' code, a sum of weighted squared distances with a backward pass of its own. The
+floor is what any implementation must move: parameter, anchor and gradient read, gradient written (16 bytes an element; 20 with
+an importance an element), at the best bandwidth seen in the same run. Peaks are measured in processes of their own.
+
+    python benchmarks/penalty.py [--repeats 7]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from workload import llama, save
+
+from hbat import add_penalty_gradient_, ewc_penalty, snapshot, trainable_parameters
+
+STRENGTH = 10.0
+VARIANTS = ("closed form, per tensor", "closed form, per element", "authors, per tensor")
+BYTES = {"closed form, per tensor": 16, "closed form, per element": 20, "authors, per tensor": 16}
+
+
+def prepare(variant: str) -> tuple[dict, dict, dict]:
+    """Make parameters with gradients, their anchor and their importance.
+
+    Args:
+        variant: One of `VARIANTS`.
+
+    Returns:
+        Parameters, anchor and importance by name.
+    """
+    parameters = trainable_parameters(llama(640, 16, vocabulary=8000))
+    anchor = snapshot(parameters)
+    with torch.no_grad():
+        for each in parameters.values():
+            each.add_(1e-3)
+            each.grad = torch.zeros_like(each)
+    element = variant.endswith("element")
+    importance = {name: torch.rand(each.shape if element else ()) for name, each in parameters.items()}
+    return parameters, anchor, importance
+
+
+def step(variant: str, parameters: dict, anchor: dict, importance: dict) -> None:
+    """Add the penalty's gradient once.
+
+    Args:
+        variant: One of `VARIANTS`.
+        parameters: Parameters with gradients.
+        anchor: Weights to pull to.
+        importance: Importance by name.
+    """
+    if variant.startswith("closed"):
+        add_penalty_gradient_(parameters, anchor, importance, strength=STRENGTH)
+    else:
+        (STRENGTH * ewc_penalty(parameters, anchor, importance)).backward()
+
+
+def bandwidth(megabytes: int = 512) -> float:
+    """Measure memory bandwidth: the best of a copy, an in-place sum, and a read.
+
+    Args:
+        megabytes: Size of each operand, far above any cache.
+
+    Returns:
+        Bytes a second.
+    """
+    size = megabytes * 2**20 // 4
+    first, second = torch.ones(size), torch.ones(size)
+    best = 0.0
+    for moved, action in (
+        (2, lambda: second.copy_(first)),
+        (3, lambda: second.add_(first)),
+        (2, lambda: second.mul_(1.0)),
+        (1, second.sum),
+    ):
+        for _ in range(4):
+            begun = time.perf_counter()
+            action()
+            best = max(best, moved * size * 4 / (time.perf_counter() - begun))
+    return best
+
+
+def peak(variant: str) -> None:
+    """Print by how many bytes one step raises this process's peak memory."""
+    state = prepare(variant)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
+    before = _high_water()
+    step(variant, *state)
+    print(json.dumps(_high_water() - before))
+
+
+def _high_water() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def main() -> None:
+    """Time the variants in turn, measure their peaks, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--peak", choices=VARIANTS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.peak:
+        peak(given.peak)
+        return
+    states = {variant: prepare(variant) for variant in VARIANTS}
+    count = sum(each.numel() for each in states[VARIANTS[0]][0].values())
+    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    speed = 0.0
+    for _ in range(given.repeats):
+        speed = max(speed, bandwidth())
+        for variant, state in states.items():
+            begun = time.perf_counter()
+            step(variant, *state)
+            times[variant].append(time.perf_counter() - begun)
+    print(
+        f"{count / 1e6:.0f}M parameters, one thread, best bandwidth {speed / 1e9:.1f} GB/s, minima of {given.repeats}"
+    )
+    print(f"{'':28}{'ms':>8}{'over floor':>12}{'authors over it':>17}{'extra peak MiB':>16}")
+    result = {}
+    slowest = min(times["authors, per tensor"])
+    for variant, each in times.items():
+        floor = count * BYTES[variant] / speed
+        command = [sys.executable, __file__, "--peak", variant]
+        extra = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        best = min(each)
+        result[variant] = {"seconds": each, "over_floor": best / floor, "authors_over": slowest / best, "peak": extra}
+        print(f"{variant:28}{best * 1e3:8.1f}{best / floor:12.2f}{slowest / best:17.1f}{extra / 2**20:16.0f}")
+    save("penalty", {"parameters": count, "bandwidth": speed, "variants": result})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Start-up: `hbat --help` against `python -c "import torch"`, in turn, minima.
+
+python benchmarks/startup.py [--repeats 5]
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+
+from workload import save
+
+COMMANDS = {
+    "import torch": [sys.executable, "-c", "import torch"],
+    "hbat --help": [sys.executable, "-m", "hbat", "--help"],
+    "hbat train --help": [sys.executable, "-m", "hbat", "train", "--help"],
+}
+
+
+def main() -> None:
+    """Time the commands and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args()
+    times: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    for _ in range(given.repeats):
+        for name, command in COMMANDS.items():
+            begun = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            times[name].append(time.perf_counter() - begun)
+    base = min(times["import torch"])
+    for name, each in times.items():
+        print(f"{name:20}{min(each):7.2f} s{min(each) - base:+7.2f} s over importing torch")
+    save("startup", {"seconds": times})
+
+
+if __name__ == "__main__":
+    main()
