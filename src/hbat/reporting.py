@@ -1,5 +1,7 @@
 """One log, one set of reporters, one progress bar and one step axis for all stages of a run."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from hbat.config import HBATConfig
 from hbat.rounds import Stage
+from hbat.run_state import RunStateError, write_json
 
 _LOG_FILE = "trainer_state.json"
 #: Entries that speak of one stage's run time and would only confuse a log of the whole run.
@@ -61,9 +64,18 @@ class RunReporter:
             step: Step of the whole run.
         """
         self.state.global_step = step
-        self.state.log_history.append(entry | {"step": step})
+        self.remember(entry, step)
         if self.state.is_world_process_zero:
             self._handler.on_log(self._args, self.state, self._control, dict(entry))
+
+    def remember(self, entry: dict[str, Any], step: int) -> None:
+        """Add an entry to the run's log that reporters have seen already.
+
+        Args:
+            entry: Numbers by name.
+            step: Step of the whole run.
+        """
+        self.state.log_history.append(entry | {"step": step})
 
     def stage_begins(self, stage: Stage, steps: int, *, steps_after: int) -> None:
         """Name the stage on the progress bar and correct the total.
@@ -94,7 +106,7 @@ class RunReporter:
     def save(self) -> None:
         """Write the log beside the run's state."""
         if self.state.is_world_process_zero:
-            self.state.save_to_json(str(self._folder / _LOG_FILE))
+            write_json(self._folder / _LOG_FILE, asdict(self.state))  # the host's own writing can be cut off
 
     def close(self) -> None:
         """Close reporters and bar."""
@@ -111,9 +123,17 @@ def load_log(folder: Path, step: int) -> TrainerState:
 
     Returns:
         The log, empty where there is none.
+
+    Raises:
+        RunStateError: If the log cannot be read.
     """
     file = folder / _LOG_FILE
-    state = TrainerState.load_from_json(str(file)) if file.exists() else TrainerState()
+    try:
+        state = TrainerState(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else TrainerState()
+    except (TypeError, ValueError) as error:
+        raise RunStateError(
+            f"{file} cannot be read ({error}). Remove it to go on with an empty log; training does not need it."
+        ) from error
     state.log_history = [each for each in state.log_history if each.get("step", 0) <= step]
     state.global_step = step
     return state
@@ -138,8 +158,12 @@ class ForwardLogs(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell how many steps the stage has."""
+        """Tell how many steps the stage has, and what it logged before it was cut off."""
         self._reporter.stage_begins(self._stage, state.max_steps, steps_after=self._steps_after)
+        for entry in state.log_history:  # empty, but for a stage that goes on from its checkpoint
+            logs = {key: value for key, value in entry.items() if key != "step"}
+            if placed := self._placed(logs):
+                self._reporter.remember(placed, self._before + int(entry["step"]))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -156,11 +180,13 @@ class ForwardLogs(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Forward an entry."""
-        entry = renamed(logs or {}, self._stage.objective)
         self._loss = (logs or {}).get("loss", self._loss)
-        if entry:
-            place = {"hbat/stage": self._stage.index, "hbat/round": self._stage.round}
-            self._reporter.log(entry | place, self._before + state.global_step)
+        if placed := self._placed(logs or {}):
+            self._reporter.log(placed, self._before + state.global_step)
+
+    def _placed(self, logs: dict[str, Any]) -> dict[str, Any]:
+        entry = renamed(logs, self._stage.objective)
+        return entry | {"hbat/stage": self._stage.index, "hbat/round": self._stage.round} if entry else {}
 
 
 def renamed(logs: dict[str, Any], objective: str) -> dict[str, Any]:
