@@ -1,9 +1,11 @@
 """Model, tokenizer and adapter of a run: loaded once, checked once."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hbat.config import HBATConfig
@@ -29,12 +31,16 @@ def load_model(model: Any, config: HBATConfig, peft_config: Any) -> Any:
 
     Raises:
         ValueError: If arguments contradict each other or the weights cannot be trained.
+        TypeError: If the model is none.
     """
-    if isinstance(model, str):
-        # float32 weights, as TRL loads them: with `bf16` the host computes in bfloat16 but keeps these.
-        model = AutoModelForCausalLM.from_pretrained(
-            model, **({"dtype": "float32"} | (config.model_init_kwargs or {}))
-        )
+    if isinstance(model, str | Path):
+        options = dict(config.model_init_kwargs or {})
+        if "torch_dtype" not in options:  # the older name
+            # float32 weights, as TRL loads them: with `bf16` the host computes in bfloat16 but keeps these.
+            options.setdefault("dtype", "float32")
+        model = AutoModelForCausalLM.from_pretrained(model, **options)
+    elif not isinstance(model, nn.Module):
+        raise TypeError(f"`model` is a {type(model).__name__}; give a name, a path or a model.")
     elif config.model_init_kwargs:
         raise ValueError("`model_init_kwargs` is set, but the model is loaded already. Leave one of the two out.")
     if peft_config is not None:
@@ -55,7 +61,7 @@ def load_tokenizer(processing_class: Any, model: Any) -> Any:
         The tokenizer, with a padding token.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or it has no token to pad with.
     """
     if processing_class is None:
         name = model.config._name_or_path  # noqa: SLF001 - the host's own place for it
@@ -63,6 +69,8 @@ def load_tokenizer(processing_class: Any, model: Any) -> Any:
             raise ValueError("The model does not know where it came from. Pass its tokenizer as `processing_class`.")
         processing_class = AutoTokenizer.from_pretrained(name)
     if getattr(processing_class, "pad_token", "") is None:
+        if processing_class.eos_token is None:
+            raise ValueError("The tokenizer has neither a padding nor an end token. Set its `pad_token`.")
         processing_class.pad_token = processing_class.eos_token
     return processing_class
 
