@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = _parser().parse_known_args(words)
         status: int = options.run(options, rest)
     except KeyboardInterrupt:
-        print("hbat: interrupted; `--resume` goes on", file=sys.stderr)  # noqa: T201 - what a command line is for
+        hint = "; `--resume` goes on" if words[0] == "train" else ""
+        print(f"hbat: interrupted{hint}", file=sys.stderr)  # noqa: T201 - what a command line is for
         return 130
     except Exception as error:  # noqa: BLE001 - the host raises anything; the user gets one line
         if "--traceback" in words:
