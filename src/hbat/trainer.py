@@ -118,7 +118,10 @@ class HBATTrainer:
         self._start.take()
         with tempfile.TemporaryDirectory() as folder:
             for name, objective in self._objectives.items():
-                with self._runner.building(objective, folder, train_dataset=self._train_dataset[name].select([0])):
+                rows = {"train_dataset": self._train_dataset[name].select([0])}
+                if name in self._eval_dataset:  # the host asks for it where a section sets `eval_strategy`
+                    rows["eval_dataset"] = self._eval_dataset[name].select([0])
+                with self._runner.building(objective, folder, **rows):
                     pass
 
     def train(self, resume_from_checkpoint: bool | None = None) -> TrainOutput:
@@ -248,7 +251,9 @@ class HBATTrainer:
                 ) as trainer,
             ):
                 self._start.set_reference(initial)
-                results[name] = scores(trainer.evaluate())
+                metrics = trainer.evaluate()
+                # TRL below 1.6 puts its own metrics into the log entry only.
+                results[name] = scores(trainer.state.log_history[-1] | metrics)
         return results
 
     def save_model(self, output_dir: str | None = None) -> None:
