@@ -1,0 +1,32 @@
+import pytest
+import runs
+import trl
+
+from hbat.objectives.builtin import BUILT_IN, resolve
+from hbat.objectives.objective import Objective
+
+
+def test_names_become_objectives_in_their_order_with_their_sections(tmp_path):
+    config = runs.config(tmp_path, objectives=["dpo", "sft"], dpo={"beta": 0.7})
+    first, second = resolve(config)
+    assert (first.name, first.trainer_class, first.uses_reference) == ("dpo", trl.DPOTrainer, True)
+    assert (second.name, second.trainer_class, second.uses_reference) == ("sft", trl.SFTTrainer, False)
+    assert first.base_args(str(tmp_path)).beta == 0.7
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_every_built_in_objective_checks_its_rows_and_knows_its_sequences(name, tmp_path):
+    assert name in BUILT_IN
+    (objective,) = resolve(runs.config(tmp_path, objectives=[name]))
+    assert objective.faults is not None
+    assert objective.examples is not None
+
+
+def test_an_objective_of_the_users_own_stays_what_it_is(tmp_path):
+    own = Objective(name="mine", trainer_class=trl.SFTTrainer, config_class=trl.SFTConfig)
+    assert resolve(runs.config(tmp_path, objectives=[own])) == [own]
+
+
+def test_an_unknown_name_says_how_another_trainer_becomes_an_objective(tmp_path):
+    with pytest.raises(ValueError, match=r"'orpo', which is not built in \(sft, .*`hbat\.Objective\(name="):
+        resolve(runs.config(tmp_path, objectives=["orpo"]))
