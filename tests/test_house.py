@@ -274,9 +274,10 @@ def test_an_unknown_public_name_is_an_attribute_error():
     assert dir(hbat) == list(hbat.__all__)
 
 
-def test_importing_the_package_loads_no_host():
-    program = "import sys, json, hbat; dir(hbat); print(json.dumps(sorted(sys.modules)))"
-    heavy = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "yaml", "matplotlib"}
+@pytest.mark.parametrize("module", ["hbat", "hbat.cli"])
+def test_importing_the_package_or_the_command_loads_no_host(module):
+    program = f"import sys, json, {module}; dir(hbat); print(json.dumps(sorted(sys.modules)))"
+    heavy = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "safetensors", "matplotlib"}
     printed = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=SOURCE.parent
     ).stdout

@@ -51,9 +51,12 @@ class RunReporter:
 
     def _reporters(self) -> list[TrainerCallback]:
         reporters = [each() for each in get_reporting_integration_callbacks(self._args.report_to)]
+        events = str(self._folder / "runs")  # fixed, so that a resumed run appends
+        if hasattr(self._args, "logging_dir"):  # transformers < 5 takes it from here
+            self._args.logging_dir = events
         for each in reporters:
             if isinstance(each, TensorBoardCallback):
-                each.logging_dir = str(self._folder / "runs")  # fixed, so that a resumed run appends
+                each.logging_dir = events
         return reporters
 
     def log(self, entry: dict[str, Any], step: int) -> None:
