@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: Entries of the host's evaluation that are no score.
-_NOT_SCORES = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_tokens", "model_preparation_time")
+_NOT_SCORES = (
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "epoch",
+    "step",
+    "num_tokens",
+    "model_preparation_time",
+)
 
 
 def scores(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -22,6 +22,8 @@ from typing import Any, cast, get_origin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hbat.processes import wait_for_everyone
+
 STATE_FILE = "hbat_state.json"
 FORMAT = 1
 
@@ -87,13 +89,16 @@ class RunFolder:
         raise RunStateError(f"{manifest} has format {found!r}; this version of hbat reads format {FORMAT}.")
 
     def commit(self, state: RunState) -> None:
-        """Make `state` the run's state, and remove the tensor files that it no longer names.
+        """Make `state` the run's state and remove the tensor files that it no longer names; all processes wait.
 
         Args:
             state: Where the run stands now.
         """
-        if not self._writes:
-            return
+        if self._writes:
+            self._write_manifest(state)
+        wait_for_everyone()
+
+    def _write_manifest(self, state: RunState) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / STATE_FILE, {"format": FORMAT} | asdict(state))
         folder = self.path / "state"

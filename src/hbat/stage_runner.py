@@ -190,7 +190,7 @@ class StageRunner:
         if share == 1.0:
             return
         for name, each in trainable_parameters(self._model).items():
-            start = self._start.anchor[name].float()
+            start = self._start.anchor[name].to(each.device).float()
             each.copy_(start + share * (each.float() - start))
 
     def _yielded(
@@ -233,7 +233,8 @@ def last_checkpoint(folder: Path, max_steps: int) -> str | None:
     found = []
     for each in folder.glob("checkpoint-*"):
         number = each.name.removeprefix("checkpoint-")
-        if number.isdigit() and (each / "trainer_state.json").exists():
+        # The host writes the optimizer before the state; `save_only_model` leaves nothing to go on from exactly.
+        if number.isdigit() and all((each / name).exists() for name in ("optimizer.pt", "trainer_state.json")):
             found.append((int(number), each))
     if not found:
         return None
@@ -259,16 +260,6 @@ def estimated_steps(args: TrainingArguments, rows: int, num_rounds: int) -> int:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     return math.ceil(math.ceil(rows / num_rounds / batch) * args.num_train_epochs)
-
-
-def is_main_process() -> bool:
-    """Whether this process writes for all.
-
-    Returns:
-        True in a single process and on rank 0.
-    """
-    # Asking accelerate would initialise its state before a stage's configuration can.
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager

@@ -48,11 +48,17 @@ class StageStart:
             weights: Trainable weights by name; the model's present ones where left out.
         """
         current = trainable_parameters(self._model)
-        if not self._anchor or self._shares_adapter:
+        if self.reference is None and (self._shares_adapter or not self._is_beside(current)):
             self._anchor = snapshot(current)
             self._shares_adapter = False
         for name, each in self._anchor.items():
             each.copy_(current[name] if weights is None else weights[name])
+
+    def _is_beside(self, parameters: Mapping[str, Tensor]) -> bool:
+        # The first trainer moves the model to its device.
+        return self._anchor.keys() == parameters.keys() and all(
+            each.device == parameters[name].device for name, each in self._anchor.items()
+        )
 
     @torch.no_grad()
     def share_adapter(self) -> None:

@@ -6,8 +6,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hbat.processes import is_main_process
 from hbat.report import RESULTS_FILE
-from hbat.stage_runner import estimated_steps, is_main_process
+from hbat.stage_runner import estimated_steps
 from hbat.trainer import HBATTrainer
 
 

@@ -19,13 +19,14 @@ from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parame
 from hbat.fingerprint import fingerprint
 from hbat.model_loading import load_model, load_tokenizer
 from hbat.objectives.builtin import resolve
+from hbat.processes import is_main_process, wait_for_everyone
 from hbat.report import write_model_card, write_results
 from hbat.reporting import RunReporter, load_log
 from hbat.rounds import Stage, plan
 from hbat.run import Run
 from hbat.run_state import RunFolder, RunStateError
 from hbat.sections import nearest
-from hbat.stage_runner import StageRunner, estimated_steps, is_main_process
+from hbat.stage_runner import StageRunner, estimated_steps
 from hbat.stage_start import StageStart
 
 logger = logging.getLogger(__name__)
@@ -162,6 +163,7 @@ class HBATTrainer:
         parameters = trainable_parameters(self.model)
         described = fingerprint(self.args, self._sections, self._train_dataset, parameters)
         found = self._folder.read()
+        wait_for_everyone()  # before a process makes the folder a run's
         if found is None:
             self.matrix.rows, self.state = [], TrainerState()
             return Run.start(self.args, self._folder, described, parameters)
@@ -253,7 +255,7 @@ class HBATTrainer:
                 self._start.set_reference(initial)
                 metrics = trainer.evaluate()
                 # TRL below 1.6 puts its own metrics into the log entry only.
-                results[name] = scores(trainer.state.log_history[-1] | metrics)
+                results[name] = scores(next(iter(trainer.state.log_history[-1:]), {}) | metrics)
         return results
 
     def save_model(self, output_dir: str | None = None) -> None:

@@ -33,7 +33,7 @@ def displacement(
     require_counterparts(parameters, anchor, "anchor")
     result = {}
     for name, each in parameters.items():
-        squared = (each.float() - anchor[name].float()).square_()
+        squared = (each.float() - anchor[name].to(each.device).float()).square_()
         result[name] = squared if granularity == "element" else squared.mean()
     _require_finite(result, "displacement")
     return result
