@@ -29,7 +29,7 @@ BLOCKS = {
         {"torch", "safetensors", "datasets", "yaml"},
         [
             "sections", "plain_yaml", "config", "rounds", "turns", "rows", "row_search", "loading", "datasets",
-            "consolidation", "fingerprint", "run_state", "run", "evaluation",
+            "consolidation", "fingerprint", "processes", "run_state", "run", "evaluation",
         ],
     ),
     "adapters: the files that know the host": (
