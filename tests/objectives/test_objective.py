@@ -76,9 +76,8 @@ def test_only_a_trainer_that_uses_a_reference_gets_one(tmp_path):
 
 
 def test_more_arguments_reach_the_constructor(tmp_path):
-    wanted = objective(
-        runs.section(), trainer_kwargs={"formatting_func": lambda row: row["prompt"] + row["completion"]}
-    )
+    together = {"formatting_func": lambda row: row["prompt"] + row["completion"]}
+    wanted = objective(runs.section(completion_only_loss=False), trainer_kwargs=together)
     trainer = built(wanted, tmp_path, train_dataset=cases.sft_rows(1))
     row = cases.sft_rows(1)[0]
     text = cases.tiny_tokenizer().decode(trainer.train_dataset[0]["input_ids"], skip_special_tokens=True)

@@ -43,9 +43,9 @@ def test_every_token_is_a_target_where_the_host_trains_on_all(tmp_path):
 
 def test_a_packed_row_holds_all_its_sequences_apart(tmp_path):
     rows = cases.sft_rows(5)
-    found = [
-        each for row in prepared(rows, tmp_path, packing=True, max_length=64) for each in tokenised_sequences(row)
-    ]
+    packed = prepared(rows, tmp_path, packing=True, max_length=64)
+    assert len(packed) < len(rows)
+    found = [each for row in packed for each in tokenised_sequences(row)]
     assert sorted(text(each.input_ids) for each in found) == sorted(row["prompt"] + row["completion"] for row in rows)
     assert sorted(text(targets(each)) for each in found) == sorted(row["completion"] for row in rows)
 
