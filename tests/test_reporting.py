@@ -4,8 +4,7 @@ import types
 import cases
 import pytest
 import runs
-import torch
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hbat.config import HBATConfig
 from hbat.reporting import ForwardLogs, RunReporter, load_log, renamed
@@ -14,7 +13,7 @@ from hbat.run_state import RunStateError
 
 LOG = "trainer_state.json"
 PLAN = plan(2, ["sft", "dpo"])
-MODEL = types.SimpleNamespace(device=torch.device("cpu"), config=types.SimpleNamespace(to_json_string=lambda: "{}"))
+MODEL = types.SimpleNamespace(config=types.SimpleNamespace(to_json_string=lambda: "{}"))
 
 
 @pytest.fixture
@@ -23,7 +22,8 @@ def reporter(tmp_path):
 
     def make(*, state=None, total=40, **options):
         config = HBATConfig(output_dir=str(tmp_path), **{"disable_tqdm": True} | options)
-        made.append(RunReporter(config, MODEL, state or TrainerState(), total))
+        host = TrainingArguments(output_dir=str(tmp_path), **cases.CHEAP_ARGS)
+        made.append(RunReporter(config, MODEL, state or TrainerState(), total, host))
         return made[-1]
 
     yield make

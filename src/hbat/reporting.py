@@ -1,7 +1,7 @@
 """One log, one set of reporters, one progress bar and one step axis for all stages of a run."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,15 @@ class RunReporter:
         model: The model, for reporters that describe it.
         state: The log so far; `global_step` is the step of the whole run.
         total_steps: Estimate of the run's optimizer steps, corrected as stages begin.
+        host: A stage's configuration: the device and the processes of the run are the stages'.
     """
 
-    def __init__(self, config: HBATConfig, model: Any, state: TrainerState, total_steps: int) -> None:
+    def __init__(
+        self, config: HBATConfig, model: Any, state: TrainerState, total_steps: int, host: TrainingArguments
+    ) -> None:
         self.state = state
         self._folder = Path(config.output_dir)
-        self._args = TrainingArguments(
-            output_dir=config.output_dir,
-            report_to=config.report_to,
-            run_name=config.run_name,
-            bf16=False,
-            use_cpu=model.device.type == "cpu",
-        )
+        self._args = replace(host, output_dir=config.output_dir, report_to=config.report_to, run_name=config.run_name)
         self._control = TrainerControl()
         state.is_world_process_zero = self._args.process_index == 0
         state.is_local_process_zero = self._args.local_process_index == 0

@@ -142,7 +142,9 @@ class HBATTrainer:
         run = self._begin(resume=bool(resume_from_checkpoint))
         if run.state.next_stage == len(self._plan):
             logger.info("The run in %s is finished; nothing is left to train.", self.args.output_dir)
-        reporter = RunReporter(self.args, self.model, self.state, run.state.global_step + self._steps_from(run))
+        total = run.state.global_step + self._steps_from(run)
+        host = next(iter(self._sections.values()))
+        reporter = RunReporter(self.args, self.model, self.state, total, host)
         try:
             self._evaluate_if_due(run, reporter)
             for stage in self._plan[run.state.next_stage :]:
