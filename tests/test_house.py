@@ -28,7 +28,8 @@ BLOCKS = {
     "plan and state: plain data, imports no trainer": (
         {"torch", "safetensors", "datasets", "yaml"},
         [
-            "sections", "field_checks", "plain_yaml", "ewc_config", "config", "rounds", "turns", "rows", "row_search", "loading", "datasets",
+            "sections", "field_checks", "plain_yaml", "ewc_config", "config", "rounds", "turns", "rows",
+            "row_search", "loading", "datasets",
             "consolidation", "fingerprint", "processes", "run_state", "run", "evaluation",
         ],
     ),
@@ -37,7 +38,8 @@ BLOCKS = {
         [
             "ewc/backward", "ewc/callback", "lifecycle", "objectives/__init__", "objectives/objective",
             "objectives/builtin", "objectives/sft", "objectives/dpo", "stage_start", "optimizer_state",
-            "learning_rate", "nonfinite", "inputs", "model_loading", "reporting", "stage_runner", "plots", "report", "trainer",
+            "learning_rate", "nonfinite", "inputs", "model_loading", "reporting", "stage_runner", "plots",
+            "report", "trainer",
         ],
     ),
     "faces: command line and demo": (
