@@ -172,8 +172,8 @@ def test_the_fisher_of_any_format_of_rows_holds_the_next_stage(options, kind, tm
 
 def checkpoint(folder, step, *, whole=True):
     (folder / f"checkpoint-{step}").mkdir(parents=True)
-    if whole:
-        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}", encoding="utf-8")
+    for name in ("optimizer.pt", "trainer_state.json") if whole else ():
+        (folder / f"checkpoint-{step}" / name).write_text("", encoding="utf-8")
 
 
 @pytest.mark.parametrize(("max_steps", "expected"), [(-1, 10), (12, 10), (10, None), (9, None)])
