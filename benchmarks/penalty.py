@@ -1,8 +1,8 @@
 """Cost of the penalty on a model of 100M parameters: closed form against autograd, and against memory bandwidth.
 
-`authors` is the loop of the authors' code, a sum of weighted squared distances with a backward pass of its own. The
-floor is what any implementation must move: parameter, anchor and gradient read, gradient written (16 bytes an element; 20 with
-an importance an element), at the best bandwidth seen in the same run. Peaks are measured in processes of their own.
+`authors` is the loop of the authors' code: a sum of weighted squared distances with a backward pass of its own. The
+floor is what any implementation must move (parameter, anchor and gradient read, gradient written: 16 bytes an element;
+20 with an importance an element) at the best bandwidth seen in the same run. Each peak has a process of its own.
 
     python benchmarks/penalty.py [--repeats 7]
 """

@@ -1,7 +1,7 @@
 """Cost of alternation: a run of 8 stages over the same 8 stages as plain TRL trainers, timed in turn.
 
 Both build a fresh trainer a stage, train the same rows with the same seeds on one model, and give DPO a reference
-model with the weights of its stage's start. The run also cuts the data, guards the model, and writes its state to disk.
+model with the weights of its stage's start. The run also cuts the data, guards the model, and writes its state.
 
     python benchmarks/stages.py [--repeats 3] [--steps 12]
 """

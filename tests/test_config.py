@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbat.config import EWCConfig, HBATConfig
+from hbat.config import HBATConfig
+from hbat.ewc_config import EWCConfig
 
 
 def test_defaults_are_valid_and_need_only_a_folder():

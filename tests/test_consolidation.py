@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbat.config import EWCConfig
 from hbat.consolidation import Consolidation, SaturationWarning
+from hbat.ewc_config import EWCConfig
 from hbat.rounds import Stage, plan
 
 STAGES = plan(3, ["sft", "dpo", "kto"])

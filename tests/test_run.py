@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hbat import run_state
-from hbat.config import EWCConfig, HBATConfig
+from hbat.config import HBATConfig
+from hbat.ewc_config import EWCConfig
 from hbat.rounds import plan
 from hbat.run import Run
 from hbat.run_state import RunFolder, RunStateError

@@ -5,7 +5,8 @@ import pathlib
 import pytest
 import yaml
 
-from hbat.config import EWCConfig, HBATConfig
+from hbat.config import HBATConfig
+from hbat.ewc_config import EWCConfig
 from hbat.plain_yaml import PlainYAMLError, load_yaml, read_yaml
 from hbat.run_file import described_keys, parse, parse_overrides
 

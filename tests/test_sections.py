@@ -6,7 +6,8 @@ from typing import Any, Literal, Optional, Union, get_type_hints
 import pytest
 import trl
 
-from hbat.config import EWCConfig, HBATConfig
+from hbat.config import HBATConfig
+from hbat.ewc_config import EWCConfig
 from hbat.sections import build_section, convert, nearest
 
 

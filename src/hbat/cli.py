@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hbat
-from hbat.config import EWCConfig
+from hbat.ewc_config import EWCConfig
 from hbat.run_file import RunFile, described_keys, parse, parse_overrides
 
 _USER_ERRORS = (ValueError, TypeError, KeyError, OSError, NotImplementedError, ImportError)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hbat.config import EWCConfig
 from hbat.ewc.importance import accumulate, effective_tensors, most_important, normalize
+from hbat.ewc_config import EWCConfig
 from hbat.rounds import Stage
 
 _SATURATED_BELOW = 2.0

@@ -12,11 +12,11 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from hbat.config import HBATConfig
-from hbat.datasets import check_dataset
 from hbat.evaluation import ForgettingMatrix, scores
 from hbat.ewc.callback import refuse_sharded
 from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
 from hbat.fingerprint import fingerprint
+from hbat.inputs import checked_datasets
 from hbat.model_loading import load_model, load_tokenizer
 from hbat.objectives.builtin import resolve
 from hbat.processes import is_main_process, wait_for_everyone
@@ -25,7 +25,6 @@ from hbat.reporting import RunReporter, load_log
 from hbat.rounds import Stage, plan
 from hbat.run import Run
 from hbat.run_state import RunFolder, RunStateError
-from hbat.sections import nearest
 from hbat.stage_runner import StageRunner, estimated_steps
 from hbat.stage_start import StageStart
 
@@ -72,11 +71,19 @@ class HBATTrainer:
         self._sections = {name: each.base_args(args.output_dir) for name, each in self._objectives.items()}
         for section in self._sections.values():
             refuse_sharded(section)
-        self._train_dataset = self._checked(train_dataset, "train_dataset", minimum_rows=args.num_rounds)
+        self._train_dataset = checked_datasets(
+            train_dataset,
+            "train_dataset",
+            self._objectives,
+            minimum_rows=args.num_rounds,
+            on_bad_rows=args.on_bad_rows,
+        )
         missing = [name for name in self._objectives if name not in self._train_dataset]
         if missing:
             raise ValueError(f"`train_dataset` has no rows for {missing}; its keys are {list(train_dataset)}.")
-        self._eval_dataset = self._checked(eval_dataset or {}, "eval_dataset", minimum_rows=1)
+        self._eval_dataset = checked_datasets(
+            eval_dataset or {}, "eval_dataset", self._objectives, minimum_rows=1, on_bad_rows=args.on_bad_rows
+        )
         self.model = load_model(model, args, peft_config)
         self.processing_class = load_tokenizer(processing_class, self.model)
         self.state = TrainerState()
@@ -90,28 +97,6 @@ class HBATTrainer:
             self.model, args, self._sections, self.processing_class, list(callbacks or []), self._start
         )
         self._rehearse()
-
-    def _checked(self, given: Mapping[str, Dataset], argument: str, minimum_rows: int) -> dict[str, Dataset]:
-        if not isinstance(given, Mapping):
-            raise TypeError(
-                f"`{argument}` is a {type(given).__name__}; give a mapping from objective to data set, with the keys "
-                f"{list(self._objectives)}."
-            )
-        for name in given:
-            if name not in self._objectives:
-                raise ValueError(
-                    f"`{argument}` has rows for {name!r}, which no stage trains.{nearest(str(name), self._objectives)}"
-                )
-        return {
-            name: check_dataset(
-                dataset,
-                name=f"{argument}[{name!r}]",
-                faults=self._objectives[name].faults,
-                minimum_rows=minimum_rows,
-                on_bad_rows=self.args.on_bad_rows,
-            )
-            for name, dataset in given.items()
-        }
 
     def _rehearse(self) -> None:
         # Each objective's trainer is built once on one row, so that what the host refuses is refused before the first

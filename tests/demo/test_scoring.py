@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hbat.demo.base import build_model, build_tokenizer
+from hbat.demo.base_model import build_model, build_tokenizer
 from hbat.demo.scoring import Scores, evaluate, generate_answers, score_answers
 from hbat.demo.task import Answer, right_body
 from hbat.demo.task import test_prompts as draw_test_prompts

@@ -16,7 +16,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from hbat.config import HBATConfig
-from hbat.demo.base import build_model, build_tokenizer, prepare_base
+from hbat.demo.base_model import build_model, build_tokenizer, prepare_base
 from hbat.demo.results import Outcome, draw_trade_off, print_results
 from hbat.demo.scoring import Scores, evaluate
 from hbat.demo.settings import DemoSettings

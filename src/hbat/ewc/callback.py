@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hbat.config import Method
 from hbat.ewc.backward import after_backward
 from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
 from hbat.ewc.penalty import PenaltyStatistics, add_penalty_gradient_, measure_penalty, proximal_step_
+from hbat.ewc_config import Method
 
 #: Largest ratio of the penalty's gradient norm to the task's in a stage, below which the penalty is called dead.
 _DEAD_RATIO = 1e-4

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hbat.demo.base import LONGEST_TEXT, build_model, build_tokenizer, prepare_base
+from hbat.demo.base_model import LONGEST_TEXT, build_model, build_tokenizer, prepare_base
 from hbat.demo.task import LONGEST_LIST, WORDS, instruction_rows
 
 

@@ -1,0 +1,56 @@
+"""The data sets that a run is given, checked by objective."""
+
+from collections.abc import Mapping
+
+from datasets import Dataset
+
+from hbat.config import OnBadRows
+from hbat.datasets import check_dataset
+from hbat.objectives.objective import Objective
+from hbat.sections import nearest
+
+
+def checked_datasets(
+    given: Mapping[str, Dataset],
+    argument: str,
+    objectives: Mapping[str, Objective],
+    *,
+    minimum_rows: int,
+    on_bad_rows: OnBadRows,
+) -> dict[str, Dataset]:
+    """Check the data sets of an argument, every row of them.
+
+    Args:
+        given: Data sets by objective.
+        argument: Name of the argument, for messages.
+        objectives: The run's objectives by name.
+        minimum_rows: Rows that each must have.
+        on_bad_rows: What to do with rows that cannot be trained on.
+
+    Returns:
+        The data sets, without the rows that were dropped.
+
+    Raises:
+        TypeError: If it is no mapping.
+        ValueError: If a key is no objective or a data set is faulty.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"`{argument}` is a {type(given).__name__}; give a mapping from objective to data set, with the keys "
+            f"{list(objectives)}."
+        )
+    for name in given:
+        if name not in objectives:
+            raise ValueError(
+                f"`{argument}` has rows for {name!r}, which no stage trains.{nearest(str(name), objectives)}"
+            )
+    return {
+        name: check_dataset(
+            dataset,
+            name=f"{argument}[{name!r}]",
+            faults=objectives[name].faults,
+            minimum_rows=minimum_rows,
+            on_bad_rows=on_bad_rows,
+        )
+        for name, dataset in given.items()
+    }

@@ -1,0 +1,54 @@
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import hbat
+from hbat.processes import is_main_process, wait_for_everyone
+
+PROGRAM = """
+import pathlib, sys, time
+import torch
+from hbat.processes import is_main_process, wait_for_everyone
+
+torch.distributed.init_process_group("gloo")
+assert torch.distributed.get_world_size() == 2
+file = pathlib.Path(sys.argv[1])
+if is_main_process():
+    time.sleep(1.0)
+    file.write_text("here")
+wait_for_everyone()
+assert file.read_text() == "here"
+assert is_main_process() == (torch.distributed.get_rank() == 0)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_single_process_is_the_main_one_and_waits_for_nobody(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert is_main_process()
+    wait_for_everyone()
+
+
+@pytest.mark.parametrize(("rank", "main"), [("0", True), ("1", False)])
+def test_rank_zero_is_the_main_process(monkeypatch, rank, main):
+    monkeypatch.setenv("RANK", rank)
+    assert is_main_process() is main
+
+
+def test_two_processes_wait_for_what_the_main_one_writes(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    source = str(pathlib.Path(hbat.__file__).parents[1])
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program, "written"],
+        capture_output=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": source},
+        text=True,
+        timeout=120,
+    )
+    assert launched.returncode == 0, launched.stderr
