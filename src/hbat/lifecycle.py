@@ -10,6 +10,7 @@ import copy
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -50,8 +51,6 @@ class StageGuard:
         Args:
             trainer: The stage's trainer; it cannot be used afterwards.
         """
-        if trainer is not None:
-            _dismantle(trainer)
         for record in self._models:
             record.restore()
         for key, value in self._environment.items():
@@ -59,7 +58,8 @@ class StageGuard:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
-        gc.collect()
+        if trainer is not None:
+            _dismantle(trainer)
 
 
 class _ModelRecord:
@@ -109,6 +109,27 @@ class _ModelRecord:
                 del hooks[key]
 
 
+@contextmanager
+def cheap_garbage_collection() -> Iterator[None]:
+    """Keep what lives already out of garbage collection inside the block.
+
+    The host collects at every stage's start, and the guard at its end. Each time Python would walk through the million
+    objects of the imported libraries: 0.2 s, most of the cost of a short stage.
+
+    Yields:
+        Nothing.
+    """
+    frozen_by_others = gc.get_freeze_count() > 0
+    if not frozen_by_others:
+        gc.collect()
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen_by_others:
+            gc.unfreeze()
+
+
 def unpatched_copy(model: nn.Module) -> nn.Module:
     """Deep-copy a model without what trainers patched onto it.
 
@@ -139,12 +160,12 @@ def unpatched_copy(model: nn.Module) -> nn.Module:
 
 def _dismantle(trainer: Trainer) -> None:
     trainer.accelerator.__dict__.pop("backward", None)
-    trainer.accelerator.free_memory()
     for name in ("model_wrapped", "optimizer", "lr_scheduler", "ref_model"):
         if hasattr(trainer, name):
             setattr(trainer, name, None)
     for name in ("model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"):
         setattr(trainer.callback_handler, name, None)
+    trainer.accelerator.free_memory()  # collects garbage too
 
 
 def _wrapped(model: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from hbat.ewc.callback import refuse_sharded
 from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
 from hbat.fingerprint import fingerprint
 from hbat.inputs import checked_datasets
+from hbat.lifecycle import cheap_garbage_collection
 from hbat.model_loading import load_model, load_tokenizer
 from hbat.objectives.builtin import resolve
 from hbat.processes import is_main_process, wait_for_everyone
@@ -131,10 +132,11 @@ class HBATTrainer:
         host = next(iter(self._sections.values()))
         reporter = RunReporter(self.args, self.model, self.state, total, host)
         try:
-            self._evaluate_if_due(run, reporter)
-            for stage in self._plan[run.state.next_stage :]:
-                self._run_stage(stage, run, reporter)
+            with cheap_garbage_collection():
                 self._evaluate_if_due(run, reporter)
+                for stage in self._plan[run.state.next_stage :]:
+                    self._run_stage(stage, run, reporter)
+                    self._evaluate_if_due(run, reporter)
         finally:
             reporter.save()
             reporter.close()
