@@ -11,6 +11,8 @@ import tempfile
 import warnings
 
 import torch
+from datasets import disable_progress_bars
+from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from workload import byte_tokenizer, in_turn, llama, ratio, rows, save
 
@@ -45,7 +47,7 @@ def plain(data: dict, tokenizer: object, steps: int) -> None:
         tokenizer: The tokenizer.
         steps: Steps of a stage.
     """
-    model = llama(256, 4)
+    model = llama(192, 4)
     reference = unpatched_copy(model)
     for stage in range(2 * ROUNDS):
         name = ("sft", "dpo")[stage % 2]
@@ -61,6 +63,7 @@ def plain(data: dict, tokenizer: object, steps: int) -> None:
                 trainer = DPOTrainer(
                     model, ref_model=reference, args=args, train_dataset=part, processing_class=tokenizer
                 )
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
         for each in (model, reference):  # or the forward wrappers pile up
             for key in ("forward", "_original_forward", "_is_accelerate_prepared"):
@@ -80,7 +83,7 @@ def hybrid(data: dict, tokenizer: object, steps: int, **options: object) -> None
         config = HBATConfig(
             output_dir=folder, num_rounds=ROUNDS, sft=section(steps), dpo=section(steps), disable_tqdm=True, **options
         )
-        HBATTrainer(llama(256, 4), config, data, processing_class=tokenizer).train()
+        HBATTrainer(llama(192, 4), config, data, processing_class=tokenizer).train()
 
 
 def main() -> None:
@@ -91,10 +94,11 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    disable_progress_bars()
     tokenizer = byte_tokenizer()
     data = {
-        "sft": rows(BATCH * given.steps * ROUNDS, 100, preference=False, seed=1),
-        "dpo": rows(BATCH * given.steps * ROUNDS, 100, preference=True, seed=2),
+        "sft": rows(BATCH * given.steps * ROUNDS, 60, preference=False, seed=1),
+        "dpo": rows(BATCH * given.steps * ROUNDS, 60, preference=True, seed=2),
     }
     bare = {"ewc": None, "optimizer_state": "reset"}
     times = in_turn(

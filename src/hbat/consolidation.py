@@ -38,7 +38,10 @@ class Consolidation:
             raw: Its raw importance, from `raw_importance` or `diagonal_fisher`.
         """
         addition = {name: each.cpu() for name, each in raw.items()}
-        accumulate(self.accumulated.setdefault(objective, {}), addition)
+        if objective in self.accumulated:
+            accumulate(self.accumulated[objective], addition)
+        else:
+            self.accumulated[objective] = addition  # not copied: with an importance an element it is a model's size
 
     def control(self, parameters: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:
         """Raw importance of the controls, which look at no stage.
