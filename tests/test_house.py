@@ -38,8 +38,8 @@ BLOCKS = {
         [
             "ewc/backward", "ewc/callback", "lifecycle", "objectives/__init__", "objectives/objective",
             "objectives/builtin", "objectives/sft", "objectives/dpo", "stage_start", "optimizer_state",
-            "learning_rate", "nonfinite", "inputs", "model_loading", "reporting", "stage_runner", "plots",
-            "report", "trainer",
+            "learning_rate", "nonfinite", "hub", "inputs", "model_loading", "reporting", "trainer_builder",
+            "evaluator", "stage_runner", "plots", "report", "trainer",
         ],
     ),
     "faces: command line and demo": (
@@ -349,7 +349,9 @@ TESTED_ELSEWHERE = {
     "demo/settings.py": "demo/test_base_model.py",
     "ewc_config.py": "test_config.py",
     "field_checks.py": "test_config.py",
+    "evaluator.py": "test_trainer_reports.py",
     "inputs.py": "test_trainer_construction.py",
+    "trainer_builder.py": "test_trainer.py",
     "plain_yaml.py": "test_run_file.py",
     "row_search.py": "test_datasets.py",
     "summary.py": "test_cli.py",

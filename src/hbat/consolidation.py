@@ -38,10 +38,11 @@ class Consolidation:
             raw: Its raw importance, from `raw_importance` or `diagonal_fisher`.
         """
         addition = {name: each.cpu() for name, each in raw.items()}
-        if objective in self.accumulated:
+        if objective in self.accumulated and self.config.source in {"displacement", "fisher"}:
             accumulate(self.accumulated[objective], addition)
         else:
-            self.accumulated[objective] = addition  # not copied: with an importance an element it is a model's size
+            # Controls do not add up: a sum of random numbers would turn uniform. Not copied: it can be model-sized.
+            self.accumulated[objective] = addition
 
     def control(self, parameters: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:
         """Raw importance of the controls, which look at no stage.

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 #: Instance attributes that trainers, accelerate and the checkpointing switch set on modules. `forward` is not simply
 #: removed: a model placed by `device_map` carries accelerate's own.
@@ -107,6 +107,31 @@ class _ModelRecord:
             hooks = getattr(module, kind)
             for key in set(hooks) - self._hooks.get((name, kind), set()):
                 del hooks[key]
+
+
+class HookLimit(TrainerCallback):
+    """Keeps the hooks on the embeddings at the number of the first step.
+
+    With an adapter and gradient checkpointing every reference forward of TRL adds one more hook (TRL 1.0-1.16,
+    transformers 4.57-5.23): all do the same, and each costs time in every forward pass.
+    """
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove what came on top."""
+        model = kwargs.get("model")
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        if embeddings is None:
+            return
+        hooks = embeddings._forward_hooks  # noqa: SLF001 - torch has no public list of them
+        if self._first is None:
+            self._first = len(hooks)
+        for key in list(hooks)[self._first :]:
+            del hooks[key]
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class StopOnNonFiniteLoss(TrainerCallback):
             FloatingPointError: If one was not finite.
         """
         bad, self._bad = self._bad, None
-        if bad is not None and bool(bad):
+        if bad is not None and _anywhere(bad):
             raise FloatingPointError(
                 f"The loss is not finite in {self._stage} at its step {state.global_step + 1}.{_advice(self._stage)}"
             )
@@ -56,6 +56,15 @@ def require_finite_weights(parameters: Mapping[str, Tensor], stage: Stage) -> No
     for name, each in parameters.items():
         if not bool(torch.isfinite(each).all()):
             raise FloatingPointError(f"The weight {name!r} is not finite at the end of {stage}.{_advice(stage)}")
+
+
+def _anywhere(bad: Tensor) -> bool:
+    # One process that stopped alone would leave the others waiting for it.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        flag = bad.float()
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        bad = flag
+    return bool(bad)
 
 
 def _advice(stage: Stage) -> str:

@@ -94,7 +94,7 @@ class CarryMoments(TrainerCallback):
         if model is not None:
             # On the CPU, so that the moments of objectives that do not train take no accelerator memory.
             current = moments(kwargs["optimizer"], trainable_parameters(model))
-            self.saved = {key: each.cpu() for key, each in current.items()}
+            self.saved = {**self.saved, **{key: each.cpu() for key, each in current.items()}}
 
 
 def _as_tensor(number: float) -> Tensor:

@@ -1,6 +1,7 @@
 """What a run leaves for people: the table of scores as JSON and picture, and the model card."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,39 @@ PICTURE_FILE = "evaluation.png"
 
 
 def write_results(folder: Path, matrix: ForgettingMatrix) -> None:
-    """Write the forgetting matrix as JSON, and as a picture where matplotlib is installed.
+    """Write the forgetting matrix as JSON.
 
     Args:
         folder: The run's folder.
         matrix: The matrix so far.
     """
     write_json(folder / RESULTS_FILE, matrix.as_dict())
+
+
+def draw_results(folder: Path, matrix: ForgettingMatrix) -> None:
+    """Draw the forgetting matrix, where matplotlib is installed.
+
+    Args:
+        folder: The run's folder.
+        matrix: The matrix so far.
+    """
     draw_matrix(matrix, folder / PICTURE_FILE)
+
+
+def table_rows(matrix: ForgettingMatrix) -> tuple[list[str], list[list[str]]]:
+    """Lay the headline scores out as cells.
+
+    Args:
+        matrix: The matrix.
+
+    Returns:
+        The head, and one row for each of the matrix, then backward transfer; a missing score is an empty cell.
+    """
+    head = ["after", *(f"{name} {metric}" for name, metric in matrix.headline.items())]
+    rows = [[label, *("" if each is None else f"{each:.4f}" for each in values)] for label, values in matrix.lines()]
+    transfer = matrix.backward_transfer()
+    shown = (f"{transfer[name]:+.4f}" if name in transfer else "" for name in matrix.headline)
+    return head, [*rows, ["backward transfer", *shown]]
 
 
 def markdown_table(matrix: ForgettingMatrix) -> str:
@@ -33,14 +59,10 @@ def markdown_table(matrix: ForgettingMatrix) -> str:
     Returns:
         One line a row of the matrix, then backward transfer.
     """
-    names = list(matrix.headline)
-    head = "| after | " + " | ".join(f"{name} {matrix.headline[name]}" for name in names) + " |"
-    lines = [head, "|---|" + "---:|" * len(names)]
-    for label, values in matrix.lines():
-        lines.append(f"| {label} | " + " | ".join("" if each is None else f"{each:.4f}" for each in values) + " |")
-    transfer = matrix.backward_transfer()
-    shown = " | ".join(f"{transfer[name]:+.4f}" if name in transfer else "" for name in names)
-    return "\n".join([*lines, f"| backward transfer | {shown} |"])
+    head, rows = table_rows(matrix)
+    lines = ["| " + " | ".join(cells) + " |" for cells in [head, *rows]]
+    lines.insert(1, "|---|" + "---:|" * (len(head) - 1))
+    return "\n".join(lines)
 
 
 def write_model_card(folder: Path, config: HBATConfig, model: Any, matrix: ForgettingMatrix) -> None:
@@ -52,17 +74,22 @@ def write_model_card(folder: Path, config: HBATConfig, model: Any, matrix: Forge
         model: The model.
         matrix: Its scores.
     """
-    base = getattr(model.config, "_name_or_path", "") or "a model given in memory"
-    tags = ["hbat", "trl", *config.objective_names, *(["peft"] if hasattr(model, "peft_config") else [])]
+    base = getattr(model.config, "_name_or_path", "")
+    origin = base or "a model given in memory"
+    is_adapter = hasattr(model, "peft_config")
+    front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers"}
+    if _is_hub_name(base):
+        front["base_model"] = base
+    front["tags"] = ["hbat", "trl", *config.objective_names, *(["peft"] if is_adapter else [])]
+    head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     ewc = "none" if config.ewc is None else json.dumps({k: v for k, v in vars(config.ewc).items() if v is not None})
     text = f"""---
-library_name: transformers
-tags: {json.dumps(tags)}
+{head}
 ---
 
 # {Path(config.output_dir).name}
 
-Trained from `{base}` by hybrid alignment training ([HBAT](https://arxiv.org/abs/2406.15178)): the objectives
+Trained from `{origin}` by hybrid alignment training ([HBAT](https://arxiv.org/abs/2406.15178)): the objectives
 {", ".join(config.objective_names)} alternate over {config.num_rounds} rounds.
 
 * elastic weight consolidation: `{ewc}`
@@ -78,3 +105,8 @@ Lower is better. The reference policy of a preference score is the model at the 
 {markdown_table(matrix)}
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _is_hub_name(name: str) -> bool:
+    # The Hub refuses a card that names a folder as base model; and a folder's path is nobody else's business.
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()

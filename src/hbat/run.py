@@ -25,7 +25,9 @@ class Run:
 
     def __init__(self, config: HBATConfig, folder: RunFolder, state: RunState) -> None:
         self.state = state
-        self.consolidation = None if config.ewc is None else Consolidation(config.ewc, config.seed)
+        # With a single objective nothing would ever read what it accumulates.
+        holds_back = config.ewc is not None and len(config.objectives) > 1
+        self.consolidation = Consolidation(config.ewc, config.seed) if holds_back else None
         self.moments: dict[str, Mapping[str, Tensor]] = {}
         self._folder = folder
 

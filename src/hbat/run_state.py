@@ -88,6 +88,19 @@ class RunFolder:
             ) from error
         raise RunStateError(f"{manifest} has format {found!r}; this version of hbat reads format {FORMAT}.")
 
+    def require_unused(self) -> None:
+        """Check that nothing of another run lies in the folder, whose manifest is gone.
+
+        Raises:
+            RunStateError: If there is a stage's folder, from which the new run would go on.
+        """
+        left = sorted(each.name for each in self.path.glob("stage-*"))
+        if left:
+            raise RunStateError(
+                f"`output_dir` {str(self.path)!r} holds {left[0]!r} of another run, but no {STATE_FILE}. Remove what "
+                "is left of that run, or choose another folder."
+            )
+
     def commit(self, state: RunState) -> None:
         """Make `state` the run's state and remove the tensor files that it no longer names; all processes wait.
 

@@ -1,15 +1,15 @@
 """Runs one stage: builds its trainer, holds it back, trains, measures what it moved, and leaves a clean model."""
 
+import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -20,7 +20,7 @@ from hbat.ewc.fisher import Example, diagonal_fisher
 from hbat.ewc.importance import displacement
 from hbat.ewc.parameters import trainable_parameters
 from hbat.learning_rate import extend_schedule
-from hbat.lifecycle import StageGuard
+from hbat.lifecycle import HookLimit
 from hbat.nonfinite import StopOnNonFiniteLoss, require_finite_weights
 from hbat.objectives.objective import Objective
 from hbat.optimizer_state import CarryMoments
@@ -28,6 +28,7 @@ from hbat.reporting import ForwardLogs, RunReporter
 from hbat.rounds import Stage, part_indices
 from hbat.run import Run
 from hbat.stage_start import StageStart
+from hbat.trainer_builder import TrainerBuilder
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class StageRunner:
         model: The model, with its adapter where there is one.
         config: The run's configuration.
         sections: Configuration of each objective.
-        processing_class: The tokenizer.
         callbacks: The user's callbacks, for every stage.
+        builder: Builder of the stages' trainers.
         start: Holder of the stage's start.
     """
 
@@ -62,62 +63,16 @@ class StageRunner:
         model: Any,
         config: HBATConfig,
         sections: Mapping[str, TrainingArguments],
-        processing_class: Any,
         callbacks: list[TrainerCallback],
+        builder: TrainerBuilder,
         start: StageStart,
     ) -> None:
         self._model = model
         self._config = config
         self._sections = sections
-        self._processing_class = processing_class
         self._callbacks = callbacks
+        self._builder = builder
         self._start = start
-
-    @contextmanager
-    def building(
-        self,
-        objective: Objective,
-        folder: Path | str,
-        *,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
-        seed_offset: int = 0,
-        callbacks: Iterable[TrainerCallback] = (),
-        frozen: Iterable[str] = (),
-    ) -> Iterator[Trainer]:
-        """Build an objective's trainer, and leave the model clean afterwards, whatever happens.
-
-        Args:
-            objective: The objective.
-            folder: Folder for the host's checkpoints.
-            train_dataset: Rows to train on.
-            eval_dataset: Rows to evaluate on.
-            seed_offset: Added to the objective's seed.
-            callbacks: Callbacks of the trainer.
-            frozen: Names of parameters that get no update.
-
-        Yields:
-            The trainer, the only one alive.
-        """
-        models = [each for each in (self._model, self._start.reference) if each is not None]
-        guard, trainer = StageGuard(*models), None
-        try:
-            parameters = trainable_parameters(self._model)
-            for name in frozen:
-                parameters[name].requires_grad_(False)
-            with _quiet_datasets():
-                trainer = objective.build_trainer(
-                    model=self._model,
-                    args=objective.stage_args(self._sections[objective.name], str(folder), seed_offset),
-                    train_dataset=train_dataset,
-                    eval_dataset=eval_dataset,
-                    processing_class=self._processing_class,
-                    reference=self._start.reference,
-                    callbacks=list(callbacks),
-                )
-            yield trainer
-        finally:
-            guard.restore(trainer)
 
     def run(
         self,
@@ -148,14 +103,20 @@ class StageRunner:
         """
         consolidation = run.consolidation
         carry = CarryMoments(run.moments.pop(stage.objective, {}))
+        carries = self._config.optimizer_state == "carry"
         evaluates = str(getattr(self._sections[stage.objective].eval_strategy, "value", "no")) != "no"
-        with self.building(
+        with self._builder.building(
             objective,
             folder,
             train_dataset=dataset.select(part_indices(len(dataset), stage.num_rounds, stage.round, self._config.seed)),
             eval_dataset=eval_dataset if evaluates else None,
             seed_offset=stage.index,
-            callbacks=[carry, *self._callbacks, ForwardLogs(reporter, stage, steps_after)],
+            callbacks=[
+                *([carry] if carries else []),
+                HookLimit(),
+                *self._callbacks,
+                ForwardLogs(reporter, stage, steps_after),
+            ],
             frozen=consolidation.frozen(stage) if consolidation is not None else (),
         ) as trainer:
             self._start.share_adapter()
@@ -173,8 +134,8 @@ class StageRunner:
             examples = self._fisher_examples(objective, trainer.train_dataset)
         require_finite_weights(trainable_parameters(self._model), stage)
         self._average(self._config.average_of(stage.objective))
-        carried = carry.saved if self._config.optimizer_state == "carry" else {}
-        return StageResult(steps, self._yielded(stage, consolidation, examples), carried)
+        yielded = self._yielded(stage, consolidation, examples)
+        return StageResult(steps, yielded, carry.saved if carries else {})
 
     def _hold_back(self, trainer: Trainer, stage: Stage, consolidation: Consolidation | None) -> None:
         if consolidation is None or consolidation.config.f_max == 0:
@@ -200,7 +161,11 @@ class StageRunner:
             return None
         config, parameters = consolidation.config, trainable_parameters(self._model)
         if config.source == "displacement":
-            return displacement(parameters, self._start.anchor, config.granularity)
+            # One tensor at a time, so that an accelerator never holds a float32 copy of the whole model.
+            return {
+                name: displacement({name: each}, self._start.anchor, config.granularity)[name].cpu()
+                for name, each in parameters.items()
+            }
         if config.source == "fisher":
             return diagonal_fisher(
                 self._model,
@@ -216,8 +181,10 @@ class StageRunner:
         ewc = self._config.ewc
         if ewc is None or ewc.source != "fisher" or objective.examples is None:
             return []
-        step = max(1, math.ceil(len(rows) / ewc.fisher_samples))
-        return [each for index in range(0, len(rows), step) for each in objective.examples(rows[index])]
+        count = min(len(rows), ewc.fisher_samples)
+        spread = (rows[index * len(rows) // count] for index in range(count))
+        sequences = itertools.chain.from_iterable(map(objective.examples, spread))  # a packed row holds several
+        return list(itertools.islice(sequences, ewc.fisher_samples))
 
 
 def last_checkpoint(folder: Path, max_steps: int) -> str | None:
@@ -260,15 +227,3 @@ def estimated_steps(args: TrainingArguments, rows: int, num_rounds: int) -> int:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     return math.ceil(math.ceil(rows / num_rounds / batch) * args.num_train_epochs)
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    # The run has one progress bar; tokenising a stage's part would draw another.
-    quiet_before = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not quiet_before:
-            enable_progress_bars()

@@ -1,5 +1,6 @@
 """The weights at a stage's start: anchor of the penalty and reference policy of DPO, in one set of tensors."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from hbat.lifecycle import unpatched_copy
 
 #: Name that the host gives to the adapter it copies for the reference policy.
 REFERENCE_ADAPTER = "ref"
+_DEFAULT = re.compile(r"\.default(?=\.|$)")  # `...lora_A.default.weight`, and `...lora_embedding_A.default`
 
 
 class StageStart:
@@ -21,7 +23,7 @@ class StageStart:
     preference stage the host's reference adapter takes its place.
 
     Args:
-        model: The model, as no trainer has touched it.
+        model: The model.
         needs_reference: Whether an objective of the run takes a reference policy.
     """
 
@@ -61,6 +63,16 @@ class StageStart:
         )
 
     @torch.no_grad()
+    def complete_adapter(self) -> None:
+        """Copy into the host's new reference adapter what the host leaves out: names that end in `.default`."""
+        if REFERENCE_ADAPTER not in getattr(self._model, "peft_config", {}):
+            return
+        current = trainable_parameters(self._model)
+        for name, copy in self._reference_adapter().items():
+            if name in current and not torch.equal(copy, current[name]):
+                copy.copy_(current[name])
+
+    @torch.no_grad()
     def share_adapter(self) -> None:
         """Let the host's reference adapter be the anchor, where it made one that equals it."""
         if REFERENCE_ADAPTER not in getattr(self._model, "peft_config", {}):
@@ -88,6 +100,4 @@ class StageStart:
 
     def _reference_adapter(self) -> dict[str, Tensor]:
         parameters = {canonical_name(name): each for name, each in self._model.named_parameters()}
-        return {
-            name: parameters[name.replace(".default.", f".{REFERENCE_ADAPTER}.")].detach() for name in self._anchor
-        }
+        return {name: parameters[_DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)].detach() for name in self._anchor}

@@ -8,26 +8,30 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hbat.config import HBATConfig
-from hbat.evaluation import ForgettingMatrix, scores
+from hbat.evaluation import ForgettingMatrix
+from hbat.evaluator import Evaluator
 from hbat.ewc.callback import refuse_sharded
 from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
 from hbat.fingerprint import fingerprint
+from hbat.hub import upload
 from hbat.inputs import checked_datasets
+from hbat.learning_rate import extend_schedule
 from hbat.lifecycle import cheap_garbage_collection
 from hbat.model_loading import load_model, load_tokenizer
 from hbat.objectives.builtin import resolve
 from hbat.processes import is_main_process, wait_for_everyone
-from hbat.report import write_model_card, write_results
+from hbat.report import draw_results, write_model_card, write_results
 from hbat.reporting import RunReporter, load_log
 from hbat.rounds import Stage, plan
 from hbat.run import Run
 from hbat.run_state import RunFolder, RunStateError
 from hbat.stage_runner import StageRunner, estimated_steps
 from hbat.stage_start import StageStart
+from hbat.trainer_builder import TrainerBuilder
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +98,28 @@ class HBATTrainer:
         self._start = StageStart(
             self.model, needs_reference=any(each.uses_reference for each in self._objectives.values())
         )
-        self._runner = StageRunner(
-            self.model, args, self._sections, self.processing_class, list(callbacks or []), self._start
-        )
-        self._rehearse()
+        builder = TrainerBuilder(self.model, self._sections, self.processing_class, self._start)
+        self._runner = StageRunner(self.model, args, self._sections, list(callbacks or []), builder, self._start)
+        self._evaluator = Evaluator(self._objectives, self._eval_dataset, builder, self._start)
+        self._run: Run | None = None
+        self._rehearse(builder)
 
-    def _rehearse(self) -> None:
+    @property
+    def train_dataset(self) -> Mapping[str, Dataset]:
+        """Training rows by objective, without those that were dropped."""
+        return self._train_dataset
+
+    @property
+    def eval_dataset(self) -> Mapping[str, Dataset]:
+        """Evaluation rows by objective, without those that were dropped."""
+        return self._eval_dataset
+
+    @property
+    def sections(self) -> Mapping[str, TrainingArguments]:
+        """Configuration of each objective's trainer, as it was given."""
+        return self._sections
+
+    def _rehearse(self, builder: TrainerBuilder) -> None:
         # Each objective's trainer is built once on one row, so that what the host refuses is refused before the first
         # stage and not after hours.
         self._start.take()
@@ -108,8 +128,10 @@ class HBATTrainer:
                 rows = {"train_dataset": self._train_dataset[name].select([0])}
                 if name in self._eval_dataset:  # the host asks for it where a section sets `eval_strategy`
                     rows["eval_dataset"] = self._eval_dataset[name].select([0])
-                with self._runner.building(objective, folder, **rows):
-                    pass
+                with builder.building(objective, folder, **rows) as trainer:
+                    kind = self.args.lr_schedule_of(name)
+                    extend_schedule(trainer, kind, round_index=0, num_rounds=self.args.num_rounds, steps_before=0)
+                    trainer.create_optimizer_and_scheduler(num_training_steps=1)
 
     def train(self, resume_from_checkpoint: bool | None = None) -> TrainOutput:
         """Run all stages that are not done yet.
@@ -122,10 +144,16 @@ class HBATTrainer:
             Steps of the run, mean of the logged training losses, and the final scores as `eval_<objective>/<metric>`.
 
         Raises:
+            TypeError: If `resume_from_checkpoint` is a path.
             RunStateError: If `output_dir` holds another run, or one and `resume_from_checkpoint` is not set.
             FloatingPointError: If a loss is NaN or infinite; the stage's start is on disk.
         """
-        run = self._begin(resume=bool(resume_from_checkpoint))
+        if resume_from_checkpoint not in {None, True, False}:
+            raise TypeError(
+                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}; a run goes on in its own `output_dir` "
+                f"({self.args.output_dir!r}), so it must be True, False or None."
+            )
+        run = self._run = self._begin(resume=bool(resume_from_checkpoint))
         if run.state.next_stage == len(self._plan):
             logger.info("The run in %s is finished; nothing is left to train.", self.args.output_dir)
         total = run.state.global_step + self._steps_from(run)
@@ -140,7 +168,10 @@ class HBATTrainer:
         finally:
             reporter.save()
             reporter.close()
-        losses = [value for entry in self.state.log_history for key, value in entry.items() if key.endswith("/loss")]
+            if is_main_process() and self.matrix.rows:
+                draw_results(self._folder.path, self.matrix)
+        names = {f"{name}/loss" for name in self._objectives}
+        losses = [value for entry in self.state.log_history for key, value in entry.items() if key in names]
         metrics = {
             f"eval_{name}/{key}": value
             for name, each in (self.matrix.rows[-1]["scores"] if self.matrix.rows else {}).items()
@@ -152,6 +183,8 @@ class HBATTrainer:
         parameters = trainable_parameters(self.model)
         described = fingerprint(self.args, self._sections, self._train_dataset, parameters)
         found = self._folder.read()
+        if found is None:
+            self._folder.require_unused()
         wait_for_everyone()  # before a process makes the folder a run's
         if found is None:
             self.matrix.rows, self.state = [], TrainerState()
@@ -174,16 +207,21 @@ class HBATTrainer:
     def _run_stage(self, stage: Stage, run: Run, reporter: RunReporter) -> None:
         name = stage.objective
         self._start.take()
-        result = self._runner.run(
-            stage,
-            self._objectives[name],
-            self._train_dataset[name],
-            self._eval_dataset.get(name),
-            folder=self._folder.path / stage.folder,
-            run=run,
-            reporter=reporter,
-            steps_after=self._steps_from(run, stage.index + 1),
-        )
+        try:
+            result = self._runner.run(
+                stage,
+                self._objectives[name],
+                self._train_dataset[name],
+                self._eval_dataset.get(name),
+                folder=self._folder.path / stage.folder,
+                run=run,
+                reporter=reporter,
+                steps_after=self._steps_from(run, stage.index + 1),
+            )
+        except FloatingPointError:
+            self._folder.remove_stage(stage.folder)  # its checkpoints may hold the weights that led here
+            raise
+        reporter.save()  # entries of a stage that is not committed are cut off when the run goes on
         run.commit_stage(
             stage,
             steps=result.steps,
@@ -192,7 +230,6 @@ class HBATTrainer:
             weights=trainable_parameters(self.model),
         )
         self.state.global_step = run.state.global_step
-        reporter.save()
 
     def _evaluate_if_due(self, run: Run, reporter: RunReporter) -> None:
         done = run.state.next_stage - 1
@@ -225,27 +262,14 @@ class HBATTrainer:
         """Evaluate every objective that has evaluation rows, on the model as it is.
 
         The reference policy of a preference objective is the model at the start of the run, so that scores of
-        different stages compare.
+        different stages compare; before `train()` it is the model as it is.
 
         Returns:
             Scores by objective and metric.
         """
-        found = self._folder.read()
-        initial = {} if found is None else self._folder.read_tensors(found, "initial")
-        initial = initial or snapshot(trainable_parameters(self.model))
-        results = {}
-        for name, dataset in self._eval_dataset.items():
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                self._runner.building(
-                    self._objectives[name], folder, train_dataset=dataset.select([0]), eval_dataset=dataset
-                ) as trainer,
-            ):
-                self._start.set_reference(initial)
-                metrics = trainer.evaluate()
-                # TRL below 1.6 puts its own metrics into the log entry only.
-                results[name] = scores(next(iter(trainer.state.log_history[-1:]), {}) | metrics)
-        return results
+        if self._run is None or not self._evaluator.needs_reference:
+            return self._evaluator.evaluate(snapshot(trainable_parameters(self.model)))
+        return self._evaluator.evaluate(self._run.weights("initial"))
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Save model or adapter, tokenizer and model card.
@@ -268,18 +292,7 @@ class HBATTrainer:
             private: Whether a new repository is private.
 
         Returns:
-            Address of the commit.
+            Address of the commit; empty on other processes than the main one, which do not upload.
         """
-        from huggingface_hub import HfApi  # noqa: PLC0415 - only needed here
-
         self.save_model()
-        api = HfApi()
-        repository = api.create_repo(repo_id or Path(self.args.output_dir).name, private=private, exist_ok=True)
-        return str(
-            api.upload_folder(
-                repo_id=repository.repo_id,
-                folder_path=self.args.output_dir,
-                ignore_patterns=["state/*", "stage-*", "runs/*", "hbat_state.json", "trainer_state.json", "*.tmp"],
-                commit_message="Hybrid alignment training",
-            )
-        )
+        return upload(Path(self.args.output_dir), repo_id, private=private) if is_main_process() else ""

@@ -29,9 +29,12 @@ def test_a_stage_gets_its_folder_and_a_seed_of_its_own_and_nothing_else_changes(
     args = objective().stage_args(base, str(tmp_path / "stage"), 4)
     before, after = base.to_dict(), args.to_dict()
     changed = {key for key in before if before[key] != after[key]}
-    assert changed <= {"output_dir", "logging_dir", "seed", "disable_tqdm", "save_total_limit"}
-    assert (args.seed, args.output_dir, args.disable_tqdm, args.save_total_limit) == (
+    assert changed <= {
+        "data_seed", "disable_tqdm", "logging_dir", "logging_nan_inf_filter", "output_dir", "save_total_limit", "seed"
+    }  # fmt: skip
+    assert (args.seed, args.data_seed, args.output_dir, args.disable_tqdm, args.save_total_limit) == (
         15,
+        9,
         str(tmp_path / "stage"),
         True,
         1,

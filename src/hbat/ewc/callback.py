@@ -106,6 +106,8 @@ class EWCCallback(TrainerCallback):
         """
         self._detach()
         refuse_sharded(args)
+        if self._trainer is not None and self._trainer.state is not state:
+            self._trainer = None  # bound to another trainer, and now passed to this one in `callbacks`
         if model is None or self.f_max == 0:
             return
         if self.anchor is None and state.global_step > 0:

@@ -21,7 +21,7 @@ def resolve(config: HBATConfig) -> list[Objective]:
         The objectives of a round, in order.
 
     Raises:
-        ValueError: If a name is unknown.
+        ValueError: If a name is unknown, or an objective lacks what the importance is computed from.
         TypeError: If an entry is neither a name nor an `Objective`.
     """
     resolved = []
@@ -39,4 +39,17 @@ def resolve(config: HBATConfig) -> list[Objective]:
         else:
             make = getattr(importlib.import_module(f"hbat.objectives.{entry}"), entry)
             resolved.append(make(getattr(config, entry)))
+    _require_examples(config, resolved)
     return resolved
+
+
+def _require_examples(config: HBATConfig, objectives: Sequence[Objective]) -> None:
+    ewc = config.ewc
+    if ewc is None or ewc.source != "fisher" or (ewc.f_max == 0 and ewc.freeze == 0):
+        return
+    for each in objectives:
+        if each.examples is None:
+            raise ValueError(
+                f"`ewc.source: fisher` needs the sequences of the objective {each.name!r}, which has no `examples`. Set "
+                "`Objective(examples=...)`, or `ewc.source: displacement`."
+            )

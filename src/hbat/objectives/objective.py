@@ -112,6 +112,8 @@ class Objective:
             seed=base.seed + seed_offset,
             report_to="none",
             disable_tqdm=True,
+            data_seed=None if base.data_seed is None else base.data_seed + seed_offset,
+            logging_nan_inf_filter=False,  # a stage stops at such a loss, so the host need not look for it as well
             push_to_hub=False,
             save_total_limit=base.save_total_limit or 1,
         )

@@ -1,0 +1,68 @@
+"""Evaluates every objective on the model as it is, with the host's own evaluation."""
+
+import tempfile
+from collections.abc import Mapping
+
+from datasets import Dataset
+from torch import Tensor
+
+from hbat.evaluation import scores
+from hbat.objectives.objective import Objective
+from hbat.stage_start import StageStart
+from hbat.trainer_builder import TrainerBuilder
+
+
+class Evaluator:
+    """Evaluates the objectives of a run.
+
+    Args:
+        objectives: The objectives by name.
+        datasets: Evaluation rows by objective; an objective may be left out.
+        builder: Builder of trainers on the run's model.
+        start: Holder of the reference policy.
+    """
+
+    def __init__(
+        self,
+        objectives: Mapping[str, Objective],
+        datasets: Mapping[str, Dataset],
+        builder: TrainerBuilder,
+        start: StageStart,
+    ) -> None:
+        self._objectives = objectives
+        self._datasets = datasets
+        self._builder = builder
+        self._start = start
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether an objective that is evaluated takes a reference policy."""
+        return any(self._objectives[name].uses_reference for name in self._datasets)
+
+    def evaluate(self, reference: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+        """Evaluate all objectives that have rows.
+
+        Args:
+            reference: Trainable weights of the reference policy by name; not read where no objective takes one.
+
+        Returns:
+            Scores by objective and metric.
+        """
+        results = {}
+        for name, dataset in self._datasets.items():
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                self._builder.building(
+                    self._objectives[name],
+                    folder,
+                    train_dataset=dataset.select([0]),
+                    eval_dataset=dataset,
+                    for_evaluation=True,
+                ) as trainer,
+            ):
+                if self._objectives[name].uses_reference:
+                    self._start.set_reference(reference)
+                metrics = trainer.evaluate()
+                # TRL below 1.6 puts its own metrics into the log entry only.
+                results[name] = scores(next(iter(trainer.state.log_history[-1:]), {}) | metrics)
+        return results

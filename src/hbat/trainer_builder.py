@@ -1,0 +1,111 @@
+"""Builds an objective's trainer on the run's model, and leaves the model clean afterwards."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hbat.ewc.backward import after_backward
+from hbat.ewc.parameters import trainable_parameters
+from hbat.lifecycle import StageGuard
+from hbat.objectives.objective import Objective
+from hbat.stage_start import StageStart
+
+
+class TrainerBuilder:
+    """Builds one trainer at a time on one model.
+
+    Args:
+        model: The model, with its adapter where there is one.
+        sections: Configuration of each objective.
+        processing_class: The tokenizer.
+        start: Holder of the stage's start.
+    """
+
+    def __init__(
+        self, model: Any, sections: Mapping[str, TrainingArguments], processing_class: Any, start: StageStart
+    ) -> None:
+        self._model = model
+        self._sections = sections
+        self._processing_class = processing_class
+        self._start = start
+
+    @contextmanager
+    def building(
+        self,
+        objective: Objective,
+        folder: Path | str,
+        *,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        seed_offset: int = 0,
+        callbacks: Iterable[TrainerCallback] = (),
+        frozen: Iterable[str] = (),
+        for_evaluation: bool = False,
+    ) -> Iterator[Trainer]:
+        """Build an objective's trainer, and leave the model clean afterwards, whatever happens.
+
+        Args:
+            objective: The objective.
+            folder: Folder for the host's checkpoints.
+            train_dataset: Rows to train on.
+            eval_dataset: Rows to evaluate on.
+            seed_offset: Added to the objective's seed.
+            callbacks: Callbacks of the trainer.
+            frozen: Names of parameters that get no update.
+            for_evaluation: The reference policy is given other weights before the trainer is used.
+
+        Yields:
+            The trainer, the only one alive.
+        """
+        models = [each for each in (self._model, self._start.reference) if each is not None]
+        guard, trainer = StageGuard(*models), None
+        try:
+            parameters = trainable_parameters(self._model)
+            for name in frozen:
+                parameters[name].requires_grad_(False)
+            with _quiet_datasets():
+                args = objective.stage_args(self._sections[objective.name], str(folder), seed_offset)
+                if for_evaluation and hasattr(args, "precompute_ref_log_probs"):
+                    args.precompute_ref_log_probs = False
+                trainer = objective.build_trainer(
+                    model=self._model,
+                    args=args,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=self._processing_class,
+                    reference=self._start.reference,
+                    callbacks=list(callbacks),
+                )
+            self._start.complete_adapter()
+            self._hold_frozen(trainer, [parameters[name] for name in frozen])
+            yield trainer
+        finally:
+            guard.restore(trainer)
+
+    @staticmethod
+    def _hold_frozen(trainer: Trainer, frozen: list[nn.Parameter]) -> None:
+        # TRL's switch to the reference adapter and back sets `requires_grad` on the whole adapter, so gradients would
+        # come up and count for the clipping norm.
+        def drop(_: object) -> None:
+            for each in frozen:
+                each.grad = None
+
+        if frozen:
+            after_backward(trainer.accelerator, drop)
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    # The run has one progress bar; tokenising a stage's part would draw another.
+    quiet_before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not quiet_before:
+            enable_progress_bars()
