@@ -50,6 +50,6 @@ def _require_examples(config: HBATConfig, objectives: Sequence[Objective]) -> No
     for each in objectives:
         if each.examples is None:
             raise ValueError(
-                f"`ewc.source: fisher` needs the sequences of the objective {each.name!r}, which has no `examples`. Set "
-                "`Objective(examples=...)`, or `ewc.source: displacement`."
+                f"`ewc.source: fisher` needs the sequences of the objective {each.name!r}, which has no `examples`. "
+                "Set `Objective(examples=...)`, or `ewc.source: displacement`."
             )
