@@ -25,7 +25,7 @@ class HBATConfig:
     )
     objectives: list[Any] = field(
         default_factory=lambda: ["sft", "dpo"],
-        metadata={"help": "The objectives of a round in order: `sft`, `dpo`, or `Objective` objects of your own."},
+        metadata={"help": "The objectives of a round in order: `sft`, `dpo`, and from Python `Objective` objects."},
     )
     sft: Any = field(
         default=None, metadata={"help": "Fields of trl.SFTConfig for the SFT stages (mapping or object)."}
