@@ -30,7 +30,7 @@ def test_the_plain_torch_loop_of_the_readme_learns_and_is_held_back():
     torch.manual_seed(0)
     free = {}
     exec(compile(loop.replace("0.5 *", "0.0 *"), "README.md", "exec"), free)  # noqa: S102
-    assert float(free["loss"]) < float(held["loss"]) < 4.0
+    assert free["loss"].item() < held["loss"].item() < 4.0
 
 
 def test_the_options_in_the_readme_exist_with_the_defaults_that_it_names():
