@@ -85,7 +85,15 @@ def refusal(outcome, status=2):
 def test_a_run_trains_saves_its_model_and_prints_the_table(hbat, tmp_path):
     status, out, lines = hbat("train", "--num_rounds", "2", "--sft.learning_rate=1e-2", "--ewc.f_max", "3")
     assert (status, lines) == (0, [])
-    for part in ("start", "round 1: sft", "round 2: dpo", "backward transfer", str(tmp_path / "out")):
+    for part in (
+        "after",
+        "sft loss",
+        "start",
+        "round 1: sft",
+        "round 2: dpo",
+        "backward transfer",
+        str(tmp_path / "out"),
+    ):
         assert part in out
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert (tmp_path / "out" / "tokenizer.json").exists()
@@ -138,6 +146,17 @@ def test_an_adapter_is_trained_with_peft(hbat, values, tmp_path):
     assert (config["r"], config["lora_dropout"], config["task_type"]) == (2, 0.1, "CAUSAL_LM")
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_adapter_on_disk_is_trained_on(hbat, values, tmp_path):
+    values.update(eval_datasets=None, ewc=None)
+    assert hbat("train", "--peft.target_modules", "[q_proj]")[0] == 0
+    values["model_name_or_path"] = str(tmp_path / "out")
+    assert hbat("train", "--output_dir", str(tmp_path / "next"))[0] == 0
+    before, after = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("out", "next"))
+    assert before.keys() == after.keys()
+    assert not any(before[name].equal(after[name]) for name in before)
+    assert not (tmp_path / "next" / "model.safetensors").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_with_status_1(hbat, values):

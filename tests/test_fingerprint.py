@@ -17,12 +17,12 @@ CLASSES = {"sft": SFTConfig, "dpo": DPOConfig}
 CHEAP = {"use_cpu": True, "bf16": False, "max_steps": 2}
 
 
-def described(folder="run", *, rows=None, sft=None, dpo=None, parameters=None, **options):
+def described(folder="run", *, rows=None, sft=None, dpo=None, parameters=None, model=None, **options):
     given = {"sft": sft or {}, "dpo": dpo or {}}
     sections = {name: CLASSES[name](**{"output_dir": str(folder)} | CHEAP | given[name]) for name in CLASSES}
     data = rows or {"sft": cases.sft_rows(6), "dpo": cases.preference_rows(6)}
     parameters = parameters or {"a": torch.zeros(2, 3), "b": torch.zeros(())}
-    return fingerprint(HBATConfig(output_dir=str(folder), **options), sections, data, parameters)
+    return fingerprint(HBATConfig(output_dir=str(folder), **options), sections, data, parameters, model)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,52 @@ def test_other_parameters_show(base):
     assert [each.split(":")[0] for each in differences(base, described(parameters=wider))] == ["parameters.shapes"]
 
 
+def test_an_adapter_on_another_base_model_shows():
+    peft = pytest.importorskip("peft")
+    first, again, other = (
+        described(model=peft.get_peft_model(cases.tiny_llama(seed), peft.LoraConfig(target_modules=["q_proj"])))
+        for seed in (1, 1, 2)
+    )
+    assert differences(first, again) == []
+    assert [each.split(":")[0] for each in differences(first, other)] == ["parameters.frozen"]
+
+
+def packed(*values, dtype=torch.uint8, name="weight"):
+    model = torch.nn.Module()
+    model.register_parameter(name, torch.nn.Parameter(torch.tensor(values, dtype=dtype), requires_grad=False))
+    return model
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        packed(1, 3),
+        packed(1, 2, 3),
+        packed(1, 2, dtype=torch.int8),
+        packed(1, 2, name="other"),
+        packed(1, 2).to(torch.device("meta")),
+        torch.nn.Module(),
+    ],
+    ids=["value", "shape", "dtype", "name", "offloaded", "none"],
+)
+def test_a_frozen_tensor_of_any_kind_shows_by_name_shape_dtype_and_values(other):
+    lines = differences(described(model=packed(1, 2)), described(model=other))
+    assert [each.split(":")[0] for each in lines] == ["parameters.frozen"]
+
+
+def test_trained_values_and_where_the_model_lies_do_not_count():
+    models = cases.frozen_llama(), cases.frozen_llama()
+    models[1].config._name_or_path = "moved/elsewhere"  # noqa: SLF001 - the host's own place for it
+    with torch.no_grad():
+        models[1].lm_head.weight.fill_(1.0)
+    assert described(model=models[0]) == described(model=models[1])
+
+
+def test_frozen_weights_are_named_alike_by_a_compiled_model():
+    model = cases.frozen_llama()
+    assert described(model=torch.compile(model, backend="eager")) == described(model=model)
+
+
 # --- what does not ---------------------------------------------------------------------------------------------------
 
 
@@ -143,12 +189,42 @@ def test_other_parameters_show(base):
         {"dpo": {"save_strategy": "no"}},
         {"dpo": {"log_level": "error"}},
         {"dpo": {"local_rank": 1}},
+        {"sft": {"per_device_eval_batch_size": 1, "eval_accumulation_steps": 3}},
+        {"sft": {"eval_strategy": "steps", "eval_steps": 3, "eval_delay": 1, "eval_on_start": True}},
+        {"dpo": {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True}},
+        {"dpo": {"dataloader_pin_memory": False}},
+        {"dpo": {"push_to_hub": True, "hub_model_id": "some/model", "hub_strategy": "end"}},
+        {"dpo": {"save_only_model": True, "torch_empty_cache_steps": 5}},
+        {"sft": {"include_num_input_tokens_seen": "all"}},
         {"parameters": {"a": torch.ones(2, 3), "b": torch.ones(())}},
     ],
     ids=str,
 )
 def test_where_and_how_much_is_logged_or_kept_does_not_count(options, base):
     assert differences(base, described(**options)) == []
+
+
+def test_another_release_of_the_host_with_other_fields_is_no_change(base):
+    other = json.loads(json.dumps(base))
+    other["sft"] |= {"a_new_option": 3, "fsdp_config": {"new": True}}
+    other["dpo"]["accelerator_config"]["a_new_option"] = 3
+    del other["dpo"]["beta"]
+    assert differences(base, other) == []
+    assert differences(other, base) == []
+
+
+def test_a_field_of_the_host_that_holds_options_counts_as_a_whole(base):
+    lines = differences(base, described(sft={"lr_scheduler_kwargs": {"num_cycles": 2}}))
+    assert [each.split(":")[0] for each in lines] == ["sft.lr_scheduler_kwargs"]
+    before, now = ({"sft": {"lr_scheduler_kwargs": each}} for each in ({}, {"num_cycles": 2}))
+    assert differences(before, now) == ["sft.lr_scheduler_kwargs.num_cycles: None -> 2"]
+
+
+@pytest.mark.parametrize("section", ["run", "ewc", "data", "parameters"])
+def test_our_own_sections_are_compared_key_by_key(section, base):
+    more = base | {section: base[section] | {"come": 1}}
+    assert differences(base, more) == [f"{section}.come: None -> 1"]
+    assert differences(more, base) == [f"{section}.come: 1 -> None"]
 
 
 # --- differences -----------------------------------------------------------------------------------------------------

@@ -3,11 +3,18 @@ import sys
 import cases
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hbat.config import HBATConfig
 from hbat.ewc.parameters import trainable_parameters
-from hbat.model_loading import PrecisionWarning, load_model, load_tokenizer
+from hbat.model_loading import (
+    PrecisionWarning,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    require_adapter_parameters,
+    shared_init_kwargs,
+)
 
 peft = pytest.importorskip("peft")
 PAD, END = cases.SPECIAL_TOKENS[:2]
@@ -172,6 +179,118 @@ def test_without_peft_an_adapter_is_refused_with_how_to_install_it(monkeypatch):
         load_model(cases.tiny_llama(), config(), adapter)
 
 
+@pytest.mark.parametrize("adapter", [None, lora()], ids=["", "and another"])
+def test_an_adapter_that_the_model_holds_itself_is_refused_with_what_to_pass(adapter):
+    model = cases.tiny_llama()
+    model.add_adapter(lora())
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM with an adapter inside.*`get_peft_model\(.*`peft_config=`"
+    ):
+        load_model(model, config(), adapter)
+
+
+# --- adapters on disk ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter_folder(saved, tmp_path):
+    """A trained adapter on the model on disk."""
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(saved, dtype=torch.float32), lora())
+    with torch.no_grad():
+        for each in trainable_parameters(model).values():
+            each.fill_(0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["text", "path"])
+def test_an_adapters_folder_is_loaded_with_its_base_in_float32_to_be_trained(kind, adapter_folder, saved):
+    model = load_model(kind(adapter_folder), config(model_init_kwargs={"attn_implementation": "eager"}), None)
+    assert isinstance(model, peft.PeftModel)
+    assert {each.dtype for each in model.parameters()} == {torch.float32}
+    trained = trainable_parameters(model)
+    assert all(".lora_" in name and bool((each == 0.5).all()) for name, each in trained.items())
+    assert len(trained) == 4
+    assert model.config._attn_implementation == "eager"  # noqa: SLF001 - the host's own place for it
+    assert load_tokenizer(None, model, config(), adapter_folder).get_vocab() == cases.tiny_tokenizer().get_vocab()
+
+
+def test_a_tokenizer_beside_the_adapter_goes_before_that_of_the_base(adapter_folder):
+    tokenizer = cases.tiny_tokenizer()
+    tokenizer.chat_template = "mine"
+    tokenizer.save_pretrained(adapter_folder)
+    model = load_model(str(adapter_folder), config(), None)
+    assert load_tokenizer(None, model, config(), adapter_folder).chat_template == "mine"
+    assert load_tokenizer(None, model, config()).chat_template == cases.CHAT_TEMPLATE
+
+
+def test_an_adapters_folder_and_another_adapter_are_refused(adapter_folder):
+    with pytest.raises(ValueError, match=r"has an adapter already and `peft_config` asks for another"):
+        load_model(str(adapter_folder), config(), lora())
+
+
+def test_without_peft_an_adapters_folder_is_refused_with_how_to_install_it(adapter_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(
+        ImportError, match=r"`model` '.*' is an adapter's folder and needs PEFT\. Install it with `pip"
+    ):
+        load_model(str(adapter_folder), config(), None)
+
+
+def test_only_a_folder_with_an_adapter_is_one(adapter_folder, saved):
+    assert is_adapter(adapter_folder)
+    assert is_adapter(str(adapter_folder))
+    assert not any(is_adapter(each) for each in (saved, "some/model", cases.tiny_llama(), None))
+
+
+# --- adapters and the reference policy -------------------------------------------------------------------------------
+
+
+def with_biases():
+    model = cases.tiny_llama()
+    model.config.attention_bias = True
+    return LlamaForCausalLM(model.config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"modules_to_save": ["norm", "lm_head"]},
+        {"trainable_token_indices": [1, 2]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ],
+    ids=str,
+)
+def test_what_an_adapter_holds_itself_the_reference_can_hold_too(options):
+    adapter = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options)
+    require_adapter_parameters(peft.get_peft_model(with_biases(), adapter))
+
+
+@pytest.mark.parametrize(
+    ("bias", "counts", "first"),
+    [("all", r"8 of 12", r"q_proj\.base_layer\.bias"), ("lora_only", r"2 of 6", r"q_proj\.base_layer\.bias")],
+)
+def test_biases_trained_in_place_are_refused_with_count_and_first(bias, counts, first):
+    model = peft.get_peft_model(with_biases(), lora(bias=bias))
+    with pytest.raises(ValueError, match=rf"^{counts} trainable .* first '.*{first}'.*Freeze .*`modules_to_save`"):
+        require_adapter_parameters(model)
+
+
+def test_a_weight_unfrozen_beside_the_adapter_is_refused():
+    model = cases.lora_llama()
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"^1 of 9 .* first 'base_model\.model\.model\.norm\.weight'"):
+        require_adapter_parameters(model)
+
+
+def test_a_model_without_adapter_has_its_own_reference():
+    require_adapter_parameters(cases.tiny_llama())
+
+
 # --- tokenizer -------------------------------------------------------------------------------------------------------
 
 
@@ -201,3 +320,19 @@ def test_a_tokenizer_with_no_token_to_pad_with_is_refused():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=cases.tiny_tokenizer().backend_tokenizer)
     with pytest.raises(ValueError, match=r"neither a padding nor an end token\. Set its `pad_token`"):
         load_tokenizer(tokenizer, cases.tiny_llama())
+
+
+def test_the_tokenizer_is_fetched_as_the_model_is(saved, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **kwargs: seen.update(kwargs))
+    shared = {
+        "cache_dir": "c", "code_revision": "r", "local_files_only": True, "revision": "v2", "subfolder": "s",
+        "token": "t", "trust_remote_code": True,
+    }  # fmt: skip
+    given = config(model_init_kwargs=shared | {"dtype": "float32", "attn_implementation": "eager", "device_map": None})
+    load_tokenizer(None, load_model(str(saved), config(), None), given)
+    assert seen == shared == shared_init_kwargs(given)
+
+
+def test_without_options_for_the_model_there_are_none_to_share():
+    assert shared_init_kwargs(config()) == {}

@@ -7,7 +7,7 @@ import yaml
 from test_evaluation import TWO_ROUNDS, matrix
 
 from hbat.config import HBATConfig
-from hbat.report import markdown_table, write_model_card, write_results
+from hbat.report import markdown_table, table_rows, write_model_card, write_results
 
 
 def card(folder, model=None, found=None, **options):
@@ -33,6 +33,14 @@ def test_the_table_has_a_line_for_every_row_and_one_for_backward_transfer():
         "| round 2: dpo | 1.7500 | 0.2500 |",
         "| backward transfer | -0.2500 | +0.1500 |",
     ]
+
+
+def test_cells_are_texts_and_as_many_in_every_row():
+    head, rows = table_rows(matrix(*TWO_ROUNDS))
+    assert head == ["after", "sft loss", "dpo loss"]
+    assert rows[0] == ["start", "4.0000", "0.7000"]
+    assert rows[-1] == ["backward transfer", "-0.2500", "+0.1500"]
+    assert {len(each) for each in rows} == {3}
 
 
 def test_missing_scores_are_empty_cells():
@@ -74,10 +82,31 @@ def test_the_cards_front_matter_is_yaml_that_names_library_and_objectives(tmp_pa
     assert front == {"library_name": "transformers", "tags": ["hbat", "trl", "sft", "dpo"]}
 
 
-def test_an_adapter_is_tagged(tmp_path):
+def named(name, model=None):
+    model = model or cases.tiny_llama()
+    model.config._name_or_path = name  # noqa: SLF001 - the host's own place for it
+    return model
+
+
+@pytest.mark.parametrize("name", ["some/model-1.5_B", "gpt2", "1.0"])
+def test_the_card_names_the_base_model_for_the_hub(name, tmp_path):
+    front, _ = card(tmp_path, named(name))
+    assert front == {"library_name": "transformers", "base_model": name, "tags": ["hbat", "trl", "sft", "dpo"]}
+
+
+@pytest.mark.parametrize("name", ["", "/models/llama", "./llama", "~/llama", "a/b/c", "C:\\llama", 'no: "yes"'])
+def test_a_folder_is_no_base_model_for_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in card(tmp_path, named(name))[0]
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    assert "base_model" not in card(tmp_path, named("models/llama"))[0]
+
+
+def test_an_adapter_belongs_to_peft_and_names_its_base(tmp_path):
     pytest.importorskip("peft")
-    front, _ = card(tmp_path, cases.lora_llama())
-    assert front["tags"][-1] == "peft"
+    front, _ = card(tmp_path, named("some/model", cases.lora_llama()))
+    tags = ["hbat", "trl", "sft", "dpo", "peft"]
+    assert front == {"library_name": "peft", "base_model": "some/model", "tags": tags}
 
 
 def test_names_that_mean_something_in_yaml_stay_texts(tmp_path):

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainingArguments
 
 from hbat.loading import load
+from hbat.model_loading import is_adapter, shared_init_kwargs
 from hbat.objectives.builtin import resolve
 from hbat.run_file import RunFile
 from hbat.run_state import STATE_FILE, RunStateError
@@ -16,8 +17,6 @@ from hbat.sections import build_section, nearest
 from hbat.trainer import HBATTrainer
 
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gz")
-#: Arguments of the model's `from_pretrained` that its configuration and tokenizer need as well.
-_SHARED_INIT_KWARGS = ("cache_dir", "code_revision", "local_files_only", "revision", "token", "trust_remote_code")
 
 
 def build_trainer(run: RunFile) -> HBATTrainer:
@@ -138,11 +137,13 @@ def refuse_other_run(run: RunFile) -> None:
 
 
 def _load_tokenizer(run: RunFile) -> Any:
-    given = run.config.model_init_kwargs or {}
-    shared = {key: given[key] for key in _SHARED_INIT_KWARGS if key in given}
-    _from_pretrained("model_name_or_path", run.model_name_or_path, AutoConfig, shared)
+    adapter, shared = is_adapter(run.model_name_or_path), shared_init_kwargs(run.config)
+    if not adapter:
+        _from_pretrained("model_name_or_path", run.model_name_or_path, AutoConfig, shared)
     if run.tokenizer_name_or_path is not None:
         return _from_pretrained("tokenizer_name_or_path", run.tokenizer_name_or_path, AutoTokenizer, {})
+    if adapter:
+        return None  # its own or its base's, which the trainer finds
     return _from_pretrained("model_name_or_path", run.model_name_or_path, AutoTokenizer, shared)
 
 

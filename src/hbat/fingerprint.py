@@ -6,19 +6,29 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
+import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
 from hbat.config import HBATConfig
+from hbat.ewc.parameters import canonical_name
 
 _SAMPLED_ROWS = 1000
-#: Fields of a stage's configuration that say where and how much is logged or kept, not what is trained.
+_SAMPLED_VALUES = 64
+#: Sections that are ours: compared key by key. All others are configurations of the host, whose fields come and go
+#: from release to release.
+_OWN_SECTIONS = {"run", "ewc", "data", "parameters"}
+#: Fields of the host's configurations that hold fields of the host themselves, and not what the user chose to pass on.
+_HOST_SECTIONS = {"accelerator_config"}
+#: Fields of a stage's configuration that say where and how much is logged, kept or evaluated and how rows are brought
+#: to the device, not what is trained; and the options of FSDP, under which no run starts.
 _INCIDENTAL = {
-    "disable_tqdm", "hub_token", "local_rank", "log_level", "log_level_replica", "log_on_each_node", "logging_dir",
-    "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "output_dir", "project",
-    "report_to", "run_name", "save_on_each_node", "save_steps", "save_strategy", "save_total_limit",
-    "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
+    "batch_eval_metrics", "dataloader_multiprocessing_context", "dataloader_num_workers",
+    "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "disable_tqdm", "do_eval",
+    "fsdp_config", "local_rank", "output_dir", "per_device_eval_batch_size", "project", "push_to_hub", "report_to",
+    "run_name", "torch_empty_cache_steps",
 }  # fmt: skip
+_INCIDENTAL_PREFIXES = ("eval_", "hub_", "include_", "log_", "logging_", "save_", "trackio_")
 
 
 class _Section(Protocol):
@@ -32,6 +42,7 @@ def fingerprint(
     sections: Mapping[str, _Section],
     datasets: Mapping[str, Dataset],
     parameters: Mapping[str, Tensor],
+    model: Any = None,
 ) -> dict[str, Any]:
     """Describe a run.
 
@@ -40,12 +51,13 @@ def fingerprint(
         sections: Configuration of each objective.
         datasets: Training data of each objective.
         parameters: Trainable parameters by name.
+        model: The model, whose frozen weights are what an adapter is trained on.
 
     Returns:
         Values that JSON can hold.
     """
     shapes = {name: list(each.shape) for name, each in parameters.items()}
-    described = {
+    described: dict[str, Any] = {
         "run": {
             "objectives": config.objective_names,
             "num_rounds": config.num_rounds,
@@ -58,31 +70,57 @@ def fingerprint(
         "data": {name: _describe(dataset) for name, dataset in datasets.items()},
         "parameters": {"tensors": len(shapes), "shapes": _digest(shapes)},
     }
+    if model is not None:
+        described["parameters"]["frozen"] = _frozen(model)
     for name, args in sections.items():
-        described[name] = {key: value for key, value in args.to_dict().items() if key not in _INCIDENTAL}
+        described[name] = {key: value for key, value in args.to_dict().items() if not _is_incidental(key)}
     plain: dict[str, Any] = json.loads(json.dumps(described, default=str))
     return plain
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """List what changed between two fingerprints.
+
+    Of the host's configurations only fields that both have are compared, so that another release of the host, which
+    adds fields or removes some, goes on with a run.
 
     Args:
         before: The one on disk.
         now: The present one.
-        prefix: Name of the section.
 
     Returns:
         Lines such as `dpo.beta: 0.1 -> 0.2`.
     """
+    return _changes(before, now, "", shared_only=False)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str, *, shared_only: bool) -> list[str]:
     lines = []
-    for key in sorted({*before, *now}):
+    for key in sorted(before.keys() & now.keys() if shared_only else before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, f"{prefix}{key}.")
+            of_host = key in _HOST_SECTIONS if prefix else key not in _OWN_SECTIONS
+            lines += _changes(old, new, f"{prefix}{key}.", shared_only=of_host)
         elif old != new:
             lines.append(f"{prefix}{key}: {old!r} -> {new!r}")
     return lines
+
+
+def _is_incidental(key: str) -> bool:
+    return key in _INCIDENTAL or key.startswith(_INCIDENTAL_PREFIXES)
+
+
+def _frozen(model: nn.Module) -> str:
+    # Not where the model came from: folders are moved. The beginning of every tensor tells models apart and is cheap.
+    digest = hashlib.sha256()
+    for name, each in model.named_parameters():
+        if each.requires_grad:
+            continue
+        digest.update(f"{canonical_name(name)} {list(each.shape)} {each.dtype} ".encode())
+        if not each.is_meta:  # offloaded by the host
+            values = each.detach().reshape(-1)[:_SAMPLED_VALUES]
+            digest.update(values.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _describe(dataset: Dataset) -> dict[str, Any]:

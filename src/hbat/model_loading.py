@@ -12,6 +12,16 @@ from hbat.config import HBATConfig
 from hbat.ewc.parameters import trainable_parameters
 
 _ADAPTER = "default"  # the only adapter name that TRL's trainers handle
+_ADAPTER_FILE = "adapter_config.json"
+_TOKENIZER_FILE = "tokenizer_config.json"
+#: Arguments of the model's `from_pretrained` that its configuration and tokenizer need as well.
+_SHARED_INIT_KWARGS = (
+    "cache_dir", "code_revision", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
+)  # fmt: skip
+_TWO_ADAPTERS = (
+    "The model has an adapter already and `peft_config` asks for another. Leave `peft_config` out to train the one "
+    "that is there, or merge it first."
+)
 
 
 class PrecisionWarning(UserWarning):
@@ -22,7 +32,7 @@ def load_model(model: Any, config: HBATConfig, peft_config: Any) -> Any:
     """Bring the model into the form that all stages train.
 
     Args:
-        model: Name or path, or a model.
+        model: Name or path, also of an adapter's folder, or a model.
         config: The run's configuration.
         peft_config: Configuration of a new adapter.
 
@@ -32,17 +42,17 @@ def load_model(model: Any, config: HBATConfig, peft_config: Any) -> Any:
     Raises:
         ValueError: If arguments contradict each other or the weights cannot be trained.
         TypeError: If the model is none.
+        ImportError: If PEFT is needed and missing.
     """
     if isinstance(model, str | Path):
-        options = dict(config.model_init_kwargs or {})
-        if "torch_dtype" not in options:  # the older name
-            # float32 weights, as TRL loads them: with `bf16` the host computes in bfloat16 but keeps these.
-            options.setdefault("dtype", "float32")
-        model = AutoModelForCausalLM.from_pretrained(model, **options)
+        if peft_config is not None and is_adapter(model):
+            raise ValueError(_TWO_ADAPTERS)
+        model = _from_pretrained(model, config)
     elif not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a {type(model).__name__}; give a name, a path or a model.")
     elif config.model_init_kwargs:
         raise ValueError("`model_init_kwargs` is set, but the model is loaded already. Leave one of the two out.")
+    _refuse_injected_adapter(model)
     if peft_config is not None:
         model = _add_adapter(model, peft_config, config.seed)
     _check_adapter(model)
@@ -50,12 +60,39 @@ def load_model(model: Any, config: HBATConfig, peft_config: Any) -> Any:
     return model
 
 
-def load_tokenizer(processing_class: Any, model: Any) -> Any:
+def is_adapter(name: Any) -> bool:
+    """Whether a name is that of a folder with a PEFT adapter.
+
+    Args:
+        name: What was given as model.
+
+    Returns:
+        True if the folder has an adapter's configuration.
+    """
+    return isinstance(name, str | Path) and (Path(name) / _ADAPTER_FILE).is_file()
+
+
+def shared_init_kwargs(config: HBATConfig) -> dict[str, Any]:
+    """Pick the options that say how the model is fetched, which its configuration and tokenizer need as well.
+
+    Args:
+        config: The run's configuration.
+
+    Returns:
+        Part of `model_init_kwargs`.
+    """
+    given = config.model_init_kwargs or {}
+    return {key: given[key] for key in _SHARED_INIT_KWARGS if key in given}
+
+
+def load_tokenizer(processing_class: Any, model: Any, config: HBATConfig | None = None, origin: Any = None) -> Any:
     """Take the given tokenizer, or the model's own.
 
     Args:
         processing_class: The given one.
         model: The model.
+        config: The run's configuration; its `model_init_kwargs` say how to fetch.
+        origin: What was given as model; an adapter's folder can hold a tokenizer, which goes before the base's.
 
     Returns:
         The tokenizer, with a padding token.
@@ -64,15 +101,62 @@ def load_tokenizer(processing_class: Any, model: Any) -> Any:
         ValueError: If there is none, or it has no token to pad with.
     """
     if processing_class is None:
+        options = {} if config is None else shared_init_kwargs(config)
         name = model.config._name_or_path  # noqa: SLF001 - the host's own place for it
+        if is_adapter(origin) and (Path(origin) / _TOKENIZER_FILE).is_file():
+            name = str(origin)
         if not name:
             raise ValueError("The model does not know where it came from. Pass its tokenizer as `processing_class`.")
-        processing_class = AutoTokenizer.from_pretrained(name)
+        processing_class = AutoTokenizer.from_pretrained(name, **options)
     if getattr(processing_class, "pad_token", "") is None:
         if processing_class.eos_token is None:
             raise ValueError("The tokenizer has neither a padding nor an end token. Set its `pad_token`.")
         processing_class.pad_token = processing_class.eos_token
     return processing_class
+
+
+def require_adapter_parameters(model: nn.Module) -> None:
+    """Refuse trainable parameters of a PeftModel that policy and reference would share.
+
+    TRL's reference policy is a second adapter, "ref", beside the one that is trained. A parameter is the adapter's own
+    where its name has the component `default`: low-rank matrices, DoRA's magnitudes, copies of `modules_to_save`,
+    `trainable_token_indices` and embeddings among the `target_modules` (`lora_embedding_A.default`) all have. What
+    PEFT trains in place has not: with `bias="all"` every bias, with `bias="lora_only"` those of the adapted layers
+    (`q_proj.base_layer.bias`); nor has what was unfrozen by hand.
+
+    Args:
+        model: The model; one without adapter has a reference model of its own.
+
+    Raises:
+        ValueError: If it has such parameters.
+    """
+    if not hasattr(model, "peft_config"):
+        return
+    names = trainable_parameters(model)
+    shared = [name for name in names if _ADAPTER not in name.split(".")]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of {len(names)} trainable parameters are not the adapter's own, first {shared[0]!r}: the "
+            "reference policy would change with them. Freeze such a parameter (`bias='none'` for a bias), or list its "
+            "module in `modules_to_save`."
+        )
+
+
+def _from_pretrained(name: str | Path, config: HBATConfig) -> Any:
+    options = dict(config.model_init_kwargs or {})
+    if "torch_dtype" not in options:  # the older name
+        # float32 weights, as TRL loads them: with `bf16` the host computes in bfloat16 but keeps these.
+        options.setdefault("dtype", "float32")
+    if not is_adapter(name):
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    try:
+        from peft import AutoPeftModelForCausalLM  # noqa: PLC0415 - an optional extra
+    except ImportError as error:
+        raise ImportError(
+            f"`model` {str(name)!r} is an adapter's folder and needs PEFT. Install it with "
+            "`pip install 'hbat-trl[peft]'`."
+        ) from error
+    return AutoPeftModelForCausalLM.from_pretrained(str(name), is_trainable=True, **options)
 
 
 def _add_adapter(model: Any, peft_config: Any, seed: int) -> Any:
@@ -85,12 +169,21 @@ def _add_adapter(model: Any, peft_config: Any, seed: int) -> Any:
             f"`peft_config` is a {type(peft_config).__name__}; give a PEFT one, such as `LoraConfig(r=16)`."
         )
     if hasattr(model, "peft_config"):
-        raise ValueError(
-            "The model has an adapter already and `peft_config` asks for another. Leave `peft_config` out to train "
-            "the one that is there, or merge it first."
-        )
+        raise ValueError(_TWO_ADAPTERS)
     set_seed(seed)
     return get_peft_model(model, peft_config)
+
+
+def _refuse_injected_adapter(model: nn.Module) -> None:
+    if not hasattr(model, "peft_config"):
+        return
+    from peft import PeftModel  # noqa: PLC0415 - an optional extra, without which there is no adapter
+
+    if not isinstance(getattr(model, "_orig_mod", model), PeftModel):
+        raise ValueError(  # noqa: TRY004 - a model it is
+            f"The model is a {type(model).__name__} with an adapter inside (`model.add_adapter`), which the host's "
+            "trainers do not see as one. Pass `get_peft_model(model, config)`, or the bare model and `peft_config=`."
+        )
 
 
 def _check_adapter(model: Any) -> None:

@@ -109,4 +109,4 @@ Lower is better. The reference policy of a preference score is the model at the 
 
 def _is_hub_name(name: str) -> bool:
     # The Hub refuses a card that names a folder as base model; and a folder's path is nobody else's business.
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).exists()

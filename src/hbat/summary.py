@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hbat.processes import is_main_process
-from hbat.report import RESULTS_FILE
+from hbat.report import RESULTS_FILE, table_rows
 from hbat.stage_runner import estimated_steps
 from hbat.trainer import HBATTrainer
 
@@ -23,14 +23,13 @@ def print_result(trainer: HBATTrainer) -> None:
     console, matrix = Console(soft_wrap=True), trainer.matrix
     folder = Path(trainer.args.output_dir).absolute()
     if matrix.rows:
-        table = _table("after", *(f"{name} {metric}" for name, metric in matrix.headline.items()))
+        head, (*rows, transfer) = table_rows(matrix)
+        table = _table(*head)
         table.title = "Objectives after each stage (lower is better)"
-        for label, values in matrix.lines():
-            table.add_row(label, *("" if each is None else f"{each:.4f}" for each in values))
+        for cells in rows:
+            table.add_row(*cells)
         table.add_section()
-        transfer = matrix.backward_transfer()
-        shown = (f"{transfer[name]:+.4f}" if name in transfer else "" for name in matrix.headline)
-        table.add_row("backward transfer", *shown)
+        table.add_row(*transfer)
         console.print(table)
         console.print(f"Scores: {folder / RESULTS_FILE}", highlight=False)
     console.print(f"Model:  {folder}", highlight=False)
@@ -49,9 +48,9 @@ def print_plan(trainer: HBATTrainer) -> None:
     table = _table("objective", "stages", "rows", "rows a stage", "steps a stage", "evaluation rows")
     total = 0
     for name in names:
-        rows = len(trainer._train_dataset[name])  # noqa: SLF001 - what is left of the data after its check
-        evaluated = trainer._eval_dataset.get(name)  # noqa: SLF001
-        steps = estimated_steps(trainer._sections[name], rows, rounds)  # noqa: SLF001
+        rows = len(trainer.train_dataset[name])
+        evaluated = trainer.eval_dataset.get(name)
+        steps = estimated_steps(trainer.sections[name], rows, rounds)
         total += steps * rounds
         part = f"{rows // rounds}" if rows % rounds == 0 else f"{rows // rounds}-{rows // rounds + 1}"
         table.add_row(name, f"{rounds}", f"{rows}", part, f"{steps}", f"{len(evaluated or [])}")
