@@ -21,7 +21,7 @@ from hbat.hub import upload
 from hbat.inputs import checked_datasets
 from hbat.learning_rate import extend_schedule
 from hbat.lifecycle import cheap_garbage_collection
-from hbat.model_loading import load_model, load_tokenizer
+from hbat.model_loading import load_model, load_tokenizer, require_adapter_parameters
 from hbat.objectives.builtin import resolve
 from hbat.processes import is_main_process, wait_for_everyone
 from hbat.report import draw_results, write_model_card, write_results
@@ -90,14 +90,15 @@ class HBATTrainer:
             eval_dataset or {}, "eval_dataset", self._objectives, minimum_rows=1, on_bad_rows=args.on_bad_rows
         )
         self.model = load_model(model, args, peft_config)
-        self.processing_class = load_tokenizer(processing_class, self.model)
+        takes_reference = any(each.uses_reference for each in self._objectives.values())
+        if takes_reference:
+            require_adapter_parameters(self.model)
+        self.processing_class = load_tokenizer(processing_class, self.model, args, model)
         self.state = TrainerState()
         self.matrix = ForgettingMatrix({name: each.metric for name, each in self._objectives.items()})
         self._plan = plan(args.num_rounds, args.objective_names)
         self._folder = RunFolder(args.output_dir, writes=is_main_process())
-        self._start = StageStart(
-            self.model, needs_reference=any(each.uses_reference for each in self._objectives.values())
-        )
+        self._start = StageStart(self.model, needs_reference=takes_reference)
         builder = TrainerBuilder(self.model, self._sections, self.processing_class, self._start)
         self._runner = StageRunner(self.model, args, self._sections, list(callbacks or []), builder, self._start)
         self._evaluator = Evaluator(self._objectives, self._eval_dataset, builder, self._start)
@@ -181,7 +182,7 @@ class HBATTrainer:
 
     def _begin(self, *, resume: bool) -> Run:
         parameters = trainable_parameters(self.model)
-        described = fingerprint(self.args, self._sections, self._train_dataset, parameters)
+        described = fingerprint(self.args, self._sections, self._train_dataset, parameters, self.model)
         found = self._folder.read()
         if found is None:
             self._folder.require_unused()
