@@ -42,7 +42,11 @@ def _fresh_host_state():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the hosts draw from this global state
     torch.manual_seed(0)
+    before = dict(os.environ)
     yield
+    # Hosts older than transformers 5 write their engine and precision there.
+    for key in [each for each in os.environ if each.startswith(("ACCELERATE_", "FSDP_")) and each not in before]:
+        del os.environ[key]
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
 

@@ -39,6 +39,8 @@ def test_every_option_has_a_help_text(config_class):
         ({"f_max": True}, r"`ewc\.f_max` is True; it must be a number"),
         ({"importance_scale": -1.0}, r"`ewc\.importance_scale` is -1\.0"),
         ({"freeze": 1.5}, r"`ewc\.freeze` is 1\.5; it must be a number between 0 and 1"),
+        ({"freeze": 1.0}, r"`ewc\.freeze` is 1\.0; it must be below 1"),
+        ({"freeze": 1}, r"`ewc\.freeze` is 1; it must be below 1"),
         ({"fisher_samples": 0}, r"`ewc\.fisher_samples` is 0; it must be a .*number.* at least 1"),
         ({"fisher_batch_size": 0}, r"`ewc\.fisher_batch_size` is 0"),
         ({"normalization": "softmax"}, r"softmax` runs over tensors but `ewc\.granularity` is 'element'"),
@@ -60,11 +62,22 @@ def test_the_authors_preset_sets_all_of_their_choices_and_keeps_the_strength():
     assert (config.importance_scale, config.method, config.freeze, config.f_max) == (1e10, "gradient", 0.0, 3.0)
 
 
+def test_the_help_of_the_authors_preset_says_all_that_it_sets():
+    fields = {each.name: each for each in dataclasses.fields(EWCConfig)}
+    text = fields["preset"].metadata["help"]
+    preset = EWCConfig(preset="authors")
+    for name in ("source", "granularity", "normalization", "method"):
+        assert f"`{name}: {getattr(preset, name)}`" in text
+    assert "`importance_scale: 1e10`" in text
+    assert "`freeze: 0`" in text
+    assert "examples/configs/authors.yaml" in text
+
+
 def test_the_authors_preset_may_be_spelled_out_beside_it():
     assert EWCConfig(preset="authors", normalization="softmax", granularity="tensor") == EWCConfig(preset="authors")
 
 
-@given(st.floats(0, 1e6), st.floats(0, 1))
+@given(st.floats(0, 1e6), st.floats(0, 1, exclude_max=True))
 def test_any_number_in_range_is_accepted(f_max, freeze):
     config = EWCConfig(f_max=f_max, freeze=freeze)
     assert (config.f_max, config.freeze) == (f_max, freeze)

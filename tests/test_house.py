@@ -23,7 +23,7 @@ TREES = {name: ast.parse(each.read_text(encoding="utf-8"), name) for name, each 
 BLOCKS = {
     "mathematics: tensors in, tensors out": (
         {"torch"},
-        ["ewc/__init__", "ewc/parameters", "ewc/importance", "ewc/penalty", "ewc/fisher"],
+        ["ewc/__init__", "ewc/parameters", "ewc/importance", "ewc/foreach", "ewc/penalty", "ewc/fisher"],
     ),
     "plan and state: plain data, imports no trainer": (
         {"torch", "safetensors", "datasets", "yaml"},

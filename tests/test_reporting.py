@@ -47,8 +47,8 @@ def forward(reporter, stage, *, steps=10, after=0):
         ("loss", "dpo/loss"),
         ("grad_norm", "dpo/grad_norm"),
         ("rewards/margins", "dpo/rewards/margins"),
-        ("eval_loss", "eval_dpo/loss"),
-        ("eval_rewards/margins", "eval_dpo/rewards/margins"),
+        ("eval_loss", "eval_dpo_stage/loss"),
+        ("eval_rewards/margins", "eval_dpo_stage/rewards/margins"),
         ("ewc/penalty", "ewc/penalty"),
         ("ewc/grad_norm_ratio", "ewc/grad_norm_ratio"),
         ("epoch", None),
@@ -69,7 +69,18 @@ def test_an_entry_is_named_for_its_objective_or_dropped(key, expected):
 
 def test_no_entry_is_lost_to_another_ones_name():
     logs = {"loss": 1, "eval_loss": 2, "ewc/penalty": 3, "train_loss": 4}
-    assert renamed(logs, "sft") == {"sft/loss": 1, "eval_sft/loss": 2, "ewc/penalty": 3}
+    assert renamed(logs, "sft") == {"sft/loss": 1, "eval_sft_stage/loss": 2, "ewc/penalty": 3}
+
+
+def test_evaluation_inside_a_stage_and_after_it_have_names_of_their_own(reporter):
+    run = reporter()
+    callback, state = forward(run, PLAN[1])
+    state.global_step = 10
+    callback.on_log(None, state, None, logs={"eval_loss": 0.7})
+    run.log({"eval_dpo/loss": 0.6}, 10)
+    inside, after = run.state.log_history
+    assert (inside["eval_dpo_stage/loss"], after["eval_dpo/loss"]) == (0.7, 0.6)
+    assert "eval_dpo/loss" not in inside
 
 
 # --- the log ---------------------------------------------------------------------------------------------------------
@@ -107,7 +118,7 @@ def test_a_stage_that_goes_on_from_its_checkpoint_brings_its_log_along(reporter)
     place = {"hbat/stage": 3, "hbat/round": 1}
     assert run.state.log_history == [
         {"dpo/loss": 2.0, "step": 32} | place,
-        {"eval_dpo/loss": 3.0, "step": 34} | place,
+        {"eval_dpo_stage/loss": 3.0, "step": 34} | place,
     ]
 
 
@@ -194,7 +205,7 @@ def test_tensorboard_gets_every_entry_on_the_axis_of_the_run(reporter, tmp_path)
     assert events["train/sft/loss"] == [(5, 1.25), (10, 2.5)]
     assert events["train/dpo/loss"] == [(15, 1.25), (20, 2.5)]
     assert events["train/hbat/stage"] == [(5, 0.0), (10, 0.0), (15, 1.0), (20, 1.0)]
-    assert next(each for each in events if each.endswith("sft/loss") and "eval" in each)
+    assert next(each for each in events if each.endswith("sft_stage/loss") and "eval" in each)
 
 
 def test_an_unknown_reporter_is_refused(reporter):

@@ -18,6 +18,10 @@ _USER_ERRORS = (ValueError, TypeError, KeyError, OSError, NotImplementedError, I
 _OWN_OPTIONS = ("config", "resume", "traceback", "help")
 
 
+class _TrainingError(Exception):
+    """Wraps what went wrong in training: there, a ValueError is no longer about what the user wrote."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. See `{self.prog} --help`.")
@@ -41,17 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hbat: interrupted{hint}", file=sys.stderr)  # noqa: T201 - what a command line is for
         return 130
     except Exception as error:  # noqa: BLE001 - the host raises anything; the user gets one line
+        cause = (error.__cause__ or error) if isinstance(error, _TrainingError) else error
+        by_user = cause is error and isinstance(error, _USER_ERRORS)
         if "--traceback" in words:
-            traceback.print_exc()
-        print(f"hbat: error: {_one_line(error)}", file=sys.stderr)  # noqa: T201
-        return 2 if isinstance(error, _USER_ERRORS) else 1
+            traceback.print_exception(cause)
+        print(f"hbat: error: {_one_line(cause, by_user=by_user)}", file=sys.stderr)  # noqa: T201
+        return 2 if by_user else 1
     return status
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException, *, by_user: bool) -> str:
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     line = " ".join(str(text).split())
-    if isinstance(error, (*_USER_ERRORS, FloatingPointError)) and line:
+    if line and (by_user or isinstance(error, FloatingPointError)):
         return line
     return f"{type(error).__name__}: {line} (`--traceback` shows where)"
 
@@ -63,12 +69,18 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
     run = _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):  # the standard output is for the result
         from hbat.assembly import build_trainer, refuse_other_run  # noqa: PLC0415 - heavy
+        from hbat.run_state import RunStateError  # noqa: PLC0415 - heavy
 
         if not options.resume:
             refuse_other_run(run)
         trainer = build_trainer(run)
-        trainer.train(resume_from_checkpoint=options.resume)
-        trainer.save_model()
+        try:
+            trainer.train(resume_from_checkpoint=options.resume)
+            trainer.save_model()
+        except RunStateError:  # the folder holds something else than the user thinks
+            raise
+        except Exception as error:
+            raise _TrainingError from error
     from hbat.summary import end_processes, print_result  # noqa: PLC0415 - heavy
 
     print_result(trainer)

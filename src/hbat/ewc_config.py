@@ -22,9 +22,11 @@ class EWCConfig:
     preset: Literal["authors"] | None = field(
         default=None,
         metadata={
-            "help": "`authors` reproduces the authors' code: displacement per tensor, softmax of the displacement "
-            "scaled by 1e10 inside the square, penalty by gradient. Only `f_max` can be set beside it. With real "
-            "displacements this softmax picks a single tensor, so it is offered for comparison, not for use."
+            "help": "`authors` sets the EWC of the authors' code, and nothing outside this section: `source: "
+            "displacement`, `granularity: tensor`, `normalization: softmax`, `importance_scale: 1e10`, `method: "
+            "gradient`, `freeze: 0`; `f_max` stays free. Their fresh optimizers and epochs are in "
+            "examples/configs/authors.yaml. With real displacements this softmax picks a single tensor, so it is "
+            "offered for comparison, not for use."
         },
     )
     f_max: float = field(
@@ -73,7 +75,8 @@ class EWCConfig:
     freeze: float = field(
         default=0.0,
         metadata={
-            "help": "Fraction of the tensors, those with the largest importance, that get no update at all in a stage."
+            "help": "Fraction of the tensors, those with the largest importance, that get no update at all in a "
+            "stage. Below 1: at least one tensor always trains."
         },
     )
     estimator: Estimator = field(
@@ -104,6 +107,8 @@ class EWCConfig:
         check_number("ewc.f_max", self.f_max, 0)
         check_number("ewc.importance_scale", self.importance_scale, 0)
         check_number("ewc.freeze", self.freeze, 0, 1)
+        if self.freeze == 1:
+            raise ValueError(f"`ewc.freeze` is {self.freeze!r}; it must be below 1, or nothing is left to train.")
         check_whole("ewc.fisher_samples", self.fisher_samples, 1)
         check_whole("ewc.fisher_batch_size", self.fisher_batch_size, 1)
         if self.normalization == "softmax" and self.granularity == "element":

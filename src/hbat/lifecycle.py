@@ -31,7 +31,7 @@ _PATCHED = (
     "model_tags",
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_ENVIRONMENT = ("ACCELERATE_MIXED_PRECISION",)  # transformers < 5 leaks a stage's precision through it
+_ENVIRONMENT = "ACCELERATE_"  # transformers < 5 leaks precision and engine of any configuration through these
 
 
 class StageGuard:
@@ -43,7 +43,7 @@ class StageGuard:
 
     def __init__(self, *models: nn.Module) -> None:
         self._models = [_ModelRecord(each) for each in models]
-        self._environment = {key: os.environ.get(key) for key in _ENVIRONMENT}
+        self._environment = _environment()
 
     def restore(self, trainer: Trainer | None = None) -> None:
         """Undo what a stage left behind, and free what its trainer holds.
@@ -53,13 +53,33 @@ class StageGuard:
         """
         for record in self._models:
             record.restore()
-        for key, value in self._environment.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
+        _restore_environment(self._environment)
         if trainer is not None:
             _dismantle(trainer)
+
+
+@contextmanager
+def kept_environment() -> Iterator[None]:
+    """Take back what building a configuration sets in the environment, where a later one would find it.
+
+    Yields:
+        Nothing.
+    """
+    before = _environment()
+    try:
+        yield
+    finally:
+        _restore_environment(before)
+
+
+def _environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key.startswith(_ENVIRONMENT)}
+
+
+def _restore_environment(before: dict[str, str]) -> None:
+    for key in _environment().keys() - before.keys():
+        del os.environ[key]
+    os.environ.update(before)
 
 
 class _ModelRecord:

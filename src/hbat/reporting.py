@@ -11,6 +11,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from transformers.trainer_callback import CallbackHandler
 
 from hbat.config import HBATConfig
+from hbat.lifecycle import kept_environment
 from hbat.rounds import Stage
 from hbat.run_state import RunStateError, write_json
 
@@ -36,7 +37,9 @@ class RunReporter:
     ) -> None:
         self.state = state
         self._folder = Path(config.output_dir)
-        self._args = replace(host, output_dir=config.output_dir, report_to=config.report_to, run_name=config.run_name)
+        own = {"output_dir": config.output_dir, "report_to": config.report_to, "run_name": config.run_name}
+        with kept_environment():
+            self._args = replace(host, **own)
         self._control = TrainerControl()
         state.is_world_process_zero = self._args.process_index == 0
         state.is_local_process_zero = self._args.local_process_index == 0
@@ -190,14 +193,17 @@ class ForwardLogs(TrainerCallback):
 
 
 def renamed(logs: dict[str, Any], objective: str) -> dict[str, Any]:
-    """Prefix a trainer's log entries by its objective.
+    """Prefix a stage's log entries by its objective.
+
+    Evaluation inside a stage has a name of its own: its reference policy is the model at the stage's start, while
+    that between stages, logged at the same steps, refers to the run's start.
 
     Args:
         logs: Entries such as `loss`, `eval_loss`, `ewc/penalty`.
         objective: The objective.
 
     Returns:
-        `sft/loss`, `eval_sft/loss`, `ewc/penalty`; without the run times of one stage.
+        `sft/loss`, `eval_sft_stage/loss`, `ewc/penalty`; without the run times of one stage.
     """
     result = {}
     for key, value in logs.items():
@@ -206,7 +212,7 @@ def renamed(logs: dict[str, Any], objective: str) -> dict[str, Any]:
         if key.startswith("ewc/"):
             result[key] = value
         elif key.startswith("eval_"):
-            result[f"eval_{objective}/{key.removeprefix('eval_')}"] = value
+            result[f"eval_{objective}_stage/{key.removeprefix('eval_')}"] = value
         else:
             result[f"{objective}/{key}"] = value
     return result

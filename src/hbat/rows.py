@@ -7,7 +7,7 @@ from typing import Any
 from hbat.turns import Turn, TurnFault, answer_start, text_turns, turn_faults, turn_marker
 
 SFT_FORMATS = (
-    "`text`; `messages`; `conversations` (from, value); `prompt` with `completion`; or `input_ids` (tokenized already)"
+    "`{text}`; `messages`; `conversations` (from, value); `prompt` with `completion`; or `input_ids` (tokenized)"
 )
 PREFERENCE_FORMATS = "`prompt`, `chosen`, `rejected`; or `chosen`, `rejected` that both begin with the prompt"
 FIELDS = ("text", "messages", "conversations", "prompt", "completion", "chosen", "rejected", "input_ids")
@@ -53,7 +53,7 @@ def sft_faults(row: Mapping[str, Any], *, text_field: str = "text") -> Iterator[
             yield from _prompted_faults(row, ("completion",))
         else:
             reason = "`prompt` needs it; remove `prompt` if another column holds the whole text"
-            yield Fault(MISSING_COLUMN, "completion", f"{reason}. SFT data has {SFT_FORMATS}")
+            yield Fault(MISSING_COLUMN, "completion", f"{reason}. SFT data has {SFT_FORMATS.format(text=text_field)}")
     elif "conversations" in row:
         yield from _dialogue_faults(row, "conversations", ("from", "value"))
     elif "messages" in row:
@@ -61,7 +61,7 @@ def sft_faults(row: Mapping[str, Any], *, text_field: str = "text") -> Iterator[
     elif text_field in row:
         yield from _text_faults(row, text_field)
     else:
-        yield Fault(MISSING_COLUMN, text_field, f"SFT data has {SFT_FORMATS}")
+        yield Fault(MISSING_COLUMN, text_field, f"SFT data has {SFT_FORMATS.format(text=text_field)}")
 
 
 def preference_faults(row: Mapping[str, Any]) -> Iterator[Fault]:

@@ -20,7 +20,7 @@ from hbat.fingerprint import fingerprint
 from hbat.hub import upload
 from hbat.inputs import checked_datasets
 from hbat.learning_rate import extend_schedule
-from hbat.lifecycle import cheap_garbage_collection
+from hbat.lifecycle import cheap_garbage_collection, kept_environment
 from hbat.model_loading import load_model, load_tokenizer, require_adapter_parameters
 from hbat.objectives.builtin import resolve
 from hbat.processes import is_main_process, wait_for_everyone
@@ -73,7 +73,8 @@ class HBATTrainer:
             raise TypeError(f"`args` is a {type(args).__name__}; give an `HBATConfig`.")
         self.args = args
         self._objectives = {each.name: each for each in resolve(args)}
-        self._sections = {name: each.base_args(args.output_dir) for name, each in self._objectives.items()}
+        with kept_environment():
+            self._sections = {name: each.base_args(args.output_dir) for name, each in self._objectives.items()}
         for section in self._sections.values():
             refuse_sharded(section)
         self._train_dataset = checked_datasets(

@@ -114,7 +114,8 @@ def test_training_equals_autograd_through_loss_plus_penalty(outcome, objective, 
     found, found_logs = outcome(*setting, how)
     assert cases.largest_difference(found, expected) < 1e-6
     for mine, reference in zip(found_logs, reference_logs, strict=True):
-        assert mine["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+        # Without clipping, transformers 4.57 logs none.
+        assert mine.get("grad_norm") == pytest.approx(reference.get("grad_norm"), rel=1e-4)
 
 
 @every_setting
@@ -275,7 +276,10 @@ def test_the_logged_loss_is_the_tasks_and_the_rest_equals_the_oracle(
     anchor, importance = anchor_and_importance(cases.MODEL_CASES[case](0))
     pull = oracle.norm(oracle.penalty_gradient(start, anchor, importance, F_MAX))
     assert held[0]["ewc/drift"] == pytest.approx(oracle.drift(start, anchor), rel=1e-5)
-    assert held[0]["ewc/grad_norm_ratio"] == pytest.approx(pull / plain[0]["grad_norm"], rel=1e-4)
+    task_norm = plain[0].get("grad_norm")
+    if task_norm is None:  # transformers 4.57 logs none without clipping; with clipping it is the same
+        task_norm = outcome(objective, case, 0.3, accumulation, "plain")[1][0]["grad_norm"]
+    assert held[0]["ewc/grad_norm_ratio"] == pytest.approx(pull / task_norm, rel=1e-4)
 
 
 def test_the_logged_penalty_equals_the_oracle(outcome):

@@ -5,7 +5,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hbat.ewc import fisher
 from hbat.ewc.fisher import Example, diagonal_fisher
 
 VOCABULARY = 7
@@ -82,6 +84,45 @@ def test_gnb_repeats_with_the_same_seed():
     )
     assert cases.largest_difference(first, second) == 0.0
     assert cases.largest_difference(first, other) > 0.0
+
+
+class _LargestLogSoftmax(TorchDispatchMode):
+    """Records the largest result of a log-softmax."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "log_softmax" in str(func) and isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("estimator", ["gnb", "empirical"])
+@pytest.mark.parametrize("targets", [1, 2])
+def test_log_likelihoods_are_taken_a_chunk_at_a_time(estimator, targets, monkeypatch):
+    monkeypatch.setattr(fisher, "_CHUNK_BYTES", targets * VOCABULARY * 4)
+    with _LargestLogSoftmax() as seen:
+        diagonal_fisher(model(), EXAMPLES, estimator=estimator)
+    assert seen.elements == targets * VOCABULARY
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2 * VOCABULARY * 4])
+def test_chunks_do_not_change_the_result(chunk_bytes, monkeypatch):
+    in_double = cases.tiny_llama(seed=3, hidden=8, vocabulary=VOCABULARY, dtype=torch.float64)
+    monkeypatch.setattr(fisher, "_CHUNK_BYTES", chunk_bytes)
+    assert_close(diagonal_fisher(model(), EXAMPLES, estimator="empirical"), oracle.empirical_fisher(in_double, ROWS))
+
+
+def test_the_slope_of_the_log_likelihood_is_that_of_autograd():
+    logits = torch.randn(2, 5, VOCABULARY, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([[-100, 3, 1, -100, 2], [4, -100, -100, 6, -100]])
+    log_probs = torch.log_softmax(logits, dim=-1)[labels != -100]
+    (expected,) = torch.autograd.grad(log_probs.gather(-1, labels[labels != -100].unsqueeze(-1)).sum(), logits)
+    found = fisher._log_likelihood_slope(  # noqa: SLF001 - chunks must not show in the gradient
+        logits.detach(), labels, sampled=False, generator=None
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_padding_does_not_matter():

@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hbat.ewc import importance
 from hbat.ewc.importance import accumulate, displacement, effective_tensors, most_important, normalize
 
 SHAPES = {"matrix": torch.empty(6, 4), "vector": torch.empty(9), "scalar": torch.empty(())}
@@ -184,6 +186,41 @@ def test_normalisation_does_not_change_its_input():
     assert cases.largest_difference(raw, raw_importance("element")) == 0.0
 
 
+class _LargestInDouble(TorchDispatchMode):
+    """Records the largest float64 tensor that any operation makes or takes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("normalization", ["mean", "max"])
+def test_normalisation_makes_no_copy_of_a_tensor_in_double_precision(normalization):
+    raw = {"w": torch.rand(1000), "v": torch.rand(1000)}
+    with _LargestInDouble() as seen:
+        normalize(raw, normalization)
+    assert seen.elements <= 2
+
+
+@pytest.mark.parametrize("normalization", ["mean", "max"])
+@pytest.mark.parametrize("scale", [1e-45, 1e-40, 1e-38, 1e-30, 1.0, 1e30, 1e38])
+def test_any_scale_that_float32_holds_is_normalised_like_the_oracle(normalization, scale):
+    raw = {"w": torch.tensor([scale, 0.0, scale]), "v": torch.tensor([scale])}
+    assert_equals_oracle(normalize(raw, normalization), oracle.normalize(raw, normalization))
+
+
+@pytest.mark.parametrize("block", [1, 4, 7])
+def test_sums_in_blocks_are_those_of_the_whole(block, monkeypatch):
+    monkeypatch.setattr(importance, "_BLOCK", block)
+    raw = raw_importance("element")
+    assert_equals_oracle(normalize(raw), oracle.normalize(raw, "mean"))
+    assert effective_tensors(raw) == pytest.approx(oracle.effective_tensors(raw), rel=1e-6)
+
+
 # --- summaries -------------------------------------------------------------------------------------------------------
 
 
@@ -200,9 +237,11 @@ def test_effective_tensors_of_one_of_equals_and_of_none():
     assert effective_tensors(dict.fromkeys("abcde", torch.zeros(()))) == 0.0
 
 
-def test_most_important_picks_by_mean_and_rounds_down():
+def test_most_important_picks_by_mean_rounds_down_and_never_picks_all():
     raw = {"small but many": torch.full((100,), 1.0), "large": torch.tensor([5.0]), "middle": torch.tensor([2.0, 2.0])}
     assert most_important(raw, 0.0) == set()
     assert most_important(raw, 0.5) == {"large"}
     assert most_important(raw, 0.67) == {"large", "middle"}
-    assert most_important(raw, 1.0) == set(raw)
+    assert most_important(raw, 1.0) == {"large", "middle"}
+    assert most_important({"only": torch.ones(3)}, 1.0) == set()
+    assert most_important({}, 1.0) == set()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from hbat.ewc import penalty
+from hbat.ewc import foreach, penalty
 from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, measure_penalty, proximal_step_
 
 SHAPES = {"matrix": (7, 5), "vector": (11,), "scalar": (), "one": (1,), "cube": (2, 3, 4)}
@@ -35,10 +35,12 @@ def gradients(parameters):
 every_granularity = pytest.mark.parametrize("granularity", ["element", "tensor", "number"])
 
 
-@pytest.fixture(params=[1 << 18, 1, 3, 5, 35], ids="block of {}".format)
+@pytest.fixture(params=[1 << 18, 1, 3, 5, 35, None], ids="block of {}".format)
 def _block(request, monkeypatch):
-    """Sizes of a block: larger than any tensor, one element, sizes that do not divide, a whole tensor exactly."""
-    monkeypatch.setattr(penalty, "_CPU_BLOCK", request.param)
+    """Sizes of a block: larger than any tensor, one element, some that do not divide, a whole tensor; or no blocks."""
+    if request.param is not None:
+        monkeypatch.setattr(penalty, "_CPU_BLOCK", request.param)
+        monkeypatch.setattr(foreach, "_SMALL", 0)
 
 
 # --- value and gradient ----------------------------------------------------------------------------------------------

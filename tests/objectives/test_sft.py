@@ -4,8 +4,10 @@ import cases
 import pytest
 import runs
 import trl
+from datasets import Dataset
 
-from hbat.objectives.sft import tokenised_sequences
+from hbat.datasets import DatasetError, check_dataset
+from hbat.objectives.sft import sft, tokenised_sequences
 
 
 def prepared(rows, folder, **options):
@@ -59,3 +61,25 @@ def test_masks_of_older_hosts_say_the_same_as_labels():
     assert example.labels == [-100, 6, -100, 8]
     (whole,) = tokenised_sequences({"input_ids": [5, 6]})
     assert whole.labels == [5, 6]
+
+
+# --- what is checked -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ready", [False, True], ids=["mapping", "ready"])
+def test_the_column_of_text_that_is_configured_is_the_one_checked(ready, tmp_path):
+    options = {"dataset_text_field": "content"}
+    config = trl.SFTConfig(output_dir=str(tmp_path), report_to="none", **runs.section(**options)) if ready else options
+    faults = sft(config).faults
+    good = Dataset.from_list([{"content": "Some text."}])
+    assert check_dataset(good, name="data", faults=faults) is good
+    with pytest.raises(DatasetError, match=r"has no column `content`.*SFT data has `content`; `messages`"):
+        check_dataset(Dataset.from_list([{"text": "Some text."}]), name="data", faults=faults)
+
+
+@pytest.mark.parametrize("config", [None, {}])
+def test_the_column_of_text_is_text_unless_configured(config):
+    assert not list(sft(config).faults({"text": "Some text."}))
+    (fault,) = sft(config).faults({"story": "Some text."})
+    assert fault.field == "text"
+    assert "SFT data has `text`; `messages`" in fault.problem

@@ -16,6 +16,8 @@ from hbat.ewc.parameters import trainable_parameters
 
 #: Label of positions that are no target, as the host's collators set it.
 IGNORED = -100
+#: Size of the float32 copy of target logits that is worked on at a time.
+_CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ def diagonal_fisher(
     model.eval()
     try:
         for batch in _batches(usable, batch_size if estimator == "gnb" else 1):
-            log_likelihood = _log_likelihood(model, batch, sampled=estimator == "gnb", generator=generator)
-            gradients = torch.autograd.grad(log_likelihood, list(parameters.values()), allow_unused=True)
+            logits, labels = _run(model, batch)
+            slope = _log_likelihood_slope(logits.detach(), labels, sampled=estimator == "gnb", generator=generator)
+            gradients = torch.autograd.grad(logits, list(parameters.values()), slope, allow_unused=True)
             for each, gradient in zip(total.values(), gradients, strict=True):
                 if gradient is not None:
                     each.add_(gradient.float().square_())
@@ -87,9 +90,7 @@ def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Exampl
         yield examples[start : start + size]
 
 
-def _log_likelihood(
-    model: nn.Module, batch: Sequence[Example], *, sampled: bool, generator: torch.Generator | None
-) -> Tensor:
+def _run(model: nn.Module, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
     longest = max(len(each.input_ids) for each in batch)
     input_ids = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, T); padding is masked out, so any id does
@@ -100,15 +101,30 @@ def _log_likelihood(
         input_ids[row, :length] = torch.tensor(each.input_ids)
         attention_mask[row, :length] = 1
         labels[row, :length] = torch.tensor(each.labels)
-    logits = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)).logits
-    targets = labels[:, 1:].to(device)
-    is_target = targets != IGNORED
-    log_probs = torch.log_softmax(logits[:, :-1][is_target].float(), dim=-1)  # (targets, V)
-    chosen = _sample(log_probs, generator) if sampled else targets[is_target]
-    return log_probs.gather(-1, chosen.unsqueeze(-1)).sum()
+    logits: Tensor = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)).logits
+    labels = torch.cat([labels[:, 1:], torch.full((len(batch), 1), IGNORED)], dim=1)  # of the token that follows
+    return logits, labels.to(device)  # (B, T, V), (B, T)
 
 
-def _sample(log_probs: Tensor, generator: torch.Generator | None) -> Tensor:
+def _log_likelihood_slope(
+    logits: Tensor, labels: Tensor, *, sampled: bool, generator: torch.Generator | None
+) -> Tensor:
+    # d(sum of log-likelihoods) / d(logits), chunk by chunk: through autograd as a whole, the float32 copies of all
+    # targets' logits would live until the end of the backward pass.
+    vocabulary = logits.shape[-1]
+    flat_logits, flat_labels = logits.reshape(-1, vocabulary), labels.reshape(-1)
+    slope = torch.zeros_like(flat_logits)
+    targets = (flat_labels != IGNORED).nonzero().squeeze(-1)
+    for chunk in targets.split(max(1, _CHUNK_BYTES // (4 * vocabulary))):
+        own = flat_logits[chunk].float().requires_grad_()  # (targets, V)
+        chosen = _sample(own, generator) if sampled else flat_labels[chunk]
+        log_likelihood = -nn.functional.cross_entropy(own, chosen, reduction="sum")
+        slope[chunk] = torch.autograd.grad(log_likelihood, own)[0].to(slope.dtype)
+    return slope.view(logits.shape)
+
+
+@torch.no_grad()
+def _sample(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     # On the CPU, so that a seed gives the same labels on every device.
-    probabilities = log_probs.detach().exp().cpu()
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(log_probs.device)
+    probabilities = torch.softmax(logits, dim=-1).cpu()
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(logits.device)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from hbat.ewc.parameters import require_counterparts
 
+#: Elements that are summed in float64 at a time.
+_BLOCK = 1 << 22
+
 
 @torch.no_grad()
 def displacement(
@@ -84,10 +87,10 @@ def normalize(raw: Mapping[str, Tensor], normalization: str = "mean", scale: flo
         divisor = max(float(each.max()) for each in raw.values())
     else:
         entries = sum(each.numel() for each in raw.values())
-        divisor = math.fsum(float(each.sum(dtype=torch.float64)) for each in raw.values()) / entries * len(raw)
+        divisor = math.fsum(_sum(each) for each in raw.values()) / entries * len(raw)
     if divisor == 0.0:
         return {name: torch.zeros_like(each) for name, each in raw.items()}
-    return {name: (each.double() / divisor).float() for name, each in raw.items()}
+    return {name: _divided(each, divisor) for name, each in raw.items()}
 
 
 def effective_tensors(importance: Mapping[str, Tensor]) -> float:
@@ -112,15 +115,29 @@ def most_important(raw: Mapping[str, Tensor], fraction: float) -> set[str]:
         fraction: Share of the tensors to pick, rounded down.
 
     Returns:
-        Their names.
+        Their names; never those of all tensors.
     """
-    order = torch.argsort(_tensor_means(raw), descending=True, stable=True)[: int(fraction * len(raw))].tolist()
+    count = max(0, min(int(fraction * len(raw)), len(raw) - 1))
+    order = torch.argsort(_tensor_means(raw), descending=True, stable=True)[:count].tolist()
     names = list(raw)
     return {names[index] for index in order}
 
 
 def _tensor_means(importance: Mapping[str, Tensor]) -> Tensor:
-    return torch.tensor([float(each.mean(dtype=torch.float64)) for each in importance.values()], dtype=torch.float64)
+    return torch.tensor([_sum(each) / each.numel() for each in importance.values()], dtype=torch.float64)
+
+
+def _sum(tensor: Tensor) -> float:
+    # In float64, which torch converts to before it adds up: so never the whole tensor at once.
+    pieces = tensor.reshape(-1).split(_BLOCK)
+    return float(torch.stack([piece.sum(dtype=torch.float64) for piece in pieces]).sum())
+
+
+def _divided(tensor: Tensor, divisor: float) -> Tensor:
+    factor, limits = 1.0 / divisor, torch.finfo(torch.float32)
+    if tensor.dtype == torch.float32 and limits.tiny <= factor <= limits.max:
+        return tensor * factor
+    return (tensor.double() / divisor).float()  # a factor that float32 does not hold
 
 
 def _softmax(raw: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

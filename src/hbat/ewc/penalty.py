@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hbat.ewc.foreach import add_small_pulls_
 from hbat.ewc.parameters import require_counterparts
 
 #: Elements handled at a time. On a CPU the scratch block (1 MiB of float32) stays in the cache, which brings the step
@@ -90,7 +91,8 @@ def add_penalty_gradient_(
     r"""Add the gradient of `strength` times the penalty to each parameter's `.grad`, in place.
 
     Equals autograd through `ewc_penalty` to rounding, with one read of parameter, anchor and gradient, one write of
-    the gradient, and 1 MiB of scratch memory. Parameters whose `.grad` is None get none: the optimizer skips them too.
+    the gradient, and at most 4 MiB of scratch memory on a CPU. Parameters whose `.grad` is None get none: the
+    optimizer skips them too.
 
     Args:
         parameters: Parameters by name, with gradients.
@@ -103,12 +105,13 @@ def add_penalty_gradient_(
     Returns:
         The statistics where `measure` is set, with the effect of `scale` taken out, else None.
     """
-    tally = _Tally() if measure else None
-    for block in _blocks(parameters, anchor, importance, with_gradient=True):
-        if tally is not None:
-            tally.add(block, scale)
-        _add_pull_(block, 2.0 * scale * strength)
-    return tally.result(strength) if tally is not None else None
+    # Measured apart, so that what is added does not depend on whether a step is logged.
+    measured = _measure(parameters, anchor, importance, strength, scale) if measure else None
+    factor = 2.0 * scale * strength
+    large = add_small_pulls_(parameters, anchor, importance, factor)
+    for block in _blocks(large, anchor, importance, with_gradient=True):
+        _add_pull_(block, factor)
+    return measured
 
 
 @torch.no_grad()
@@ -132,10 +135,7 @@ def measure_penalty(
     Returns:
         The statistics.
     """
-    tally = _Tally()
-    for block in _blocks(parameters, anchor, importance, with_gradient=with_gradient):
-        tally.add(block, 1.0 if with_gradient else None)
-    return tally.result(strength)
+    return _measure(parameters, anchor, importance, strength, 1.0 if with_gradient else None)
 
 
 @torch.no_grad()
@@ -229,6 +229,20 @@ def _flat(tensor: Tensor) -> Tensor:
             "in place block by block. Call `.contiguous()` on it before training."
         )
     return tensor.detach().view(-1)
+
+
+def _measure(
+    parameters: Mapping[str, Tensor],
+    anchor: Mapping[str, Tensor],
+    importance: Mapping[str, Tensor | float],
+    strength: float,
+    scale: float | None,
+) -> PenaltyStatistics:
+    # With a `scale` the gradients are read too, and it is taken out of them.
+    tally = _Tally()
+    for block in _blocks(parameters, anchor, importance, with_gradient=scale is not None):
+        tally.add(block, scale)
+    return tally.result(strength)
 
 
 class _Tally:

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the objective of instruction following."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,11 +42,15 @@ def sft(config: Any) -> Objective:
     Returns:
         The objective `sft`.
     """
+    if isinstance(config, Mapping):
+        text_field = config.get("dataset_text_field", "text")
+    else:
+        text_field = getattr(config, "dataset_text_field", "text")
     return Objective(
         name="sft",
         trainer_class=SFTTrainer,
         config_class=SFTConfig,
         config=config,
-        faults=sft_faults,
+        faults=functools.partial(sft_faults, text_field=text_field),
         examples=tokenised_sequences,
     )
