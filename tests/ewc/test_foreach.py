@@ -130,6 +130,9 @@ def test_scratch_memory_is_one_batch(kind, monkeypatch):
     assert max(sum(each.numel() for each in batch) for batch in made) <= 48
 
 
-def test_a_measuring_step_goes_through_the_block_loop(monkeypatch):
-    monkeypatch.setattr(torch, "_foreach_sub", None)
-    assert add_penalty_gradient_(*build("element"), measure=True) is not None
+@every_kind
+def test_what_is_added_does_not_depend_on_whether_the_step_is_measured(kind):
+    (plain, anchor, importance), measured = build(kind), build(kind)[0]
+    add_penalty_gradient_(plain, anchor, importance, strength=0.7)
+    assert add_penalty_gradient_(measured, anchor, importance, strength=0.7, measure=True) is not None
+    assert all(torch.equal(plain[name].grad, measured[name].grad) for name in SHAPES)
