@@ -29,13 +29,13 @@ def same(first, second):
 
 
 def test_nothing_holds_the_first_stage():
-    found = consolidation(freeze=1.0)
+    found = consolidation(freeze=0.9)
     assert found.importance(SFT) is None
     assert found.frozen(SFT) == set()
 
 
 def test_an_objective_alone_is_never_held_by_itself():
-    found = consolidation(freeze=1.0)
+    found = consolidation(freeze=0.9)
     found.add("sft", tensors(a=[1.0, 3.0]))
     assert found.importance(SFT) is None
     assert found.frozen(SFT) == set()
@@ -118,7 +118,7 @@ def test_the_softmax_scale_does_not_touch_random_importance():
 
 
 @pytest.mark.parametrize(
-    ("share", "names"), [(0.0, set()), (0.2, set()), (0.25, {"c"}), (0.5, {"b", "c"}), (1.0, set("abcd"))]
+    ("share", "names"), [(0.0, set()), (0.2, set()), (0.25, {"c"}), (0.5, {"b", "c"}), (0.9, set("abc"))]
 )
 def test_the_tensors_with_the_largest_mean_are_frozen(share, names):
     found = consolidation(freeze=share)

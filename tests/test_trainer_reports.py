@@ -171,7 +171,7 @@ def test_the_hosts_own_evaluation_inside_a_stage_is_logged_with_its_objective(tm
         evaluation={"sft": EVALUATION["sft"]},
         sft={"eval_strategy": "steps", "eval_steps": 1},
     )
-    inside = [each["step"] for each in run.state.log_history if "eval_sft/loss" in each and "hbat/stage" in each]
+    inside = [each["step"] for each in run.state.log_history if "eval_sft_stage/loss" in each]
     assert inside == [1, 2]
 
 

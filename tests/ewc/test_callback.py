@@ -114,8 +114,8 @@ def test_training_equals_autograd_through_loss_plus_penalty(outcome, objective, 
     found, found_logs = outcome(*setting, how)
     assert cases.largest_difference(found, expected) < 1e-6
     for mine, reference in zip(found_logs, reference_logs, strict=True):
-        # Without clipping, transformers 4.57 logs none.
-        assert mine.get("grad_norm") == pytest.approx(reference.get("grad_norm"), rel=1e-4)
+        if "grad_norm" in reference:  # without clipping, transformers 4.57 logs none
+            assert mine["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
 
 
 @every_setting
@@ -294,7 +294,7 @@ def test_the_logged_penalty_equals_the_oracle(outcome):
 def test_bound_and_unbound_log_the_same(outcome, objective, case, clip, accumulation):
     bound, unbound = (outcome(objective, case, clip, accumulation, how)[1] for how in ("bound", "unbound"))
     for first, second in zip(bound, unbound, strict=True):
-        for key in (*KEYS, "loss", "grad_norm"):
+        for key in (*KEYS, "loss", *({"grad_norm"} & second.keys())):
             assert first[key] == pytest.approx(second[key], rel=1e-4)
 
 
