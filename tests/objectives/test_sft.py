@@ -39,7 +39,7 @@ def test_only_the_completion_is_a_target(conversational, tmp_path):
 
 def test_every_token_is_a_target_where_the_host_trains_on_all(tmp_path):
     (row,) = prepared(cases.sft_rows(1), tmp_path, completion_only_loss=False)
-    (example,) = tokenised_sequences(row)
+    (example,) = sft({"completion_only_loss": False}).examples(row)
     assert list(example.labels) == list(example.input_ids)
 
 

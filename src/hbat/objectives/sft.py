@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from trl import SFTConfig, SFTTrainer
@@ -11,11 +12,12 @@ from hbat.objectives.objective import Objective
 from hbat.rows import sft_faults
 
 
-def tokenised_sequences(row: Mapping[str, Any]) -> Iterator[Example]:
+def tokenised_sequences(row: Mapping[str, Any], *, completion_only: bool = True) -> Iterator[Example]:
     """Take the sequences out of a row that TRL's SFTTrainer prepared.
 
     Args:
         row: A row with `input_ids` and `labels` (or the masks of older TRL), packed (`seq_lengths`) or not.
+        completion_only: Whether the host trains on the completion alone; only read where it left masks.
 
     Yields:
         One example a sequence.
@@ -24,7 +26,7 @@ def tokenised_sequences(row: Mapping[str, Any]) -> Iterator[Example]:
     labels = row.get("labels")
     if labels is None:  # trl < 1.6 hands the masks to its collator
         mask = [1] * len(input_ids)
-        for key in ("completion_mask", "assistant_masks"):
+        for key in (*(["completion_mask"] if completion_only else []), "assistant_masks"):
             mask = [kept and own for kept, own in zip(mask, row.get(key) or mask, strict=True)]
         labels = [token if kept else IGNORED for token, kept in zip(input_ids, mask, strict=True)]
     start = 0
@@ -42,15 +44,14 @@ def sft(config: Any) -> Objective:
     Returns:
         The objective `sft`.
     """
-    if isinstance(config, Mapping):
-        text_field = config.get("dataset_text_field", "text")
-    else:
-        text_field = getattr(config, "dataset_text_field", "text")
+    given = config if isinstance(config, Mapping) else vars(config or SimpleNamespace())
     return Objective(
         name="sft",
         trainer_class=SFTTrainer,
         config_class=SFTConfig,
         config=config,
-        faults=functools.partial(sft_faults, text_field=text_field),
-        examples=tokenised_sequences,
+        faults=functools.partial(sft_faults, text_field=given.get("dataset_text_field", "text")),
+        examples=functools.partial(
+            tokenised_sequences, completion_only=given.get("completion_only_loss") is not False
+        ),
     )
