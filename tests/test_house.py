@@ -23,7 +23,10 @@ TREES = {name: ast.parse(each.read_text(encoding="utf-8"), name) for name, each 
 BLOCKS = {
     "mathematics: tensors in, tensors out": (
         {"torch"},
-        ["ewc/__init__", "ewc/parameters", "ewc/importance", "ewc/foreach", "ewc/penalty", "ewc/fisher"],
+        [
+            "ewc/__init__", "ewc/parameters", "ewc/importance", "ewc/blocks", "ewc/foreach", "ewc/statistics",
+            "ewc/penalty", "ewc/fisher",
+        ],
     ),
     "plan and state: plain data, imports no trainer": (
         {"torch", "safetensors", "datasets", "yaml"},
@@ -347,6 +350,8 @@ TESTED_ELSEWHERE = {
     "__main__.py": "test_cli.py",
     "assembly.py": "test_cli.py",
     "demo/settings.py": "demo/test_base_model.py",
+    "ewc/blocks.py": "ewc/test_penalty.py",
+    "ewc/statistics.py": "ewc/test_penalty.py",
     "ewc_config.py": "test_config.py",
     "field_checks.py": "test_config.py",
     "evaluator.py": "test_trainer_reports.py",

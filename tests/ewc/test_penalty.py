@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from hbat.ewc import foreach, penalty
-from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, measure_penalty, proximal_step_
+from hbat.ewc import blocks, foreach
+from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, proximal_step_
+from hbat.ewc.statistics import measure_penalty
 
 SHAPES = {"matrix": (7, 5), "vector": (11,), "scalar": (), "one": (1,), "cube": (2, 3, 4)}
 
@@ -39,7 +40,7 @@ every_granularity = pytest.mark.parametrize("granularity", ["element", "tensor",
 def _block(request, monkeypatch):
     """Sizes of a block: larger than any tensor, one element, some that do not divide, a whole tensor; or no blocks."""
     if request.param is not None:
-        monkeypatch.setattr(penalty, "_CPU_BLOCK", request.param)
+        monkeypatch.setattr(blocks, "_CPU_BLOCK", request.param)
         monkeypatch.setattr(foreach, "_SMALL", 0)
 
 
@@ -215,7 +216,7 @@ def test_measuring_changes_nothing_and_agrees(granularity):
     parameters, anchor, importance = build(granularity)
     task, theta = gradients(parameters), {name: each.detach().clone() for name, each in parameters.items()}
     alone = measure_penalty(parameters, anchor, importance, strength=2.0)
-    with_gradient = measure_penalty(parameters, anchor, importance, strength=2.0, with_gradient=True)
+    with_gradient = measure_penalty(parameters, anchor, importance, strength=2.0, gradient_scale=1.0)
     assert cases.largest_difference(gradients(parameters), task) == 0.0
     assert cases.largest_difference(parameters, theta) == 0.0
     assert float(alone.penalty) == float(with_gradient.penalty)

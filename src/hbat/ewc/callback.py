@@ -11,7 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hbat.ewc.backward import after_backward
 from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
-from hbat.ewc.penalty import PenaltyStatistics, add_penalty_gradient_, measure_penalty, proximal_step_
+from hbat.ewc.penalty import add_penalty_gradient_, proximal_step_
+from hbat.ewc.statistics import PenaltyStatistics, measure_penalty
 from hbat.ewc_config import Method
 
 #: Largest ratio of the penalty's gradient norm to the task's in a stage, below which the penalty is called dead.
@@ -159,7 +160,7 @@ class EWCCallback(TrainerCallback):
         """Without a trainer: measure, where the sum of both gradients lies clipped."""
         if self.method == "gradient" and self._trainer is None and self._parameters and _is_logged(args, state):
             self._measured = measure_penalty(
-                self._parameters, self._anchor, self._importance, strength=self.f_max, with_gradient=True
+                self._parameters, self._anchor, self._importance, strength=self.f_max, gradient_scale=1.0
             )
 
     def on_optimizer_step(

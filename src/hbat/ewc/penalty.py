@@ -10,45 +10,15 @@ All arithmetic subtracts first and is done in float32, whatever the dtype of the
 in bfloat16 is wrong by a quarter.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from hbat.ewc.blocks import Block, walk_blocks
 from hbat.ewc.foreach import add_small_pulls_
 from hbat.ewc.parameters import require_counterparts
-
-#: Elements handled at a time. On a CPU the scratch block (1 MiB of float32) stays in the cache, which brings the step
-#: near the memory bandwidth; a GPU wants few, large kernels.
-_CPU_BLOCK = 1 << 18
-_GPU_BLOCK = 1 << 26
-
-
-@dataclass(frozen=True)
-class PenaltyStatistics:
-    """What the penalty amounts to at one point. Scalars of shape `()` in float64, on the parameters' device.
-
-    Attributes:
-        penalty: Value of the penalty.
-        squared_drift: Sum of squared differences from the anchor.
-        gradient_norm: 2-norm of the penalty's gradient.
-        task_gradient_norm: 2-norm of the gradients as they were; 0 where none were read.
-        inner_product: Inner product of those with the penalty's gradient.
-        count: Number of elements.
-    """
-
-    penalty: Tensor
-    squared_drift: Tensor
-    gradient_norm: Tensor
-    task_gradient_norm: Tensor
-    inner_product: Tensor
-    count: int
-
-    @property
-    def drift(self) -> Tensor:
-        """Root mean square of the difference from the anchor."""
-        return (self.squared_drift / max(self.count, 1)).sqrt()
+from hbat.ewc.statistics import PenaltyStatistics, measure_penalty
 
 
 def ewc_penalty(
@@ -106,36 +76,14 @@ def add_penalty_gradient_(
         The statistics where `measure` is set, with the effect of `scale` taken out, else None.
     """
     # Measured apart, so that what is added does not depend on whether a step is logged.
-    measured = _measure(parameters, anchor, importance, strength, scale) if measure else None
+    measured = (
+        measure_penalty(parameters, anchor, importance, strength=strength, gradient_scale=scale) if measure else None
+    )
     factor = 2.0 * scale * strength
     large = add_small_pulls_(parameters, anchor, importance, factor)
-    for block in _blocks(large, anchor, importance, with_gradient=True):
+    for block in walk_blocks(large, anchor, importance, with_gradient=True):
         _add_pull_(block, factor)
     return measured
-
-
-@torch.no_grad()
-def measure_penalty(
-    parameters: Mapping[str, Tensor],
-    anchor: Mapping[str, Tensor],
-    importance: Mapping[str, Tensor | float],
-    *,
-    strength: float = 1.0,
-    with_gradient: bool = False,
-) -> PenaltyStatistics:
-    r"""Read off the penalty's statistics without changing anything.
-
-    Args:
-        parameters: Parameters by name.
-        anchor: Weights to pull to.
-        importance: $F \ge 0$ by name.
-        strength: Factor of the penalty.
-        with_gradient: Read the gradients too, of the parameters that have one; the others are left out.
-
-    Returns:
-        The statistics.
-    """
-    return _measure(parameters, anchor, importance, strength, 1.0 if with_gradient else None)
 
 
 @torch.no_grad()
@@ -161,52 +109,12 @@ def proximal_step_(
         learning_rates: $\eta$ of the step just taken, by name; parameters without one stay as they are.
     """
     moved = {name: each for name, each in parameters.items() if name in learning_rates}
-    for block in _blocks(moved, anchor, importance, with_gradient=False):
+    for block in walk_blocks(moved, anchor, importance, with_gradient=False):
         shrink = 1.0 + 2.0 * learning_rates[block.name] * strength * block.importance
         block.parameter.copy_(block.difference.div_(shrink).add_(block.anchor))
 
 
-@dataclass
-class _Block:
-    """A run of n elements of one parameter, as flat views of shape (n,); `difference` is scratch in float32."""
-
-    name: str
-    parameter: Tensor
-    anchor: Tensor
-    gradient: Tensor  # the parameter itself where no gradient was asked for
-    importance: Tensor | float  # of shape () or (n,)
-    difference: Tensor  # parameter - anchor
-
-
-def _blocks(
-    parameters: Mapping[str, Tensor],
-    anchor: Mapping[str, Tensor],
-    importance: Mapping[str, Tensor | float],
-    *,
-    with_gradient: bool,
-) -> Iterator[_Block]:
-    scratch = torch.empty(0)
-    for name, each in parameters.items():
-        gradient = each.grad if with_gradient else each
-        if gradient is None:
-            continue
-        size = max(1, min(each.numel(), _CPU_BLOCK if each.device.type == "cpu" else _GPU_BLOCK))
-        if scratch.numel() < size or scratch.device != each.device:
-            scratch = torch.empty(size, dtype=torch.float32, device=each.device)
-        own = importance[name]
-        if isinstance(own, Tensor) and own.dim() == 0 and own.device.type == "cpu":
-            own = float(own)
-        own_pieces = own.reshape(-1).split(size) if isinstance(own, Tensor) and own.dim() > 0 else None
-        pieces = zip(
-            _flat(each).split(size), anchor[name].reshape(-1).split(size), _flat(gradient).split(size), strict=True
-        )
-        for index, (parameter, start, gradient_piece) in enumerate(pieces):
-            difference = _subtract(parameter, start, scratch[: parameter.numel()])
-            weight = own if own_pieces is None else own_pieces[index]
-            yield _Block(name, parameter, start, gradient_piece, weight, difference)
-
-
-def _add_pull_(block: _Block, factor: float) -> None:
+def _add_pull_(block: Block, factor: float) -> None:
     # Each form reads and writes every block once; the general one passes over the scratch block once more.
     if not isinstance(block.importance, Tensor):
         block.gradient.add_(block.difference, alpha=factor * block.importance)
@@ -214,65 +122,3 @@ def _add_pull_(block: _Block, factor: float) -> None:
         block.gradient.addcmul_(block.difference, block.importance, value=factor)
     else:
         block.gradient.add_(block.difference.mul_(block.importance), alpha=factor)
-
-
-def _subtract(parameter: Tensor, anchor: Tensor, out: Tensor) -> Tensor:
-    if parameter.dtype == anchor.dtype == torch.float32:
-        return torch.sub(parameter, anchor, out=out)
-    return out.copy_(parameter).sub_(anchor)  # with `out=`, torch would subtract in the operands' own precision
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"A parameter of shape {tuple(tensor.shape)} or its gradient is not contiguous, so it cannot be changed "
-            "in place block by block. Call `.contiguous()` on it before training."
-        )
-    return tensor.detach().view(-1)
-
-
-def _measure(
-    parameters: Mapping[str, Tensor],
-    anchor: Mapping[str, Tensor],
-    importance: Mapping[str, Tensor | float],
-    strength: float,
-    scale: float | None,
-) -> PenaltyStatistics:
-    # With a `scale` the gradients are read too, and it is taken out of them.
-    tally = _Tally()
-    for block in _blocks(parameters, anchor, importance, with_gradient=scale is not None):
-        tally.add(block, scale)
-    return tally.result(strength)
-
-
-class _Tally:
-    """Sums over blocks, in float64."""
-
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None  # (5,): F d^2, d^2, (F d)^2, g^2, g F d
-        self._count = 0
-
-    def add(self, block: _Block, scale: float | None = None) -> None:
-        # Before the block's difference is changed; with a `scale`, its gradient too.
-        pull = (block.difference * block.importance).float()  # the importance may be of another precision
-        task = torch.zeros_like(pull) if scale is None else block.gradient.float() / scale
-        sums = torch.stack([
-            torch.dot(pull, block.difference),
-            torch.dot(block.difference, block.difference),
-            torch.dot(pull, pull),
-            torch.dot(task, task),
-            torch.dot(task, pull),
-        ]).double()
-        self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
-        self._count += block.parameter.numel()
-
-    def result(self, strength: float) -> PenaltyStatistics:
-        sums = torch.zeros(5, dtype=torch.float64) if self._sums is None else self._sums
-        return PenaltyStatistics(
-            penalty=strength * sums[0],
-            squared_drift=sums[1],
-            gradient_norm=2.0 * strength * sums[2].sqrt(),
-            task_gradient_norm=sums[3].sqrt(),
-            inner_product=2.0 * strength * sums[4],
-            count=self._count,
-        )
