@@ -322,10 +322,8 @@ def _tree_in(text):
 
 
 def test_the_tree_in_the_readme_names_the_files_on_disk():
-    readme = ROOT / "README.md"
-    named = _tree_in(readme.read_text(encoding="utf-8")) if readme.exists() else None
-    if named is None:
-        pytest.skip("README.md holds no tree of src/hbat yet")
+    named = _tree_in((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert named is not None, "README.md holds no tree of src/hbat."
     entries = {name for name in FILES if pathlib.PurePath(name).stem in {"__init__", "__main__"}}  # may be left out
     missing, gone = {*FILES} - named - entries, named - {*FILES}
     assert not missing, f"not in the tree of README.md: {sorted(missing)}"
