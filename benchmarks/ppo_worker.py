@@ -1,0 +1,394 @@
+"""One PPO run in a process of its own, for `benchmarks/ppo.py`: in the environment of hbat, or in one with TRL's PPO.
+
+    python benchmarks/ppo_worker.py '{"variant": "trl"}'
+
+Prints one line of JSON: seconds and peak memory of the run, and counts that show that all variants do the same work.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from memory import status
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainingArguments,
+)
+from workload import llama
+
+PAD, END = 0, 1
+
+
+@dataclasses.dataclass
+class Work:
+    """What a run does.
+
+    Attributes:
+        variant: `trl`, or hbat's critic: `shared` or `separate`.
+        hidden: Width of the policy.
+        layers: Depth of the policy.
+        vocabulary: Tokens of the policy.
+        prompts: Prompts of a rollout.
+        mini_batch: Samples of an optimizer step.
+        epochs: Passes over a rollout.
+        rollouts: Measured rollouts, after one that is not.
+        completion: Tokens of a completion, at most.
+        lengths: `even` completions without an end, or `uneven` ones that end by chance.
+        reward: A `rule` on the text, or a `model`.
+    """
+
+    variant: str = "trl"
+    hidden: int = 384
+    layers: int = 6
+    vocabulary: int = 16000
+    prompts: int = 16
+    mini_batch: int = 4
+    epochs: int = 4
+    rollouts: int = 3
+    completion: int = 48
+    lengths: str = "even"
+    reward: str = "rule"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a rollout."""
+        return self.prompts // self.mini_batch * self.epochs
+
+
+class Meter(TrainerCallback):
+    """Takes the time of every rollout, and the peak memory.
+
+    Args:
+        steps: Steps of a rollout, as the trainer counts them.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self.peak = 0
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        """Forget the peak so far."""
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        self.wall.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+
+    def on_step_end(self, _: object, state: Any, *__: object, **___: object) -> None:
+        """Take the time where a rollout ends."""
+        if state.global_step % self._steps == 0:
+            self.wall.append(time.perf_counter())
+            self.cpu.append(time.process_time())
+
+    def on_train_end(self, *_: object, **__: object) -> None:
+        """Keep the peak."""
+        self.peak = status("VmHWM")
+
+
+class Rule:
+    """Rewards distinct words, and counts what it scored."""
+
+    __name__ = "distinct_words"
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.words = 0
+
+    def score(self, texts: list[str]) -> list[float]:
+        """Score prompts with their completions.
+
+        Args:
+            texts: The texts.
+
+        Returns:
+            A score each.
+        """
+        words = [text.split() for text in texts]
+        self.samples += len(texts)
+        self.words += sum(map(len, words))
+        return [len(set(each)) / max(len(each), 1) for each in words]
+
+    def __call__(self, prompts: list[str], completions: list[str], **_: object) -> list[float]:
+        """Score samples, as a reward function of TRL.
+
+        Args:
+            prompts: Their prompts.
+            completions: Their completions.
+
+        Returns:
+            A score each.
+        """
+        return self.score([f"{prompt} {completion}" for prompt, completion in zip(prompts, completions, strict=True)])
+
+
+class RuleAsModel(nn.Module):
+    """A rule as what TRL's PPOTrainer takes for a reward model: a backbone whose hidden states a head scores."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, rule: Rule, tokenizer: Any) -> None:
+        super().__init__()
+        self._rule = rule
+        self._tokenizer = tokenizer
+
+    @staticmethod
+    def backbone(input_ids: Tensor, **_: object) -> SimpleNamespace:
+        """Hand the tokens through.
+
+        Args:
+            input_ids: Tokens of prompts with completions.
+
+        Returns:
+            The tokens, where the host looks for hidden states.
+        """
+        return SimpleNamespace(hidden_states=[input_ids])
+
+    def score(self, input_ids: Tensor) -> Tensor:
+        """Give every position its sample's score.
+
+        Args:
+            input_ids: Tokens of prompts with completions.
+
+        Returns:
+            Scores by sample and position.
+        """
+        scores = self._rule.score(self._tokenizer.batch_decode(input_ids, skip_special_tokens=True))
+        return torch.tensor(scores)[:, None, None].expand(*input_ids.shape, 1)
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token a word.
+
+    Args:
+        vocabulary: Number of tokens.
+
+    Returns:
+        The tokenizer, which pads on the left.
+    """
+    words = ["<pad>", "</s>", *(f"w{index}" for index in range(2, vocabulary))]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[2]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=words[PAD], eos_token=words[END], padding_side="left"
+    )
+
+
+def policy_of(work: Work) -> Any:
+    """Make the policy.
+
+    Args:
+        work: The run.
+
+    Returns:
+        A Llama with random weights; with uneven lengths its completions have half the largest length on average.
+    """
+    model = llama(work.hidden, work.layers, vocabulary=work.vocabulary)
+    if work.lengths == "uneven":
+        head = nn.Linear(work.hidden, work.vocabulary)
+        head.weight = model.lm_head.weight
+        with torch.no_grad():
+            head.bias.zero_()[END] = math.log(2 * work.vocabulary / work.completion)
+        model.lm_head = head
+    return model
+
+
+def sequence_model(work: Work, hidden: int, layers: int, seed: int) -> LlamaForSequenceClassification:
+    """Make a reward or value model.
+
+    Args:
+        work: The run.
+        hidden: Width.
+        layers: Depth.
+        seed: Seed of the weights.
+
+    Returns:
+        The model.
+    """
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=work.vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512, pad_token_id=PAD, eos_token_id=END,
+        bos_token_id=None, num_labels=1,
+    )  # fmt: skip
+    return LlamaForSequenceClassification(config)
+
+
+def prompts_of(work: Work) -> list[str]:
+    """Make prompts of 16 to 48 words.
+
+    Args:
+        work: The run.
+
+    Returns:
+        One a sample.
+    """
+    chance = random.Random(1)
+    count = work.prompts * (work.rollouts + 1)
+    return [
+        " ".join(f"w{chance.randrange(2, work.vocabulary)}" for _ in range(chance.randint(16, 48)))
+        for _ in range(count)
+    ]
+
+
+def common(work: Work, folder: str) -> dict[str, Any]:
+    """Fields of both trainers' configurations.
+
+    Args:
+        work: The run.
+        folder: Folder of the run.
+
+    Returns:
+        The fields.
+    """
+    names = {each.name for each in dataclasses.fields(TrainingArguments)}
+    checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)
+    return {
+        "output_dir": folder, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True,
+        "bf16": False, checkpointing: False, "learning_rate": 1e-6, "num_ppo_epochs": work.epochs,
+        "gradient_accumulation_steps": 1, "temperature": 1.0, "kl_coef": 0.05, "kl_estimator": "k1", "cliprange": 0.2,
+        "cliprange_value": 0.2, "vf_coef": 0.1, "gamma": 1.0, "lam": 0.95, "whiten_rewards": False,
+        "missing_eos_penalty": None,
+    }  # fmt: skip
+
+
+def trl_trainer(work: Work, folder: str, rule: Rule, meter: Meter) -> Any:
+    """Build TRL's PPOTrainer.
+
+    Args:
+        work: The run.
+        folder: Folder of the run.
+        rule: The rule.
+        meter: The callback that measures.
+
+    Returns:
+        The trainer.
+    """
+    from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: PLC0415 - only there in one of the environments
+
+    tokenizer = word_tokenizer(work.vocabulary)
+    args = PPOConfig(
+        per_device_train_batch_size=work.prompts,  # a rollout, where nothing is accumulated
+        num_mini_batches=work.prompts // work.mini_batch,
+        total_episodes=work.prompts * (work.rollouts + 1),
+        response_length=work.completion,
+        stop_token="eos" if work.lengths == "uneven" else None,
+        num_sample_generations=0,
+        **common(work, folder),
+    )
+    return PPOTrainer(
+        args=args,
+        processing_class=tokenizer,
+        model=policy_of(work),
+        ref_model=None,  # a copy
+        reward_model=sequence_model(work, 128, 2, 3) if work.reward == "model" else RuleAsModel(rule, tokenizer),
+        value_model=sequence_model(work, work.hidden, work.layers, 2),
+        train_dataset=Dataset.from_dict({"input_ids": [tokenizer(each)["input_ids"] for each in prompts_of(work)]}),
+        callbacks=[meter],
+    )
+
+
+def own_trainer(work: Work, folder: str, rule: Rule, meter: Meter) -> Any:
+    """Build hbat's PPOTrainer.
+
+    Args:
+        work: The run.
+        folder: Folder of the run.
+        rule: The rule.
+        meter: The callback that measures.
+
+    Returns:
+        The trainer.
+    """
+    from hbat import PPOConfig, PPOTrainer  # noqa: PLC0415 - not loaded beside TRL's
+
+    args = PPOConfig(
+        per_device_train_batch_size=work.mini_batch,
+        rollout_batch_size=work.prompts,
+        max_completion_length=work.completion,
+        generation_kwargs={"min_new_tokens": work.completion} if work.lengths == "even" else {},
+        max_steps=work.steps * (work.rollouts + 1),
+        logging_steps=work.steps,
+        critic=work.variant,
+        **common(work, folder),
+    )
+    return PPOTrainer(
+        policy_of(work),
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": prompts_of(work)}),
+        processing_class=word_tokenizer(work.vocabulary),
+        reward_funcs=sequence_model(work, 128, 2, 3) if work.reward == "model" else rule,
+        ref_model=None,
+        callbacks=[meter],
+    )
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Run the work.
+
+    Args:
+        work: The run.
+
+    Returns:
+        What is measured, as plain values.
+    """
+    rule, updates = Rule(), []
+    trl = work.variant == "trl"
+    # Imported first, so that code does not count for the memory.
+    importlib.import_module("trl.experimental.ppo.ppo_trainer" if trl else "hbat.ppo.trainer")
+    meter = Meter(1 if trl else work.steps)
+    register_optimizer_step_post_hook(lambda *_: updates.append(1))
+    weights = sum(each.numel() * each.element_size() for each in policy_of(work).parameters())
+    before = status("VmRSS")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = (trl_trainer if trl else own_trainer)(work, folder, rule, meter)
+        trainer.train()
+    phases: dict[str, float] = {}
+    for entry in trainer.state.log_history[1:]:  # without the first rollout
+        for key, value in entry.items():
+            if key.startswith("seconds/"):
+                phases[key.removeprefix("seconds/")] = phases.get(key.removeprefix("seconds/"), 0.0) + value
+    return {
+        "wall": meter.wall[-1] - meter.wall[1],
+        "cpu": meter.cpu[-1] - meter.cpu[1],
+        "rollouts": len(meter.wall) - 2,
+        "peak": meter.peak - before,
+        "weights": weights,
+        "updates": len(updates),
+        "scored": rule.samples,
+        "words": rule.words,
+        "phases": phases,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")}
+        | {"python": platform.python_version()},
+    }
+
+
+def main() -> None:
+    """Run the work given on the command line."""
+    warnings.simplefilter("ignore")
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    torch.set_num_threads(1)
+    print(json.dumps(measure(Work(**json.loads(sys.argv[1])))))
+
+
+if __name__ == "__main__":
+    main()
