@@ -27,7 +27,7 @@ def refusal(dataset, faults=preference_faults, **options):
 
 def test_a_good_data_set_comes_back_as_it_is():
     dataset = Dataset.from_list(pairs())
-    assert check(dataset, minimum_rows=5) is dataset
+    assert check(dataset, num_rounds=5) is dataset
 
 
 def test_an_empty_turn_is_named_with_its_row_and_field():
@@ -54,7 +54,7 @@ def test_faulty_rows_are_dropped_and_counted(caplog):
     rows = pairs()
     rows[1]["chosen"] = ""
     with caplog.at_level(logging.WARNING, logger="hbat"):
-        kept = check(Dataset.from_list(rows), on_bad_rows="drop", minimum_rows=4)
+        kept = check(Dataset.from_list(rows), on_bad_rows="drop", num_rounds=4)
     assert kept["prompt"][:] == ["Question 0", "Question 2", "Question 3", "Question 4"]
     assert len(caplog.records) == 1
     assert caplog.messages[0].startswith(f"{NAME}: 1 of 5 rows are faulty and left out (empty text: 1).")
@@ -64,7 +64,7 @@ def test_too_few_rows_left_after_dropping_are_refused():
     rows = pairs()
     rows[1]["chosen"] = ""
     assert "without them 4 are left, but 5 are needed" in refusal(
-        Dataset.from_list(rows), on_bad_rows="drop", minimum_rows=5
+        Dataset.from_list(rows), on_bad_rows="drop", num_rounds=5
     )
 
 
@@ -86,7 +86,7 @@ def test_what_is_no_data_set_is_refused_with_advice(dataset, advice):
 
 
 def test_fewer_rows_than_rounds_are_refused():
-    message = refusal(Dataset.from_list(pairs(3)), minimum_rows=4)
+    message = refusal(Dataset.from_list(pairs(3)), num_rounds=4)
     assert "3 for 4 rounds; every round needs at least one row" in message
 
 

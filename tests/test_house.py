@@ -40,16 +40,16 @@ BLOCKS = {
         {"torch", "datasets", "transformers", "trl", "peft", "tqdm", "matplotlib", "huggingface_hub"},
         [
             "ewc/backward", "ewc/callback", "lifecycle", "objectives/__init__", "objectives/objective",
-            "objectives/builtin", "objectives/sft", "objectives/dpo", "stage_start", "optimizer_state",
-            "learning_rate", "nonfinite", "hub", "inputs", "model_loading", "reporting", "trainer_builder",
-            "evaluator", "stage_runner", "plots", "report", "trainer",
+            "objectives/rewards", "objectives/builtin", "objectives/sft", "objectives/dpo", "stage_start",
+            "optimizer_state", "learning_rate", "nonfinite", "hub", "inputs", "model_loading", "reporting",
+            "trainer_builder", "rehearsal", "evaluator", "stage_runner", "plots", "report", "trainer",
         ],
     ),
     "faces: command line and demo": (
         {"torch", "datasets", "transformers", "tokenizers", "peft", "bitsandbytes", "tqdm", "rich", "matplotlib"},
         [
-            "run_file", "assembly", "summary", "cli", "demo/__init__", "demo/task", "demo/base_model", "demo/scoring",
-            "demo/settings", "demo/results", "demo/run", "__main__",
+            "run_file", "reward_functions", "assembly", "summary", "cli", "demo/__init__", "demo/task",
+            "demo/base_model", "demo/scoring", "demo/settings", "demo/results", "demo/run", "__main__",
         ],
     ),
 }  # fmt: skip
@@ -354,6 +354,7 @@ TESTED_ELSEWHERE = {
     "field_checks.py": "test_config.py",
     "evaluator.py": "test_trainer_reports.py",
     "inputs.py": "test_trainer_construction.py",
+    "rehearsal.py": "test_trainer_construction.py",
     "trainer_builder.py": "test_trainer.py",
     "plain_yaml.py": "test_run_file.py",
     "row_search.py": "test_datasets.py",

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Training
 from hbat.loading import load
 from hbat.model_loading import is_adapter, shared_init_kwargs
 from hbat.objectives.builtin import resolve
+from hbat.reward_functions import load_reward_functions
 from hbat.run_file import RunFile
 from hbat.run_state import STATE_FILE, RunStateError
 from hbat.sections import build_section, nearest
@@ -37,6 +38,7 @@ def build_trainer(run: RunFile) -> HBATTrainer:
     if (quantized := quantization_config(run)) is not None:
         run.config.model_init_kwargs = {**(run.config.model_init_kwargs or {}), "quantization_config": quantized}
     check_sections(run)
+    rewards = load_reward_functions(run.reward_funcs)
     tokenizer = _load_tokenizer(run)
     return HBATTrainer(
         model=run.model_name_or_path,
@@ -45,6 +47,7 @@ def build_trainer(run: RunFile) -> HBATTrainer:
         eval_dataset=_load_datasets("eval_datasets", run.eval_datasets or {}),
         processing_class=tokenizer,
         peft_config=adapter,
+        reward_funcs=rewards,
     )
 
 

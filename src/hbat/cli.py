@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import hbat
 from hbat.ewc_config import EWCConfig
-from hbat.run_file import RunFile, described_keys, parse, parse_overrides
+from hbat.run_file import SECTIONS, RunFile, described_keys, parse, parse_overrides
 
 _USER_ERRORS = (ValueError, TypeError, KeyError, OSError, NotImplementedError, ImportError)
 _OWN_OPTIONS = ("config", "resume", "traceback", "help")
@@ -163,7 +163,7 @@ class _Version(argparse.Action):
 
 
 def _keys_help() -> str:
-    entries = [_entry(name, each) for name, each in described_keys() if name not in {"sft", "dpo", "ewc"}]
+    entries = [_entry(name, each) for name, each in described_keys() if name not in SECTIONS]
     ewc = [_entry(f"ewc.{each.name}", each) for each in dataclasses.fields(EWCConfig)]
     return "\n".join([
         "Every key of the file can be set here as well: `--num_rounds 2`, `--sft.learning_rate=1e-5`, `--ewc null`,",
@@ -171,7 +171,9 @@ def _keys_help() -> str:
         "\nkeys:",
         *entries,
         "\nsections:",
-        "  sft.KEY, dpo.KEY\n        Any field of trl.SFTConfig and trl.DPOConfig.",
+        "  sft.KEY, dpo.KEY, kto.KEY, grpo.KEY, rloo.KEY",
+        "        Any field of trl.SFTConfig, trl.DPOConfig, trl.KTOConfig, trl.GRPOConfig and trl.RLOOConfig.",
+        "  ppo.KEY\n        Any field of hbat.PPOConfig.",
         "  ewc\n        null: plain alternation, no penalty.",
         *ewc,
     ])

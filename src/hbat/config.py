@@ -11,6 +11,7 @@ from hbat.sections import build_section, nearest
 OptimizerState = Literal["reset", "carry"]
 LRSchedule = Literal["stage", "run", "decay"]
 OnBadRows = Literal["raise", "drop"]
+PPOBackend = Literal["hbat", "trl"]
 
 
 @dataclass(kw_only=True)
@@ -25,13 +26,32 @@ class HBATConfig:
     )
     objectives: list[Any] = field(
         default_factory=lambda: ["sft", "dpo"],
-        metadata={"help": "The objectives of a round in order: `sft`, `dpo`, and from Python `Objective` objects."},
+        metadata={
+            "help": "The objectives of a round in order: `sft`, `dpo`, `kto`, `ppo`, `grpo`, `rloo`, and from Python "
+            "`Objective` objects."
+        },
     )
     sft: Any = field(
         default=None, metadata={"help": "Fields of trl.SFTConfig for the SFT stages (mapping or object)."}
     )
     dpo: Any = field(
         default=None, metadata={"help": "Fields of trl.DPOConfig for the DPO stages (mapping or object)."}
+    )
+    kto: Any = field(
+        default=None, metadata={"help": "Fields of trl.KTOConfig for the KTO stages (mapping or object)."}
+    )
+    ppo: Any = field(
+        default=None, metadata={"help": "Fields of hbat.PPOConfig for the PPO stages (mapping or object)."}
+    )
+    grpo: Any = field(
+        default=None, metadata={"help": "Fields of trl.GRPOConfig for the GRPO stages (mapping or object)."}
+    )
+    rloo: Any = field(
+        default=None, metadata={"help": "Fields of trl.RLOOConfig for the RLOO stages (mapping or object)."}
+    )
+    ppo_backend: PPOBackend = field(
+        default="hbat",
+        metadata={"help": "Whose PPO trainer: hbat's own, or `trl` for TRL's, which exists below TRL 1.13."},
     )
     ewc: Any = field(
         default_factory=EWCConfig,
@@ -90,6 +110,7 @@ class HBATConfig:
         self._check_objectives()
         check_choice("optimizer_state", self.optimizer_state, OptimizerState)
         check_choice("on_bad_rows", self.on_bad_rows, OnBadRows)
+        check_choice("ppo_backend", self.ppo_backend, PPOBackend)
         for name in self.objective_names:
             check_choice("lr_schedule", self.lr_schedule_of(name), LRSchedule)
             check_number("average", self.average_of(name), 0, 1)

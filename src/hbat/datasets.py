@@ -24,7 +24,8 @@ def check_dataset(
     *,
     name: str,
     faults: RowCheck | None,
-    minimum_rows: int = 1,
+    num_rounds: int = 1,
+    rows_a_round: int = 1,
     on_bad_rows: Literal["raise", "drop"] = "raise",
 ) -> Dataset:
     """Check a data set before anything is trained on it: its type, its size, its columns and every row.
@@ -33,7 +34,8 @@ def check_dataset(
         dataset: What the user gave.
         name: How the user knows it; every message begins with it.
         faults: The check of one row; None looks at no row.
-        minimum_rows: The number of rounds: each needs a row.
+        num_rounds: Into how many parts it is cut.
+        rows_a_round: Rows that each part needs.
         on_bad_rows: `raise` an error about the faulty rows, or `drop` them with a warning.
 
     Returns:
@@ -43,7 +45,7 @@ def check_dataset(
         DatasetError: If it cannot be trained on.
     """
     _check_type(dataset, name)
-    _check_size(len(dataset), name, minimum_rows)
+    _check_size(len(dataset), name, num_rounds, rows_a_round)
     if faults is None:
         return dataset
     rows = _readable(dataset)
@@ -60,10 +62,10 @@ def check_dataset(
         raise DatasetError(
             f"{name}, {found.first} {others}. Correct the data, or set `on_bad_rows: drop` to train without such rows."
         )
-    if total - bad < minimum_rows:
+    if total - bad < num_rounds * rows_a_round:
         raise DatasetError(
             f"{name}, {found.first} {bad} of {total} rows are faulty ({found.counts}); without them {total - bad} are "
-            f"left, but {minimum_rows} are needed: every round needs at least one row."
+            f"left, but {num_rounds * rows_a_round} are needed: {_need(rows_a_round)}."
         )
     logger.warning(
         "%s: %d of %d rows are faulty and left out (%s). First: %s", name, bad, total, found.counts, found.first
@@ -93,14 +95,21 @@ def _check_type(dataset: Any, name: str) -> None:
     raise DatasetError(f"{name} is a {type(dataset).__name__}, not a `datasets.Dataset`. {advice}")
 
 
-def _check_size(rows: int, name: str, minimum_rows: int) -> None:
+def _check_size(rows: int, name: str, num_rounds: int, rows_a_round: int) -> None:
     if rows == 0:
         raise DatasetError(f"{name} has no rows.")
-    if rows < minimum_rows:
+    if rows < num_rounds * rows_a_round:
+        rounds = "1 round" if num_rounds == 1 else f"{num_rounds} rounds"
         raise DatasetError(
-            f"{name} has too few rows: {rows} for {minimum_rows} rounds; every round needs at least one row. "
+            f"{name} has too few rows: {rows} for {rounds}; {_need(rows_a_round)}. "
             "Lower `num_rounds`, or give more data."
         )
+
+
+def _need(rows_a_round: int) -> str:
+    if rows_a_round == 1:
+        return "every round needs at least one row"
+    return f"every round needs at least {rows_a_round} rows, which its section sets by its batch sizes"
 
 
 def _check_columns(row: Mapping[str, Any], columns: Sequence[str], name: str, faults: RowCheck) -> None:

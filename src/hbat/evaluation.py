@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Better = Literal["lower", "higher"]
 
 #: Entries of the host's evaluation that are no score.
 _NOT_SCORES = (
@@ -29,6 +31,18 @@ def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in found.items() if key not in _NOT_SCORES and _is_number(value)}
 
 
+def as_metrics(scores_of: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Name scores as the host names those of several data sets.
+
+    Args:
+        scores_of: Scores by objective and metric.
+
+    Returns:
+        Scores by `eval_<objective>/<metric>`.
+    """
+    return {f"eval_{name}/{key}": value for name, each in scores_of.items() for key, value in each.items()}
+
+
 @dataclass
 class ForgettingMatrix:
     """Scores of every objective at the start of a run and after every stage.
@@ -37,12 +51,25 @@ class ForgettingMatrix:
     start has stage -1 and objective None.
 
     Attributes:
-        headline: Metric that stands for each objective; lower is better.
+        headline: Metric that stands for each objective.
         rows: The rows in order.
+        better: Which scores of an objective are the better ones; `lower` where it is left out.
     """
 
     headline: Mapping[str, str]
     rows: list[dict[str, Any]] = field(default_factory=list)
+    better: Mapping[str, Better] = field(default_factory=dict)
+
+    def better_of(self, objective: str) -> Better:
+        """Say which scores of an objective are the better ones.
+
+        Args:
+            objective: Its name.
+
+        Returns:
+            `lower` or `higher`.
+        """
+        return self.better.get(objective, "lower")
 
     def add(self, *, stage: int, round_index: int, objective: str | None, scores: Mapping[str, Any]) -> None:
         """Append the scores after a stage.
@@ -81,9 +108,9 @@ class ForgettingMatrix:
     def backward_transfer(self) -> dict[str, float]:
         r"""What all that came after an objective's own stages did to it.
 
-        With $R_j$ the objective's headline score after stage j (lower is better), and the mean over its own stages s
-        that another stage follows: $\mathrm{BWT} = \mathrm{mean}_s (R_s - R_{end})$ where end is the last row.
-        Negative is forgetting, positive is that what followed helped.
+        With $R_j$ the objective's headline score after stage j, and the mean over its own stages s that another stage
+        follows: $\mathrm{BWT} = \mathrm{mean}_s (R_s - R_{end})$ where end is the last row and lower is better, with
+        the other sign where higher is. Negative is forgetting, positive is that what followed helped.
 
         Returns:
             Backward transfer by objective, for those with scores at these rows.
@@ -98,11 +125,13 @@ class ForgettingMatrix:
                 if row["objective"] == objective and value is not None
             ]
             if last is not None and own:
-                result[objective] = sum(value - last for value in own) / len(own)
+                result[objective] = sum(self._gain(objective, value, last) for value in own) / len(own)
         return result
 
     def interference(self) -> dict[str, float]:
-        """Mean change of an objective's headline score over a stage of another objective; positive is damage.
+        """How much worse an objective's headline score gets over a stage of another objective, in the mean.
+
+        Positive is damage.
 
         Returns:
             Mean by objective, for those evaluated before and after such a stage.
@@ -111,7 +140,7 @@ class ForgettingMatrix:
         for objective in self.headline:
             values = self.series(objective)
             changes = [
-                after - before
+                self._gain(objective, after, before)
                 for row, before, after in zip(self.rows[1:], values, values[1:], strict=False)
                 if row["objective"] != objective and before is not None and after is not None
             ]
@@ -119,14 +148,18 @@ class ForgettingMatrix:
                 result[objective] = sum(changes) / len(changes)
         return result
 
+    def _gain(self, objective: str, before: float, after: float) -> float:
+        return after - before if self.better_of(objective) == "higher" else before - after
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file.
 
         Returns:
-            Headline metrics, rows, backward transfer and interference.
+            Headline metrics and which of their values are better, rows, backward transfer and interference.
         """
         return {
             "headline": dict(self.headline),
+            "better": {name: self.better_of(name) for name in self.headline},
             "rows": self.rows,
             "backward_transfer": self.backward_transfer(),
             "interference": self.interference(),

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 
 from datasets import Dataset
 from torch import Tensor
+from transformers import TrainingArguments
 
 from hbat.evaluation import scores
 from hbat.objectives.objective import Objective
+from hbat.rehearsal import first_rows
 from hbat.stage_start import StageStart
 from hbat.trainer_builder import TrainerBuilder
 
@@ -17,6 +19,7 @@ class Evaluator:
 
     Args:
         objectives: The objectives by name.
+        sections: Configuration of each.
         datasets: Evaluation rows by objective; an objective may be left out.
         builder: Builder of trainers on the run's model.
         start: Holder of the reference policy.
@@ -25,11 +28,13 @@ class Evaluator:
     def __init__(
         self,
         objectives: Mapping[str, Objective],
+        sections: Mapping[str, TrainingArguments],
         datasets: Mapping[str, Dataset],
         builder: TrainerBuilder,
         start: StageStart,
     ) -> None:
         self._objectives = objectives
+        self._sections = sections
         self._datasets = datasets
         self._builder = builder
         self._start = start
@@ -50,12 +55,13 @@ class Evaluator:
         """
         results = {}
         for name, dataset in self._datasets.items():
+            needed = self._objectives[name].rows_of_a_stage(self._sections[name])
             with (
                 tempfile.TemporaryDirectory() as folder,
                 self._builder.building(
                     self._objectives[name],
                     folder,
-                    train_dataset=dataset.select([0]),
+                    train_dataset=first_rows(dataset, needed),
                     eval_dataset=dataset,
                     for_evaluation=True,
                 ) as trainer,

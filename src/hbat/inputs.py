@@ -15,7 +15,8 @@ def checked_datasets(
     argument: str,
     objectives: Mapping[str, Objective],
     *,
-    minimum_rows: int,
+    num_rounds: int = 1,
+    rows_a_round: Mapping[str, int] | None = None,
     on_bad_rows: OnBadRows,
 ) -> dict[str, Dataset]:
     """Check the data sets of an argument, every row of them.
@@ -24,7 +25,8 @@ def checked_datasets(
         given: Data sets by objective.
         argument: Name of the argument, for messages.
         objectives: The run's objectives by name.
-        minimum_rows: Rows that each must have.
+        num_rounds: Into how many parts each is cut.
+        rows_a_round: Rows that each part needs, by objective; one where left out.
         on_bad_rows: What to do with rows that cannot be trained on.
 
     Returns:
@@ -49,8 +51,24 @@ def checked_datasets(
             dataset,
             name=f"{argument}[{name!r}]",
             faults=objectives[name].faults,
-            minimum_rows=minimum_rows,
+            num_rounds=num_rounds,
+            rows_a_round=(rows_a_round or {}).get(name, 1),
             on_bad_rows=on_bad_rows,
         )
         for name, dataset in given.items()
     }
+
+
+def require_rows_for_all(datasets: Mapping[str, Dataset], objectives: Mapping[str, Objective]) -> None:
+    """Check that every objective has rows to train on.
+
+    Args:
+        datasets: Training rows by objective.
+        objectives: The run's objectives by name.
+
+    Raises:
+        ValueError: If one has none.
+    """
+    missing = [name for name in objectives if name not in datasets]
+    if missing:
+        raise ValueError(f"`train_dataset` has no rows for {missing}; its keys are {list(datasets)}.")

@@ -40,7 +40,7 @@ def draw_matrix(matrix: ForgettingMatrix, file: Path) -> None:
         for index, value in points:
             own = matrix.rows[index]["objective"] == name
             axis.scatter(index, value, color="tab:blue" if own else "tab:orange", zorder=2)
-        axis.set_ylabel(f"{name} {matrix.headline[name]}")
+        axis.set_ylabel(f"{name} {matrix.headline[name]}\n({matrix.better_of(name)} is better)")
         axis.grid(alpha=0.3)
     axes[0].set_title("blue: after a stage of this objective, orange: after another's", fontsize=9)
     axes[-1].set_xticks(range(len(labels)), labels, rotation=45, ha="right")

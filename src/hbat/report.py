@@ -65,6 +65,23 @@ def markdown_table(matrix: ForgettingMatrix) -> str:
     return "\n".join(lines)
 
 
+def directions(matrix: ForgettingMatrix) -> str:
+    """Say in words which scores are the better ones.
+
+    Args:
+        matrix: The matrix.
+
+    Returns:
+        Such as `lower is better`, with the names of the objectives where they differ.
+    """
+    names: dict[str, list[str]] = {}
+    for name in matrix.headline:
+        names.setdefault(matrix.better_of(name), []).append(name)
+    if len(names) == 1:
+        return f"{next(iter(names))} is better"
+    return ", ".join(f"{better} is better for {' and '.join(each)}" for better, each in names.items())
+
+
 def write_model_card(folder: Path, config: HBATConfig, model: Any, matrix: ForgettingMatrix) -> None:
     """Write `README.md` with what was trained, how, and what came out.
 
@@ -97,10 +114,11 @@ Trained from `{origin}` by hybrid alignment training ([HBAT](https://arxiv.org/a
 * learning-rate schedule: `{config.lr_schedule}`; average: `{config.average}`
 """
     if matrix.rows:
+        said = directions(matrix)
         text += f"""
 ## Scores after each stage
 
-Lower is better. The reference policy of a preference score is the model at the start of the run.
+{said[:1].upper()}{said[1:]}. The reference policy of a preference score is the model at the start of the run.
 
 {markdown_table(matrix)}
 """

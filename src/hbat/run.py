@@ -8,6 +8,7 @@ from torch import Tensor
 from hbat.config import HBATConfig
 from hbat.consolidation import Consolidation
 from hbat.fingerprint import differences
+from hbat.processes import wait_for_everyone
 from hbat.rounds import Stage
 from hbat.run_state import RunFolder, RunState, RunStateError
 
@@ -15,7 +16,7 @@ _SHOWN_DIFFERENCES = 8
 
 
 class Run:
-    """State of a run: its manifest, accumulated importance and carried moments.
+    """State of a run: its manifest, accumulated importance, and what objectives carry from stage to stage.
 
     Args:
         config: The run's configuration.
@@ -29,6 +30,8 @@ class Run:
         holds_back = config.ewc is not None and len(config.objectives) > 1
         self.consolidation = Consolidation(config.ewc, config.seed) if holds_back else None
         self.moments: dict[str, Mapping[str, Tensor]] = {}
+        self.kept: dict[str, Mapping[str, Tensor]] = {}
+        self.was_resumed = False
         self._folder = folder
 
     @classmethod
@@ -82,6 +85,48 @@ class Run:
             if importance and run.consolidation is not None:
                 run.consolidation.accumulated[objective] = importance
             run.moments[objective] = folder.read_tensors(state, f"optimizer-{objective}")
+            run.kept[objective] = folder.read_tensors(state, f"kept-{objective}")
+        return run
+
+    @classmethod
+    def open(
+        cls,
+        config: HBATConfig,
+        folder: RunFolder,
+        described: dict[str, Any],
+        weights: Mapping[str, Tensor],
+        *,
+        resume: bool,
+    ) -> "Run":
+        """Begin a run, or go on with the one in the folder.
+
+        Args:
+            config: The run's configuration.
+            folder: Its folder.
+            described: Fingerprint of the run.
+            weights: Trainable weights by name, with which a new run begins.
+            resume: Whether the run in the folder goes on.
+
+        Returns:
+            The run before its next stage; whether it went on says `was_resumed`.
+
+        Raises:
+            RunStateError: If the folder holds a run that may not or cannot go on.
+        """
+        found = folder.read()
+        if found is None:
+            folder.require_unused()
+        wait_for_everyone()  # before a process makes the folder a run's
+        if found is None:
+            return cls.start(config, folder, described, weights)
+        if not resume:
+            raise RunStateError(
+                f"`output_dir` {config.output_dir!r} holds a run already, at stage {found.next_stage} of "
+                f"{config.num_rounds * len(config.objectives)}. Pass `resume_from_checkpoint=True` to go on with it, "
+                "or choose another folder."
+            )
+        run = cls.resume(config, folder, found, described)
+        run.was_resumed = True
         return run
 
     def weights(self, kind: str = "weights") -> dict[str, Tensor]:
@@ -103,6 +148,7 @@ class Run:
         importance: Mapping[str, Tensor] | None,
         moments: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Take in what a stage left, and make it the run's state on disk.
 
@@ -112,6 +158,7 @@ class Run:
             importance: Raw importance that it yields.
             moments: Moments for its objective's next stage.
             weights: Trainable weights at its end.
+            kept: What its objective keeps for its next stage beside the model.
         """
         state, name = self.state, stage.objective
         if self.consolidation is not None and importance is not None:
@@ -121,6 +168,9 @@ class Run:
         self.moments[name] = moments
         if moments:
             self._folder.write_tensors(state, f"optimizer-{name}", stage.index, moments)
+        self.kept[name] = kept or {}
+        if kept:
+            self._folder.write_tensors(state, f"kept-{name}", stage.index, kept)
         self._folder.write_tensors(state, "weights", stage.index + 1, weights)
         state.next_stage = stage.index + 1
         state.global_step += steps

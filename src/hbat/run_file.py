@@ -11,6 +11,9 @@ from hbat.config import HBATConfig
 from hbat.plain_yaml import PlainYAMLError, load_yaml, read_yaml
 from hbat.sections import build_section, nearest
 
+#: Keys that hold the fields of another configuration.
+SECTIONS = ("sft", "dpo", "kto", "ppo", "grpo", "rloo", "ewc")
+
 _REQUIRED = ("model_name_or_path", "output_dir", "datasets")
 
 
@@ -33,6 +36,13 @@ class RunFile:
     )
     eval_datasets: dict[str, Any] | None = field(
         default=None, metadata={"help": "Evaluation rows by objective, scored after every stage."}
+    )
+    reward_funcs: str | list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What `ppo`, `grpo` and `rloo` learn from, one or a list: `package.module:function`, "
+            "`path/to/file.py:function`, or a sequence-classification model by name on the Hub or folder."
+        },
     )
     peft: dict[str, Any] | None = field(
         default=None, metadata={"help": "Fields of peft.LoraConfig: train an adapter. `{}` takes PEFT's defaults."}
@@ -90,7 +100,7 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> RunFil
     for key in _REQUIRED:
         if values.get(key) is None:
             raise ValueError(f"`{key}` is missing: set it in {path}, or on the command line as `--{key}`.")
-    for key in ("sft", "dpo", "ewc"):
+    for key in SECTIONS:
         if not isinstance(values.get(key), Mapping | None):
             raise TypeError(f"`{key}` is {values[key]!r}; it must be a mapping or null.")
     own = {each.name for each in dataclasses.fields(RunFile)}

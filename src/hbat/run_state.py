@@ -6,6 +6,7 @@
         weights-003.safetensors       trainable weights at the start of stage 3
         importance-sft-002.safetensors  what `sft` accumulated up to stage 2
         optimizer-sft-002.safetensors   moments that `sft` carries on
+        kept-ppo-003.safetensors        what else `ppo` carries on, such as its critic
       stage-003-dpo/            the stage under way: the host's own checkpoints
 
 A file that the manifest does not name belongs to an unfinished step and is removed at the next commit.

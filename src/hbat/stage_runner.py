@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,13 @@ class StageResult:
         steps: Its optimizer steps.
         importance: Raw importance that it yields; None without consolidation.
         moments: Optimizer moments for the objective's next stage; empty if they are reset.
+        kept: What the objective keeps for its next stage beside the model.
     """
 
     steps: int
     importance: Mapping[str, Tensor] | None
     moments: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor]
 
 
 class StageRunner:
@@ -94,7 +96,7 @@ class StageRunner:
             dataset: All training rows of the objective; the stage takes its part.
             eval_dataset: Rows for the host's own evaluation inside the stage, where its configuration asks for one.
             folder: The stage's folder.
-            run: The run; the moments of the stage's objective are taken out of it.
+            run: The run; what the stage's objective carries is taken out of it.
             reporter: The run's reporter.
             steps_after: Estimate of the run's steps after this stage.
 
@@ -103,6 +105,7 @@ class StageRunner:
         """
         consolidation = run.consolidation
         carry = CarryMoments(run.moments.pop(stage.objective, {}))
+        kept = run.kept.pop(stage.objective, {})
         carries = self._config.optimizer_state == "carry"
         evaluates = str(getattr(self._sections[stage.objective].eval_strategy, "value", "no")) != "no"
         with self._builder.building(
@@ -129,13 +132,17 @@ class StageRunner:
             )
             self._hold_back(trainer, stage, consolidation)
             StopOnNonFiniteLoss(trainer, stage)
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder, trainer.args.max_steps))
+            if kept and objective.restores is not None:
+                objective.restores(trainer, kept)
+            checkpoint = last_checkpoint(folder, trainer.args.max_steps) if objective.resumes_inside else None
+            trainer.train(resume_from_checkpoint=checkpoint)
             steps = trainer.state.global_step
+            kept = _copies(objective.keeps(trainer)) if objective.keeps is not None else {}
             examples = self._fisher_examples(objective, trainer.train_dataset)
         require_finite_weights(trainable_parameters(self._model), stage)
         self._average(self._config.average_of(stage.objective))
         yielded = self._yielded(stage, consolidation, examples)
-        return StageResult(steps, yielded, carry.saved if carries else {})
+        return StageResult(steps, yielded, carry.saved if carries else {}, kept)
 
     def _hold_back(self, trainer: Trainer, stage: Stage, consolidation: Consolidation | None) -> None:
         if consolidation is None or consolidation.config.f_max == 0:
@@ -187,6 +194,10 @@ class StageRunner:
         return list(itertools.islice(sequences, ewc.fisher_samples))
 
 
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: each.detach().to("cpu", copy=True) for name, each in tensors.items()}
+
+
 def last_checkpoint(folder: Path, max_steps: int) -> str | None:
     """Find the checkpoint from which a stage that was cut off goes on.
 
@@ -211,19 +222,24 @@ def last_checkpoint(folder: Path, max_steps: int) -> str | None:
     return None if 0 < max_steps <= step else str(newest)
 
 
-def estimated_steps(args: TrainingArguments, rows: int, num_rounds: int) -> int:
+def estimated_steps(
+    args: TrainingArguments, rows: int, num_rounds: int, epoch_steps: Callable[[Any, int], int] | None = None
+) -> int:
     """Estimate the optimizer steps of a stage before its data is tokenised.
 
     Args:
         args: The objective's configuration.
         rows: Rows of its whole data set.
         num_rounds: Number of parts.
+        epoch_steps: The objective's own steps of one epoch, of the configuration and the rows of a part.
 
     Returns:
         Optimizer steps; packing and filters can make them fewer.
     """
     if args.max_steps > 0:
         return args.max_steps
+    if epoch_steps is not None:
+        return math.ceil(epoch_steps(args, math.ceil(rows / num_rounds)) * args.num_train_epochs)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     return math.ceil(math.ceil(rows / num_rounds / batch) * args.num_train_epochs)

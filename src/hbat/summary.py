@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hbat.processes import is_main_process
-from hbat.report import RESULTS_FILE, table_rows
-from hbat.stage_runner import estimated_steps
+from hbat.report import RESULTS_FILE, directions, table_rows
 from hbat.trainer import HBATTrainer
 
 
@@ -25,7 +24,7 @@ def print_result(trainer: HBATTrainer) -> None:
     if matrix.rows:
         head, (*rows, transfer) = table_rows(matrix)
         table = _table(*head)
-        table.title = "Objectives after each stage (lower is better)"
+        table.title = f"Objectives after each stage ({directions(matrix)})"
         for cells in rows:
             table.add_row(*cells)
         table.add_section()
@@ -50,7 +49,7 @@ def print_plan(trainer: HBATTrainer) -> None:
     for name in names:
         rows = len(trainer.train_dataset[name])
         evaluated = trainer.eval_dataset.get(name)
-        steps = estimated_steps(trainer.sections[name], rows, rounds)
+        steps = trainer.estimated_steps(name)
         total += steps * rounds
         part = f"{rows // rounds}" if rows % rounds == 0 else f"{rows // rounds}-{rows // rounds + 1}"
         table.add_row(name, f"{rounds}", f"{rows}", part, f"{steps}", f"{len(evaluated or [])}")

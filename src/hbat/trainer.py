@@ -1,7 +1,6 @@
 """HBATTrainer: the loop over the stages of a run."""
 
 import logging
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,24 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hbat.config import HBATConfig
-from hbat.evaluation import ForgettingMatrix
+from hbat.evaluation import ForgettingMatrix, as_metrics
 from hbat.evaluator import Evaluator
 from hbat.ewc.callback import refuse_sharded
 from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
 from hbat.fingerprint import fingerprint
 from hbat.hub import upload
-from hbat.inputs import checked_datasets
-from hbat.learning_rate import extend_schedule
+from hbat.inputs import checked_datasets, require_rows_for_all
 from hbat.lifecycle import cheap_garbage_collection, kept_environment
 from hbat.model_loading import load_model, load_tokenizer, require_adapter_parameters
 from hbat.objectives.builtin import resolve
-from hbat.processes import is_main_process, wait_for_everyone
+from hbat.objectives.rewards import with_rewards
+from hbat.processes import is_main_process
+from hbat.rehearsal import rehearse
 from hbat.report import draw_results, write_model_card, write_results
 from hbat.reporting import RunReporter, load_log
 from hbat.rounds import Stage, plan
 from hbat.run import Run
-from hbat.run_state import RunFolder, RunStateError
+from hbat.run_state import RunFolder
 from hbat.stage_runner import StageRunner, estimated_steps
 from hbat.stage_start import StageStart
 from hbat.trainer_builder import TrainerBuilder
@@ -52,6 +52,9 @@ class HBATTrainer:
         processing_class: The tokenizer; the model's own where left out.
         peft_config: Configuration of a new adapter for the whole run.
         callbacks: Callbacks for every stage's trainer.
+        reward_funcs: What the online objectives learn from, as TRL's online trainers take it: a function from
+            `prompts` and `completions` to a list of numbers, a reward model or the name of one, or a list of these.
+        reward_processing_classes: Tokenizers of the reward models; the models' own where left out.
 
     Raises:
         ValueError: If configuration, data or model cannot be trained as asked; the message names what and where.
@@ -59,7 +62,7 @@ class HBATTrainer:
         NotImplementedError: Under FSDP or DeepSpeed.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the host's own arguments
         self,
         model: Any,
         args: HBATConfig,
@@ -68,11 +71,15 @@ class HBATTrainer:
         processing_class: Any = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        *,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
     ) -> None:
         if not isinstance(args, HBATConfig):
             raise TypeError(f"`args` is a {type(args).__name__}; give an `HBATConfig`.")
         self.args = args
-        self._objectives = {each.name: each for each in resolve(args)}
+        objectives = with_rewards(resolve(args), reward_funcs, reward_processing_classes)
+        self._objectives = {each.name: each for each in objectives}
         with kept_environment():
             self._sections = {name: each.base_args(args.output_dir) for name, each in self._objectives.items()}
         for section in self._sections.values():
@@ -81,30 +88,33 @@ class HBATTrainer:
             train_dataset,
             "train_dataset",
             self._objectives,
-            minimum_rows=args.num_rounds,
+            num_rounds=args.num_rounds,
+            rows_a_round={each.name: each.rows_of_a_stage(self._sections[each.name]) for each in objectives},
             on_bad_rows=args.on_bad_rows,
         )
-        missing = [name for name in self._objectives if name not in self._train_dataset]
-        if missing:
-            raise ValueError(f"`train_dataset` has no rows for {missing}; its keys are {list(train_dataset)}.")
+        require_rows_for_all(self._train_dataset, self._objectives)
         self._eval_dataset = checked_datasets(
-            eval_dataset or {}, "eval_dataset", self._objectives, minimum_rows=1, on_bad_rows=args.on_bad_rows
+            eval_dataset or {}, "eval_dataset", self._objectives, on_bad_rows=args.on_bad_rows
         )
         self.model = load_model(model, args, peft_config)
-        takes_reference = any(each.uses_reference for each in self._objectives.values())
+        takes_reference = any(each.uses_reference for each in objectives)
         if takes_reference:
             require_adapter_parameters(self.model)
         self.processing_class = load_tokenizer(processing_class, self.model, args, model)
         self.state = TrainerState()
-        self.matrix = ForgettingMatrix({name: each.metric for name, each in self._objectives.items()})
+        self.matrix = ForgettingMatrix(
+            {each.name: each.metric for each in objectives},
+            better={each.name: "higher" if each.greater_is_better else "lower" for each in objectives},
+        )
         self._plan = plan(args.num_rounds, args.objective_names)
         self._folder = RunFolder(args.output_dir, writes=is_main_process())
         self._start = StageStart(self.model, needs_reference=takes_reference)
         builder = TrainerBuilder(self.model, self._sections, self.processing_class, self._start)
         self._runner = StageRunner(self.model, args, self._sections, list(callbacks or []), builder, self._start)
-        self._evaluator = Evaluator(self._objectives, self._eval_dataset, builder, self._start)
+        self._evaluator = Evaluator(self._objectives, self._sections, self._eval_dataset, builder, self._start)
         self._run: Run | None = None
-        self._rehearse(builder)
+        self._start.take()
+        rehearse(self._objectives, args, self._sections, self._train_dataset, self._eval_dataset, builder)
 
     @property
     def train_dataset(self) -> Mapping[str, Dataset]:
@@ -121,19 +131,17 @@ class HBATTrainer:
         """Configuration of each objective's trainer, as it was given."""
         return self._sections
 
-    def _rehearse(self, builder: TrainerBuilder) -> None:
-        # Each objective's trainer is built once on one row, so that what the host refuses is refused before the first
-        # stage and not after hours.
-        self._start.take()
-        with tempfile.TemporaryDirectory() as folder:
-            for name, objective in self._objectives.items():
-                rows = {"train_dataset": self._train_dataset[name].select([0])}
-                if name in self._eval_dataset:  # the host asks for it where a section sets `eval_strategy`
-                    rows["eval_dataset"] = self._eval_dataset[name].select([0])
-                with builder.building(objective, folder, **rows) as trainer:
-                    kind = self.args.lr_schedule_of(name)
-                    extend_schedule(trainer, kind, round_index=0, num_rounds=self.args.num_rounds, steps_before=0)
-                    trainer.create_optimizer_and_scheduler(num_training_steps=1)
+    def estimated_steps(self, objective: str) -> int:
+        """Estimate the optimizer steps of one of an objective's stages.
+
+        Args:
+            objective: Its name.
+
+        Returns:
+            Optimizer steps; packing and filters can make them fewer.
+        """
+        rows, rounds = len(self._train_dataset[objective]), self.args.num_rounds
+        return estimated_steps(self._sections[objective], rows, rounds, self._objectives[objective].epoch_steps)
 
     def train(self, resume_from_checkpoint: bool | None = None) -> TrainOutput:
         """Run all stages that are not done yet.
@@ -174,36 +182,23 @@ class HBATTrainer:
                 draw_results(self._folder.path, self.matrix)
         names = {f"{name}/loss" for name in self._objectives}
         losses = [value for entry in self.state.log_history for key, value in entry.items() if key in names]
-        metrics = {
-            f"eval_{name}/{key}": value
-            for name, each in (self.matrix.rows[-1]["scores"] if self.matrix.rows else {}).items()
-            for key, value in each.items()
-        }
+        metrics = as_metrics(self.matrix.rows[-1]["scores"] if self.matrix.rows else {})
         return TrainOutput(self.state.global_step, sum(losses) / max(len(losses), 1), metrics)
 
     def _begin(self, *, resume: bool) -> Run:
         parameters = trainable_parameters(self.model)
         described = fingerprint(self.args, self._sections, self._train_dataset, parameters, self.model)
-        found = self._folder.read()
-        if found is None:
-            self._folder.require_unused()
-        wait_for_everyone()  # before a process makes the folder a run's
-        if found is None:
+        run = Run.open(self.args, self._folder, described, parameters, resume=resume)
+        if not run.was_resumed:
             self.matrix.rows, self.state = [], TrainerState()
-            return Run.start(self.args, self._folder, described, parameters)
-        if not resume:
-            raise RunStateError(
-                f"`output_dir` {self.args.output_dir!r} holds a run already, at stage {found.next_stage} of "
-                f"{len(self._plan)}. Pass `resume_from_checkpoint=True` to go on with it, or choose another folder."
-            )
-        run = Run.resume(self.args, self._folder, found, described)
+            return run
         weights = run.weights()
         require_counterparts(parameters, weights, "weight on disk")
         with torch.no_grad():
             for name, each in parameters.items():
                 each.copy_(weights[name])
-        self.matrix.rows = list(found.evaluations)
-        self.state = load_log(self._folder.path, found.global_step)
+        self.matrix.rows = list(run.state.evaluations)
+        self.state = load_log(self._folder.path, run.state.global_step)
         return run
 
     def _run_stage(self, stage: Stage, run: Run, reporter: RunReporter) -> None:
@@ -230,6 +225,7 @@ class HBATTrainer:
             importance=result.importance,
             moments=result.moments,
             weights=trainable_parameters(self.model),
+            kept=result.kept,
         )
         self.state.global_step = run.state.global_step
 
@@ -245,20 +241,14 @@ class HBATTrainer:
             objective=stage.objective if stage else None,
             scores=results,
         )
-        entry = {f"eval_{name}/{key}": value for name, each in results.items() for key, value in each.items()}
-        reporter.log(entry, run.state.global_step)
+        reporter.log(as_metrics(results), run.state.global_step)
         run.commit_evaluations(self.matrix.rows)
         if is_main_process():
             write_results(self._folder.path, self.matrix)
 
     def _steps_from(self, run: Run, first: int | None = None) -> int:
         first = run.state.next_stage if first is None else first
-        return sum(
-            estimated_steps(
-                self._sections[stage.objective], len(self._train_dataset[stage.objective]), stage.num_rounds
-            )
-            for stage in self._plan[first:]
-        )
+        return sum(self.estimated_steps(stage.objective) for stage in self._plan[first:])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Evaluate every objective that has evaluation rows, on the model as it is.

@@ -7,8 +7,8 @@ from hbat.config import HBATConfig
 from hbat.objectives.objective import Objective
 from hbat.sections import nearest
 
-#: Each name is also the module's and the function's, loaded only when asked for.
-BUILT_IN: Sequence[str] = ("sft", "dpo")
+#: Each name is also the section's and the function's, whose module is loaded only when asked for.
+BUILT_IN: Sequence[str] = ("sft", "dpo", "kto", "ppo", "grpo", "rloo")
 
 
 def resolve(config: HBATConfig) -> list[Objective]:
@@ -37,10 +37,15 @@ def resolve(config: HBATConfig) -> list[Objective]:
                 "`hbat.Objective(name=..., trainer_class=..., config_class=...)`."
             )
         else:
-            make = getattr(importlib.import_module(f"hbat.objectives.{entry}"), entry)
+            make = getattr(importlib.import_module(_module(entry, config)), entry)
             resolved.append(make(getattr(config, entry)))
     _require_examples(config, resolved)
     return resolved
+
+
+def _module(name: str, config: HBATConfig) -> str:
+    of_trl = name == "ppo" and config.ppo_backend == "trl"
+    return "hbat.objectives.trl_ppo" if of_trl else f"hbat.objectives.{name}"
 
 
 def _require_examples(config: HBATConfig, objectives: Sequence[Objective]) -> None:

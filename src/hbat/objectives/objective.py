@@ -1,11 +1,12 @@
 """The contract between a run and what its stages minimise: how one objective's trainer is built."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hbat.ewc.fisher import Example
@@ -44,7 +45,20 @@ class Objective:
             start; with an adapter the host copies the adapter itself.
         faults: Finds what is wrong with a row of its data, before the first stage.
         examples: Turns a row of the trainer's tokenised data into sequences whose log-likelihood measures the Fisher.
-        metric: Evaluation metric that stands for the objective in the table; lower is better.
+        metric: Evaluation metric that stands for the objective in the table.
+        greater_is_better: Whether more of it is better; of a loss, less is.
+        takes_rewards: Whether the trainer takes `reward_funcs` and `reward_processing_classes`. It gets those of the
+            run, unless `trainer_kwargs` has `reward_funcs`.
+        minimum_rows: Rows that a stage needs at least, of the configuration; one where left out.
+        epoch_steps: Optimizer steps of one epoch, of the configuration and the number of rows; where left out, a step
+            takes `per_device_train_batch_size * gradient_accumulation_steps` rows on each process.
+        keeps: Takes out of a trainer that has trained what the objective's next stage needs beside the model, such as
+            a critic. It lies on disk with the run's state, and no penalty touches it.
+        restores: Puts what `keeps` took into the next stage's trainer, before it trains. Where that goes on from a
+            checkpoint of its own, the checkpoint has the last word.
+        resumes_inside: Whether a stage that was cut off goes on from the trainer's own checkpoint; it starts anew
+            where that would not end in the same weights.
+        derived: Fields that the configuration works out of others; they are worked out again for each stage.
         trainer_kwargs: More arguments for the trainer's constructor.
     """
 
@@ -56,7 +70,26 @@ class Objective:
     faults: RowCheck | None = None
     examples: Callable[[Mapping[str, Any]], Iterator[Example]] | None = None
     metric: str = "loss"
+    greater_is_better: bool = False
+    takes_rewards: bool = False
+    minimum_rows: Callable[[Any], int] | None = None
+    epoch_steps: Callable[[Any, int], int] | None = None
+    keeps: Callable[[Any], Mapping[str, Tensor]] | None = None
+    restores: Callable[[Any, Mapping[str, Tensor]], None] | None = None
+    resumes_inside: bool = True
+    derived: Collection[str] = ()
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def rows_of_a_stage(self, args: TrainingArguments) -> int:
+        """Say how many rows a stage needs at least.
+
+        Args:
+            args: The objective's configuration.
+
+        Returns:
+            At least one.
+        """
+        return 1 if self.minimum_rows is None else self.minimum_rows(args)
 
     def base_args(self, output_dir: str) -> TrainingArguments:
         """Build and check the objective's configuration.
@@ -106,6 +139,7 @@ class Objective:
         Returns:
             A new configuration.
         """
+        worked_out_again: dict[str, Any] = dict.fromkeys(self.derived)
         return dataclasses.replace(
             base,
             output_dir=output_dir,
@@ -116,6 +150,7 @@ class Objective:
             logging_nan_inf_filter=False,  # a stage stops at such a loss, so the host need not look for it as well
             push_to_hub=False,
             save_total_limit=base.save_total_limit or 1,
+            **worked_out_again,
         )
 
     def build_trainer(

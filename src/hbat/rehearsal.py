@@ -1,0 +1,54 @@
+"""Tries every objective's trainer before the first stage."""
+
+import tempfile
+from collections.abc import Mapping
+
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from hbat.config import HBATConfig
+from hbat.learning_rate import extend_schedule
+from hbat.objectives.objective import Objective
+from hbat.trainer_builder import TrainerBuilder
+
+
+def rehearse(
+    objectives: Mapping[str, Objective],
+    config: HBATConfig,
+    sections: Mapping[str, TrainingArguments],
+    train_dataset: Mapping[str, Dataset],
+    eval_dataset: Mapping[str, Dataset],
+    builder: TrainerBuilder,
+) -> None:
+    """Build each objective's trainer once on a few rows, so that the host refuses now and not after hours.
+
+    Args:
+        objectives: The objectives by name.
+        config: The run's configuration.
+        sections: Configuration of each objective.
+        train_dataset: Training rows by objective.
+        eval_dataset: Evaluation rows by objective; an objective may be left out.
+        builder: Builder of trainers on the run's model. The stage's start must have been taken.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, objective in objectives.items():
+            rows = {"train_dataset": first_rows(train_dataset[name], objective.rows_of_a_stage(sections[name]))}
+            if name in eval_dataset:  # the host asks for it where a section sets `eval_strategy`
+                rows["eval_dataset"] = eval_dataset[name].select([0])
+            with builder.building(objective, folder, **rows) as trainer:
+                kind = config.lr_schedule_of(name)
+                extend_schedule(trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0)
+                trainer.create_optimizer_and_scheduler(num_training_steps=1)
+
+
+def first_rows(dataset: Dataset, count: int) -> Dataset:
+    """Take as many rows as a trainer needs to be built.
+
+    Args:
+        dataset: At least one row.
+        count: Number of rows.
+
+    Returns:
+        The first rows, again and again where there are too few.
+    """
+    return dataset.select([index % len(dataset) for index in range(count)])
