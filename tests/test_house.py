@@ -43,6 +43,7 @@ BLOCKS = {
             "objectives/rewards", "objectives/builtin", "objectives/sft", "objectives/dpo", "stage_start",
             "optimizer_state", "learning_rate", "nonfinite", "hub", "inputs", "model_loading", "reporting",
             "trainer_builder", "rehearsal", "evaluator", "stage_runner", "plots", "report", "trainer",
+            "ppo/__init__", "ppo/awaiting", "ppo/callable_reward", "ppo/reward_model", "ppo/rewards",
         ],
     ),
     "faces: command line and demo": (

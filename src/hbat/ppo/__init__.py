@@ -1,0 +1,1 @@
+"""Proximal policy optimisation: rollouts, rewards, critic and the trainer."""
