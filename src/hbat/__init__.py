@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, proximal_step_
     from hbat.ewc_config import EWCConfig
     from hbat.objectives.objective import Objective
+    from hbat.ppo.config import PPOConfig
+    from hbat.ppo.trainer import PPOTrainer
     from hbat.trainer import HBATTrainer
 
     __version__: str
@@ -29,6 +31,8 @@ _HOMES = {
     "HBATConfig": "hbat.config",
     "HBATTrainer": "hbat.trainer",
     "Objective": "hbat.objectives.objective",
+    "PPOConfig": "hbat.ppo.config",
+    "PPOTrainer": "hbat.ppo.trainer",
     "accumulate": "hbat.ewc.importance",
     "add_penalty_gradient_": "hbat.ewc.penalty",
     "diagonal_fisher": "hbat.ewc.fisher",
@@ -50,6 +54,8 @@ __all__ = [
     "HBATConfig",
     "HBATTrainer",
     "Objective",
+    "PPOConfig",
+    "PPOTrainer",
     "__version__",
     "accumulate",
     "add_penalty_gradient_",

@@ -89,7 +89,7 @@ class _ModelRecord:
             # A trainer of the user's own may have left it: accelerate would skip the model, and autocast with it.
             module.__dict__.pop("_is_accelerate_prepared", None)
         self._attributes = {
-            name: {key: module.__dict__[key] for key in _PATCHED if key in module.__dict__}
+            name: {key: value for key, value in module.__dict__.items() if key in _PATCHED or _is_dropout(key, value)}
             for name, module in model.named_modules()
         }
         self._hooks = {
@@ -127,6 +127,24 @@ class _ModelRecord:
             hooks = getattr(module, kind)
             for key in set(hooks) - self._hooks.get((name, kind), set()):
                 del hooks[key]
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to zero, also those that attention keeps as a number and not as a layer.
+
+    Args:
+        model: The model; a `StageGuard` brings the probabilities back.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for key, value in list(module.__dict__.items()):
+            if _is_dropout(key, value):
+                setattr(module, key, 0.0)
+
+
+def _is_dropout(key: str, value: object) -> bool:
+    return key.endswith("dropout") and isinstance(value, float)
 
 
 class HookLimit(TrainerCallback):

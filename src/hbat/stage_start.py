@@ -1,6 +1,5 @@
 """The weights at a stage's start: anchor of the penalty and reference policy of DPO, in one set of tensors."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +8,7 @@ from torch import Tensor, nn
 
 from hbat.ewc.parameters import canonical_name, snapshot, trainable_parameters
 from hbat.lifecycle import unpatched_copy
-
-#: Name that the host gives to the adapter it copies for the reference policy.
-REFERENCE_ADAPTER = "ref"
-_DEFAULT = re.compile(r"\.default(?=\.|$)")  # `...lora_A.default.weight`, and `...lora_embedding_A.default`
+from hbat.reference_adapter import REFERENCE_ADAPTER, reference_parameters
 
 
 class StageStart:
@@ -68,7 +64,7 @@ class StageStart:
         if REFERENCE_ADAPTER not in getattr(self._model, "peft_config", {}):
             return
         current = trainable_parameters(self._model)
-        for name, copy in self._reference_adapter().items():
+        for name, copy in reference_parameters(self._model, self._anchor).items():
             if name in current and not torch.equal(copy, current[name]):
                 copy.copy_(current[name])
 
@@ -77,7 +73,7 @@ class StageStart:
         """Let the host's reference adapter be the anchor, where it made one that equals it."""
         if REFERENCE_ADAPTER not in getattr(self._model, "peft_config", {}):
             return
-        copies = self._reference_adapter()
+        copies = reference_parameters(self._model, self._anchor)
         # The host casts adapters of a quantised model to bfloat16, but not their copies.
         if all(
             torch.equal(copies[name], each) and copies[name].dtype == each.dtype for name, each in self._anchor.items()
@@ -95,9 +91,5 @@ class StageStart:
         if self.reference is not None:
             self.take(weights)
         elif REFERENCE_ADAPTER in getattr(self._model, "peft_config", {}):
-            for name, each in self._reference_adapter().items():
+            for name, each in reference_parameters(self._model, self._anchor).items():
                 each.copy_(weights[name])
-
-    def _reference_adapter(self) -> dict[str, Tensor]:
-        parameters = {canonical_name(name): each for name, each in self._model.named_parameters()}
-        return {name: parameters[_DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)].detach() for name in self._anchor}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hbat.ewc.backward import after_backward
-from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
+from hbat.ewc.parameters import policy_of, require_counterparts, snapshot, trainable_parameters
 from hbat.ewc.penalty import add_penalty_gradient_, proximal_step_
 from hbat.ewc.statistics import PenaltyStatistics, measure_penalty
 from hbat.ewc_config import Method
@@ -116,7 +116,7 @@ class EWCCallback(TrainerCallback):
                 f"`EWCCallback` has no `anchor` and training resumes at step {state.global_step}: the weights are no "
                 "longer those of the start. Save `snapshot(...)` of the start and pass it as `anchor`."
             )
-        parameters = trainable_parameters(model)
+        parameters = trainable_parameters(policy_of(model))
         anchor = snapshot(parameters) if self.anchor is None else self.anchor
         require_counterparts(parameters, anchor, "anchor")
         require_counterparts(parameters, self.importance, "importance")

@@ -38,6 +38,22 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {canonical_name(name): each for name, each in model.named_parameters() if each.requires_grad}
 
 
+def policy_of(model: nn.Module) -> nn.Module:
+    """Find the model that consolidation is about in what a trainer trains.
+
+    Args:
+        model: The model, or a module that holds it as `policy` beside its critic (`critic`, in TRL `value_model`),
+            wrapped for several processes or not. What a critic learns is never held back.
+
+    Returns:
+        The policy, or the model itself.
+    """
+    inner = getattr(model, "module", model)
+    beside = any(isinstance(getattr(inner, name, None), nn.Module) for name in ("critic", "value_model"))
+    policy = getattr(inner, "policy", None)
+    return policy if beside and isinstance(policy, nn.Module) else model
+
+
 @torch.no_grad()
 def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy parameters as they stand now.

@@ -1,0 +1,49 @@
+"""Evaluation of a policy: the rewards of its greedy completions."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from hbat.ppo.collector import RolloutCollector
+from hbat.ppo.config import PPOConfig
+from hbat.ppo.prompts import tokenise
+from hbat.ppo.requirements import require_lengths
+from hbat.ppo.scored import means
+
+
+def evaluate_policy(
+    collector: RolloutCollector, rows: Dataset | None, policy: Any, tokenizer: Any, args: PPOConfig, state: Any
+) -> dict[str, float]:
+    """Complete prompts greedily and have the completions scored, each process its share of them.
+
+    Args:
+        collector: Completes and scores.
+        rows: Rows with `prompt`.
+        policy: The policy.
+        tokenizer: Its tokenizer.
+        args: PPO's options; `per_device_eval_batch_size` prompts are completed at once.
+        state: State of training, for the reward functions.
+
+    Returns:
+        Means over all rows by name.
+
+    Raises:
+        ValueError: If there are no rows, or a prompt does not fit.
+    """
+    if rows is None or len(rows) == 0:
+        raise ValueError("There are no rows to evaluate on. Give `eval_dataset`, to the trainer or to `evaluate`.")
+    prompts = tokenise(rows, tokenizer, args.chat_template_kwargs)
+    require_lengths(prompts, "eval_dataset", policy, args)
+    size = args.per_device_eval_batch_size
+    # With fewer rows than processes some take the first row, which does not count for them.
+    own = list(range(args.process_index, len(prompts), args.world_size))
+    entries: dict[str, list[torch.Tensor]] = {}
+    for start in range(0, max(len(own), 1), size):
+        part = own[start : start + size]
+        batch = [prompts[index] for index in part or [0]]
+        scored = collector.score(batch, seed=None, trainer_state=state)
+        for name, values in scored.entries().items():
+            entries.setdefault(name, []).append(values[: len(part)])
+    joined = {name: torch.cat(values) for name, values in entries.items()}
+    return means(joined, collector.total, args.device)

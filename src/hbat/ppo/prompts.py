@@ -1,0 +1,137 @@
+"""Prompts: from text or conversation to tokens, checked against the model before training."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+TOKENS = "hbat_prompt_ids"  # column that tokenising adds
+
+
+def tokenise(dataset: Dataset, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> Dataset:
+    """Add the tokens of each prompt. Texts get the tokenizer's special tokens, conversations the chat template.
+
+    Args:
+        dataset: Rows with `prompt`.
+        tokenizer: The policy's tokenizer.
+        template_kwargs: Arguments for the chat template; a row's own `chat_template_kwargs` come on top.
+
+    Returns:
+        The rows with a column of token ids.
+
+    Raises:
+        ValueError: If there is no column `prompt`, or conversations but no chat template.
+    """
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"PPO needs a column `prompt` (text, or messages); the data set has {', '.join(dataset.column_names)}."
+        )
+    if len(dataset) and not isinstance(dataset[0]["prompt"], str) and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "The prompts are conversations, but the tokenizer has no chat template. Set its `chat_template`, or give "
+            "prompts as text."
+        )
+    shared = dict(template_kwargs or {})
+
+    def tokens(row: dict[str, Any]) -> dict[str, list[int]]:
+        return {TOKENS: prompt_tokens(row["prompt"], tokenizer, shared | (row.get("chat_template_kwargs") or {}))}
+
+    return dataset.map(tokens, desc="Tokenizing prompts")
+
+
+def prompt_tokens(prompt: Any, tokenizer: Any, template_kwargs: Mapping[str, Any]) -> list[int]:
+    """Tokenise one prompt.
+
+    Args:
+        prompt: A text or a list of messages.
+        tokenizer: The tokenizer.
+        template_kwargs: Arguments for the chat template.
+
+    Returns:
+        Token ids.
+    """
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        # A tokenizer that closes texts would close the prompt before its completion begins.
+        if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+            ids = ids[:-1]
+        return ids
+    rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **template_kwargs)
+    of_conversation: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    return of_conversation
+
+
+def check_lengths(prompts: Dataset, *, name: str, completion_length: int, context: int | None) -> None:
+    """Refuse prompts without tokens, and those that leave no room for a completion.
+
+    Args:
+        prompts: Tokenised rows.
+        name: How to call the data set in the message.
+        completion_length: Most tokens of a completion.
+        context: Most tokens that the model can read; None for no limit.
+
+    Raises:
+        ValueError: If there is such a prompt; the message names the first and counts all.
+    """
+    lengths = [len(each) for each in prompts.with_format(None)[TOKENS]]
+    empty = [row for row, length in enumerate(lengths) if length == 0]
+    if empty:
+        raise ValueError(
+            f"{name}, row {empty[0]}: the prompt has no tokens ({len(empty)} such rows). A completion needs something "
+            "to follow: remove these rows."
+        )
+    if context is None:
+        return
+    room = context - completion_length
+    if room < 1:
+        raise ValueError(
+            f"`max_completion_length` is {completion_length}, but the model reads only {context} tokens in all. "
+            "Lower it."
+        )
+    long = [row for row, length in enumerate(lengths) if length > room]
+    if long:
+        raise ValueError(
+            f"{name}, row {long[0]}: the prompt has {lengths[long[0]]} tokens, but with `max_completion_length` "
+            f"{completion_length} the model's context of {context} leaves room for {room} ({len(long)} such rows, the "
+            f"longest has {max(lengths)}). Shorten or remove them, or lower `max_completion_length`."
+        )
+
+
+def context_length(config: Any) -> int | None:
+    """Find how many tokens a model can read.
+
+    Args:
+        config: The model's configuration.
+
+    Returns:
+        The number, or None where it names no limit.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        found = getattr(text, key, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return None
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Put sequences into one tensor, flush right.
+
+    Args:
+        sequences: Token ids.
+        pad: What to fill with.
+        device: Where the tensors shall lie.
+
+    Returns:
+        Token ids and attention mask, both int64 of shape `[rows, longest]`.
+    """
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        if sequence:
+            ids[row, -len(sequence) :] = torch.tensor(sequence)
+            mask[row, -len(sequence) :] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,147 @@
+"""What PPO needs of model, tokenizer, rows and machine, checked when the trainer is built."""
+
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hbat.ewc.callback import refuse_sharded
+from hbat.model_loading import load_tokenizer
+from hbat.ppo.config import PPOConfig
+from hbat.ppo.prompts import check_lengths, context_length
+from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
+
+
+def load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:
+    """Bring the policy into the form that is trained.
+
+    Args:
+        model: A name, a path, or a model.
+        args: The options.
+        peft_config: Configuration of a new adapter.
+
+    Returns:
+        The policy, with its adapter where there is one.
+
+    Raises:
+        TypeError: If `args` or `model` is of the wrong kind.
+        ValueError: If the machine or the adapter cannot be used.
+    """
+    if not isinstance(args, PPOConfig):
+        raise TypeError(f"`args` is a {type(args).__name__}; give a `PPOConfig`.")
+    refuse_sharded(args)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} GPUs. Start one process for each with `accelerate launch`, or show it one "
+            "with CUDA_VISIBLE_DEVICES."
+        )
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` is a {type(model).__name__}; give a name, a path or a model.")
+    if peft_config is not None:
+        from peft import get_peft_model  # noqa: PLC0415 - an optional extra
+
+        if hasattr(model, "peft_config"):
+            raise ValueError("The model has an adapter already and `peft_config` asks for another. Leave one out.")
+        model = get_peft_model(model, peft_config)
+    _check_adapter(model)
+    return model
+
+
+def _check_adapter(model: Any) -> None:
+    adapters = getattr(model, "peft_config", {})
+    if not adapters:
+        return
+    if set(adapters) - {REFERENCE_ADAPTER} != {ADAPTER}:
+        raise ValueError(
+            f"The PeftModel has the adapters {sorted(adapters)}; PPO trains a single one named {ADAPTER!r}."
+        )
+    if getattr(adapters[ADAPTER], "is_prompt_learning", False):
+        raise ValueError(
+            f"The adapter is a {type(adapters[ADAPTER]).__name__}, which puts virtual tokens before each text. PPO "
+            "takes adapters inside the layers, such as LoRA."
+        )
+
+
+def require_tokenizer(tokenizer: Any, policy: Any, args: PPOConfig) -> Any:
+    """Take the given tokenizer or the policy's own, and check that completions can end.
+
+    Args:
+        tokenizer: The given one, or None.
+        policy: The policy.
+        args: The options.
+
+    Returns:
+        The tokenizer, with a padding token.
+
+    Raises:
+        ValueError: If it lacks an end token that nothing replaces.
+    """
+    tokenizer = load_tokenizer(tokenizer, policy)
+    replaced = {"eos_token_id", "stop_strings"} & (args.generation_kwargs or {}).keys()
+    if tokenizer.eos_token_id is None and not replaced:
+        raise ValueError(
+            "The tokenizer has no end token, so no completion would ever end by itself. Set its `eos_token`, or "
+            "`generation_kwargs` with `eos_token_id` or `stop_strings`."
+        )
+    return tokenizer
+
+
+def require_vocabulary(policy: Any, tokenizer: Any) -> None:
+    """Check that policy and tokenizer fit.
+
+    Args:
+        policy: The policy.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        ValueError: If the tokenizer has tokens that the policy does not know.
+    """
+    embeddings = policy.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the policy only {rows} embeddings. Give the tokenizer "
+            "that belongs to the model, or resize its embeddings."
+        )
+
+
+def require_rows(prompts: Dataset, name: str, policy: Any, args: PPOConfig) -> None:
+    """Check that there are enough prompts and that each fits the policy.
+
+    Args:
+        prompts: Tokenised rows.
+        name: How to call the data set in messages.
+        policy: The policy.
+        args: The options.
+
+    Raises:
+        ValueError: If not.
+    """
+    needed = args.rollout_size * args.world_size
+    if len(prompts) < needed:
+        processes = f" on each of {args.world_size} processes" if args.world_size > 1 else ""
+        raise ValueError(
+            f"{name} has {len(prompts)} rows, but a rollout takes {args.rollout_size} prompts{processes}. Lower "
+            "`rollout_batch_size` (or `per_device_train_batch_size` and `gradient_accumulation_steps`), or give more."
+        )
+    require_lengths(prompts, name, policy, args)
+
+
+def require_lengths(prompts: Dataset, name: str, policy: Any, args: PPOConfig) -> None:
+    """Check that each prompt leaves room for a completion.
+
+    Args:
+        prompts: Tokenised rows.
+        name: How to call the data set in messages.
+        policy: The policy.
+        args: The options.
+
+    Raises:
+        ValueError: If not.
+    """
+    check_lengths(
+        prompts, name=name, completion_length=args.max_completion_length, context=context_length(policy.config)
+    )

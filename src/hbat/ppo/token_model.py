@@ -1,0 +1,127 @@
+"""What PPO needs of a causal language model: hidden states before each completion token, and the head over tokens."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hbat.ppo.log_probs import token_statistics
+
+_PROBE = 4  # tokens
+
+
+class TokenModel:
+    """A view of a causal language model, with its adapter where there is one. Owns no weights.
+
+    Logits of a whole batch take more memory than anything else in a step. So hidden states and head are called apart,
+    and the head in parts, where that gives what the model itself gives (`verify`); models that do something else to
+    their logits are called as they are.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If it is no decoder with a head over tokens.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._causal = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._head: Any = getattr(self._causal, "get_output_embeddings", lambda: None)()
+        self._config = getattr(self._causal, "config", None)
+        if self._head is None or getattr(self._config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"The policy is a {type(self._causal).__name__}; PPO needs a causal language model "
+                "(`AutoModelForCausalLM`)."
+            )
+        self.trunk: nn.Module = self._causal.base_model
+        self.vocabulary: int = self._head.weight.shape[0]
+        self.width: int = self._head.weight.shape[1]
+        self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
+        self._splits = self.trunk is not self._causal
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, tokens: int, trunk: Any = None) -> Tensor:
+        """Compute the hidden states before each of the last tokens.
+
+        Args:
+            input_ids: Padded on the left, completions at the right, shape `[rows, length]`.
+            attention_mask: Of the same shape.
+            tokens: Length of the completions.
+            trunk: Another trunk that reads the same tokens.
+
+        Returns:
+            Shape `[rows, tokens, width]`.
+        """
+        output = (trunk or self.trunk)(**self._arguments(input_ids, attention_mask))
+        hidden: Tensor = output.last_hidden_state[:, -tokens - 1 : -1]
+        return hidden
+
+    def statistics(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        tokens: int,
+        *,
+        temperature: float,
+        with_entropy: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute what PPO needs to know about the last tokens.
+
+        Args:
+            input_ids: Padded on the left, completions at the right, shape `[rows, length]`.
+            attention_mask: Of the same shape.
+            tokens: Length of the completions.
+            temperature: Divides the logits.
+            with_entropy: Whether entropies are computed; zeros otherwise.
+
+        Returns:
+            Log-probabilities of the tokens and entropies in nats, float32, shape `[rows, tokens]`, and the hidden
+            states before them, shape `[rows, tokens, width]`.
+        """
+        completions = input_ids[:, -tokens:]
+        options: dict[str, Any] = {
+            "vocabulary": self.vocabulary,
+            "temperature": temperature,
+            "with_entropy": with_entropy,
+        }
+        if self._splits:
+            hidden = self.hidden_states(input_ids, attention_mask, tokens)
+            log_probs, entropies = token_statistics(hidden, completions, self._logits, **options)
+        else:
+            output = self._causal(**self._arguments(input_ids, attention_mask), output_hidden_states=True)
+            hidden = output.hidden_states[-1][:, -tokens - 1 : -1]
+            logits = output.logits[:, -tokens - 1 : -1]
+            log_probs, entropies = token_statistics(logits, completions, lambda part: part, **options)
+        return log_probs, entropies, hidden
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Compare hidden states and head apart with the model's own logits, and call it as it is if they differ."""
+        if not self._splits:
+            return
+        was_training = self._causal.training
+        self._causal.eval()
+        device = self._head.weight.device
+        input_ids = torch.arange(_PROBE, device=device).unsqueeze(0) % self.vocabulary
+        arguments = self._arguments(input_ids, torch.ones_like(input_ids))
+        own = self._causal(**arguments).logits.float()
+        apart = self._logits(self.trunk(**arguments).last_hidden_state).float()
+        self._causal.train(was_training)
+        self._splits = own.shape == apart.shape and torch.allclose(own, apart, rtol=1e-3, atol=1e-3)
+
+    def _arguments(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self._takes_positions:
+            arguments["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return arguments
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._head(hidden)
+        if scale := getattr(self._config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if scale := getattr(self._config, "logits_scaling", None):  # Granite
+            logits = logits / scale
+        if cap := getattr(self._config, "final_logit_softcapping", None):  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
