@@ -148,3 +148,94 @@ def empirical_fisher(model, examples):
 def stages(num_rounds, objectives):
     """(index, round, objective) of every stage in order."""
     return [(index, *each) for index, each in enumerate(itertools.product(range(num_rounds), objectives))]
+
+
+# --- PPO: one list of floats a completion, without padding -----------------------------------------------------------
+
+
+def ragged(padded, lengths):
+    """The first elements of each row as lists of floats."""
+    return [[float(each) for each in row[:length]] for row, length in zip(padded.tolist(), lengths, strict=True)]
+
+
+def token_rewards(scores, kl, kl_coef):
+    """The score falls on the last token, the KL penalty on each."""
+    return [
+        [-kl_coef * each + (score if at == len(row) - 1 else 0.0) for at, each in enumerate(row)]
+        for score, row in zip(scores, kl, strict=True)
+    ]
+
+
+def variance(values):
+    mean = math.fsum(values) / len(values)
+    return math.fsum((each - mean) ** 2 for each in values) / (len(values) - 1)
+
+
+def whiten(rows, *, shift_mean):
+    everything = [each for row in rows for each in row]
+    mean = math.fsum(everything) / len(everything)
+    deviation = math.sqrt(variance(everything) + 1e-8)
+    return [[(each - mean) / deviation + (0.0 if shift_mean else mean) for each in row] for row in rows]
+
+
+def temporal_differences(rewards, values, gamma):
+    """r_t + gamma V_{t+1} - V_t of one completion, with V = 0 beyond its end."""
+    ahead = [*values[1:], 0.0]
+    return [r + gamma * following - v for r, v, following in zip(rewards, values, ahead, strict=True)]
+
+
+def advantages(rewards, values, gamma, lam):
+    """A_t = sum_l (gamma lam)^l delta_{t+l}, summed up for every t anew."""
+    deltas = temporal_differences(rewards, values, gamma)
+    return [
+        math.fsum((gamma * lam) ** (later - at) * deltas[later] for later in range(at, len(deltas)))
+        for at in range(len(deltas))
+    ]
+
+
+def discounted(rewards, gamma):
+    return [
+        math.fsum(gamma ** (later - at) * rewards[later] for later in range(at, len(rewards)))
+        for at in range(len(rewards))
+    ]
+
+
+def kl_term(log_prob, reference, estimator):
+    ratio = math.exp(reference - log_prob)
+    return -math.log(ratio) if estimator == "k1" else ratio - 1.0 - math.log(ratio)
+
+
+def policy_loss(log_prob, old_log_prob, advantage, clip_range):
+    """-min(ratio A, clipped ratio A)."""
+    ratio = math.exp(log_prob - old_log_prob)
+    clipped = min(max(ratio, 1.0 - clip_range), 1.0 + clip_range)
+    return -min(ratio * advantage, clipped * advantage)
+
+
+def policy_loss_slope(log_prob, old_log_prob, advantage, clip_range):
+    """Its derivative in log_prob: none where the ratio has left the range in the direction that the advantage favours."""
+    ratio = math.exp(log_prob - old_log_prob)
+    done = ratio > 1.0 + clip_range if advantage > 0 else ratio < 1.0 - clip_range
+    return 0.0 if done else -advantage * ratio
+
+
+def value_loss(value, old_value, target, clip_range):
+    clipped = old_value + min(max(value - old_value, -clip_range), clip_range)
+    return max((value - target) ** 2, (clipped - target) ** 2) / 2.0
+
+
+def distribution(logits, temperature=1.0):
+    """Probabilities from a list of logits."""
+    highest = max(logits)
+    weights = [math.exp((each - highest) / temperature) for each in logits]
+    return [each / math.fsum(weights) for each in weights]
+
+
+def log_prob(logits, token, temperature=1.0):
+    highest = max(logits)
+    norm = math.log(math.fsum(math.exp((each - highest) / temperature) for each in logits))
+    return (logits[token] - highest) / temperature - norm
+
+
+def entropy(logits, temperature=1.0):
+    return -math.fsum(each * math.log(each) for each in distribution(logits, temperature) if each > 0.0)

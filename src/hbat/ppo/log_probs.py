@@ -61,6 +61,7 @@ def _statistics(logits: Tensor, targets: Tensor, *, with_entropy: bool) -> tuple
     if not with_entropy:
         return chosen - norm, torch.zeros_like(norm)
     probabilities = torch.exp(logits - norm.unsqueeze(-1))
-    # H = log Z - sum p z. A logit of -inf has probability 0 and adds nothing.
-    expected = torch.where(probabilities > 0, probabilities * logits, 0.0).sum(-1)
+    # H = log Z - sum p z. A logit of -inf has probability 0 and adds nothing; it must not enter the product, whose
+    # slope would be NaN.
+    expected = (probabilities * torch.where(probabilities > 0, logits, 0.0)).sum(-1)
     return chosen - norm, norm - expected

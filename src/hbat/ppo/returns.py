@@ -111,4 +111,5 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     if int(mask.sum()) < 2:  # noqa: PLR2004 - a variance needs two
         return values.new_zeros(())
     spread = returns[mask].var()
-    return torch.where(spread > 0, 1.0 - (returns - values)[mask].var() / spread.clamp(min=_EPSILON), 0.0)
+    smallest = torch.finfo(spread.dtype).tiny
+    return torch.where(spread > 0, 1.0 - (returns - values)[mask].var() / spread.clamp(min=smallest), 0.0)
