@@ -86,6 +86,8 @@ def test_what_is_no_data_set_is_refused_with_advice(dataset, advice):
 
 
 def test_fewer_rows_than_rounds_are_refused():
+    message = refusal(Dataset.from_list(pairs(11)), num_rounds=3, rows_a_round=4)
+    assert "11 for 3 rounds; every round needs at least 4 rows, which its section sets" in message
     message = refusal(Dataset.from_list(pairs(3)), num_rounds=4)
     assert "3 for 4 rounds; every round needs at least one row" in message
 

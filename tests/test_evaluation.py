@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbat.evaluation import ForgettingMatrix, scores
+from hbat.evaluation import ForgettingMatrix, as_metrics, scores
 
 
 def matrix(*rows, headline=None):
@@ -115,6 +115,21 @@ def test_a_shift_of_all_scores_changes_neither_measure(values, shift):
 
     for measure in ("backward_transfer", "interference"):
         assert getattr(build(shift), measure)() == pytest.approx(getattr(build(0.0), measure)(), abs=1e-9)
+
+
+def test_where_higher_is_better_the_signs_turn_and_keep_their_meaning():
+    rows = [("sft", {"sft": 1.0}), ("ppo", {"sft": 3.0, "ppo": 0.5}), ("sft", {"sft": 2.0, "ppo": 0.25})]
+    found = ForgettingMatrix({"sft": "loss", "ppo": "reward"}, better={"ppo": "higher"})
+    for index, (objective, values) in enumerate(rows):
+        each = {name: {found.headline[name]: value} for name, value in values.items()}
+        found.add(stage=index, round_index=0, objective=objective, scores=each)
+    assert found.backward_transfer() == {"sft": 1.0 - 2.0, "ppo": 0.25 - 0.5}
+    assert found.interference() == {"sft": 3.0 - 1.0, "ppo": 0.5 - 0.25}
+    assert found.as_dict()["better"] == {"sft": "lower", "ppo": "higher"}
+
+
+def test_scores_are_named_as_the_host_names_those_of_several_data_sets():
+    assert as_metrics({"sft": {"loss": 1.0}, "ppo": {"reward": 2.0}}) == {"eval_sft/loss": 1.0, "eval_ppo/reward": 2.0}
 
 
 # --- rows, lines, files ----------------------------------------------------------------------------------------------

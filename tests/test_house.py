@@ -31,8 +31,8 @@ BLOCKS = {
     "plan and state: plain data, imports no trainer": (
         {"torch", "safetensors", "datasets", "yaml"},
         [
-            "sections", "field_checks", "plain_yaml", "ewc_config", "config", "rounds", "turns", "rows",
-            "row_search", "loading", "datasets",
+            "sections", "field_checks", "plain_yaml", "ewc_config", "config", "rounds", "turns", "row_parts", "rows",
+            "prompt_rows", "row_search", "loading", "datasets",
             "consolidation", "fingerprint", "processes", "run_state", "run", "evaluation",
         ],
     ),
@@ -358,6 +358,7 @@ TESTED_ELSEWHERE = {
     "rehearsal.py": "test_trainer_construction.py",
     "trainer_builder.py": "test_trainer.py",
     "plain_yaml.py": "test_run_file.py",
+    "row_parts.py": "test_rows.py",
     "row_search.py": "test_datasets.py",
     "summary.py": "test_cli.py",
     "turns.py": "test_rows.py",

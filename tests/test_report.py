@@ -7,7 +7,8 @@ import yaml
 from test_evaluation import TWO_ROUNDS, matrix
 
 from hbat.config import HBATConfig
-from hbat.report import markdown_table, table_rows, write_model_card, write_results
+from hbat.evaluation import ForgettingMatrix
+from hbat.report import directions, markdown_table, table_rows, write_model_card, write_results
 
 
 def card(folder, model=None, found=None, **options):
@@ -56,6 +57,15 @@ def test_missing_scores_are_empty_cells():
 def test_every_line_has_as_many_cells_as_the_head(rows):
     counts = {line.count("|") for line in markdown_table(matrix(*rows)).splitlines()}
     assert counts == {4}
+
+
+def test_words_say_which_scores_are_better():
+    assert directions(matrix()) == "lower is better"
+    headline = {"ppo": "reward"}
+    assert directions(ForgettingMatrix(headline, better={"ppo": "higher"})) == "higher is better"
+    headline = {"sft": "loss", "ppo": "reward", "dpo": "loss"}
+    mixed = ForgettingMatrix(headline, better={"ppo": "higher"})
+    assert directions(mixed) == "lower is better for sft and dpo, higher is better for ppo"
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -138,5 +148,6 @@ def test_scores_stand_in_the_card_where_there_are_any(tmp_path):
     found = matrix(*TWO_ROUNDS)
     _, body = card(tmp_path, found=found)
     assert markdown_table(found) in body
+    assert "Lower is better. The reference" in body
     _, body = card(tmp_path)
     assert "Scores" not in body

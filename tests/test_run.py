@@ -37,7 +37,7 @@ def resume(path, described=DESCRIBED, **options):
     return Run.resume(config(path, **options), folder, folder.read(), described)
 
 
-def finish(run, stage, *, steps=5, importance=True, moments=True):
+def finish(run, stage, *, steps=5, importance=True, moments=True, kept=None):
     """Commit a stage whose every tensor holds a number that tells the stage."""
     run.commit_stage(
         stage,
@@ -45,6 +45,7 @@ def finish(run, stage, *, steps=5, importance=True, moments=True):
         importance=tensors(stage.index + 1) if importance else None,
         moments={"a::exp_avg": torch.full((2, 2), stage.index + 0.5)} if moments else {},
         weights=tensors(10 * (stage.index + 1)),
+        kept=kept,
     )
 
 
@@ -96,6 +97,32 @@ def test_a_stage_that_is_done_leaves_no_checkpoints_and_no_old_tensors(tmp_path)
         "importance-sft-000.safetensors",
         "optimizer-sft-000.safetensors",
     }
+
+
+def test_what_an_objective_keeps_comes_back_for_its_next_stage(tmp_path):
+    run = start(tmp_path)
+    finish(run, PLAN[0])
+    finish(run, PLAN[1], kept=tensors(7))
+    assert run.kept == {"sft": {}, "dpo": run.kept["dpo"]}
+    again = resume(tmp_path)
+    assert again.kept["sft"] == {}
+    assert same(again.kept["dpo"], tensors(7))
+    assert (tmp_path / "state" / "kept-dpo-001.safetensors").exists()
+    finish(again, PLAN[2])
+    finish(again, PLAN[3], kept=tensors(8))
+    assert same(resume(tmp_path).kept["dpo"], tensors(8))
+    assert not (tmp_path / "state" / "kept-dpo-001.safetensors").exists()
+
+
+def opened(path, *, resume):
+    return Run.open(config(path), RunFolder(path), DESCRIBED, tensors(0), resume=resume)
+
+
+def test_a_folder_is_opened_for_a_new_run_or_for_the_one_that_lies_there(tmp_path):
+    assert not opened(tmp_path, resume=True).was_resumed
+    assert opened(tmp_path, resume=True).was_resumed
+    with pytest.raises(RunStateError, match=r"a run already, at stage 0 of 8\. Pass `resume_from_checkpoint=True`"):
+        opened(tmp_path, resume=False)
 
 
 def test_without_consolidation_and_carried_moments_only_weights_are_kept(tmp_path):

@@ -151,6 +151,14 @@ def test_an_override_makes_the_section_that_is_not_there(run_file):
     assert run.datasets == {"sft": "a.jsonl", "dpo": {"path": "c"}}
 
 
+def test_reward_functions_are_one_text_or_several(run_file):
+    assert parsed(run_file("reward_funcs: rewards.py:length")).reward_funcs == "rewards.py:length"
+    assert parsed(run_file(), "--reward_funcs", "rewards.py:length").reward_funcs == "rewards.py:length"
+    found = parsed(run_file(), "--reward_funcs", "[rewards.py:length, some/model]").reward_funcs
+    assert found == ["rewards.py:length", "some/model"]
+    assert parsed(run_file()).reward_funcs is None
+
+
 def test_consolidation_is_switched_off_by_null(run_file):
     assert parse(run_file("ewc: null")).config.ewc is None
     assert parsed(run_file("ewc: {f_max: 2}"), "--ewc", "null").config.ewc is None
@@ -185,6 +193,10 @@ def test_consolidation_is_switched_off_by_null(run_file):
         ("ewc: {f_max: strong}", "", ["`ewc.f_max`", "a number"]),
         ("ewc: true", "", ["`ewc` is True", "a mapping or null"]),
         ("sft: 3", "", ["`sft` is 3", "a mapping or null"]),
+        ("grpo: 3", "", ["`grpo` is 3", "a mapping or null"]),
+        ("ppo_backend: mine", "", ["`ppo_backend` is 'mine'", "'trl'"]),
+        ("reward_funcs: 3", "", ["`reward_funcs` is 3", "a text or a list or null"]),
+        ("reward_funcs: [3]", "", ["`reward_funcs` is [3]", "a text or a list or null"]),
         ("quantization: {load_in_4bit: true}", "", ["`quantization` needs `peft`"]),
         ("peft: 16", "", ["`peft`", "a mapping"]),
         ("env: {A: [1]}", "", ["`env.A`"]),

@@ -10,6 +10,7 @@ import torch
 import trl
 from transformers import TrainerCallback
 
+from hbat.objectives.objective import Objective
 from hbat.stage_runner import estimated_steps, last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
@@ -167,6 +168,81 @@ def test_the_fisher_of_any_format_of_rows_holds_the_next_stage(options, kind, tm
     assert max(runs.logged(run, "ewc/penalty")) > 0
 
 
+# --- what an objective keeps between its stages ---------------------------------------------------------------------
+
+
+class Counting(trl.SFTTrainer):
+    """A trainer with a state of its own beside the model: a tensor that each stage adds one to."""
+
+    def __init__(self, *args, seen, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.count, self.seen = torch.zeros(2), seen
+
+    def train(self, *args, **kwargs):
+        self.seen.append(self.count.tolist())
+        self.count += 1
+        return super().train(*args, **kwargs)
+
+
+def counting(seen, **options):
+    return Objective(
+        name="count",
+        trainer_class=Counting,
+        config_class=trl.SFTConfig,
+        config=runs.section(),
+        trainer_kwargs={"seen": seen},
+        keeps=lambda trainer: {"count": trainer.count},
+        restores=lambda trainer, kept: trainer.count.copy_(kept["count"]),
+        **options,
+    )
+
+
+def test_what_an_objective_keeps_goes_from_stage_to_stage_and_through_a_restart(tmp_path):
+    class Stop(TrainerCallback):
+        stages = 0
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.stages += 1
+            if self.stages == 4:
+                raise KeyboardInterrupt
+
+    seen, data = [], {"count": cases.sft_rows(8), "sft": cases.sft_rows(8)}
+    options = {"objectives": [counting(seen), "sft"], "data": data, "num_rounds": 3}
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(cases.tiny_llama(), tmp_path, callbacks=[Stop()], **options)
+    assert seen == [[0.0, 0.0], [1.0, 1.0]]
+    seen.clear()
+    runs.train(cases.tiny_llama(), tmp_path, resume=True, **options)
+    assert seen == [[2.0, 2.0]]
+    assert runs.state_tensors(tmp_path, "kept-count")["count"].tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("resumes_inside", [True, False])
+def test_a_stage_of_an_objective_that_does_not_resume_inside_starts_anew(resumes_inside, tmp_path):
+    begun = []
+
+    class Stop(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            begun.append(state.global_step)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2 and len(begun) == 1:
+                raise KeyboardInterrupt
+
+    own = Objective(
+        name="mine",
+        trainer_class=trl.SFTTrainer,
+        config_class=trl.SFTConfig,
+        config=runs.section(save_strategy="steps", save_steps=1, max_steps=3),
+        resumes_inside=resumes_inside,
+    )
+    options = {"objectives": [own], "data": {"mine": cases.sft_rows(8)}, "num_rounds": 1, "callbacks": [Stop()]}
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(cases.tiny_llama(), tmp_path, **options)
+    runs.train(cases.tiny_llama(), tmp_path, resume=True, **options)
+    assert begun == [0, 1 if resumes_inside else 0]
+
+
 # --- small parts -----------------------------------------------------------------------------------------------------
 
 
@@ -202,5 +278,7 @@ def test_the_estimate_of_steps_is_that_of_the_host(tmp_path, monkeypatch):
         sft={"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2},
     )
     assert run.state.global_step == 2 * estimated_steps(args, rows=22, num_rounds=2)
+    own = estimated_steps(args, 22, 2, epoch_steps=lambda given, rows: rows * given.gradient_accumulation_steps)
+    assert own == 11 * 2 * 3
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert estimated_steps(args, rows=22, num_rounds=2) == math.ceil(11 / 8) * 3

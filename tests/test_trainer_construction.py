@@ -167,6 +167,52 @@ def test_construction_leaves_weights_and_folder_alone(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Hungry(trl.SFTTrainer):
+    """A trainer that cannot be built on fewer than three rows."""
+
+    def __init__(self, *args, train_dataset, **kwargs):
+        if len(train_dataset) < 3:
+            raise ValueError("too few rows")
+        super().__init__(*args, train_dataset=train_dataset, **kwargs)
+
+
+HUNGRY = Objective(
+    name="hungry",
+    trainer_class=Hungry,
+    config_class=trl.SFTConfig,
+    config=runs.section(gradient_accumulation_steps=3),
+    minimum_rows=lambda args: args.gradient_accumulation_steps,
+    greater_is_better=True,
+)
+
+
+def test_a_trainer_that_needs_several_rows_gets_them_wherever_it_is_built(tmp_path):
+    options = {"objectives": [HUNGRY], "evaluation": {"hungry": cases.sft_rows(1)}}
+    run = runs.build_run(cases.tiny_llama(), tmp_path, data={"hungry": cases.sft_rows(6)}, **options)
+    assert run.evaluate()["hungry"]["loss"] > 0
+    assert run.matrix.better == {"hungry": "higher"}
+    with pytest.raises(ValueError, match="too few rows: 5 for 2 rounds; every round needs at least 3 rows"):
+        runs.build_run(cases.tiny_llama(), tmp_path, data={"hungry": cases.sft_rows(5)}, **options)
+
+
+def test_rewards_reach_the_objective_that_takes_them_or_are_missed(tmp_path):
+    class Rewarded(trl.SFTTrainer):
+        def __init__(self, *args, reward_funcs, **kwargs):
+            super().__init__(*args, **kwargs)
+            given.append(reward_funcs)
+
+    given = []
+    own = Objective(
+        name="mine", trainer_class=Rewarded, config_class=trl.SFTConfig, config=runs.section(), takes_rewards=True
+    )
+    arguments = {"args": runs.config(tmp_path, objectives=[own]), "train_dataset": {"mine": cases.sft_rows(4)}}
+    arguments["processing_class"] = cases.tiny_tokenizer()
+    HBATTrainer(cases.tiny_llama(), reward_funcs=len, **arguments)
+    assert given == [len]
+    with pytest.raises(ValueError, match="'mine' learns from rewards, but `reward_funcs` is None"):
+        HBATTrainer(cases.tiny_llama(), **arguments)
+
+
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 

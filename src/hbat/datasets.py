@@ -7,8 +7,9 @@ from typing import Any, Literal
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from hbat.loading import DatasetError, load
+from hbat.row_parts import MISSING_COLUMN, Fault, RowCheck
 from hbat.row_search import search
-from hbat.rows import FIELDS, MISSING_COLUMN, Fault, RowCheck, preference_faults, sft_faults
+from hbat.rows import FIELDS, preference_faults, sft_faults
 from hbat.sections import nearest
 
 __all__ = ["DatasetError", "Fault", "RowCheck", "check_dataset", "load", "preference_faults", "sft_faults"]

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hbat.rows import Fault, RowCheck, preference_faults
+from hbat.row_parts import Fault, RowCheck
+from hbat.rows import preference_faults
 
 
 @dataclass

@@ -1,39 +1,27 @@
 """What is wrong with one row of SFT or preference data: pure checks on mappings. Standard library only."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hbat.turns import Turn, TurnFault, answer_start, text_turns, turn_faults, turn_marker
+from hbat.row_parts import (
+    ASSISTANT,
+    MISSING_COLUMN,
+    UNREADABLE,
+    Fault,
+    in_messages,
+    in_text,
+    prompted_faults,
+    value_faults,
+)
+from hbat.turns import Turn, answer_start, text_turns, turn_faults, turn_marker
 
 SFT_FORMATS = (
     "`{text}`; `messages`; `conversations` (from, value); `prompt` with `completion`; or `input_ids` (tokenized)"
 )
 PREFERENCE_FORMATS = "`prompt`, `chosen`, `rejected`; or `chosen`, `rejected` that both begin with the prompt"
-FIELDS = ("text", "messages", "conversations", "prompt", "completion", "chosen", "rejected", "input_ids")
-MISSING_COLUMN = "missing column"
+FIELDS = ("text", "messages", "conversations", "prompt", "completion", "chosen", "rejected", "input_ids", "label")
 
-_UNREADABLE = {"missing value", "not text", "not a message", "empty conversation", "mixed formats"}
-_ASSISTANT = ("assistant",)
 _PER_TOKEN = ("labels", "completion_mask", "assistant_masks", "attention_mask")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why a row cannot be trained on.
-
-    Attributes:
-        kind: Short stable name, for counting.
-        field: Where in the row, as one would index it.
-        problem: The sentence, without its full stop.
-    """
-
-    kind: str
-    field: str
-    problem: str
-
-
-RowCheck = Callable[[Mapping[str, Any]], Iterator[Fault]]
 
 
 def sft_faults(row: Mapping[str, Any], *, text_field: str = "text") -> Iterator[Fault]:
@@ -50,7 +38,7 @@ def sft_faults(row: Mapping[str, Any], *, text_field: str = "text") -> Iterator[
         yield from _token_faults(row)
     elif "prompt" in row:
         if "completion" in row:
-            yield from _prompted_faults(row, ("completion",))
+            yield from prompted_faults(row, ("completion",))
         else:
             reason = "`prompt` needs it; remove `prompt` if another column holds the whole text"
             yield Fault(MISSING_COLUMN, "completion", f"{reason}. SFT data has {SFT_FORMATS.format(text=text_field)}")
@@ -79,35 +67,11 @@ def preference_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
         reason = f"TRL's DPO takes no tokenized data (`{tokens[0]}`): give it the texts. " if tokens else ""
         yield Fault(MISSING_COLUMN, missing[0], f"{reason}preference data has {PREFERENCE_FORMATS}")
         return
-    check = _prompted_faults if "prompt" in row else _unprompted_faults
+    check = prompted_faults if "prompt" in row else _unprompted_faults
     found = list(check(row, ("chosen", "rejected")))
     yield from found
-    if not any(fault.kind in _UNREADABLE for fault in found):
+    if not any(fault.kind in UNREADABLE for fault in found):
         yield from _pair_faults(row["chosen"], row["rejected"])
-
-
-def _value_faults(row: Mapping[str, Any], fields: Sequence[str]) -> Iterator[Fault]:
-    found = False
-    for field in fields:
-        value = row.get(field)
-        problem = None
-        if value is None:
-            problem = ("missing value", "there is no value")
-        elif not isinstance(value, str | list | tuple):
-            problem = ("not text", f"{value!r:.60} is neither text nor a list of messages")
-        elif not value and not isinstance(value, str):
-            problem = ("empty conversation", "the list of messages is empty")
-        elif isinstance(value, str) and not value.strip():
-            problem = ("empty text", "the text is empty")
-        if problem:
-            found = True
-            yield Fault(problem[0], field, problem[1])
-    texts = [field for field in fields if isinstance(row.get(field), str)]
-    if not found and 0 < len(texts) < len(fields):
-        others = ", ".join(f"`{field}`" for field in fields if field not in texts)
-        yield Fault(
-            "mixed formats", texts[0], f"it is text, but {others} is a list of messages; give both in one form"
-        )
 
 
 def _text_faults(row: Mapping[str, Any], field: str) -> Iterator[Fault]:
@@ -115,9 +79,9 @@ def _text_faults(row: Mapping[str, Any], field: str) -> Iterator[Fault]:
     if isinstance(value, list | tuple):
         yield Fault("not text", field, "it is a list; name the column `messages` if it holds messages")
     elif not isinstance(value, str) or not value.strip():
-        yield from _value_faults(row, (field,))
+        yield from value_faults(row, (field,))
     elif turns := text_turns(value):
-        yield from _in_text(field, turn_faults(turns))
+        yield from in_text(field, turn_faults(turns))
     elif value.lstrip().startswith("Assistant:"):
         yield Fault("role marker", field, "it begins with `Assistant:`, an answer without its question")
 
@@ -127,7 +91,7 @@ def _dialogue_faults(row: Mapping[str, Any], field: str, keys: tuple[str, str]) 
     if isinstance(value, str):
         yield Fault("not text", field, "it is text; name the column `text`, or give a list of messages")
     elif not isinstance(value, list | tuple) or not value:
-        yield from _value_faults(row, (field,))
+        yield from value_faults(row, (field,))
     elif field == "conversations" and isinstance(value[0], Mapping) and "role" in value[0]:
         yield Fault(
             "message without role",
@@ -135,45 +99,26 @@ def _dialogue_faults(row: Mapping[str, Any], field: str, keys: tuple[str, str]) 
             "the messages have `role` and `content`; TRL reads these from the column `messages`, so rename it",
         )
     else:
-        yield from _in_messages(field, turn_faults(value, last=_ASSISTANT, keys=keys))
-
-
-def _prompted_faults(row: Mapping[str, Any], sides: Sequence[str]) -> Iterator[Fault]:
-    fields = ("prompt", *sides)
-    found = list(_value_faults(row, fields))
-    yield from found
-    if found:
-        return
-    if not isinstance(row["prompt"], str):
-        yield from _in_messages("prompt", turn_faults(row["prompt"], last=("user", "tool")))
-        for side in sides:
-            yield from _in_messages(side, turn_faults(row[side], first=_ASSISTANT, last=_ASSISTANT))
-        return
-    for side in sides:
-        turns = text_turns(row["prompt"] + row[side])
-        if turns:
-            yield from _in_text(side, turn_faults(turns, last=_ASSISTANT))
-        elif marker := turn_marker(row[side], "assistant"):
-            yield Fault("role marker", side, marker)
+        yield from in_messages(field, turn_faults(value, last=ASSISTANT, keys=keys))
 
 
 def _unprompted_faults(row: Mapping[str, Any], sides: Sequence[str]) -> Iterator[Fault]:
-    found = list(_value_faults(row, sides))
+    found = list(value_faults(row, sides))
     yield from found
     if found:
         return
     chosen, rejected = row["chosen"], row["rejected"]
     if not isinstance(chosen, str):
-        found = [*_in_messages("chosen", turn_faults(chosen, last=_ASSISTANT))]
-        found += _in_messages("rejected", turn_faults(rejected, last=_ASSISTANT))
+        found = [*in_messages("chosen", turn_faults(chosen, last=ASSISTANT))]
+        found += in_messages("rejected", turn_faults(rejected, last=ASSISTANT))
         yield from found
-        if not any(fault.kind in _UNREADABLE for fault in found):
+        if not any(fault.kind in UNREADABLE for fault in found):
             yield from _prompt_faults(chosen, rejected)
         return
     turns = text_turns(chosen), text_turns(rejected)
     if turns[0] and turns[1]:
-        yield from _in_text("chosen", turn_faults(turns[0], last=_ASSISTANT))
-        yield from _in_text("rejected", turn_faults(turns[1], last=_ASSISTANT))
+        yield from in_text("chosen", turn_faults(turns[0], last=ASSISTANT))
+        yield from in_text("rejected", turn_faults(turns[1], last=ASSISTANT))
         yield from _prompt_faults(*turns, indexed=False)
     elif chosen != rejected:
         yield from _remainder_faults(chosen, rejected)
@@ -237,13 +182,3 @@ def _token_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
     for field in _PER_TOKEN:
         if isinstance(row.get(field), list | tuple) and len(row[field]) != len(ids):
             yield Fault("bad token ids", field, f"it has {len(row[field])} entries for {len(ids)} token ids")
-
-
-def _in_messages(field: str, found: Iterator[TurnFault]) -> Iterator[Fault]:
-    for index, part, kind, problem in found:
-        yield Fault(kind, f"{field}[{index}]{part and '.'}{part}", problem)
-
-
-def _in_text(field: str, found: Iterator[TurnFault]) -> Iterator[Fault]:
-    for index, _, kind, problem in found:
-        yield Fault(kind, field, f"turn {index + 1} in the text: {problem}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hbat.ewc.fisher import Example
-from hbat.rows import RowCheck
+from hbat.row_parts import RowCheck
 from hbat.sections import build_section
 
 #: Fields of a stage's configuration that belong to the run, and what to set instead.
