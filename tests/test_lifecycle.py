@@ -143,6 +143,21 @@ def test_the_guard_keeps_what_was_there_before():
     assert list(model.model.embed_tokens._forward_hooks) == [hook.id]  # noqa: SLF001 - torch's only place for it
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["first in the stage", "before it as well"])
+def test_hidden_states_can_still_be_asked_for_after_a_stage_that_did(before):
+    """transformers 5 collects them with hooks, and a mark on the model that the hooks are there."""
+    model = cases.tiny_llama()
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "output_hidden_states": True}
+    if before:
+        model(**inputs)
+    guard = StageGuard(model)
+    model(**inputs)
+    guard.restore()
+    layers = model.config.num_hidden_layers
+    assert len(model(**inputs).hidden_states) == layers + 1
+    assert len(unpatched_copy(model)(**inputs).hidden_states) == layers + 1
+
+
 def test_the_guard_restores_the_precision_in_the_environment(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     guard = StageGuard(cases.tiny_llama())

@@ -29,6 +29,7 @@ _PATCHED = (
     "training",
     "p",  # of dropout layers
     "model_tags",
+    "_output_capturing_hooks_installed",  # with the hooks gone, `output_hidden_states` would give nothing
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ENVIRONMENT = "ACCELERATE_"  # transformers < 5 leaks precision and engine of any configuration through these
