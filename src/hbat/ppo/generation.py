@@ -126,12 +126,26 @@ def _sampling_state(policy: Any, seed: int | None) -> Iterator[None]:
     was_training = policy.training
     policy.eval()  # the host's cache is off in training mode with gradient checkpointing
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), _without_own_options(policy):
             if seed is not None:
                 torch.manual_seed(seed)
             yield
     finally:
         policy.train(was_training)
+
+
+@contextmanager
+def _without_own_options(policy: Any) -> Iterator[None]:
+    # The host fills every option that is left open with the model's own, and many models ship with some for chatting.
+    models = [policy, *([policy.get_base_model()] if hasattr(policy, "peft_config") else [])]
+    own = [(each, each.generation_config) for each in models if "generation_config" in vars(each)]
+    for each, _ in own:
+        each.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for each, options in own:
+            each.generation_config = options
 
 
 def _end_tokens(given: Any, policy: Any, tokenizer: Any) -> list[int]:

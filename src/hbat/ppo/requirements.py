@@ -9,8 +9,35 @@ from transformers import AutoModelForCausalLM
 from hbat.ewc.callback import refuse_sharded
 from hbat.model_loading import load_tokenizer
 from hbat.ppo.config import PPOConfig
-from hbat.ppo.prompts import check_lengths, context_length
+from hbat.ppo.prompts import check_lengths, context_length, tokenise
 from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
+
+
+def prepare(
+    model: Any, args: PPOConfig, train_dataset: Dataset, processing_class: Any, peft_config: Any
+) -> tuple[Any, Any, Dataset]:
+    """Load what is given by name, and check that everything fits together.
+
+    Args:
+        model: A name, a path, or a model.
+        args: The options.
+        train_dataset: Rows with `prompt`.
+        processing_class: The tokenizer; the model's own where left out.
+        peft_config: Configuration of a new adapter.
+
+    Returns:
+        The policy with its adapter where there is one, its tokenizer, and the rows with their tokens.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If model, tokenizer, rows and options do not fit each other.
+    """
+    policy = load_policy(model, args, peft_config)
+    tokenizer = require_tokenizer(processing_class, policy, args)
+    require_vocabulary(policy, tokenizer)
+    prompts = tokenise(train_dataset, tokenizer, args.chat_template_kwargs)
+    require_rows(prompts, "train_dataset", policy, args)
+    return policy, tokenizer, prompts
 
 
 def load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:

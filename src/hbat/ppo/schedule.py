@@ -4,6 +4,7 @@ A pure function of seed and position, so that a run that was cut off goes on wit
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,28 @@ class RolloutSchedule:
     processes: int
     process: int
     seed: int
+
+    @classmethod
+    def of_training(cls, args: Any, prompts: int) -> "RolloutSchedule":
+        """Take the sizes out of a training's options.
+
+        Args:
+            args: A `PPOConfig`.
+            prompts: Number of prompts.
+
+        Returns:
+            The schedule of this process.
+        """
+        return cls(
+            prompts=prompts,
+            size=args.rollout_size,
+            passes=args.num_ppo_epochs,
+            micro_size=args.per_device_train_batch_size,
+            micro_steps=args.gradient_accumulation_steps,
+            processes=args.world_size,
+            process=args.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
 
     @property
     def updates_per_pass(self) -> int:

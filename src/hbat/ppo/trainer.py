@@ -20,9 +20,8 @@ from hbat.ppo.generation import CompletionSampler
 from hbat.ppo.losses import adapted_kl_coef
 from hbat.ppo.policy import PolicyAndCritic
 from hbat.ppo.progress import Progress
-from hbat.ppo.prompts import tokenise
 from hbat.ppo.reference import Reference
-from hbat.ppo.requirements import load_policy, require_rows, require_tokenizer, require_vocabulary
+from hbat.ppo.requirements import prepare
 from hbat.ppo.rewards import Rewards
 from hbat.ppo.schedule import Position, RolloutSchedule
 from hbat.ppo.update import APPROX_KL, update_loss
@@ -73,11 +72,7 @@ class PPOTrainer(PolicyCheckpoints):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        policy = load_policy(model, args, peft_config)
-        tokenizer = require_tokenizer(processing_class, policy, args)
-        require_vocabulary(policy, tokenizer)
-        prompts = tokenise(train_dataset, tokenizer, args.chat_template_kwargs)
-        require_rows(prompts, "train_dataset", policy, args)
+        policy, tokenizer, prompts = prepare(model, args, train_dataset, processing_class, peft_config)
         rewards = Rewards(reward_funcs, weights=args.reward_weights, processing_classes=reward_processing_classes)
         if not isinstance(prompts[0]["prompt"], str):
             rewards.require_template()
@@ -107,7 +102,7 @@ class PPOTrainer(PolicyCheckpoints):
             batch_size=args.generation_batch_size,
         )
         self._collector = RolloutCollector(self.model, reference, rewards, sampler, tokenizer, args, self.accelerator)
-        self._schedule = _schedule(args, len(prompts))
+        self._schedule = RolloutSchedule.of_training(args, len(prompts))
         self._progress = Progress(args.kl_coef)
         self._micro_step: int | None = None
         self._update: dict[str, Tensor] = {}
@@ -116,8 +111,6 @@ class PPOTrainer(PolicyCheckpoints):
     def policy(self) -> Any:
         """The model that is trained, without the critic."""
         return self.model.policy
-
-    # --- data and rollouts
 
     def get_train_dataloader(self) -> DataLoader[int]:
         """Count micro-steps: rollouts know by themselves which prompts they take.
@@ -185,8 +178,6 @@ class PPOTrainer(PolicyCheckpoints):
         rows = self._schedule.row_indices(position)
         count = self._collector.total(rollout.completion_mask[rows.flatten().to(rollout.values.device)].sum().float())
         return {"rollout": rollout.select(rows[position.part]), "count": count}
-
-    # --- loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -276,19 +267,6 @@ class PPOTrainer(PolicyCheckpoints):
             NotImplementedError: Always.
         """
         raise NotImplementedError("PPO predicts nothing. Use `evaluate`, or `policy.generate` for completions.")
-
-
-def _schedule(args: PPOConfig, prompts: int) -> RolloutSchedule:
-    return RolloutSchedule(
-        prompts=prompts,
-        size=args.rollout_size,
-        passes=args.num_ppo_epochs,
-        micro_size=args.per_device_train_batch_size,
-        micro_steps=args.gradient_accumulation_steps,
-        processes=args.world_size,
-        process=args.process_index,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-    )
 
 
 def _nothing(items: Any) -> dict[str, Any]:  # noqa: ARG001 - a collator
