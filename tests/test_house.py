@@ -44,6 +44,8 @@ BLOCKS = {
             "optimizer_state", "learning_rate", "nonfinite", "hub", "inputs", "model_loading", "reporting",
             "trainer_builder", "rehearsal", "evaluator", "stage_runner", "plots", "report", "trainer",
             "ppo/__init__", "ppo/awaiting", "ppo/callable_reward", "ppo/reward_model", "ppo/rewards",
+            "objectives/trl_ppo", "objectives/trl_ppo_models", "objectives/trl_ppo_options",
+            "objectives/trl_ppo_trainer",
         ],
     ),
     "faces: command line and demo": (
@@ -355,6 +357,9 @@ TESTED_ELSEWHERE = {
     "field_checks.py": "test_config.py",
     "evaluator.py": "test_trainer_reports.py",
     "inputs.py": "test_trainer_construction.py",
+    "objectives/trl_ppo_models.py": "objectives/test_trl_ppo.py",
+    "objectives/trl_ppo_options.py": "objectives/test_trl_ppo.py",
+    "objectives/trl_ppo_trainer.py": "objectives/test_trl_ppo.py",
     "rehearsal.py": "test_trainer_construction.py",
     "trainer_builder.py": "test_trainer.py",
     "plain_yaml.py": "test_run_file.py",
