@@ -134,11 +134,13 @@ def test_scores_of_a_half_precision_model_are_float32():
 
 
 def test_the_model_is_frozen_in_evaluation_mode_and_builds_no_graph():
-    model = tiny_scorer(dropout=0.5).train()
+    model, modes = tiny_scorer(dropout=0.5).train(), []
+    model.register_forward_pre_hook(lambda *given: modes.append(torch.is_grad_enabled()))
     judge = rewarder(model, tiny_tokenizer())
     assert not model.training
     assert not any(each.requires_grad for each in model.parameters())
     assert torch.equal(judge(PROMPTS, COMPLETIONS), judge(PROMPTS, COMPLETIONS))
+    assert modes == [False, False]
 
 
 def test_scores_leave_gradient_mode_as_it_was():

@@ -158,7 +158,8 @@ def load_reward_model(name: str | Path) -> Any:
     model, found = AutoModelForSequenceClassification.from_pretrained(
         name, num_labels=1, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
     )
-    made_up = sorted({*found["missing_keys"], *(each[0] for each in found["mismatched_keys"])})
+    mismatched = [each if isinstance(each, str) else each[0] for each in found["mismatched_keys"]]  # 4.57: names only
+    made_up = sorted({*found["missing_keys"], *mismatched})
     if made_up and not is_adapter(name):  # an adapter brings the head, which its base has not
         raise ValueError(
             f"{str(name)!r} is no reward model: it has no weights of the right shape for {made_up}. Train one with "

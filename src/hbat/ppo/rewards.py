@@ -36,7 +36,7 @@ class Rewards:
         processing_classes: Any = None,
         max_batch_size: int = 32,
     ) -> None:
-        rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        rewards = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not rewards:
             raise ValueError("`reward_funcs` is empty. Give at least one function or model.")
         if max_batch_size < 1:
