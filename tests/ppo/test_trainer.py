@@ -1,4 +1,4 @@
-"""What PPOTrainer gets from the host and what it adds: the right step, whatever the batches, precision and adapters."""
+"""What PPOTrainer gets from the host and adds: the right step, whatever the batches, precision and adapters."""
 
 import asyncio
 import math
@@ -58,61 +58,71 @@ def sequences_of(rollout):
         yield prompt, rollout.completion_ids[row][rollout.completion_mask[row]].tolist()
 
 
+#: Of the step that is worked out by hand: one mini-batch of all rows, plain gradient descent.
+KL, VALUE, GAMMA, LAMBDA, RATE = 0.3, 0.7, 0.9, 0.8, 0.5
+BY_HAND = {
+    "kl_coef": KL, "vf_coef": VALUE, "gamma": GAMMA, "lam": LAMBDA, "learning_rate": RATE, "max_grad_norm": 0.0,
+    "weight_decay": 0.0, "num_ppo_epochs": 1, "per_device_train_batch_size": 4, "max_steps": 1,
+}  # fmt: skip
+
+
+def scores_by_hand(sequences):
+    texts, rows = cases.tiny_tokenizer(), ppo_cases.prompts()
+    of_prompt = {tuple(texts(row["prompt"])["input_ids"]): row for row in rows}
+    for prompt, completion in sequences:
+        row = of_prompt[tuple(prompt)]
+        text = texts.decode(completion, skip_special_tokens=True)
+        yield from ppo_cases.letters([row["prompt"]], [text], [completion], [row["target"]])
+
+
+def advantages_by_hand(old, pulled, values, score):
+    rewards = [-KL * float(a - b) for a, b in zip(old, pulled, strict=True)]
+    rewards[-1] += score
+    ahead, advantages = 0.0, []
+    for step in reversed(range(len(rewards))):
+        following = float(values[step + 1]) if step + 1 < len(rewards) else 0.0
+        ahead = rewards[step] + GAMMA * following - float(values[step]) + GAMMA * LAMBDA * ahead
+        advantages.insert(0, ahead)
+    return advantages
+
+
+def loss_by_hand(model, head, reference, sequences):
+    scores, episodes = scores_by_hand(sequences), []
+    for (prompt, completion), score in zip(sequences, scores, strict=True):
+        with torch.no_grad():
+            old, before = plain_statistics(model, head, prompt, completion)
+            pulled, _ = plain_statistics(reference, head, prompt, completion)
+        episodes.append((prompt, completion, old, before, advantages_by_hand(old, pulled, before, score)))
+    flat = [each for episode in episodes for each in episode[4]]
+    mean = sum(flat) / len(flat)
+    spread = math.sqrt(sum((each - mean) ** 2 for each in flat) / (len(flat) - 1))
+    losses = []
+    for prompt, completion, old, before, advantages in episodes:
+        log_probs, values = plain_statistics(model, head, prompt, completion)
+        for step, advantage in enumerate(advantages):
+            white, target = (advantage - mean) / spread, advantage + float(before[step])
+            ratio = torch.exp(log_probs[step] - old[step])
+            clipped = before[step] + (values[step] - before[step]).clamp(-0.2, 0.2)
+            surrogate = -torch.min(white * ratio, white * ratio.clamp(0.8, 1.2))
+            losses.append(surrogate + VALUE * 0.5 * torch.max((values[step] - target) ** 2, (clipped - target) ** 2))
+    return torch.stack(losses).mean()
+
+
 def test_a_step_is_the_gradient_of_the_loss_worked_out_by_hand(tmp_path):
-    options = {
-        "kl_coef": 0.3, "vf_coef": 0.7, "gamma": 0.9, "lam": 0.8, "max_grad_norm": 0.0, "weight_decay": 0.0,
-        "num_ppo_epochs": 1, "per_device_train_batch_size": 4, "max_steps": 1, "learning_rate": 0.5,
-    }  # fmt: skip
-    reference = cases.tiny_llama(7)
-    trainer = build(cases.tiny_llama(0), tmp_path, kind=Recorded, ref_model=reference, **options)
+    trainer = build(cases.tiny_llama(0), tmp_path, kind=Recorded, ref_model=cases.tiny_llama(7), **BY_HAND)
     with torch.no_grad():
         trainer.model.critic.head.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(3))
     model, head = cases.tiny_llama(0).double(), torch.nn.Linear(32, 1).double()
     head.load_state_dict(trainer.model.critic.head.state_dict())
     trainer.train()
-    (rollout,) = trainer.rollouts
 
-    texts = cases.tiny_tokenizer()
-    rows = ppo_cases.prompts()
-    of_prompt = {tuple(texts(row["prompt"])["input_ids"]): row for row in rows}
-    episodes = []
-    for prompt, completion in sequences_of(rollout):
-        row = of_prompt[tuple(prompt)]
-        text = texts.decode(completion, skip_special_tokens=True)
-        (score,) = ppo_cases.letters([row["prompt"]], [text], [completion], [row["target"]])
-        with torch.no_grad():
-            old, values = plain_statistics(model, head, prompt, completion)
-            pulled, _ = plain_statistics(cases.tiny_llama(7).double(), head, prompt, completion)
-        rewards = [-0.3 * float(a - b) for a, b in zip(old, pulled, strict=True)]
-        rewards[-1] += score
-        ahead, advantages = 0.0, []
-        for step in reversed(range(len(rewards))):
-            following = float(values[step + 1]) if step + 1 < len(rewards) else 0.0
-            ahead = rewards[step] + 0.9 * following - float(values[step]) + 0.9 * 0.8 * ahead
-            advantages.insert(0, ahead)
-        returns = [a + float(v) for a, v in zip(advantages, values, strict=True)]
-        episodes.append((prompt, completion, old, values, advantages, returns))
-    flat = [each for episode in episodes for each in episode[4]]
-    mean = sum(flat) / len(flat)
-    spread = math.sqrt(sum((each - mean) ** 2 for each in flat) / (len(flat) - 1))
-
-    losses = []
-    for prompt, completion, old, before, advantages, returns in episodes:
-        log_probs, values = plain_statistics(model, head, prompt, completion)
-        for step, advantage in enumerate(advantages):
-            white = (advantage - mean) / spread
-            ratio = torch.exp(log_probs[step] - old[step])
-            clipped = before[step] + (values[step] - before[step]).clamp(-0.2, 0.2)
-            surrogate = -torch.min(white * ratio, white * ratio.clamp(0.8, 1.2))
-            of_critic = 0.5 * torch.max((values[step] - returns[step]) ** 2, (clipped - returns[step]) ** 2)
-            losses.append(surrogate + 0.7 * of_critic)
-    torch.stack(losses).mean().backward()
-    expected = {name: each - 0.5 * each.grad for name, each in cases.trainable(model).items()}
+    sequences = list(sequences_of(trainer.rollouts[0]))
+    loss_by_hand(model, head, cases.tiny_llama(7).double(), sequences).backward()
+    expected = {name: each - RATE * each.grad for name, each in cases.trainable(model).items()}
     got = {name: each.double() for name, each in cases.trainable(trainer.policy).items()}
-    moved = cases.largest_difference(got, cases.weights(cases.tiny_llama(0)))
-    assert moved > 1e-2
+    assert cases.largest_difference(got, cases.weights(cases.tiny_llama(0))) > 1e-2
     assert cases.largest_difference(got, expected) < 2e-5
-    assert torch.allclose(trainer.model.critic.head.weight.double(), head.weight - 0.5 * head.weight.grad, atol=2e-5)
+    assert torch.allclose(trainer.model.critic.head.weight.double(), head.weight - RATE * head.weight.grad, atol=2e-5)
 
 
 @both_models
@@ -214,9 +224,7 @@ def test_a_critic_of_a_model_on_disk(tmp_path):
 
     tiny_scorer(vocabulary=cases.VOCABULARY_SIZE).save_pretrained(tmp_path / "scorer")
     cases.tiny_tokenizer().save_pretrained(tmp_path / "scorer")
-    trainer = run(
-        cases.tiny_llama, tmp_path, critic="separate", critic_model_name_or_path=str(tmp_path / "scorer")
-    )
+    trainer = run(cases.tiny_llama, tmp_path, critic="separate", critic_model_name_or_path=str(tmp_path / "scorer"))
     assert all(math.isfinite(each) for each in logged(trainer, "loss/value"))
 
 

@@ -35,6 +35,8 @@ def update_loss(
     log_ratio = log_probs.detach() - part.log_probs
     ratio = torch.exp(log_ratio)
     return loss, {
+        # The host's own mean forgets the steps between the last log entry and the checkpoint that training goes on from.
+        "loss": loss.detach(),
         "loss/policy": of_policy.detach(),
         "loss/value": of_critic.detach(),
         "entropy": entropy.detach(),
