@@ -213,7 +213,7 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_range):
 
 
 def policy_loss_slope(log_prob, old_log_prob, advantage, clip_range):
-    """Its derivative in log_prob: none where the ratio has left the range in the direction that the advantage favours."""
+    """Its derivative in log_prob: none where the ratio has left the range to the side that the advantage favours."""
     ratio = math.exp(log_prob - old_log_prob)
     done = ratio > 1.0 + clip_range if advantage > 0 else ratio < 1.0 - clip_range
     return 0.0 if done else -advantage * ratio

@@ -216,7 +216,7 @@ CHATTY = {
 @pytest.mark.parametrize("option", CHATTY)
 @pytest.mark.parametrize("seed", [None, 3])
 def test_options_that_the_model_was_shipped_with_do_not_apply(policy, tokenizer, option, seed):
-    """Most chat models ship with a temperature, some with a repetition penalty. PPO's log-probabilities know neither."""
+    """Many chat models ship with a temperature or a repetition penalty, of which log-probabilities know nothing."""
     expected = sampler(policy, tokenizer).sample(PROMPTS, seed=seed)
     policy.generation_config = GenerationConfig(eos_token_id=1, do_sample=True, **{option: CHATTY[option]})
     assert sampler(policy, tokenizer).sample(PROMPTS, seed=seed) == expected

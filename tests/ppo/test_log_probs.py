@@ -31,13 +31,12 @@ def build(rows=2, tokens=5, width=4, seed=0, dtype=torch.float64):
 def logits_of(hidden, head):
     """Logits of every token as lists of floats, multiplied out by hand."""
     weight, bias = head.weight.tolist(), head.bias.tolist()
-    return [
-        [
-            [math.fsum(w * h for w, h in zip(row, state, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
-            for state in states
-        ]
-        for states in hidden.tolist()
-    ]
+
+    def logits(state):
+        rows = zip(weight, bias, strict=True)
+        return [math.fsum(w * h for w, h in zip(row, state, strict=True)) + b for row, b in rows]
+
+    return [[logits(state) for state in states] for states in hidden.tolist()]
 
 
 def expected(hidden, tokens, head, temperature):
@@ -120,9 +119,7 @@ def gradients(hidden, tokens, head, **options):
 def test_gradients_equal_the_formula(most_logits, temperature):
     """d log p_t / d z_j = [j = t] - p_j and dH / d z_j = -p_j (log p_j + H), each over the temperature."""
     hidden, tokens, head = build(rows=1, tokens=4)
-    found = gradients(
-        hidden, tokens, head, vocabulary=VOCABULARY, temperature=temperature, most_logits=most_logits
-    )
+    found = gradients(hidden, tokens, head, vocabulary=VOCABULARY, temperature=temperature, most_logits=most_logits)
     generator = torch.Generator().manual_seed(5)
     of_log_prob, of_entropy = (torch.randn(1, 4, generator=generator)[0].tolist() for _ in range(2))
     by_hidden, by_weight, by_bias = (torch.zeros_like(each) for each in (hidden, head.weight, head.bias))
@@ -226,9 +223,8 @@ def test_no_more_logits_are_computed_at_once_than_asked_for(most_logits):
     hidden, tokens, head = build(rows=4)
     sizes = []
     head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
-    torch.autograd.backward(
-        sum(each.sum() for each in token_statistics(hidden, tokens, head, vocabulary=VOCABULARY, most_logits=most_logits))
-    )
+    found = token_statistics(hidden, tokens, head, vocabulary=VOCABULARY, most_logits=most_logits)
+    sum(each.sum() for each in found).backward()
     assert max(sizes) <= max(most_logits, VOCABULARY)
     whole = tokens.numel() * VOCABULARY <= most_logits
     assert sum(sizes) == tokens.numel() * VOCABULARY * (1 if whole else 2)  # once more in the backward pass

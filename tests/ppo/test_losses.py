@@ -87,7 +87,7 @@ def test_the_slope_of_the_policy_loss_is_that_of_finite_differences(log_prob, st
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "clipped"),
-    [(1.5, 2.0, True), (1.5, -2.0, False), (0.5, 2.0, False), (0.5, -2.0, True), (1.1, 2.0, False), (0.9, -2.0, False)],
+    [(1.5, 2, True), (1.5, -2, False), (0.5, 2, False), (0.5, -2, True), (1.1, 2, False), (0.9, -2, False)],
 )
 def test_a_token_pulls_no_further_once_it_has_moved_far_enough(ratio, advantage, clipped):
     loss, slope = slope_of_policy_loss(math.log(ratio), 0.0, advantage, 0.2)

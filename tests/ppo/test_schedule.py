@@ -178,7 +178,7 @@ def test_what_is_chosen_depends_on_nothing_but_seed_and_position(plans):
 @given(schedules())
 @settings(max_examples=30)
 def test_rows_are_the_same_on_all_processes(plans):
-    """Each process has a rollout of its own; that the row numbers agree is what keeps the update's count one number."""
+    """Each has a rollout of its own, but takes rows of the same numbers."""
     for position in (plans[0].position(each) for each in range(plans[0].micro_steps_per_epoch)):
         tables = {tuple(plan.row_indices(position).flatten().tolist()) for plan in plans}
         assert len(tables) == 1

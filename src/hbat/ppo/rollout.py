@@ -151,7 +151,8 @@ def assess(
         advantages = whiten(advantages, mask, total=total)
     rollout = Rollout(
         **{each.name: getattr(sequences, each.name) for each in fields(Sequences)},
-        log_probs=statistics["log_probs"],
+        # Of a padding token that the model rules out it is -inf, and the slope of the ratio would be NaN.
+        log_probs=torch.where(mask, statistics["log_probs"], 0.0),
         values=values,
         advantages=advantages,
         returns=returns,
