@@ -116,8 +116,6 @@ class CallableReward:
         Raises:
             RewardError: If the result is not one finite number or None for each completion.
         """
-        if isinstance(result, Tensor):
-            result = result.detach().cpu()
         if hasattr(result, "tolist") and hasattr(result, "shape"):  # tensors, arrays
             if len(result.shape) != 1:
                 raise RewardError(
