@@ -78,7 +78,11 @@ class RolloutCollector:
             statistics = self._statistics(sequences)
         device = sequences.prompt_ids.device
         rollout, kl = assess(sequences, statistics, scores.to(device), self._args, kl_coef, self.total)
-        metrics = means(scored.entries() | {"kl": kl.sum(1)}, self.total, self._accelerator.device)
+        entries = scored.entries() | {"kl": kl.sum(1)}
+        if self._args.entropy_coef == 0:
+            mask = sequences.completion_mask
+            entries["entropy"] = torch.where(mask, statistics["entropies"], 0.0).sum(1) / mask.sum(1)
+        metrics = means(entries, self.total, self._accelerator.device)
         metrics |= {
             "kl_coef": kl_coef,
             "values/explained_variance": float(
@@ -146,7 +150,10 @@ class RolloutCollector:
     @torch.no_grad()
     def _statistics(self, sequences: Sequences) -> dict[str, Tensor]:
         shape = sequences.completion_ids.shape
-        found = {name: torch.zeros(shape, device=self._model.device) for name in ("log_probs", "reference", "values")}
+        names = ("log_probs", "reference", "values", "entropies")
+        found = {name: torch.zeros(shape, device=self._model.device) for name in names}
+        # Without a bonus the entropy is only logged: once a rollout is enough, as it costs another look at all logits.
+        with_entropy = self._args.entropy_coef == 0
         # Rows of like length together, so that less is computed on padding.
         order = sequences.attention_mask.sum(1).argsort(stable=True)
         was_training = self._model.training
@@ -154,15 +161,15 @@ class RolloutCollector:
         for rows in order.split(self._args.scoring_batch_size or self._args.per_device_train_batch_size):
             part = sequences.select(rows)
             tokens = part.completion_ids.shape[1]
-            log_probs, _, values = self._model(
-                part.input_ids, part.attention_mask, tokens, self._args.temperature, with_entropy=False
+            log_probs, entropies, values = self._model(
+                part.input_ids, part.attention_mask, tokens, self._args.temperature, with_entropy=with_entropy
             )
-            found["log_probs"][rows, :tokens], found["values"][rows, :tokens] = log_probs, values
             reference = log_probs
             if self._reference is not None:
                 with self._accelerator.autocast():
                     reference = self._reference.log_probs(part, self._args.temperature)
-            found["reference"][rows, :tokens] = reference
+            for name, each in zip(names, (log_probs, reference, values, entropies), strict=True):
+                found[name][rows, :tokens] = each
         self._model.train(was_training)
         return found
 

@@ -195,7 +195,8 @@ class PPOTrainer(PolicyCheckpoints):
         """
         args, part = self.args, inputs["rollout"]
         tokens = part.completion_ids.shape[1]
-        outputs = model(part.input_ids, part.attention_mask, tokens, args.temperature)
+        with_entropy = args.entropy_coef > 0
+        outputs = model(part.input_ids, part.attention_mask, tokens, args.temperature, with_entropy=with_entropy)
         loss, shares = update_loss(outputs, part, inputs["count"], args)
         for name, share in shares.items():
             self._update[name] = self._update.get(name, torch.zeros_like(share)) + share

@@ -35,11 +35,11 @@ def update_loss(
     log_ratio = log_probs.detach() - part.log_probs
     ratio = torch.exp(log_ratio)
     return loss, {
-        # The host's own mean forgets the steps between the last log entry and the checkpoint that training goes on from.
+        # The host's own mean forgets the steps between the last log entry and the checkpoint that is gone on from.
         "loss": loss.detach(),
         "loss/policy": of_policy.detach(),
         "loss/value": of_critic.detach(),
-        "entropy": entropy.detach(),
+        **({"entropy": entropy.detach()} if args.entropy_coef > 0 else {}),
         APPROX_KL: masked_mean(ratio - 1.0 - log_ratio, mask, count),
         "update/ratio": masked_mean(ratio, mask, count),
         "update/clipped": masked_mean(((ratio - 1.0).abs() > args.cliprange).float(), mask, count),
