@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
-from workload import byte_tokenizer, llama, rows, save
+from workload import byte_tokenizer, llama, rows, save, status
 
 from hbat import HBATConfig, HBATTrainer
 from hbat.lifecycle import unpatched_copy
@@ -33,19 +33,6 @@ COMMON = {
     "bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "max_length": 64, "max_steps": 2,
     "per_device_train_batch_size": 1, "save_strategy": "no", "use_cpu": True,
 }  # fmt: skip
-
-
-def status(name: str) -> int:
-    """Read a size of this process.
-
-    Args:
-        name: `VmRSS` now, `VmHWM` at its peak.
-
-    Returns:
-        Bytes.
-    """
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 class Peak(TrainerCallback):

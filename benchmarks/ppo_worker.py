@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from memory import status
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -34,7 +33,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from workload import llama
+from workload import llama, status
 
 PAD, END = 0, 1
 
@@ -321,6 +320,7 @@ def own_trainer(work: Work, folder: str, rule: Rule, meter: Meter) -> Any:
     """
     from hbat import PPOConfig, PPOTrainer  # noqa: PLC0415 - not loaded beside TRL's
 
+    tokenizer = word_tokenizer(work.vocabulary)
     args = PPOConfig(
         per_device_train_batch_size=work.mini_batch,
         rollout_batch_size=work.prompts,
@@ -335,8 +335,9 @@ def own_trainer(work: Work, folder: str, rule: Rule, meter: Meter) -> Any:
         policy_of(work),
         args=args,
         train_dataset=Dataset.from_dict({"prompt": prompts_of(work)}),
-        processing_class=word_tokenizer(work.vocabulary),
+        processing_class=tokenizer,
         reward_funcs=sequence_model(work, 128, 2, 3) if work.reward == "model" else rule,
+        reward_processing_classes=tokenizer if work.reward == "model" else None,
         ref_model=None,
         callbacks=[meter],
     )

@@ -77,6 +77,19 @@ def rows(count: int, length: int, *, preference: bool, seed: int) -> Dataset:
     return Dataset.from_list([{"prompt": text(), "completion": " " + text()} for _ in range(count)])
 
 
+def status(name: str) -> int:
+    """Read a size of this process.
+
+    Args:
+        name: `VmRSS` now, `VmHWM` at its peak.
+
+    Returns:
+        Bytes.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
 def in_turn(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, list[float]]]:
     """Time variants in turn, so that a slow moment of the machine hits all of them.
 
