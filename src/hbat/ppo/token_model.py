@@ -76,23 +76,27 @@ class TokenModel:
             with_entropy: Whether entropies are computed; zeros otherwise.
 
         Returns:
-            Log-probabilities of the tokens and entropies in nats, float32, shape `[rows, tokens]`, and the hidden
-            states before them, shape `[rows, tokens, width]`.
+            Log-probabilities of the tokens and entropies in nats, float32, shape `[rows, tokens]`, zero on padding;
+            and the hidden states before them, shape `[rows, tokens, width]`.
         """
-        completions = input_ids[:, -tokens:]
-        options: dict[str, Any] = {
-            "vocabulary": self.vocabulary,
-            "temperature": temperature,
-            "with_entropy": with_entropy,
-        }
         if self._splits:
-            hidden = self.hidden_states(input_ids, attention_mask, tokens)
-            log_probs, entropies = token_statistics(hidden, completions, self._logits, **options)
+            states = hidden = self.hidden_states(input_ids, attention_mask, tokens)
+            head = self._logits
         else:
             output = self._causal(**self._arguments(input_ids, attention_mask), output_hidden_states=True)
-            hidden = output.hidden_states[-1][:, -tokens - 1 : -1]
-            logits = output.logits[:, -tokens - 1 : -1]
-            log_probs, entropies = token_statistics(logits, completions, lambda part: part, **options)
+            hidden, states = output.hidden_states[-1][:, -tokens - 1 : -1], output.logits[:, -tokens - 1 : -1]
+            head = _as_it_is
+        mask = attention_mask[:, -tokens:].bool()
+        found = token_statistics(
+            states[mask].unsqueeze(0),  # the head is not called on padding
+            input_ids[:, -tokens:][mask].unsqueeze(0),
+            head,
+            vocabulary=self.vocabulary,
+            temperature=temperature,
+            with_entropy=with_entropy,
+        )
+        empty = torch.zeros(mask.shape, device=mask.device)
+        log_probs, entropies = (empty.masked_scatter(mask, each) for each in found)
         return log_probs, entropies, hidden
 
     @torch.no_grad()
@@ -125,3 +129,7 @@ class TokenModel:
         if cap := getattr(self._config, "final_logit_softcapping", None):  # Gemma
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits
