@@ -1,0 +1,272 @@
+"""PPO as the stages of a run: the right reference in each, a critic that lives on, consolidation, and resume."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import ppo_cases
+import pytest
+import runs
+import torch
+from transformers import TrainerCallback
+
+from hbat.config import HBATConfig
+from hbat.run_state import RunStateError
+from hbat.trainer import HBATTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+
+MODELS = {"full": cases.tiny_llama, "lora": functools.partial(cases.lora_llama, dropout=0.1)}
+each_model = pytest.mark.parametrize("case", MODELS)
+#: Four optimizer steps a rollout, two rollouts a stage.
+SECTION = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "cosine"}
+
+
+def build(model, folder, *, ppo=None, sft=None, callbacks=None, evaluation=None, rows=16, **options):
+    config = {"num_rounds": 2, "ewc": {"f_max": 1.0}, "disable_tqdm": True, "seed": runs.SEED} | options
+    sizes = {key: value for key, value in ppo_cases.SIZES.items() if key != "max_steps"}
+    return HBATTrainer(
+        model,
+        HBATConfig(
+            output_dir=str(folder),
+            objectives=["sft", "ppo"],
+            sft=runs.section(**SECTION | (sft or {})),
+            ppo=runs.section(**SECTION | sizes | {"max_steps": -1, "num_train_epochs": 1} | (ppo or {})),
+            **config,
+        ),
+        train_dataset={"sft": cases.sft_rows(8), "ppo": ppo_cases.prompts(rows)},
+        eval_dataset=evaluation,
+        processing_class=cases.tiny_tokenizer(),
+        reward_funcs=ppo_cases.letters,
+        callbacks=callbacks,
+    )
+
+
+def train(case, folder, *, resume=None, **options):
+    run = build(MODELS[case](0), folder, **options)
+    run.train(resume_from_checkpoint=resume)
+    return run
+
+
+def first_of_each_stage(run, key):
+    values = {}
+    for entry in run.state.log_history:
+        if key in entry:
+            values.setdefault(entry["hbat/stage"], entry[key])
+    return values
+
+
+class Kept(TrainerCallback):
+    """The critic at both ends of every PPO stage."""
+
+    def __init__(self):
+        self.starts, self.ends = [], []
+
+    def _look(self, model):
+        return {name: each.detach().clone() for name, each in model.critic.named_parameters()}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if hasattr(model, "critic"):
+            self.starts.append(self._look(model))
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if hasattr(model, "critic"):
+            self.ends.append(self._look(model))
+
+
+@each_model
+def test_every_stage_starts_with_a_kl_of_zero_from_the_model_as_it_is(case, tmp_path):
+    run = train(case, tmp_path)
+    assert first_of_each_stage(run, "ppo/kl") == {1: 0.0, 3: 0.0}
+    assert any(each != 0.0 for each in runs.logged(run, "ppo/kl"))
+
+
+@each_model
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_the_critic_lives_on_from_stage_to_stage(case, critic, tmp_path):
+    kept = Kept()
+    train(case, tmp_path, callbacks=[kept], ppo={"critic": critic})
+    assert len(kept.starts) == 2
+    trained = [
+        name for name in kept.ends[0] if "head" in name or not torch.equal(kept.ends[0][name], kept.starts[0][name])
+    ]
+    assert trained
+    for name in trained:
+        assert torch.equal(kept.starts[1][name], kept.ends[0][name])
+        assert not torch.equal(kept.starts[1][name], kept.ends[1][name])
+
+
+def test_the_kl_coefficient_lives_on_too(tmp_path):
+    run = train("full", tmp_path, ppo={"adaptive_kl": True, "kl_target": 1e-3, "kl_horizon": 20.0})
+    first, second, third, _ = runs.logged(run, "ppo/kl_coef")
+    assert first == 0.05
+    assert second != first
+    assert third != first
+
+
+@each_model
+def test_consolidation_holds_the_policy_and_never_the_critic(case, tmp_path):
+    held = train(case, tmp_path / "held", ewc={"f_max": 100.0})
+    free = train(case, tmp_path / "free", ewc=None)
+    assert max(runs.logged(held, "ewc/penalty")) > 0
+    assert not runs.same(cases.weights(held.model), cases.weights(free.model))
+    importance = runs.state_tensors(tmp_path / "held", "importance-ppo")
+    assert importance
+    assert not [name for name in importance if "critic" in name or name.startswith("policy")]
+
+
+@each_model
+def test_a_run_leaves_the_model_as_it_was_built(case, tmp_path):
+    model = MODELS[case](0)
+    hooks = sum(len(module._forward_hooks) for module in model.modules())  # noqa: SLF001
+    dropout = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    run = build(model, tmp_path)
+    run.train()
+    assert run.model is model
+    assert set(getattr(model, "peft_config", {})) <= {"default"}
+    assert sum(len(module._forward_hooks) for module in model.modules()) == hooks  # noqa: SLF001
+    assert [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)] == dropout
+    assert "forward" not in vars(model)
+
+
+def test_attention_dropout_is_off_in_ppo_and_back_in_the_next_stage(tmp_path):
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            attention = getattr(model, "policy", model).model.layers[0].self_attn
+            seen.setdefault(type(model).__name__, set()).add(attention.attention_dropout)
+
+    run = build(cases.tiny_llama(0, dropout=0.25), tmp_path, callbacks=[Look()])
+    run.train()
+    assert seen == {"LlamaForCausalLM": {0.25}, "PolicyAndCritic": {0.0}}
+    assert first_of_each_stage(run, "ppo/kl") == {1: 0.0, 3: 0.0}
+
+
+def test_evaluation_puts_the_reward_into_the_table_and_higher_is_better(tmp_path):
+    evaluation = {"sft": cases.sft_rows(2, 1), "ppo": ppo_cases.prompts(3)}
+    run = train("full", tmp_path, evaluation=evaluation)
+    rewards = run.matrix.series("ppo")
+    assert len(rewards) == 5
+    assert rewards[0] == pytest.approx(
+        build(cases.tiny_llama(0), tmp_path / "x", evaluation=evaluation).evaluate()["ppo"]["reward"]
+    )
+    transfer = run.matrix.backward_transfer()
+    assert transfer.keys() == {"sft", "ppo"}
+
+
+# --- resume ----------------------------------------------------------------------------------------------------------
+
+
+class CutOffError(RuntimeError):
+    pass
+
+
+class Cut(TrainerCallback):
+    def __init__(self, stage, step):
+        self.stage, self.step, self.current = stage, step, -1
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current += 1
+        self._hit(0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._hit(state.global_step)
+
+    def _hit(self, step):
+        if (self.current, step) == (self.stage, self.step):
+            raise CutOffError
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return functools.cache(lambda case: train(case, tmp_path_factory.mktemp("whole")))
+
+
+def log(run):
+    return [
+        {key: each[key] for key in each if not key.endswith("num_tokens") and "seconds/" not in key}
+        for each in run.state.log_history
+    ]
+
+
+def assert_equal(run, folder, expected):
+    assert runs.same(cases.weights(run.model), cases.weights(expected.model))
+    assert log(run) == log(expected)
+    critic = runs.state_tensors(Path(expected.args.output_dir), "kept-ppo")
+    assert critic["critic.head.weight"].abs().max() > 0
+    assert runs.same(runs.state_tensors(folder, "kept-ppo"), critic)
+
+
+SAVES = {"save_strategy": "steps", "save_steps": 3}
+CUTS = {
+    "between stages": (2, 0, {}),
+    "in the first PPO stage": (1, 5, {}),
+    "in the second, with a checkpoint in the middle of a rollout": (3, 7, {"ppo": SAVES}),
+    "at the end of a stage with a checkpoint": (3, 8, {"ppo": SAVES | {"save_steps": 4}}),
+}
+
+
+@each_model
+@pytest.mark.parametrize(("stage", "step", "options"), CUTS.values(), ids=CUTS)
+def test_a_run_that_was_cut_off_ends_as_if_it_was_not(case, stage, step, options, whole, tmp_path):
+    with pytest.raises(CutOffError):
+        train(case, tmp_path, callbacks=[Cut(stage, step)], **options)
+    assert_equal(train(case, tmp_path, resume=True, **options), tmp_path, whole(case))
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+import cases
+from objectives import test_ppo as module
+
+class Gone(module.Cut):
+    def _hit(self, step):
+        if (self.current, step) == (self.stage, self.step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    module.torch.set_num_threads(1)
+    module.train("full", sys.argv[1], callbacks=[Gone(int(sys.argv[2]), int(sys.argv[3]))], ppo=module.SAVES)
+"""
+
+
+@pytest.mark.parametrize(("stage", "step"), [(2, 0), (3, 5)], ids=["between stages", "in a stage"])
+def test_a_process_that_was_killed_goes_on_in_another(stage, step, whole, tmp_path):
+    tests = Path(__file__).parents[1]
+    script, folder = tmp_path / "killed.py", tmp_path / "run"
+    script.write_text(SCRIPT.format(paths=[str(tests), str(tests.parent / "src")]), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), str(stage), str(step)],
+        capture_output=True,
+        check=False,
+        env=os.environ,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    assert_equal(train("full", folder, resume=True, ppo=SAVES), folder, whole("full"))
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_parts_smaller_than_a_rollout_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"train_dataset\['ppo'\].*7.*4"):
+        build(cases.tiny_llama(0), tmp_path, rows=7)
+
+
+def test_a_run_without_rewards_is_refused(tmp_path):
+    config = HBATConfig(output_dir=str(tmp_path), objectives=["ppo"], ppo=runs.section())
+    with pytest.raises(ValueError, match="reward_funcs"):
+        HBATTrainer(cases.tiny_llama(0), config, {"ppo": ppo_cases.prompts()}, processing_class=cases.tiny_tokenizer())
+
+
+def test_another_critic_is_not_gone_on_with(tmp_path):
+    with pytest.raises(CutOffError):
+        train("full", tmp_path, callbacks=[Cut(2, 0)])
+    with pytest.raises(RunStateError, match=r"ppo\.critic: 'shared' -> 'separate'"):
+        train("full", tmp_path, resume=True, ppo={"critic": "separate"})
