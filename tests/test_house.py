@@ -33,14 +33,15 @@ BLOCKS = {
         [
             "sections", "field_checks", "plain_yaml", "ewc_config", "config", "rounds", "turns", "row_parts", "rows",
             "prompt_rows", "row_search", "loading", "datasets",
-            "consolidation", "fingerprint", "processes", "run_state", "run", "evaluation",
+            "consolidation", "fingerprint", "processes", "run_state", "checkpoints", "run", "evaluation",
         ],
     ),
     "adapters: the files that know the host": (
         {"torch", "datasets", "transformers", "trl", "peft", "tqdm", "matplotlib", "huggingface_hub"},
         [
             "ewc/backward", "ewc/callback", "lifecycle", "objectives/__init__", "objectives/objective",
-            "objectives/rewards", "objectives/builtin", "objectives/sft", "objectives/dpo", "stage_start",
+            "objectives/rewards", "objectives/builtin", "objectives/sft", "objectives/dpo",
+            "objectives/kto", "objectives/online", "objectives/grpo", "objectives/rloo", "stage_start",
             "optimizer_state", "learning_rate", "nonfinite", "hub", "inputs", "model_loading", "reporting",
             "trainer_builder", "rehearsal", "evaluator", "stage_runner", "plots", "report", "trainer",
             "ppo/__init__", "ppo/awaiting", "ppo/callable_reward", "ppo/reward_model", "ppo/rewards",
@@ -52,7 +53,7 @@ BLOCKS = {
         {"torch", "datasets", "transformers", "tokenizers", "peft", "bitsandbytes", "tqdm", "rich", "matplotlib"},
         [
             "run_file", "reward_functions", "assembly", "summary", "cli", "demo/__init__", "demo/task",
-            "demo/base_model", "demo/scoring", "demo/settings", "demo/results", "demo/run", "__main__",
+            "demo/base_model", "demo/scoring", "demo/settings", "demo/preference", "demo/results", "demo/run", "__main__",
         ],
     ),
 }  # fmt: skip
@@ -363,6 +364,8 @@ TESTED_ELSEWHERE = {
     "rehearsal.py": "test_trainer_construction.py",
     "trainer_builder.py": "test_trainer.py",
     "plain_yaml.py": "test_run_file.py",
+    "objectives/grpo.py": "objectives/test_online.py",
+    "objectives/rloo.py": "objectives/test_online.py",
     "row_parts.py": "test_rows.py",
     "row_search.py": "test_datasets.py",
     "summary.py": "test_cli.py",

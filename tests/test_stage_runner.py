@@ -11,7 +11,7 @@ import trl
 from transformers import TrainerCallback
 
 from hbat.objectives.objective import Objective
-from hbat.stage_runner import estimated_steps, last_checkpoint
+from hbat.stage_runner import estimated_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
 
@@ -244,26 +244,6 @@ def test_a_stage_of_an_objective_that_does_not_resume_inside_starts_anew(resumes
 
 
 # --- small parts -----------------------------------------------------------------------------------------------------
-
-
-def checkpoint(folder, step, *, whole=True):
-    (folder / f"checkpoint-{step}").mkdir(parents=True)
-    for name in ("optimizer.pt", "trainer_state.json") if whole else ():
-        (folder / f"checkpoint-{step}" / name).write_text("", encoding="utf-8")
-
-
-@pytest.mark.parametrize(("max_steps", "expected"), [(-1, 10), (12, 10), (10, None), (9, None)])
-def test_a_stage_goes_on_from_its_newest_whole_checkpoint_unless_that_is_its_end(max_steps, expected, tmp_path):
-    for step in (2, 10):
-        checkpoint(tmp_path, step)
-    checkpoint(tmp_path, 11, whole=False)
-    (tmp_path / "checkpoint-best").mkdir()
-    found = last_checkpoint(tmp_path, max_steps)
-    assert found == (expected and str(tmp_path / f"checkpoint-{expected}"))
-
-
-def test_a_stage_without_checkpoints_starts_anew(tmp_path):
-    assert last_checkpoint(tmp_path / "absent", 4) is None
 
 
 def test_the_estimate_of_steps_is_that_of_the_host(tmp_path, monkeypatch):

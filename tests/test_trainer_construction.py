@@ -208,7 +208,7 @@ def test_rewards_reach_the_objective_that_takes_them_or_are_missed(tmp_path):
     arguments = {"args": runs.config(tmp_path, objectives=[own]), "train_dataset": {"mine": cases.sft_rows(4)}}
     arguments["processing_class"] = cases.tiny_tokenizer()
     HBATTrainer(cases.tiny_llama(), reward_funcs=len, **arguments)
-    assert given == [len]
+    assert given == [[len]]
     with pytest.raises(ValueError, match="'mine' learns from rewards, but `reward_funcs` is None"):
         HBATTrainer(cases.tiny_llama(), **arguments)
 

@@ -1,6 +1,7 @@
 """One log, one set of reporters, one progress bar and one step axis for all stages of a run."""
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,22 @@ class RunReporter:
         state: The log so far; `global_step` is the step of the whole run.
         total_steps: Estimate of the run's optimizer steps, corrected as stages begin.
         host: A stage's configuration: the device and the processes of the run are the stages'.
+        derived: Fields that it works out of others.
     """
 
     def __init__(
-        self, config: HBATConfig, model: Any, state: TrainerState, total_steps: int, host: TrainingArguments
+        self,
+        config: HBATConfig,
+        model: Any,
+        state: TrainerState,
+        total_steps: int,
+        host: TrainingArguments,
+        derived: Collection[str] = (),
     ) -> None:
         self.state = state
         self._folder = Path(config.output_dir)
-        own = {"output_dir": config.output_dir, "report_to": config.report_to, "run_name": config.run_name}
+        own: dict[str, Any] = dict.fromkeys(derived)
+        own |= {"output_dir": config.output_dir, "report_to": config.report_to, "run_name": config.run_name}
         with kept_environment():
             self._args = replace(host, **own)
         self._control = TrainerControl()

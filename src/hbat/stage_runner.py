@@ -1,5 +1,6 @@
 """Runs one stage: builds its trainer, holds it back, trains, measures what it moved, and leaves a clean model."""
 
+import functools
 import itertools
 import math
 import os
@@ -13,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hbat.checkpoints import last_checkpoint
 from hbat.config import HBATConfig
 from hbat.consolidation import Consolidation
 from hbat.ewc.callback import EWCCallback
@@ -108,10 +110,11 @@ class StageRunner:
         kept = run.kept.pop(stage.objective, {})
         carries = self._config.optimizer_state == "carry"
         evaluates = str(getattr(self._sections[stage.objective].eval_strategy, "value", "no")) != "no"
+        part = dataset.select(part_indices(len(dataset), stage.num_rounds, stage.round, self._config.seed))
         with self._builder.building(
             objective,
             folder,
-            train_dataset=dataset.select(part_indices(len(dataset), stage.num_rounds, stage.round, self._config.seed)),
+            train_dataset=part,
             eval_dataset=eval_dataset if evaluates else None,
             seed_offset=stage.index,
             callbacks=[
@@ -134,8 +137,8 @@ class StageRunner:
             StopOnNonFiniteLoss(trainer, stage)
             if kept and objective.restores is not None:
                 objective.restores(trainer, kept)
-            checkpoint = last_checkpoint(folder, trainer.args.max_steps) if objective.resumes_inside else None
-            trainer.train(resume_from_checkpoint=checkpoint)
+            resumes_at = functools.partial(objective.resumes_at, trainer.args, len(part))
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder, trainer.args.max_steps, resumes_at))
             steps = trainer.state.global_step
             kept = _copies(objective.keeps(trainer)) if objective.keeps is not None else {}
             examples = self._fisher_examples(objective, trainer.train_dataset)
@@ -196,30 +199,6 @@ class StageRunner:
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: each.detach().to("cpu", copy=True) for name, each in tensors.items()}
-
-
-def last_checkpoint(folder: Path, max_steps: int) -> str | None:
-    """Find the checkpoint from which a stage that was cut off goes on.
-
-    Args:
-        folder: The stage's folder.
-        max_steps: The stage's `max_steps`; 0 or less where epochs bound it.
-
-    Returns:
-        The newest whole checkpoint, or None to start the stage anew.
-    """
-    found = []
-    for each in folder.glob("checkpoint-*"):
-        number = each.name.removeprefix("checkpoint-")
-        # The host writes the optimizer before the state; `save_only_model` leaves nothing to go on from exactly.
-        if number.isdigit() and all((each / name).exists() for name in ("optimizer.pt", "trainer_state.json")):
-            found.append((int(number), each))
-    if not found:
-        return None
-    step, newest = max(found)
-    # The host trains one step too many from a checkpoint that is at `max_steps` in the middle of an epoch (seen in
-    # transformers 4.57-5.23), so a stage killed between its last step and its commit starts anew.
-    return None if 0 < max_steps <= step else str(newest)
 
 
 def estimated_steps(

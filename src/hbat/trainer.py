@@ -167,8 +167,9 @@ class HBATTrainer:
         if run.state.next_stage == len(self._plan):
             logger.info("The run in %s is finished; nothing is left to train.", self.args.output_dir)
         total = run.state.global_step + self._steps_from(run)
-        host = next(iter(self._sections.values()))
-        reporter = RunReporter(self.args, self.model, self.state, total, host)
+        name, host = next(iter(self._sections.items()))
+        derived = self._objectives[name].derived
+        reporter = RunReporter(self.args, self.model, self.state, total, host, derived)
         try:
             with cheap_garbage_collection():
                 self._evaluate_if_due(run, reporter)

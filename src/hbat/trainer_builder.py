@@ -62,7 +62,9 @@ class TrainerBuilder:
         Yields:
             The trainer, the only one alive.
         """
-        models = [each for each in (self._model, self._start.reference) if each is not None]
+        rewards = objective.trainer_kwargs.get("reward_funcs")
+        candidates = [self._model, self._start.reference, *(rewards if isinstance(rewards, list) else [rewards])]
+        models = [each for each in candidates if isinstance(each, nn.Module)]
         guard, trainer = StageGuard(*models), None
         try:
             parameters = trainable_parameters(self._model)

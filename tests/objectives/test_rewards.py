@@ -1,7 +1,9 @@
 """Reward functions of a run and the objectives that take them."""
 
+import cases
 import pytest
 import trl
+from transformers import LlamaForSequenceClassification
 
 from hbat.objectives.objective import Objective
 from hbat.objectives.rewards import with_rewards
@@ -19,12 +21,12 @@ def test_only_objectives_that_take_rewards_get_them():
     plain, online = objective("sft"), objective("mine", takes_rewards=True, trainer_kwargs={"more": 1})
     first, second = with_rewards([plain, online], length)
     assert first is plain
-    assert second.trainer_kwargs == {"reward_funcs": length, "more": 1}
+    assert second.trainer_kwargs == {"reward_funcs": [length], "more": 1}
 
 
 def test_tokenizers_of_reward_models_are_passed_on_where_given():
-    (found,) = with_rewards([objective("mine", takes_rewards=True)], ["model"], ["tokenizer"])
-    assert found.trainer_kwargs == {"reward_funcs": ["model"], "reward_processing_classes": ["tokenizer"]}
+    (found,) = with_rewards([objective("mine", takes_rewards=True)], (length,), ["tokenizer"])
+    assert found.trainer_kwargs == {"reward_funcs": [length], "reward_processing_classes": ["tokenizer"]}
 
 
 def test_an_objective_with_rewards_of_its_own_keeps_them():
@@ -34,10 +36,22 @@ def test_an_objective_with_rewards_of_its_own_keeps_them():
 
 
 def test_the_list_that_was_given_is_left_alone():
-    given = ["some/model"]
+    given = [length]
     (found,) = with_rewards([objective("mine", takes_rewards=True)], given)
     found.trainer_kwargs["reward_funcs"][0] = "replaced"
-    assert given == ["some/model"]
+    assert given == [length]
+
+
+def test_a_model_by_name_is_loaded_once_for_all_objectives(tmp_path):
+    config = cases.tiny_llama().config
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    takers = [objective(name, takes_rewards=True) for name in ("first", "second")]
+    first, second = with_rewards(takers, [str(tmp_path), length])
+    model, function = first.trainer_kwargs["reward_funcs"]
+    assert isinstance(model, LlamaForSequenceClassification)
+    assert function is length
+    assert second.trainer_kwargs["reward_funcs"][0] is model
 
 
 @pytest.mark.parametrize("nothing", [None, []])

@@ -22,6 +22,7 @@ _OWNED_BY_THE_RUN = {
     "resume_from_checkpoint": "the run resumes as a whole. Pass `resume_from_checkpoint` to `HBATTrainer.train`.",
     "load_best_model_at_end": "the next stage starts from this one's end. Use `average` to hold a stage back.",
     "model_init_kwargs": "the model is loaded once for all stages. Set the run's `model_init_kwargs`.",
+    "cast_lm_head_to_fp32": "it changes the model for all stages after this one. Load the model in float32.",
     "sync_ref_model": "the reference policy is the model at the stage's start. More rounds renew it more often.",
 }
 _NO_LAMBDA_SCHEDULE = {"reduce_lr_on_plateau", "greedy"}
@@ -56,8 +57,9 @@ class Objective:
             a critic. It lies on disk with the run's state, and no penalty touches it.
         restores: Puts what `keeps` took into the next stage's trainer, before it trains. Where that goes on from a
             checkpoint of its own, the checkpoint has the last word.
-        resumes_inside: Whether a stage that was cut off goes on from the trainer's own checkpoint; it starts anew
-            where that would not end in the same weights.
+        resumes_inside: Whether a stage that was cut off goes on from the trainer's own checkpoint: always, never, or
+            as a function says of the configuration, the rows of the stage and the step of the checkpoint. It starts
+            anew where going on would not end in the same weights.
         derived: Fields that the configuration works out of others; they are worked out again for each stage.
         trainer_kwargs: More arguments for the trainer's constructor.
     """
@@ -76,7 +78,7 @@ class Objective:
     epoch_steps: Callable[[Any, int], int] | None = None
     keeps: Callable[[Any], Mapping[str, Tensor]] | None = None
     restores: Callable[[Any, Mapping[str, Tensor]], None] | None = None
-    resumes_inside: bool = True
+    resumes_inside: Callable[[Any, int, int], bool] | bool = True
     derived: Collection[str] = ()
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,6 +92,19 @@ class Objective:
             At least one.
         """
         return 1 if self.minimum_rows is None else self.minimum_rows(args)
+
+    def resumes_at(self, args: TrainingArguments, rows: int, step: int) -> bool:
+        """Say whether a stage goes on from a checkpoint of its trainer.
+
+        Args:
+            args: The objective's configuration.
+            rows: Rows of the stage.
+            step: Step of the checkpoint.
+
+        Returns:
+            Whether it does; otherwise it starts anew.
+        """
+        return self.resumes_inside if isinstance(self.resumes_inside, bool) else self.resumes_inside(args, rows, step)
 
     def base_args(self, output_dir: str) -> TrainingArguments:
         """Build and check the objective's configuration.
@@ -116,7 +131,7 @@ class Objective:
             build = {"output_dir": output_dir, "report_to": "none"}
             reserved = {key: why for key, why in _OWNED_BY_THE_RUN.items() if key in values}
             args = build_section(self.name, self.config_class, build | values, owned=reserved)
-        for key in ("load_best_model_at_end", "sync_ref_model"):
+        for key in ("load_best_model_at_end", "sync_ref_model", "cast_lm_head_to_fp32"):
             if getattr(args, key, False):
                 raise ValueError(f"`{self.name}.{key}` cannot be set here: {_OWNED_BY_THE_RUN[key]}")
         if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) in _NO_LAMBDA_SCHEDULE:

@@ -2,15 +2,19 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hbat.objectives.objective import Objective
+from hbat.ppo.reward_model import load_reward_model
 
 
 def with_rewards(
     objectives: Sequence[Objective], reward_funcs: Any, reward_processing_classes: Any = None
 ) -> list[Objective]:
     """Give the run's reward functions to the objectives that take some and have none of their own.
+
+    Models that are given by name are loaded here, once for all objectives and stages.
 
     Args:
         objectives: The objectives of a round.
@@ -39,8 +43,10 @@ def with_rewards(
         raise ValueError(
             f"`reward_funcs` is given, but no objective of the run takes rewards ({names}). Leave it out."
         )
-    # TRL replaces names by models inside the list that it is given.
-    shared: dict[str, Any] = {"reward_funcs": list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs}
+    several = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    shared: dict[str, Any] = {
+        "reward_funcs": [load_reward_model(each) if isinstance(each, str | Path) else each for each in several]
+    }
     if reward_processing_classes is not None:
         shared["reward_processing_classes"] = reward_processing_classes
     return [

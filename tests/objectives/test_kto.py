@@ -1,0 +1,81 @@
+"""KTO as an objective of a run, on both forms of its data."""
+
+import cases
+import pytest
+import runs
+import trl
+
+from hbat.config import HBATConfig
+from hbat.objectives.kto import desirable_sequences, kto
+from hbat.trainer import HBATTrainer
+
+EXPERIMENTAL = any(each.__module__.startswith("trl.experimental") for each in trl.KTOTrainer.__mro__)
+needs_kto = pytest.mark.skipif(EXPERIMENTAL, reason="this TRL's KTOTrainer is experimental")
+
+
+def train(model, folder, rows, *, evaluation=None, **config):
+    run = HBATTrainer(
+        model=model,
+        args=HBATConfig(
+            output_dir=str(folder),
+            objectives=["sft", "kto"],
+            num_rounds=2,
+            sft=runs.section(),
+            kto=runs.section(),
+            disable_tqdm=True,
+            **{"ewc": None} | config,
+        ),
+        train_dataset={"sft": cases.sft_rows(8), "kto": rows},
+        eval_dataset=evaluation,
+        processing_class=cases.tiny_tokenizer(),
+    )
+    run.train()
+    return run
+
+
+ROWS = {"judged answers": runs.kto_rows(8), "pairs": cases.preference_rows(4)}
+
+
+@needs_kto
+@pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("case", ["full", "lora"])
+def test_every_stage_starts_at_its_reference(case, rows, tmp_path):
+    run = train(cases.MODEL_CASES[case](0), tmp_path, rows, ewc={"f_max": 1.0})
+    divergence = runs.logged(run, "kto/kl")
+    assert len(divergence) == 4
+    assert divergence[::2] == [0.0, 0.0]
+    first_steps = [each for each in run.state.log_history if "kto/loss" in each][::2]
+    sides = ("kto/rewards/chosen", "kto/rewards/rejected")  # a batch may hold one of them only
+    rewards = [[each[side] for side in sides if side in each] for each in first_steps]
+    assert all(rewards)
+    assert {value for each in rewards for value in each} == {0.0}
+    assert max(runs.logged(run, "ewc/penalty")) > 0
+
+
+@needs_kto
+def test_it_is_scored_by_its_loss(tmp_path):
+    run = train(cases.tiny_llama(), tmp_path, ROWS["judged answers"], evaluation={"kto": runs.kto_rows(4, 9)})
+    assert all(each > 0 for each in run.matrix.series("kto"))
+    assert run.matrix.better_of("kto") == "lower"
+
+
+@needs_kto
+@pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+def test_the_fisher_looks_at_good_answers(tmp_path):
+    ewc = {"f_max": 1.0, "source": "fisher", "fisher_samples": 4}
+    train(cases.tiny_llama(), tmp_path, ROWS["judged answers"], ewc=ewc)
+    assert any(each.abs().max() > 0 for each in runs.state_tensors(tmp_path, "importance-kto").values())
+
+
+def test_a_good_answer_is_the_target_and_a_bad_one_is_none():
+    row = {"prompt_ids": [1, 2], "completion_ids": [3, 4], "label": True}
+    (example,) = desirable_sequences(row)
+    assert (list(example.input_ids), list(example.labels)) == ([1, 2, 3, 4], [-100, -100, 3, 4])
+    assert not list(desirable_sequences(row | {"label": False}))
+
+
+@pytest.mark.skipif(not EXPERIMENTAL, reason="this TRL's KTOTrainer is stable")
+def test_the_experimental_trainer_of_old_hosts_is_refused():
+    with pytest.raises(ImportError, match=r"'kto' needs TRL 1\.8 or newer"):
+        kto(None)

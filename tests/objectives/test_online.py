@@ -1,0 +1,279 @@
+"""GRPO and RLOO as objectives of a run: their reference, their rollouts, their rewards, and going on after a cut."""
+
+import copy
+
+import cases
+import online_runs
+import pytest
+import runs
+import torch
+import trl
+from test_trainer_resume import CutOffError, Kill
+from transformers import LlamaForSequenceClassification
+
+from hbat.objectives import grpo, online, rloo
+from hbat.stage_runner import estimated_steps
+
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+
+each_objective = pytest.mark.parametrize("name", ["grpo", "rloo"])
+each_model = pytest.mark.parametrize("case", ["full", "lora"])
+MAKE = {"grpo": grpo.grpo, "rloo": rloo.rloo}
+CONFIG = {"grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig}
+
+
+# --- the reference policy --------------------------------------------------------------------------------------------
+
+
+@each_objective
+@pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
+@each_model
+def test_every_stage_starts_at_its_reference(case, options, name, tmp_path):
+    run = online_runs.train(cases.MODEL_CASES[case](0), tmp_path, name, options=options)
+    divergence = runs.logged(run, f"{name}/kl")
+    assert len(divergence) == 4
+    assert divergence[::2] == [0.0, 0.0]
+    assert all(each != 0 for each in divergence[1::2])
+
+
+@each_objective
+def test_a_full_model_gets_the_very_reference_that_is_there(name, tmp_path):
+    objective = MAKE[name](online_runs.section())
+    reference = cases.tiny_llama(seed=1)
+    args = objective.stage_args(objective.base_args(str(tmp_path)), str(tmp_path), 0)
+    module = {"grpo": trl.trainer.grpo_trainer, "rloo": trl.trainer.rloo_trainer}[name]
+    loader = module.create_model_from_path
+    trainer = objective.trainer_class(
+        model=cases.tiny_llama(),
+        args=args,
+        train_dataset=online_runs.prompts(4),
+        processing_class=cases.tiny_tokenizer(),
+        reward_funcs=online_runs.variety,
+        ref_model=reference,
+    )
+    assert trainer.ref_model is reference
+    assert module.create_model_from_path is loader
+
+
+@each_objective
+def test_a_host_that_loads_its_reference_elsewhere_is_refused(name, tmp_path, monkeypatch):
+    objective = MAKE[name](online_runs.section())
+    monkeypatch.setattr(online, "_LOADER", "another_name")
+    other = cases.tiny_llama(seed=2)
+    module = {"grpo": trl.trainer.grpo_trainer, "rloo": trl.trainer.rloo_trainer}[name]
+    monkeypatch.setattr(module, "create_model_from_path", lambda *args, **kwargs: other)
+    with pytest.raises(NotImplementedError, match="does not take the reference policy that it is given"):
+        objective.trainer_class(
+            model=cases.tiny_llama(),
+            args=objective.stage_args(objective.base_args(str(tmp_path)), str(tmp_path), 0),
+            train_dataset=online_runs.prompts(4),
+            processing_class=cases.tiny_tokenizer(),
+            reward_funcs=online_runs.variety,
+            ref_model=cases.tiny_llama(seed=1),
+        )
+
+
+def test_only_a_penalty_for_divergence_needs_a_reference(tmp_path):
+    assert not grpo.grpo(None).uses_reference
+    assert not grpo.grpo({"learning_rate": 0.1}).uses_reference
+    assert grpo.grpo({"beta": 0.01}).uses_reference
+    assert rloo.rloo(None).uses_reference
+    assert not rloo.rloo({"beta": 0.0}).uses_reference
+    assert not grpo.grpo(trl.GRPOConfig(output_dir=str(tmp_path), bf16=False, beta=0.0)).uses_reference
+    run = online_runs.train(cases.tiny_llama(), tmp_path / "run", "grpo", options={"beta": 0.0}, num_rounds=1)
+    assert runs.logged(run, "grpo/kl") == []
+
+
+# --- consolidation, and what a stage leaves --------------------------------------------------------------------------
+
+
+@each_objective
+@each_model
+def test_consolidation_acts_on_a_stage(case, name, tmp_path):
+    model = cases.MODEL_CASES[case]
+    held = online_runs.train(model(0), tmp_path / "held", name, ewc={"f_max": 20.0})
+    free = online_runs.train(model(0), tmp_path / "free", name)
+    penalties = [each["ewc/penalty"] for each in held.state.log_history if f"{name}/loss" in each]
+    assert [each > 0 for each in penalties] == [False, True, False, True]
+    assert cases.largest_difference(cases.weights(held.model), cases.weights(free.model)) > 1e-5
+
+
+def marks(model):
+    """What trainers are known to leave on a model, module by module."""
+    found = {}
+    for name, module in model.named_modules():
+        own = sorted(key for key in ("forward", "_original_forward", "_is_accelerate_prepared") if key in vars(module))
+        hooks = [len(getattr(module, kind)) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
+        found[name] = (own, hooks, module.training)
+    return found
+
+
+@each_objective
+@each_model
+def test_a_stage_leaves_nothing_on_the_model(case, name, tmp_path):
+    model = cases.MODEL_CASES[case](0)
+    run = online_runs.build_run(model, tmp_path, name, ewc={"f_max": 1.0}, evaluation=True)
+    before = marks(model), copy.deepcopy(model.generation_config.__dict__), model.config.use_cache
+    grad = {key: each.requires_grad for key, each in model.named_parameters()}
+    run.train()
+    assert (marks(model), model.generation_config.__dict__, model.config.use_cache) == before
+    assert {key: each.requires_grad for key, each in model.named_parameters()} == grad
+    assert list(getattr(model, "peft_config", {"default": None})) == ["default"]
+
+
+def test_a_fisher_importance_has_no_sequences_to_look_at(tmp_path):
+    with pytest.raises(ValueError, match=r"`ewc.source: fisher` needs the sequences of the objective 'grpo'"):
+        online_runs.build_run(cases.tiny_llama(), tmp_path, "grpo", ewc={"source": "fisher"})
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@each_objective
+@each_model
+def test_the_reward_after_every_stage_is_the_score_and_higher_is_better(case, name, tmp_path):
+    model = cases.MODEL_CASES[case]
+    run = online_runs.train(model(0), tmp_path / "with", name, evaluation=True)
+    scores = run.matrix.series(name)
+    assert len(scores) == 5
+    assert all(each > 0 for each in scores)
+    assert run.matrix.better == {"sft": "lower", name: "higher"}
+    assert run.matrix.rows[0]["scores"][name]["kl"] == 0
+    assert run.evaluate()[name]["reward"] == scores[-1]
+    without = online_runs.train(model(0), tmp_path / "without", name)
+    assert runs.same(cases.weights(run.model), cases.weights(without.model))
+
+
+def test_evaluation_batches_that_tear_groups_apart_are_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"`per_device_eval_batch_size` makes batches of 3 .* whole groups of 2"):
+        online_runs.build_run(
+            cases.tiny_llama(), tmp_path, "grpo", options={"per_device_eval_batch_size": 3}, evaluation=True
+        )
+
+
+# --- rollouts --------------------------------------------------------------------------------------------------------
+
+#: Fields that decide about rollouts, with the number of prompts in one.
+ROLLOUTS = {
+    "one step each": ({}, 2),
+    "used twice": ({"num_iterations": 2}, 2),
+    "over two steps": ({"steps_per_generation": 2}, 4),
+    "by size": ({"generation_batch_size": 12}, 6),
+    "accumulated": ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, 2),
+    "accumulated unevenly": ({"gradient_accumulation_steps": 3, "steps_per_generation": 1}, 2),
+    "two epochs": ({"num_train_epochs": 2, "num_generations": 4}, 1),
+}
+
+
+@each_objective
+@pytest.mark.parametrize(("options", "prompts"), ROLLOUTS.values(), ids=ROLLOUTS)
+def test_rows_and_steps_of_a_stage_are_those_of_the_host(options, prompts, name, tmp_path):
+    options = {"max_steps": -1, "max_completion_length": 2} | options
+    run = online_runs.build_run(cases.tiny_llama(), tmp_path, name, options=options, objectives=[name], num_rounds=1)
+    expected = run.estimated_steps(name)
+    assert expected == estimated_steps(run.sections[name], 8, 1, online.epoch_steps)
+    run.train()
+    assert run.state.global_step == expected
+    assert online.prompts_of_a_rollout(run.sections[name]) == prompts
+
+
+def test_too_few_prompts_for_a_rollout_are_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="too few rows: 8 for 2 rounds; every round needs at least 8 rows"):
+        online_runs.build_run(cases.tiny_llama(), tmp_path, "grpo", options={"steps_per_generation": 4})
+
+
+def test_prompts_are_checked_row_by_row(tmp_path):
+    run = online_runs.build_run
+    with pytest.raises(ValueError, match=r"`grpo\.cast_lm_head_to_fp32` cannot be set here"):
+        run(cases.tiny_llama(), tmp_path, "grpo", options={"cast_lm_head_to_fp32": True})
+    objective = grpo.grpo(None)
+    assert [each.kind for each in objective.faults({"prompt": " "})] == ["empty text"]
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reward_folder(tmp_path):
+    """A reward model on disk with its tokenizer."""
+    folder = tmp_path / "reward"
+    config = cases.tiny_llama().config
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    cases.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@each_objective
+def test_a_reward_model_stays_as_it_is(name, reward_folder, tmp_path):
+    model = LlamaForSequenceClassification.from_pretrained(reward_folder)
+    before, weights = marks(model), {key: each.clone() for key, each in model.state_dict().items()}
+    run = online_runs.train(cases.tiny_llama(), tmp_path / "run", name, rewards=[model, online_runs.variety])
+    assert marks(model) == before
+    assert all(torch.equal(each, weights[key]) for key, each in model.state_dict().items())
+    assert len(runs.logged(run, f"{name}/rewards/reward/mean")) == 4
+
+
+@each_objective
+def test_a_reward_model_is_given_by_name_as_well(name, reward_folder, tmp_path):
+    model = LlamaForSequenceClassification.from_pretrained(reward_folder)
+    by_name = online_runs.train(cases.tiny_llama(), tmp_path / "name", name, rewards=str(reward_folder), num_rounds=1)
+    given = online_runs.train(cases.tiny_llama(), tmp_path / "model", name, rewards=model, num_rounds=1)
+    assert runs.same(cases.weights(by_name.model), cases.weights(given.model))
+    assert len(runs.logged(by_name, f"{name}/rewards/reward/mean")) == 2
+
+
+def test_rewards_see_the_other_columns_of_a_row(tmp_path):
+    seen = []
+
+    def reward(prompts, completions, answer, **columns):
+        seen.extend(answer)
+        return [0.0] * len(prompts)
+
+    online_runs.train(cases.tiny_llama(), tmp_path, "grpo", rewards=reward, num_rounds=1)
+    assert set(seen) <= set(online_runs.prompts(8)["answer"])
+    assert seen
+
+
+# --- going on after a cut --------------------------------------------------------------------------------------------
+
+ADAM = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "cosine", "max_steps": 4}
+SAVES = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
+#: Where the run is cut off, and the step from which its stage goes on.
+CUTS = {
+    "between stages": (Kill(2, "begin"), {}, 0),
+    "inside, between rollouts": (Kill(1, "step", 3), {"num_iterations": 2}, 2),
+    "inside a rollout": (Kill(1, "step", 2), {"num_iterations": 2}, 0),
+    "in the second epoch": (Kill(1, "step", 4), {}, 1),
+}
+
+
+@each_objective
+@pytest.mark.parametrize(
+    ("case", "cut"), [("full", each) for each in CUTS] + [("lora", "between stages"), ("lora", "inside a rollout")]
+)
+def test_a_run_that_was_cut_off_ends_as_if_it_was_not(case, cut, name, tmp_path):
+    killer, options, goes_on_at = CUTS[cut]
+    killer.current = -1
+    settings = {"options": ADAM | options, "sft": runs.section(**ADAM), "ewc": {"f_max": 1.0}}
+    expected = online_runs.train(cases.MODEL_CASES[case](0), tmp_path / "whole", name, **settings)
+    settings["options"] = settings["options"] | SAVES
+    with pytest.raises(CutOffError):
+        online_runs.train(cases.MODEL_CASES[case](0), tmp_path / "cut", name, callbacks=[killer], **settings)
+    begun = Began()
+    resumed = online_runs.train(
+        cases.MODEL_CASES[case](0), tmp_path / "cut", name, resume=True, callbacks=[begun], **settings
+    )
+    assert begun.steps[0] == goes_on_at
+    assert runs.same(cases.weights(resumed.model), cases.weights(expected.model))
+
+
+class Began(Kill):
+    """Notes the step at which each stage begins."""
+
+    def __init__(self):
+        super().__init__(-1, "never")
+        self.steps = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
