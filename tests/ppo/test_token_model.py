@@ -182,6 +182,23 @@ def test_another_trunk_reads_the_same_tokens():
     assert not torch.allclose(found, tokens.hidden_states(*batch()))
 
 
+@every_model
+def test_on_padding_all_is_zero(name):
+    ids, mask, length = batch()
+    log_probs, entropies, _ = verified(MODELS[name]()).statistics(ids, mask, length, temperature=1.0)
+    inside = mask[:, -length:].bool()
+    for each in (log_probs, entropies):
+        assert torch.equal(each != 0, inside)
+
+
+def test_the_head_is_called_on_no_padding():
+    model, rows = family("llama"), []
+    tokens = verified(model)
+    model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[:-1].numel()))
+    tokens.statistics(*batch(), temperature=1.0)
+    assert sum(rows) == sum(map(len, COMPLETIONS))
+
+
 def test_entropies_can_be_left_out():
     log_probs, entropies, _ = TokenModel(family("llama")).statistics(*batch(), temperature=1.0, with_entropy=False)
     assert entropies.abs().max() == 0
