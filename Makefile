@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+TRL112 ?= .venv-trl112
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
@@ -11,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all check oldest benchmarks clean
+.PHONY: demo test test-all check oldest benchmarks benchmarks-ppo clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hbat demo
@@ -36,6 +37,11 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/penalty.py
 	$(BIN)/python benchmarks/startup.py
 
+# Beside the last TRL that has a PPOTrainer, in an environment of its own.
+benchmarks-ppo: $(VENV)/.installed $(TRL112)/.installed
+	$(BIN)/python benchmarks/ppo.py --trl-python $(TRL112)/bin/python
+	$(BIN)/python benchmarks/ppo.py --trl-python $(TRL112)/bin/python --lengths uneven
+
 # torch first and through the constraints, so that no other build of it comes along with the rest.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,5 +55,12 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
 	touch $@
 
+$(TRL112)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TRL112)
+	$(TRL112)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	grep -v '^trl==' constraints.txt > $(TRL112)/constraints.txt
+	$(TRL112)/bin/python -m pip install --quiet --constraint $(TRL112)/constraints.txt --editable ".[dev]" trl==1.12.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) demo-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(TRL112) demo-output .mypy_cache .pytest_cache .ruff_cache

@@ -236,12 +236,18 @@ def test_evaluation_is_the_mean_reward_of_greedy_completions(tmp_path):
     run = build(model, tmp_path, evaluation={"ppo": rows}, num_rounds=1)
     expected = []
     for row in rows:
-        ids = tokenizer(row["prompt"], return_tensors="pt")
-        whole = model.generate(**ids, max_new_tokens=LENGTH, do_sample=False)
-        completion = tokenizer.decode(whole[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LENGTH, do_sample=False)
+        completion = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
         expected += vowels([completion])
     assert run.evaluate()["ppo"]["reward"] == pytest.approx(sum(expected) / len(expected))
     assert run.matrix.better_of("ppo") == "higher"
+
+
+@with_trl
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="loss is not finite"):
+        train(cases.tiny_llama(), tmp_path, sections={"optim": "sgd", "learning_rate": 1e30}, num_rounds=1)
 
 
 @with_trl
