@@ -90,7 +90,8 @@ def endless_with_adapter():
 
 @functools.cache
 def _scorer(seed):
-    config = LlamaConfig(**cases.tiny_llama().config.to_dict() | {"num_labels": 1, "initializer_range": 0.2})
+    labels = {"num_labels": 1, "id2label": {0: "score"}, "label2id": {"score": 0}}
+    config = LlamaConfig(**cases.tiny_llama().config.to_dict() | labels | {"initializer_range": 0.2})
     torch.manual_seed(seed)
     return AutoModelForSequenceClassification.from_config(config)
 
