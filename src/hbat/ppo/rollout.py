@@ -115,7 +115,8 @@ class Rollout(Sequences):
         Returns:
             The rollout.
         """
-        return cls(**load_file(file, device=str(device)))
+        # Not loaded there at once: several processes on a CPU have devices such as `cpu:1`, which safetensors refuses.
+        return cls(**{name: each.to(device) for name, each in load_file(file).items()})
 
 
 def assess(

@@ -1,0 +1,152 @@
+"""Runs for one process or for several with DDP: the same work, whatever the number of processes.
+
+`torchrun --nproc_per_node 2 ddp_runs.py FOLDER` runs them all and leaves weights, logs and tables in FOLDER.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cases
+import ppo_cases
+import runs
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from hbat.config import HBATConfig
+from hbat.trainer import HBATTrainer
+
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+#: Rows of an optimizer step, over all processes.
+BATCH = 4
+MODELS = {"full": cases.tiny_llama, "lora": cases.lora_llama, "tied": lambda seed: cases.tiny_llama(seed, tied=True)}
+
+
+def section(**options):
+    """Plain gradient descent: Adam would blow the rounding of a sum of two halves up to a step of its own."""
+    return runs.section(
+        **{
+            "per_device_train_batch_size": BATCH // PROCESSES,
+            **({"ddp_backend": "gloo"} if PROCESSES > 1 else {}),
+            "per_device_eval_batch_size": 1,  # the host takes the mean of the batches' means
+            "learning_rate": 0.05,
+            "max_steps": 3,
+        }
+        | options
+    )
+
+
+def ppo_section(**options):
+    """One mini-batch a pass over greedy rollouts: processes draw and shuffle for themselves."""
+    sizes = {"rollout_batch_size": None, "num_ppo_epochs": 2, "max_completion_length": 6, "max_steps": 4}
+    return section(**sizes | {"top_k": 1, "learning_rate": 0.02} | options)
+
+
+def prompts(count=16):
+    return ppo_cases.prompts(count)
+
+
+RUNS = {
+    "sft and dpo": {"objectives": ["sft", "dpo"]},
+    "lora": {"objectives": ["sft", "dpo"], "model": "lora"},
+    "tied": {"objectives": ["sft", "dpo"], "model": "tied"},
+    "accumulation": {"objectives": ["sft", "dpo"], "accumulate": 2},
+    "tensor importance, proximal": {
+        "objectives": ["sft", "dpo"], "ewc": {"f_max": 5.0, "granularity": "tensor", "method": "proximal"},
+    },
+    "fisher": {"objectives": ["sft", "dpo"], "ewc": {"f_max": 5.0, "source": "fisher", "fisher_samples": 8}},
+    "ppo": {"objectives": ["sft", "ppo"]},
+    "ppo with lora and a separate critic": {"objectives": ["sft", "ppo"], "model": "lora", "critic": "separate"},
+}  # fmt: skip
+
+
+def model_of(name):
+    return MODELS[RUNS[name].get("model", "full")](0)
+
+
+def build(name, folder, *, callbacks=None, save_steps=None):
+    options = dict(RUNS[name])
+    model = model_of(name)
+    steps = options.get("accumulate", 1)
+    more = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": BATCH // PROCESSES // steps}
+    saves = {"save_strategy": "steps", "save_steps": save_steps} if save_steps else {}
+    critic = {"critic": options.get("critic", "shared")}
+    config = HBATConfig(
+        output_dir=str(folder),
+        num_rounds=2,
+        objectives=options["objectives"],
+        sft=section(**more | saves),
+        dpo=section(**more | saves),
+        ppo=ppo_section(**critic | saves),
+        ewc=options.get("ewc", {"f_max": 5.0}),
+        disable_tqdm=True,
+        seed=runs.SEED,
+    )
+    data = {"sft": cases.sft_rows(24, 3), "dpo": cases.preference_rows(24, 3), "ppo": prompts()}
+    held_out = {"sft": cases.sft_rows(6, 4), "dpo": cases.preference_rows(6, 4), "ppo": prompts(5)}
+    return HBATTrainer(
+        model,
+        config,
+        {each: data[each] for each in options["objectives"]},
+        {each: held_out[each] for each in options["objectives"]},
+        processing_class=cases.tiny_tokenizer(),
+        reward_funcs=ppo_cases.letters if "ppo" in options["objectives"] else None,
+        callbacks=callbacks,
+    )
+
+
+def result(run):
+    """What is compared between numbers of processes, beside the weights."""
+    keep = ("ewc/penalty", "ewc/drift", "ewc/grad_norm_ratio", "ppo/kl", "ppo/reward", "eval_ppo/reward")
+    log = [
+        {key: each[key] for key in each if key == "step" or key.endswith("/loss") or key in keep}
+        for each in run.state.log_history
+    ]
+    # The host's other metrics are means over batches, weighted otherwise in several processes.
+    table = {name: run.matrix.series(name) for name in run.args.objective_names}
+    return {"log": log, "table": table, "transfer": run.matrix.backward_transfer(), "processes": PROCESSES}
+
+
+def train(name, folder, *, resume=None, **options):
+    run = build(name, folder, **options)
+    run.train(resume_from_checkpoint=resume)
+    return run
+
+
+class Gone(TrainerCallback):
+    """All processes vanish at one step of one stage."""
+
+    def __init__(self):
+        self.stage = -1
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.stage += 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stage == 3 and state.global_step == 2:
+            torch.distributed.barrier()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder, names, mode):
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    for name in names:
+        place = folder / name.replace(" ", "-")
+        if mode == "kill":
+            train(name, place / "run", callbacks=[Gone()], save_steps=1)
+        run = train(name, place / "run", resume=mode == "resume", save_steps=1 if mode == "resume" else None)
+        assert torch.distributed.get_world_size() == PROCESSES == 2
+        weights = {key: each.contiguous() for key, each in cases.weights(run.model).items()}
+        save_file(weights, place / f"weights-{rank}.safetensors")
+        (place / f"result-{rank}.json").write_text(json.dumps(result(run)), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[3:] or list(RUNS), sys.argv[2])

@@ -1,0 +1,119 @@
+"""Two processes train what one trains on the same global batches: weights, importance, tables and logs."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import pytest
+import runs
+from distributed import ddp_runs
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+TIMEOUT = 600  # seconds; a process that is lost leaves the other waiting
+
+
+def launch(folder, mode, *names):
+    """Run two processes; `accelerate launch --cpu` would start one, silently."""
+    worker = Path(ddp_runs.__file__)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "ACCELERATE"))}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*torchrun, str(worker), str(folder), mode, *names],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT,
+        env=environment | {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+#: What `make test` runs; the others take the minutes of `make test-all`.
+QUICK = ["sft and dpo", "ppo"]
+SLOW = [name for name in ddp_runs.RUNS if name not in QUICK]
+each_run = pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Folder of a run in two processes; the runs of a group share one start of the processes."""
+
+    @functools.cache
+    def train(group):
+        folder = tmp_path_factory.mktemp("two")
+        done = launch(folder, "train", *group)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return folder
+
+    return lambda name: train(tuple(QUICK if name in QUICK else SLOW))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return functools.cache(lambda name: ddp_runs.train(name, tmp_path_factory.mktemp("one")))
+
+
+def read(folder, name, rank=0):
+    place = folder / name.replace(" ", "-")
+    return load_file(place / f"weights-{rank}.safetensors"), json.loads((place / f"result-{rank}.json").read_text())
+
+
+def assert_close(first, second, tolerance, path=""):
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        for key in first:
+            assert_close(first[key], second[key], tolerance, f"{path}.{key}")
+    elif isinstance(first, list):
+        assert len(first) == len(second), path
+        for index, (left, right) in enumerate(zip(first, second, strict=True)):
+            assert_close(left, right, tolerance, f"{path}[{index}]")
+    elif isinstance(first, float):
+        assert first == pytest.approx(second, rel=tolerance, abs=tolerance), path
+    else:
+        assert first == second, path
+
+
+@each_run
+def test_two_processes_end_with_the_weights_of_one(name, two, one):
+    weights, found = read(two(name), name)
+    assert found["processes"] == 2
+    expected = cases.weights(one(name).model)
+    assert cases.largest_difference(weights, expected) < 1e-6
+    start = cases.weights(ddp_runs.model_of(name))
+    assert cases.largest_difference(expected, start) > 1e-3
+
+
+@each_run
+def test_both_processes_hold_the_same_weights(name, two):
+    assert runs.same(read(two(name), name, 0)[0], read(two(name), name, 1)[0])
+
+
+@each_run
+def test_importance_tables_and_logs_are_those_of_one_process(name, two, one):
+    _, found = read(two(name), name)
+    expected = json.loads(json.dumps(ddp_runs.result(one(name))))
+    assert_close(found["table"], expected["table"], 2e-4)
+    assert_close(found["transfer"], expected["transfer"], 2e-3)
+    assert_close(found["log"], expected["log"], 2e-3)
+    for objective in ddp_runs.RUNS[name]["objectives"]:
+        kind = f"importance-{objective}"
+        mine = runs.state_tensors(two(name) / name.replace(" ", "-") / "run", kind)
+        other = runs.state_tensors(Path(one(name).args.output_dir), kind)
+        scale = max(float(each.abs().max()) for each in other.values())
+        assert cases.largest_difference(mine, other) < 1e-3 * scale
+
+
+@pytest.mark.parametrize("name", [pytest.param("sft and dpo", marks=pytest.mark.slow), "ppo"])
+def test_two_processes_that_were_killed_go_on_to_the_last_bit(name, two, tmp_path):
+    killed = launch(tmp_path, "kill", name)
+    assert killed.returncode != 0
+    run = tmp_path / name.replace(" ", "-") / "run"
+    assert list(run.glob("stage-003-*/checkpoint-*")), killed.stderr[-2000:]
+    done = launch(tmp_path, "resume", name)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert runs.same(read(tmp_path, name)[0], read(two(name), name)[0])
+    assert read(tmp_path, name)[1]["table"] == read(two(name), name)[1]["table"]
