@@ -105,6 +105,35 @@ def test_a_run_trains_saves_its_model_and_prints_the_table(hbat, tmp_path):
     assert described["data"]["sft"]["rows"] == 16
 
 
+def test_an_online_objective_is_named_with_its_rewards(hbat, values, tmp_path):
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def size(completions, **columns):\n    return [float(len(each)) for each in completions]\n")
+    online = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "num_generations": 2}
+    options = {key: value for key, value in HOST.items() if key != "max_length"} | online
+    data = tmp_path / "prompts.jsonl"
+    sft_rows(8).to_json(data)
+    values.update(
+        objectives=["sft", "grpo"],
+        datasets={"sft": values["datasets"]["sft"], "grpo": str(data)},
+        eval_datasets={"grpo": {"path": str(data), "split": "train[:3]"}},
+        grpo=options | {"max_completion_length": 4},
+    )
+    status, out, _ = hbat("train", "--reward_funcs", f"{rewards}:size", "--grpo.beta", "0.1")
+    assert status == 0
+    for part in ("grpo reward", "lower is better for sft, higher is better for grpo", "round 1: grpo"):
+        assert part in out
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["better"] == {
+        "sft": "lower",
+        "grpo": "higher",
+    }
+    values["output_dir"] = str(tmp_path / "other")
+    assert hbat("validate", "--reward_funcs", f"{rewards}:size")[0] == 0
+    assert "has no function `sizes`. Did you mean `size`?" in refusal(
+        hbat("validate", "--reward_funcs", f"{rewards}:sizes")
+    )
+    assert "'grpo' learns from rewards, but `reward_funcs` is None" in refusal(hbat("validate"))
+
+
 def test_a_folder_that_holds_a_run_is_refused_without_resume(hbat, values, tmp_path):
     values.update(eval_datasets=None, ewc=None, objectives=["sft"], datasets={"sft": values["datasets"]["sft"]})
     assert hbat("train")[0] == 0

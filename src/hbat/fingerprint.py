@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -43,6 +43,7 @@ def fingerprint(
     datasets: Mapping[str, Dataset],
     parameters: Mapping[str, Tensor],
     model: Any = None,
+    rewards: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Describe a run.
 
@@ -52,6 +53,7 @@ def fingerprint(
         datasets: Training data of each objective.
         parameters: Trainable parameters by name.
         model: The model, whose frozen weights are what an adapter is trained on.
+        rewards: Names of the reward functions by objective.
 
     Returns:
         Values that JSON can hold.
@@ -70,6 +72,10 @@ def fingerprint(
         "data": {name: _describe(dataset) for name, dataset in datasets.items()},
         "parameters": {"tensors": len(shapes), "shapes": _digest(shapes)},
     }
+    if rewards:  # left out where there are none, so that older runs stay the same
+        described["run"]["rewards"] = {name: list(each) for name, each in rewards.items()}
+    if "ppo" in config.objective_names:
+        described["run"]["ppo_backend"] = config.ppo_backend
     if model is not None:
         described["parameters"]["frozen"] = _frozen(model)
     for name, args in sections.items():

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from datasets import Dataset
+from transformers import TrainingArguments
 
-from hbat.config import OnBadRows
+from hbat.config import HBATConfig, OnBadRows
 from hbat.datasets import check_dataset
 from hbat.objectives.objective import Objective
 from hbat.sections import nearest
@@ -59,16 +60,38 @@ def checked_datasets(
     }
 
 
-def require_rows_for_all(datasets: Mapping[str, Dataset], objectives: Mapping[str, Objective]) -> None:
-    """Check that every objective has rows to train on.
+def checked_inputs(
+    config: HBATConfig,
+    objectives: Mapping[str, Objective],
+    sections: Mapping[str, TrainingArguments],
+    train_dataset: Mapping[str, Dataset],
+    eval_dataset: Mapping[str, Dataset] | None,
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """Check all data sets of a run.
 
     Args:
-        datasets: Training rows by objective.
+        config: The run's configuration.
         objectives: The run's objectives by name.
+        sections: Configuration of each.
+        train_dataset: Training rows by objective.
+        eval_dataset: Evaluation rows by objective; an objective may be left out.
+
+    Returns:
+        Training and evaluation rows by objective, without those that were dropped.
 
     Raises:
-        ValueError: If one has none.
+        TypeError: If an argument is no mapping.
+        ValueError: If an objective has no rows to train on, a key is no objective or a data set is faulty.
     """
-    missing = [name for name in objectives if name not in datasets]
+    train = checked_datasets(
+        train_dataset,
+        "train_dataset",
+        objectives,
+        num_rounds=config.num_rounds,
+        rows_a_round={name: each.rows_of_a_stage(sections[name]) for name, each in objectives.items()},
+        on_bad_rows=config.on_bad_rows,
+    )
+    missing = [name for name in objectives if name not in train]
     if missing:
-        raise ValueError(f"`train_dataset` has no rows for {missing}; its keys are {list(datasets)}.")
+        raise ValueError(f"`train_dataset` has no rows for {missing}; its keys are {list(train_dataset)}.")
+    return train, checked_datasets(eval_dataset or {}, "eval_dataset", objectives, on_bad_rows=config.on_bad_rows)

@@ -1,7 +1,7 @@
 """One log, one set of reporters, one progress bar and one step axis for all stages of a run."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,21 @@ def load_log(folder: Path, step: int) -> TrainerState:
     state.log_history = [each for each in state.log_history if each.get("step", 0) <= step]
     state.global_step = step
     return state
+
+
+def mean_loss(state: TrainerState, objectives: Iterable[str]) -> float:
+    """Average the training losses that a run logged.
+
+    Args:
+        state: The run's log.
+        objectives: Names of its objectives.
+
+    Returns:
+        Their mean over all objectives; 0 where nothing was logged.
+    """
+    names = {f"{name}/loss" for name in objectives}
+    losses = [value for entry in state.log_history for key, value in entry.items() if key in names]
+    return float(sum(losses) / max(len(losses), 1))
 
 
 class ForwardLogs(TrainerCallback):

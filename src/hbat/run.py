@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hbat.config import HBATConfig
 from hbat.consolidation import Consolidation
+from hbat.ewc.parameters import require_counterparts
 from hbat.fingerprint import differences
 from hbat.processes import wait_for_everyone
 from hbat.rounds import Stage
@@ -139,6 +141,21 @@ class Run:
             Weights by name.
         """
         return self._folder.read_tensors(self.state, kind)
+
+    @torch.no_grad()
+    def load_weights(self, parameters: Mapping[str, Tensor]) -> None:
+        """Give a model the weights of the next stage's start.
+
+        Args:
+            parameters: Its trainable parameters by name.
+
+        Raises:
+            ValueError: If a weight is missing on disk or has another shape.
+        """
+        weights = self.weights()
+        require_counterparts(parameters, weights, "weight on disk")
+        for name, each in parameters.items():
+            each.copy_(weights[name])
 
     def commit_stage(
         self,

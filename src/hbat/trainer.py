@@ -5,29 +5,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hbat.config import HBATConfig
-from hbat.evaluation import ForgettingMatrix, as_metrics
+from hbat.evaluation import ForgettingMatrix
 from hbat.evaluator import Evaluator
-from hbat.ewc.callback import refuse_sharded
-from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
+from hbat.ewc.parameters import snapshot, trainable_parameters
 from hbat.fingerprint import fingerprint
 from hbat.hub import upload
-from hbat.inputs import checked_datasets, require_rows_for_all
-from hbat.lifecycle import cheap_garbage_collection, kept_environment
+from hbat.inputs import checked_inputs
+from hbat.lifecycle import cheap_garbage_collection
 from hbat.model_loading import load_model, load_tokenizer, require_adapter_parameters
-from hbat.objectives.builtin import resolve
-from hbat.objectives.rewards import with_rewards
+from hbat.objectives.builtin import build_sections, resolve
+from hbat.objectives.rewards import reward_names, with_rewards
 from hbat.processes import is_main_process
 from hbat.rehearsal import rehearse
-from hbat.report import draw_results, write_model_card, write_results
-from hbat.reporting import RunReporter, load_log
+from hbat.report import write_model_card
+from hbat.reporting import RunReporter, load_log, mean_loss
 from hbat.rounds import Stage, plan
 from hbat.run import Run
+from hbat.run_scores import RunScores
 from hbat.run_state import RunFolder
 from hbat.stage_runner import StageRunner, estimated_steps
 from hbat.stage_start import StageStart
@@ -40,7 +39,7 @@ class HBATTrainer:
     """Trains one model, or one adapter, on several objectives by alternating between them round by round.
 
     Every data set is cut into `num_rounds` parts. A round runs each objective once on its part, with the objective's
-    own TRL trainer, built anew on the same model; the reference policy of a preference stage is the model at the
+    own trainer, built anew on the same model; the reference policy of a preference or online stage is the model at the
     stage's start. With `ewc`, a stage is held back where the other objectives' stages moved the weights most. After
     every stage every objective is evaluated, and the state of the run is on disk.
 
@@ -80,21 +79,9 @@ class HBATTrainer:
         self.args = args
         objectives = with_rewards(resolve(args), reward_funcs, reward_processing_classes)
         self._objectives = {each.name: each for each in objectives}
-        with kept_environment():
-            self._sections = {name: each.base_args(args.output_dir) for name, each in self._objectives.items()}
-        for section in self._sections.values():
-            refuse_sharded(section)
-        self._train_dataset = checked_datasets(
-            train_dataset,
-            "train_dataset",
-            self._objectives,
-            num_rounds=args.num_rounds,
-            rows_a_round={each.name: each.rows_of_a_stage(self._sections[each.name]) for each in objectives},
-            on_bad_rows=args.on_bad_rows,
-        )
-        require_rows_for_all(self._train_dataset, self._objectives)
-        self._eval_dataset = checked_datasets(
-            eval_dataset or {}, "eval_dataset", self._objectives, on_bad_rows=args.on_bad_rows
+        self._sections = build_sections(objectives, args)
+        self._train_dataset, self._eval_dataset = checked_inputs(
+            args, self._objectives, self._sections, train_dataset, eval_dataset
         )
         self.model = load_model(model, args, peft_config)
         takes_reference = any(each.uses_reference for each in objectives)
@@ -108,6 +95,7 @@ class HBATTrainer:
         )
         self._plan = plan(args.num_rounds, args.objective_names)
         self._folder = RunFolder(args.output_dir, writes=is_main_process())
+        self._scores = RunScores(self.matrix, self._plan, self._folder)
         self._start = StageStart(self.model, needs_reference=takes_reference)
         builder = TrainerBuilder(self.model, self._sections, self.processing_class, self._start)
         self._runner = StageRunner(self.model, args, self._sections, list(callbacks or []), builder, self._start)
@@ -166,7 +154,7 @@ class HBATTrainer:
         run = self._run = self._begin(resume=bool(resume_from_checkpoint))
         if run.state.next_stage == len(self._plan):
             logger.info("The run in %s is finished; nothing is left to train.", self.args.output_dir)
-        total = run.state.global_step + self._steps_from(run)
+        total = run.state.global_step + self._steps_from(run.state.next_stage)
         name, host = next(iter(self._sections.items()))
         derived = self._objectives[name].derived
         reporter = RunReporter(self.args, self.model, self.state, total, host, derived)
@@ -179,76 +167,47 @@ class HBATTrainer:
         finally:
             reporter.save()
             reporter.close()
-            if is_main_process() and self.matrix.rows:
-                draw_results(self._folder.path, self.matrix)
-        names = {f"{name}/loss" for name in self._objectives}
-        losses = [value for entry in self.state.log_history for key, value in entry.items() if key in names]
-        metrics = as_metrics(self.matrix.rows[-1]["scores"] if self.matrix.rows else {})
-        return TrainOutput(self.state.global_step, sum(losses) / max(len(losses), 1), metrics)
+            self._scores.draw()
+        return TrainOutput(self.state.global_step, mean_loss(self.state, self._objectives), self._scores.last())
 
     def _begin(self, *, resume: bool) -> Run:
         parameters = trainable_parameters(self.model)
-        described = fingerprint(self.args, self._sections, self._train_dataset, parameters, self.model)
+        rewards = reward_names(self._objectives.values())
+        described = fingerprint(self.args, self._sections, self._train_dataset, parameters, self.model, rewards)
         run = Run.open(self.args, self._folder, described, parameters, resume=resume)
         if not run.was_resumed:
             self.matrix.rows, self.state = [], TrainerState()
             return run
-        weights = run.weights()
-        require_counterparts(parameters, weights, "weight on disk")
-        with torch.no_grad():
-            for name, each in parameters.items():
-                each.copy_(weights[name])
+        run.load_weights(parameters)
         self.matrix.rows = list(run.state.evaluations)
         self.state = load_log(self._folder.path, run.state.global_step)
         return run
 
     def _run_stage(self, stage: Stage, run: Run, reporter: RunReporter) -> None:
-        name = stage.objective
         self._start.take()
         try:
             result = self._runner.run(
                 stage,
-                self._objectives[name],
-                self._train_dataset[name],
-                self._eval_dataset.get(name),
+                self._objectives[stage.objective],
+                self._train_dataset[stage.objective],
+                self._eval_dataset.get(stage.objective),
                 folder=self._folder.path / stage.folder,
                 run=run,
                 reporter=reporter,
-                steps_after=self._steps_from(run, stage.index + 1),
+                steps_after=self._steps_from(stage.index + 1),
             )
         except FloatingPointError:
             self._folder.remove_stage(stage.folder)  # its checkpoints may hold the weights that led here
             raise
         reporter.save()  # entries of a stage that is not committed are cut off when the run goes on
-        run.commit_stage(
-            stage,
-            steps=result.steps,
-            importance=result.importance,
-            moments=result.moments,
-            weights=trainable_parameters(self.model),
-            kept=result.kept,
-        )
+        run.commit_stage(stage, weights=trainable_parameters(self.model), **vars(result))
         self.state.global_step = run.state.global_step
 
     def _evaluate_if_due(self, run: Run, reporter: RunReporter) -> None:
-        done = run.state.next_stage - 1
-        if not self._eval_dataset or self.matrix.has(done):
-            return
-        results = self.evaluate()
-        stage = self._plan[done] if done >= 0 else None
-        self.matrix.add(
-            stage=done,
-            round_index=stage.round if stage else 0,
-            objective=stage.objective if stage else None,
-            scores=results,
-        )
-        reporter.log(as_metrics(results), run.state.global_step)
-        run.commit_evaluations(self.matrix.rows)
-        if is_main_process():
-            write_results(self._folder.path, self.matrix)
+        if self._eval_dataset and self._scores.are_due(run):
+            self._scores.take(self.evaluate(), run, reporter)
 
-    def _steps_from(self, run: Run, first: int | None = None) -> int:
-        first = run.state.next_stage if first is None else first
+    def _steps_from(self, first: int) -> int:
         return sum(self.estimated_steps(stage.objective) for stage in self._plan[first:])
 
     def evaluate(self) -> dict[str, dict[str, float]]:

@@ -1,9 +1,13 @@
+import dataclasses
+
 import pytest
 import runs
 import trl
 
+from hbat.config import HBATConfig
 from hbat.objectives.builtin import BUILT_IN, resolve
 from hbat.objectives.objective import Objective
+from hbat.run_file import SECTIONS
 
 
 def test_names_become_objectives_in_their_order_with_their_sections(tmp_path):
@@ -20,6 +24,20 @@ def test_every_built_in_objective_checks_its_rows_and_knows_its_sequences(name, 
     (objective,) = resolve(runs.config(tmp_path, objectives=[name]))
     assert objective.faults is not None
     assert objective.examples is not None
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "rloo"])
+def test_every_online_objective_takes_rewards_and_checks_its_prompts(name, tmp_path):
+    (objective,) = resolve(HBATConfig(output_dir=str(tmp_path), objectives=[name], ewc=None))
+    assert (objective.name, objective.takes_rewards, objective.metric) == (name, True, "reward")
+    assert objective.greater_is_better
+    assert [each.kind for each in objective.faults({"text": "a"})] == ["missing column"]
+
+
+def test_the_names_are_those_of_the_sections():
+    sections = {each.name for each in dataclasses.fields(HBATConfig)}
+    assert set(BUILT_IN) <= sections
+    assert set(SECTIONS) == {*BUILT_IN, "ewc"}
 
 
 def test_an_objective_of_the_users_own_stays_what_it_is(tmp_path):

@@ -235,6 +235,16 @@ def test_rewards_see_the_other_columns_of_a_row(tmp_path):
     assert seen
 
 
+def test_a_run_with_other_rewards_is_not_gone_on_with(tmp_path):
+    def other(completions, **columns):
+        return [0.0] * len(completions)
+
+    with pytest.raises(CutOffError):
+        online_runs.train(cases.tiny_llama(), tmp_path, "grpo", callbacks=[Kill(1, "begin")])
+    with pytest.raises(ValueError, match=r"run\.rewards\.grpo: \['variety'\] -> \['other'\]"):
+        online_runs.train(cases.tiny_llama(), tmp_path, "grpo", resume=True, rewards=other)
+
+
 # --- going on after a cut --------------------------------------------------------------------------------------------
 
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "cosine", "max_steps": 4}

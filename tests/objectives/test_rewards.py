@@ -6,7 +6,7 @@ import trl
 from transformers import LlamaForSequenceClassification
 
 from hbat.objectives.objective import Objective
-from hbat.objectives.rewards import with_rewards
+from hbat.objectives.rewards import reward_names, with_rewards
 
 
 def length(completions, **kwargs):
@@ -52,6 +52,17 @@ def test_a_model_by_name_is_loaded_once_for_all_objectives(tmp_path):
     assert isinstance(model, LlamaForSequenceClassification)
     assert function is length
     assert second.trainer_kwargs["reward_funcs"][0] is model
+
+
+def test_rewards_are_named_by_objective():
+    own = objective("own", takes_rewards=True, trainer_kwargs={"reward_funcs": len})
+    found = with_rewards([objective("sft"), own, objective("mine", takes_rewards=True)], [length, Fixed()])
+    assert reward_names(found) == {"own": ["len"], "mine": ["length", "Fixed"]}
+
+
+class Fixed:
+    def __call__(self, completions, **kwargs):
+        return [1.0] * len(completions)
 
 
 @pytest.mark.parametrize("nothing", [None, []])

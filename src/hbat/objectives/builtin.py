@@ -3,7 +3,11 @@
 import importlib
 from collections.abc import Sequence
 
+from transformers import TrainingArguments
+
 from hbat.config import HBATConfig
+from hbat.ewc.callback import refuse_sharded
+from hbat.lifecycle import kept_environment
 from hbat.objectives.objective import Objective
 from hbat.sections import nearest
 
@@ -41,6 +45,28 @@ def resolve(config: HBATConfig) -> list[Objective]:
             resolved.append(make(getattr(config, entry)))
     _require_examples(config, resolved)
     return resolved
+
+
+def build_sections(objectives: Sequence[Objective], config: HBATConfig) -> dict[str, TrainingArguments]:
+    """Build the configuration of each objective's trainer.
+
+    Args:
+        objectives: The objectives.
+        config: The run's configuration.
+
+    Returns:
+        Configurations by objective, as the user gave them.
+
+    Raises:
+        ValueError: If one cannot work inside a run.
+        TypeError: If a value or a configuration is of the wrong kind.
+        NotImplementedError: Under FSDP or DeepSpeed.
+    """
+    with kept_environment():
+        sections = {each.name: each.base_args(config.output_dir) for each in objectives}
+    for section in sections.values():
+        refuse_sharded(section)
+    return sections
 
 
 def _module(name: str, config: HBATConfig) -> str:

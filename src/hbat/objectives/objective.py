@@ -32,10 +32,10 @@ _NO_LAMBDA_SCHEDULE = {"reduce_lr_on_plateau", "greedy"}
 class Objective:
     """What a stage minimises: a trainer class of TRL or of your own, and what a run must know about it.
 
-    `sft` and `dpo` are built in; any other `transformers.Trainer` that takes `model`, `args`, `train_dataset`,
-    `eval_dataset`, `processing_class` and `callbacks` becomes an objective by naming it:
+    `sft`, `dpo`, `kto`, `ppo`, `grpo` and `rloo` are built in; any other `transformers.Trainer` that takes `model`,
+    `args`, `train_dataset`, `eval_dataset`, `processing_class` and `callbacks` becomes an objective by naming it:
 
-        Objective(name="kto", trainer_class=KTOTrainer, config_class=KTOConfig, uses_reference=True)
+        Objective(name="code", trainer_class=SFTTrainer, config_class=SFTConfig)
 
     Attributes:
         name: Key of its data sets, prefix of its log entries.

@@ -1,7 +1,7 @@
 """The reward functions of a run, handed to the objectives that take them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,24 @@ def with_rewards(
         dataclasses.replace(each, trainer_kwargs=shared | dict(each.trainer_kwargs)) if each.name in takers else each
         for each in objectives
     ]
+
+
+def reward_names(objectives: Iterable[Objective]) -> dict[str, list[str]]:
+    """Name the rewards of each objective that has some.
+
+    Args:
+        objectives: The objectives, with their rewards.
+
+    Returns:
+        Names of functions, and of the classes of anything else, by objective.
+    """
+    found = {}
+    for each in objectives:
+        given = each.trainer_kwargs.get("reward_funcs") or []
+        rewards = given if isinstance(given, list | tuple) else [given]
+        if rewards:
+            found[each.name] = [str(getattr(reward, "__name__", type(reward).__name__)) for reward in rewards]
+    return found
 
 
 def _is_empty(reward_funcs: Any) -> bool:
