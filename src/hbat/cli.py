@@ -106,7 +106,9 @@ def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
         raise ValueError(f"`{words[0]}` is not an option of `hbat demo`.")
     from hbat.demo.run import run  # noqa: PLC0415 - heavy
 
-    status: int = run(output_dir=options.output_dir, seed=options.seed, quick=options.quick)
+    status: int = run(
+        output_dir=options.output_dir, seed=options.seed, quick=options.quick, preference=options.preference
+    )
     return status
 
 
@@ -129,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on where the run in `output_dir` was cut off")
     _run_command(commands, "validate", _validate, "check configuration, data and model; train and write nothing")
     demo = commands.add_parser("demo", allow_abbrev=False, help="train a small model on the CPU and compare methods")
+    demo.add_argument(
+        "--preference", choices=("dpo", "ppo"), default="dpo", help="preference objective (default: %(default)s)"
+    )
     demo.add_argument("--output-dir", type=Path, default=Path("demo-output"), help="folder (default: ./%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of data and weights (default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="smaller and faster, to see that it runs")

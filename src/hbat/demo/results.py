@@ -12,6 +12,7 @@ from hbat.plots import can_draw
 
 _NEXT = """What to try next
   hbat demo --seed 1                     another draw of data and base model
+  hbat demo --preference ppo             the same with PPO on the judge's utility; `dpo` is the default
   hbat train --config run.yaml           your model and data; examples/configs/ has files to start from
   hbat validate --config run.yaml        check configuration and data, train nothing"""
 

@@ -17,15 +17,19 @@ from tqdm.auto import tqdm
 
 from hbat.config import HBATConfig
 from hbat.demo.base_model import build_model, build_tokenizer, prepare_base
+from hbat.demo.preference import Kind, Preference
 from hbat.demo.results import Outcome, draw_trade_off, print_results
 from hbat.demo.scoring import Scores, evaluate
 from hbat.demo.settings import DemoSettings
-from hbat.demo.task import instruction_rows, preference_rows, test_prompts
+from hbat.demo.task import instruction_rows, test_prompts
+from hbat.ewc.parameters import policy_of
 from hbat.run_state import STATE_FILE
 from hbat.trainer import HBATTrainer
 
 #: Large enough that every step of the command runs, too small to learn anything.
-QUICK = DemoSettings(base_steps=40, instruction_rows=128, preference_rows=128, test_prompts=64, sft_epochs=1)
+QUICK = DemoSettings(
+    base_steps=40, instruction_rows=128, preference_rows=128, test_prompts=64, sft_epochs=1, ppo_rollout=32
+)
 _TEST_SEED = 1_000_003  # apart from the seeds of training rows
 
 
@@ -37,13 +41,13 @@ class Method:
         name: Its name in the table.
         folder: Its folder in the demo's output.
         options: Fields of the run's configuration.
-        dpo_learning_rate: Largest learning rate of its preference stages.
+        learning_rate: Largest learning rate of its preference stages.
     """
 
     name: str
     folder: str
     options: dict[str, Any]
-    dpo_learning_rate: float
+    learning_rate: float
 
 
 class _ScoreAfterStage(transformers.TrainerCallback):
@@ -52,24 +56,25 @@ class _ScoreAfterStage(transformers.TrainerCallback):
         self._rows, self._tokenizer = rows, tokenizer
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.scores.append(evaluate(kwargs["model"], self._tokenizer, self._rows))
+        self.scores.append(evaluate(policy_of(kwargs["model"]), self._tokenizer, self._rows))
 
 
-def methods(settings: DemoSettings) -> list[Method]:
-    """List what the demo compares. One round without EWC is two-stage training with plain TRL trainers, to the bit.
+def methods(settings: DemoSettings, preference: Preference) -> list[Method]:
+    """List what the demo compares. One round without EWC is two-stage training with plain trainers, to the bit.
 
     Args:
         settings: Sizes and learning rates.
+        preference: The preference objective.
 
     Returns:
         HBAT, two-stage training at the same preference learning rate, and two-stage training at a smaller one.
     """
-    shared, tuned = settings.dpo_learning_rate, settings.tuned_dpo_learning_rate
+    name, shared, tuned = preference.name.upper(), preference.learning_rate, preference.tuned_learning_rate
     two_stage = {"num_rounds": 1, "ewc": None, "optimizer_state": "reset"}
     return [
-        Method(f"HBAT, DPO at {_short(shared)}", "hbat", {"num_rounds": settings.num_rounds}, shared),
-        Method(f"two-stage, DPO at {_short(shared)}", "two-stage", two_stage, shared),
-        Method(f"two-stage, DPO at {_short(tuned)}", "two-stage-tuned", two_stage, tuned),
+        Method(f"HBAT, {name} at {_short(shared)}", "hbat", {"num_rounds": settings.num_rounds}, shared),
+        Method(f"two-stage, {name} at {_short(shared)}", "two-stage", two_stage, shared),
+        Method(f"two-stage, {name} at {_short(tuned)}", "two-stage-tuned", two_stage, tuned),
     ]
 
 
@@ -77,13 +82,14 @@ def _short(rate: float) -> str:
     return f"{rate:.0e}".replace("e-0", "e-")
 
 
-def run(output_dir: Path, seed: int = 0, quick: bool = False) -> int:
+def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind = "dpo") -> int:
     """Run the demo: prepare a base model, train it three ways, show and save what came out.
 
     Args:
         output_dir: Folder for the demo's files; an earlier demo's are replaced.
         seed: Seed of data, base model and training.
         quick: Run every step at a size at which nothing is learned.
+        preference: Objective of the preference stages.
 
     Returns:
         Exit status 0.
@@ -96,16 +102,16 @@ def run(output_dir: Path, seed: int = 0, quick: bool = False) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        results = _compare(output_dir, seed, settings)
+        base, outcomes = _Comparison(output_dir, seed, settings, Preference.of(preference, settings)).run()
     finally:
         torch.set_num_threads(threads)
-    base, outcomes = results
     seconds = time.perf_counter() - begun
     file = output_dir / "demo.json"
     file.write_text(
         json.dumps(
             {
                 "seed": seed,
+                "preference": preference,
                 "settings": asdict(settings),
                 "base": asdict(base),
                 "methods": [dataclasses.asdict(each) for each in outcomes],
@@ -121,87 +127,91 @@ def run(output_dir: Path, seed: int = 0, quick: bool = False) -> int:
     return 0
 
 
-def _compare(output_dir: Path, seed: int, settings: DemoSettings) -> tuple[Scores, list[Outcome]]:
-    tokenizer = build_tokenizer()
-    prompts = test_prompts(seed + _TEST_SEED, settings.test_prompts)
-    rows = {
-        "sft": Dataset.from_list(instruction_rows(seed, settings.instruction_rows)),
-        "dpo": Dataset.from_list(preference_rows(seed, settings.preference_rows)),
-    }
-    base = _base(seed, settings)
-    weights = base.state_dict()
-    outcomes = []
-    for method in methods(settings):
-        print(f"\n{method.name}", file=sys.stderr)  # noqa: T201 - a command's own output
-        model = build_model(seed)
-        model.load_state_dict(weights)
-        outcomes.append(_train(method, model, tokenizer, rows, prompts, output_dir, seed, settings))
-    return evaluate(base, tokenizer, prompts), outcomes
+class _Comparison:
+    def __init__(self, output_dir: Path, seed: int, settings: DemoSettings, preference: Preference) -> None:
+        self._output_dir, self._seed, self._settings, self._preference = output_dir, seed, settings, preference
+        self._tokenizer = build_tokenizer()
+        self._prompts = test_prompts(seed + _TEST_SEED, settings.test_prompts)
+        self._rows = {
+            "sft": Dataset.from_list(instruction_rows(seed, settings.instruction_rows)),
+            preference.name: preference.rows(seed, settings.preference_rows),
+        }
 
+    def run(self) -> tuple[Scores, list[Outcome]]:
+        base = self._base()
+        weights = base.state_dict()
+        outcomes = []
+        for method in methods(self._settings, self._preference):
+            print(f"\n{method.name}", file=sys.stderr)  # noqa: T201 - a command's own output
+            model = build_model(self._seed)
+            model.load_state_dict(weights)
+            outcomes.append(self._train(method, model))
+        return evaluate(base, self._tokenizer, self._prompts), outcomes
 
-def _base(seed: int, settings: DemoSettings) -> Any:
-    with tqdm(total=settings.base_steps, desc="base model", unit="step", file=sys.stderr) as bar:
+    def _base(self) -> Any:
+        settings = self._settings
+        with tqdm(total=settings.base_steps, desc="base model", unit="step", file=sys.stderr) as bar:
 
-        def progress(step: int, loss: float) -> None:
-            bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
-            bar.update(step - bar.n)
+            def progress(step: int, loss: float) -> None:
+                bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
+                bar.update(step - bar.n)
 
-        return prepare_base(
-            seed,
-            steps=settings.base_steps,
-            batch_size=settings.base_batch_size,
-            learning_rate=settings.base_learning_rate,
-            progress=progress,
+            return prepare_base(
+                self._seed,
+                steps=settings.base_steps,
+                batch_size=settings.base_batch_size,
+                learning_rate=settings.base_learning_rate,
+                progress=progress,
+            )
+
+    def _train(self, method: Method, model: Any) -> Outcome:
+        begun = time.perf_counter()
+        folder = self._output_dir / method.folder
+        if (folder / STATE_FILE).exists():
+            shutil.rmtree(folder)  # an earlier demo's run
+        scoring = _ScoreAfterStage(self._prompts, self._tokenizer)
+        objectives = list(self._rows)
+        trainer = HBATTrainer(
+            model,
+            HBATConfig(
+                output_dir=str(folder),
+                objectives=objectives,
+                seed=self._seed,
+                **self._sections(method.learning_rate),
+                **method.options,
+            ),
+            train_dataset=self._rows,
+            processing_class=self._tokenizer,
+            reward_funcs=self._preference.reward,
+            callbacks=[scoring],
         )
+        steps = trainer.train().global_step
+        trainer.save_model()
+        num_rounds = method.options["num_rounds"]
+        labels = [f"{each.upper()} {index + 1}/{num_rounds}" for index in range(num_rounds) for each in objectives]
+        return Outcome(method.name, list(zip(labels, scoring.scores, strict=True)), steps, time.perf_counter() - begun)
 
-
-def _train(
-    method: Method,
-    model: Any,
-    tokenizer: Any,
-    rows: dict[str, Dataset],
-    prompts: Any,
-    output_dir: Path,
-    seed: int,
-    settings: DemoSettings,
-) -> Outcome:
-    begun = time.perf_counter()
-    folder = output_dir / method.folder
-    if (folder / STATE_FILE).exists():
-        shutil.rmtree(folder)  # an earlier demo's run
-    scoring = _ScoreAfterStage(prompts, tokenizer)
-    trainer = HBATTrainer(
-        model,
-        HBATConfig(
-            output_dir=str(folder),
-            sft=_section(settings, seed, settings.sft_learning_rate, settings.sft_epochs),
-            dpo=_section(settings, seed, method.dpo_learning_rate, settings.dpo_epochs) | {"beta": settings.dpo_beta},
-            seed=seed,
-            **method.options,
-        ),
-        train_dataset=rows,
-        processing_class=tokenizer,
-        callbacks=[scoring],
-    )
-    steps = trainer.train().global_step
-    trainer.save_model()
-    num_rounds = method.options["num_rounds"]
-    labels = [f"{name} {index + 1}/{num_rounds}" for index in range(num_rounds) for name in ("SFT", "DPO")]
-    return Outcome(method.name, list(zip(labels, scoring.scores, strict=True)), steps, time.perf_counter() - begun)
-
-
-def _section(settings: DemoSettings, seed: int, learning_rate: float, epochs: int) -> dict[str, Any]:
-    return {
-        "adam_beta2": settings.adam_beta2,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "learning_rate": learning_rate,
-        "logging_steps": 16,
-        "lr_scheduler_type": "cosine",
-        "num_train_epochs": epochs,
-        "per_device_train_batch_size": settings.batch_size,
-        "save_strategy": "no",
-        "seed": seed,
-        "use_cpu": True,
-        "warmup_steps": settings.warmup_steps,
-    }
+    def _sections(self, learning_rate: float) -> dict[str, Any]:
+        settings, preference = self._settings, self._preference
+        shared = {
+            "adam_beta2": settings.adam_beta2,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "logging_steps": 16,
+            "lr_scheduler_type": "cosine",
+            "save_strategy": "no",
+            "seed": self._seed,
+            "use_cpu": True,
+            "warmup_steps": settings.warmup_steps,
+        }
+        sft = {
+            "learning_rate": settings.sft_learning_rate,
+            "num_train_epochs": settings.sft_epochs,
+            "per_device_train_batch_size": settings.batch_size,
+        }
+        own = {
+            "learning_rate": learning_rate,
+            "num_train_epochs": preference.epochs,
+            "per_device_train_batch_size": preference.batch_size,
+        }
+        return {"sft": shared | sft, preference.name: shared | own | preference.options}

@@ -26,7 +26,7 @@ class DemoSettings:
         base_batch_size: Documents in such a step.
         base_learning_rate: Largest learning rate of the base model.
         instruction_rows: Demonstrations.
-        preference_rows: Preference pairs.
+        preference_rows: Preference pairs, or prompts of PPO.
         test_prompts: Instructions that the scores are means over.
         sft_epochs: Passes over the demonstrations.
         dpo_epochs: Passes over the pairs.
@@ -37,6 +37,13 @@ class DemoSettings:
         dpo_beta: Strength of DPO's pull to the reference.
         adam_beta2: Adam's second decay rate; the stages are too short for the usual one.
         warmup_steps: Steps of rising learning rate at the start of a stage; it falls as a cosine then.
+        ppo_epochs: Passes over the prompts; PPO takes the prompts of the pairs.
+        ppo_rollout: Prompts that are answered before each training on the answers.
+        ppo_passes: Passes over the answers of a rollout.
+        ppo_batch_size: Answers in an optimizer step.
+        ppo_learning_rate: Largest learning rate of PPO, shared by HBAT and two-stage training.
+        tuned_ppo_learning_rate: The best for two-stage training on a grid of factors of two.
+        ppo_kl_coef: Strength of PPO's pull to the reference.
         num_rounds: Rounds of HBAT.
         threads: Threads of PyTorch; the model is too small to gain much from more.
     """
@@ -56,5 +63,12 @@ class DemoSettings:
     dpo_beta: float = 0.1
     adam_beta2: float = 0.95
     warmup_steps: int = 5
+    ppo_epochs: int = 1
+    ppo_rollout: int = 128
+    ppo_passes: int = 4
+    ppo_batch_size: int = 32
+    ppo_learning_rate: float = 1e-3
+    tuned_ppo_learning_rate: float = 1e-4
+    ppo_kl_coef: float = 0.05
     num_rounds: int = 4
     threads: int = 1
