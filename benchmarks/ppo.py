@@ -2,8 +2,9 @@
 
 Each run is a process (`ppo_worker.py`) that trains a Llama of 20M parameters, 30 % of them embeddings, on rollouts of
 16 prompts of 16 to 48 tokens with completions of 48: 4 epochs in mini-batches of 4. TRL's runs in an environment of
-its own. Time is that of the rollouts after the first. Peak memory is the highest resident size while training, less
-that before any model was made: policy, reference, critic, reward model, gradients, moments and activations.
+its own. Time is that of the rollouts after the first, on the clock and of the processor (which other work on the
+machine disturbs less). Peak memory is the highest resident size while training, less that before any model was made:
+policy, reference, critic, reward model, gradients, moments and activations.
 
     python benchmarks/ppo.py --trl-python .venv-trl112/bin/python [--lengths uneven] [--reward model]
 """
@@ -74,20 +75,14 @@ def report(runs: dict[str, list[dict[str, Any]]], prompts: int) -> dict[str, Any
     """
     result = {}
     base = statistics.median(each["peak"] for each in runs["TRL 1.12"])
-    print(
-        f"{'':24}{'samples/s':>11}{'over TRL':>10}{'(range)':>14}{'cpu':>7}{'peak MiB':>10}{'weights':>9}{'TRL/it':>8}"
-    )
+    print(f"{'':24}{'samples/s':>10}{'over TRL: wall':>19}{'cpu':>19}{'peak MiB':>10}{'weights':>9}{'TRL/it':>8}")
     for name, each in runs.items():
         speed = statistics.median(one["rollouts"] * prompts / one["wall"] for one in each)
         ratios = {clock: paired(runs, name, clock) for clock in ("wall", "cpu")}
-        wall, cpu = (statistics.median(values) for values in ratios.values())
-        spread = f"{min(ratios['wall']):.2f}-{max(ratios['wall']):.2f}"
+        shown = [f"{statistics.median(one):.2f} ({min(one):.2f}-{max(one):.2f})" for one in ratios.values()]
         peak = statistics.median(one["peak"] for one in each)
         copies = peak / each[0]["weights"]
-        print(
-            f"{name:24}{speed:11.3f}{wall:10.2f}{spread:>14}{cpu:7.2f}{peak / 2**20:10.0f}{copies:9.1f}"
-            f"{base / peak:8.2f}"
-        )
+        print(f"{name:24}{speed:10.3f}{shown[0]:>19}{shown[1]:>19}{peak / 2**20:10.0f}{copies:9.1f}{base / peak:8.2f}")
         result[name] = {"samples_per_second": speed, "over_trl": ratios, "peak": peak, "copies": copies, "runs": each}
     for name, each in runs.items():
         if not each[0]["phases"]:
