@@ -44,7 +44,7 @@ BLOCKS = {
             "ewc/backward", "ewc/callback", "lifecycle", "objectives/__init__", "objectives/objective",
             "objectives/rewards", "objectives/builtin", "objectives/sft", "objectives/dpo",
             "objectives/kto", "objectives/online", "objectives/grpo", "objectives/rloo", "stage_start",
-            "optimizer_state", "learning_rate", "nonfinite", "hub", "inputs", "model_loading", "reporting",
+            "optimizer_state", "interruption", "learning_rate", "nonfinite", "hub", "inputs", "model_loading", "reporting",
             "trainer_builder", "rehearsal", "evaluator", "stage_runner", "plots", "report", "run_scores", "trainer",
             "ppo/__init__", "ppo/awaiting", "ppo/callable_reward", "ppo/reward_model", "ppo/rewards",
             "reference_adapter", "ppo/config", "ppo/requirements", "ppo/prompts", "ppo/generation", "ppo/token_model",

@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its words; those of the process where left out.
 
     Returns:
-        Exit status: 0, 2 for what the user can correct, 1 for what went wrong in training, 130 when interrupted.
+        Exit status: 0, 2 for what the user can correct, 1 for what went wrong in training, 143 after SIGTERM and 130
+        after SIGINT.
+
+    Raises:
+        SystemExit: After `--help` and `--version`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -44,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "; `--resume` goes on" if words[0] == "train" else ""
         print(f"hbat: interrupted{hint}", file=sys.stderr)  # noqa: T201 - what a command line is for
         return 130
+    except SystemExit as ending:
+        ended_by = getattr(ending, "signal", None)
+        if ended_by is None:  # `--help` and the like
+            raise
+        print(f"hbat: ended by {ended_by.name}, everything is saved; `--resume` goes on", file=sys.stderr)  # noqa: T201
+        return int(ending.code or 0)
     except Exception as error:  # noqa: BLE001 - the host raises anything; the user gets one line
         cause = (error.__cause__ or error) if isinstance(error, _TrainingError) else error
         by_user = cause is error and isinstance(error, _USER_ERRORS)

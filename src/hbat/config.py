@@ -11,6 +11,7 @@ from hbat.sections import build_section, nearest
 OptimizerState = Literal["reset", "carry"]
 LRSchedule = Literal["stage", "run", "decay"]
 OnBadRows = Literal["raise", "drop"]
+OnNaN = Literal["stop", "rollback"]
 PPOBackend = Literal["hbat", "trl"]
 
 
@@ -85,6 +86,16 @@ class HBATConfig:
             "help": "Rows that cannot be trained on: `raise` an error that names them, or `drop` and count them."
         },
     )
+    on_nan: OnNaN = field(
+        default="stop",
+        metadata={
+            "help": "A loss, gradient, weight or importance that is NaN or infinite: `stop` with an error that names "
+            "it, or `rollback` to the stage's start and train it with half the learning rate."
+        },
+    )
+    max_rollbacks: int = field(
+        default=3, metadata={"help": "With `on_nan: rollback`: how often a stage is rolled back before the run stops."}
+    )
     seed: int = field(
         default=42,
         metadata={"help": "Cuts the data sets into parts and initialises new adapters. Stages seed by section."},
@@ -110,6 +121,8 @@ class HBATConfig:
         self._check_objectives()
         check_choice("optimizer_state", self.optimizer_state, OptimizerState)
         check_choice("on_bad_rows", self.on_bad_rows, OnBadRows)
+        check_choice("on_nan", self.on_nan, OnNaN)
+        check_whole("max_rollbacks", self.max_rollbacks, 0)
         check_choice("ppo_backend", self.ppo_backend, PPOBackend)
         for name in self.objective_names:
             check_choice("lr_schedule", self.lr_schedule_of(name), LRSchedule)

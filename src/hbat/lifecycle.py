@@ -223,7 +223,8 @@ def unpatched_copy(model: nn.Module) -> nn.Module:
 
 
 def _dismantle(trainer: Trainer) -> None:
-    trainer.accelerator.__dict__.pop("backward", None)
+    for name in ("backward", "clip_grad_norm_"):
+        trainer.accelerator.__dict__.pop(name, None)
     for name in ("model_wrapped", "optimizer", "lr_scheduler", "ref_model"):
         if hasattr(trainer, name):
             setattr(trainer, name, None)

@@ -1,17 +1,22 @@
-"""Stops a stage whose loss is NaN or infinite, before the optimizer takes a step from it."""
+"""Stops a stage whose loss or gradient is NaN or infinite, before the optimizer takes a step from it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hbat.ewc.backward import after_backward
+from hbat.ewc.parameters import canonical_name
 from hbat.rounds import Stage
 
 
-class StopOnNonFiniteLoss(TrainerCallback):
-    """Raises `FloatingPointError` on `on_pre_optimizer_step`; the host would log an average instead and go on.
+class StopOnNonFinite(TrainerCallback):
+    """Raises `FloatingPointError` before the optimizer's step; the host would log an average instead and go on.
+
+    The loss is looked at on `on_pre_optimizer_step`, the gradient where the host clips it: its norm, which the host
+    needs anyway. Gradients in float16 are left to the loss scaling, whose business infinite ones are.
 
     Args:
         trainer: The stage's trainer.
@@ -20,27 +25,71 @@ class StopOnNonFiniteLoss(TrainerCallback):
 
     def __init__(self, trainer: Trainer, stage: Stage) -> None:
         self._stage = stage
+        self._trainer = trainer
         self._bad: Tensor | None = None  # stays on the device, so that only one read a step waits for it
         trainer.add_callback(self)
         after_backward(trainer.accelerator, self._see)
+        if trainer.accelerator.scaler is None:
+            trainer.accelerator.clip_grad_norm_ = self._clip
 
     def _see(self, loss: Tensor) -> None:
         bad = ~torch.isfinite(loss).all()
         self._bad = bad if self._bad is None else self._bad | bad
 
+    def _clip(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0) -> Tensor:
+        # What torch's `clip_grad_norm_` does, with a look at the norm in between: clipping would spread a NaN to all.
+        self._require_finite_loss()
+        parameters = list(parameters)
+        norm = torch.nn.utils.get_total_norm(
+            [each.grad for each in parameters if each.grad is not None], norm_type=norm_type
+        )
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"The gradient of {self._offender()} is not finite in {self._stage} at its step "
+                f"{self._trainer.state.global_step + 1}.{_advice(self._stage)}"
+            )
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+    def _offender(self) -> str:
+        model: Any = self._trainer.model
+        for name, each in model.named_parameters():
+            if each.grad is not None and not bool(torch.isfinite(each.grad).all()):
+                return repr(canonical_name(name))
+        return "all parameters together (each alone is finite)"
+
+    def _require_finite_loss(self) -> None:
+        bad, self._bad = self._bad, None
+        if bad is not None and _anywhere(bad):
+            raise FloatingPointError(
+                f"The loss is not finite in {self._stage} at its step {self._trainer.state.global_step + 1}."
+                f"{_advice(self._stage)}"
+            )
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Look at the losses of the step's micro-batches.
+        """Look at the losses of the step's micro-batches, unless that has been done where gradients are clipped.
 
         Raises:
             FloatingPointError: If one was not finite.
         """
-        bad, self._bad = self._bad, None
-        if bad is not None and _anywhere(bad):
-            raise FloatingPointError(
-                f"The loss is not finite in {self._stage} at its step {state.global_step + 1}.{_advice(self._stage)}"
-            )
+        self._require_finite_loss()
+
+
+def require_finite_importance(importance: Mapping[str, Tensor], stage: Stage) -> None:
+    """Refuse importance that is NaN or infinite: it would spread to every stage to come.
+
+    Args:
+        importance: What a stage yielded, by name.
+        stage: The stage, for the message.
+
+    Raises:
+        FloatingPointError: If one is not finite.
+    """
+    for name, each in importance.items():
+        if not bool(torch.isfinite(each).all()):
+            raise FloatingPointError(f"The importance of {name!r} from {stage} is not finite.{_advice(stage)}")
 
 
 def require_finite_weights(parameters: Mapping[str, Tensor], stage: Stage) -> None:

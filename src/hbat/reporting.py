@@ -89,6 +89,15 @@ class RunReporter:
         """
         self.state.log_history.append(entry | {"step": step})
 
+    def forget_after(self, step: int) -> None:
+        """Take entries out of the log, of work that is done again. Reporters keep what they have seen.
+
+        Args:
+            step: The last step whose entries stay.
+        """
+        self.state.log_history = [each for each in self.state.log_history if each["step"] <= step]
+        self.state.global_step = step
+
     def stage_begins(self, stage: Stage, steps: int, *, steps_after: int) -> None:
         """Name the stage on the progress bar and correct the total.
 

@@ -86,9 +86,40 @@ class Run:
             importance = folder.read_tensors(state, f"importance-{objective}")
             if importance and run.consolidation is not None:
                 run.consolidation.accumulated[objective] = importance
-            run.moments[objective] = folder.read_tensors(state, f"optimizer-{objective}")
-            run.kept[objective] = folder.read_tensors(state, f"kept-{objective}")
+            run.read_carried(objective)
         return run
+
+    def read_carried(self, objective: str) -> None:
+        """Read what an objective carries to its next stage.
+
+        Args:
+            objective: Its name.
+        """
+        self.moments[objective] = self._folder.read_tensors(self.state, f"optimizer-{objective}")
+        self.kept[objective] = self._folder.read_tensors(self.state, f"kept-{objective}")
+
+    def rollbacks(self, stage: Stage) -> int:
+        """Count how often a stage was rolled back.
+
+        Args:
+            stage: The stage.
+
+        Returns:
+            The number.
+        """
+        return self.state.rollbacks.get(str(stage.index), 0)
+
+    def roll_back(self, stage: Stage, parameters: Mapping[str, Tensor]) -> None:
+        """Go back to a stage's start, as it lies on disk, and count it.
+
+        Args:
+            stage: The stage under way.
+            parameters: The model's trainable parameters by name.
+        """
+        self.state.rollbacks[str(stage.index)] = self.rollbacks(stage) + 1
+        self._folder.commit(self.state)
+        self.load_weights(parameters)
+        self.read_carried(stage.objective)
 
     @classmethod
     def open(

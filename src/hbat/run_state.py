@@ -44,6 +44,7 @@ class RunState:
         objective_steps: Optimizer steps so far by objective.
         files: Names of the tensor files in `state/` by what they hold.
         evaluations: Rows of the forgetting matrix so far.
+        rollbacks: How often a stage was rolled back after a NaN, by its index as text.
     """
 
     fingerprint: dict[str, Any]
@@ -52,6 +53,7 @@ class RunState:
     objective_steps: dict[str, int] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    rollbacks: dict[str, int] = field(default_factory=dict)
 
 
 class RunFolder:

@@ -21,9 +21,10 @@ from hbat.ewc.callback import EWCCallback
 from hbat.ewc.fisher import Example, diagonal_fisher
 from hbat.ewc.importance import displacement
 from hbat.ewc.parameters import trainable_parameters
+from hbat.interruption import StopAtStep, StopRequest
 from hbat.learning_rate import extend_schedule
 from hbat.lifecycle import HookLimit
-from hbat.nonfinite import StopOnNonFiniteLoss, require_finite_weights
+from hbat.nonfinite import StopOnNonFinite, require_finite_importance, require_finite_weights
 from hbat.objectives.objective import Objective
 from hbat.optimizer_state import CarryMoments
 from hbat.reporting import ForwardLogs, RunReporter
@@ -31,6 +32,8 @@ from hbat.rounds import Stage, part_indices
 from hbat.run import Run
 from hbat.stage_start import StageStart
 from hbat.trainer_builder import TrainerBuilder
+
+_STEP_BACK = 0.5  # learning rate of a stage that was rolled back, over what it was
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class StageRunner:
         callbacks: The user's callbacks, for every stage.
         builder: Builder of the stages' trainers.
         start: Holder of the stage's start.
+        request: Where signals are remembered.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class StageRunner:
         callbacks: list[TrainerCallback],
         builder: TrainerBuilder,
         start: StageStart,
+        request: StopRequest,
     ) -> None:
         self._model = model
         self._config = config
@@ -77,6 +82,7 @@ class StageRunner:
         self._callbacks = callbacks
         self._builder = builder
         self._start = start
+        self._request = request
 
     def run(
         self,
@@ -102,12 +108,16 @@ class StageRunner:
             reporter: The run's reporter.
             steps_after: Estimate of the run's steps after this stage.
 
+        Raises:
+            RunInterrupted: If a signal stopped the stage; its checkpoint is saved.
+
         Returns:
             What the stage leaves. The model's weights are those of its end, averaged with its start where that is set.
         """
         consolidation = run.consolidation
         carry = CarryMoments(run.moments.pop(stage.objective, {}))
         kept = run.kept.pop(stage.objective, {})
+        interruption = StopAtStep(self._request)
         carries = self._config.optimizer_state == "carry"
         evaluates = str(getattr(self._sections[stage.objective].eval_strategy, "value", "no")) != "no"
         part = dataset.select(part_indices(len(dataset), stage.num_rounds, stage.round, self._config.seed))
@@ -121,10 +131,12 @@ class StageRunner:
                 *([carry] if carries else []),
                 HookLimit(),
                 *self._callbacks,
+                interruption,
                 ForwardLogs(reporter, stage, steps_after),
             ],
             frozen=consolidation.frozen(stage) if consolidation is not None else (),
         ) as trainer:
+            trainer.args.learning_rate *= _STEP_BACK ** run.rollbacks(stage)
             self._start.share_adapter()
             extend_schedule(
                 trainer,
@@ -134,17 +146,20 @@ class StageRunner:
                 steps_before=run.state.objective_steps.get(stage.objective, 0),
             )
             self._hold_back(trainer, stage, consolidation)
-            StopOnNonFiniteLoss(trainer, stage)
+            StopOnNonFinite(trainer, stage)
             if kept and objective.restores is not None:
                 objective.restores(trainer, kept)
             resumes_at = functools.partial(objective.resumes_at, trainer.args, len(part))
             trainer.train(resume_from_checkpoint=last_checkpoint(folder, trainer.args.max_steps, resumes_at))
+            if interruption.stopped:
+                self._request.raise_if_agreed()
             steps = trainer.state.global_step
             kept = _copies(objective.keeps(trainer)) if objective.keeps is not None else {}
             examples = self._fisher_examples(objective, trainer.train_dataset)
         require_finite_weights(trainable_parameters(self._model), stage)
         self._average(self._config.average_of(stage.objective))
         yielded = self._yielded(stage, consolidation, examples)
+        require_finite_importance(yielded or {}, stage)
         return StageResult(steps, yielded, carry.saved if carries else {}, kept)
 
     def _hold_back(self, trainer: Trainer, stage: Stage, consolidation: Consolidation | None) -> None:

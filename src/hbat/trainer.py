@@ -16,6 +16,7 @@ from hbat.ewc.parameters import snapshot, trainable_parameters
 from hbat.fingerprint import fingerprint
 from hbat.hub import upload
 from hbat.inputs import checked_inputs
+from hbat.interruption import StopRequest
 from hbat.lifecycle import cheap_garbage_collection
 from hbat.model_loading import load_model, load_tokenizer, require_adapter_parameters
 from hbat.objectives.builtin import build_sections, resolve
@@ -98,7 +99,10 @@ class HBATTrainer:
         self._scores = RunScores(self.matrix, self._plan, self._folder)
         self._start = StageStart(self.model, needs_reference=takes_reference)
         builder = TrainerBuilder(self.model, self._sections, self.processing_class, self._start)
-        self._runner = StageRunner(self.model, args, self._sections, list(callbacks or []), builder, self._start)
+        self._request = StopRequest()
+        self._runner = StageRunner(
+            self.model, args, self._sections, list(callbacks or []), builder, self._start, self._request
+        )
         self._evaluator = Evaluator(self._objectives, self._sections, self._eval_dataset, builder, self._start)
         self._run: Run | None = None
         self._start.take()
@@ -144,7 +148,10 @@ class HBATTrainer:
         Raises:
             TypeError: If `resume_from_checkpoint` is a path.
             RunStateError: If `output_dir` holds another run, or one and `resume_from_checkpoint` is not set.
-            FloatingPointError: If a loss is NaN or infinite; the stage's start is on disk.
+            FloatingPointError: If a loss, gradient, weight or importance is NaN or infinite; the stage's start is on
+                disk.
+            RunInterrupted: At SIGTERM or SIGINT, with everything saved; uncaught it ends the process with status 143
+                or 130. A second signal ends the process at once.
         """
         if resume_from_checkpoint not in {None, True, False}:
             raise TypeError(
@@ -159,10 +166,11 @@ class HBATTrainer:
         derived = self._objectives[name].derived
         reporter = RunReporter(self.args, self.model, self.state, total, host, derived)
         try:
-            with cheap_garbage_collection():
+            with cheap_garbage_collection(), self._request.listening():
                 self._evaluate_if_due(run, reporter)
                 for stage in self._plan[run.state.next_stage :]:
                     self._run_stage(stage, run, reporter)
+                    self._request.raise_if_agreed()
                     self._evaluate_if_due(run, reporter)
         finally:
             reporter.save()
@@ -196,9 +204,15 @@ class HBATTrainer:
                 reporter=reporter,
                 steps_after=self._steps_from(stage.index + 1),
             )
-        except FloatingPointError:
+        except FloatingPointError as error:
             self._folder.remove_stage(stage.folder)  # its checkpoints may hold the weights that led here
-            raise
+            if self.args.on_nan == "stop" or run.rollbacks(stage) == self.args.max_rollbacks:
+                raise
+            logger.warning("%s Back to the start of the stage, with half the learning rate.", error)
+            run.roll_back(stage, trainable_parameters(self.model))
+            reporter.forget_after(run.state.global_step)
+            self._run_stage(stage, run, reporter)
+            return
         reporter.save()  # entries of a stage that is not committed are cut off when the run goes on
         run.commit_stage(stage, weights=trainable_parameters(self.model), **vars(result))
         self.state.global_step = run.state.global_step

@@ -81,7 +81,7 @@ class TokenModel:
         """
         if self._splits:
             states = hidden = self.hidden_states(input_ids, attention_mask, tokens)
-            head = self._logits
+            head: Any = self._logits
         else:
             output = self._causal(**self._arguments(input_ids, attention_mask), output_hidden_states=True)
             hidden, states = output.hidden_states[-1][:, -tokens - 1 : -1], output.logits[:, -tokens - 1 : -1]
