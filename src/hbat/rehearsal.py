@@ -20,7 +20,7 @@ def rehearse(
     eval_dataset: Mapping[str, Dataset],
     builder: TrainerBuilder,
 ) -> None:
-    """Build each objective's trainer once on a few rows, so that the host refuses now and not after hours.
+    """Build each objective's trainer once, most on a few rows, so that the host refuses now and not after hours.
 
     Args:
         objectives: The objectives by name.
@@ -32,9 +32,12 @@ def rehearse(
     """
     with tempfile.TemporaryDirectory() as folder:
         for name, objective in objectives.items():
-            rows = {"train_dataset": first_rows(train_dataset[name], objective.rows_of_a_stage(sections[name]))}
+            rows = {"train_dataset": train_dataset[name]}
             if name in eval_dataset:  # the host asks for it where a section sets `eval_strategy`
-                rows["eval_dataset"] = eval_dataset[name].select([0])
+                rows["eval_dataset"] = eval_dataset[name]
+            if not objective.rehearses_all_rows:
+                counts = {"train_dataset": objective.rows_of_a_stage(sections[name]), "eval_dataset": 1}
+                rows = {key: first_rows(each, counts[key]) for key, each in rows.items()}
             with builder.building(objective, folder, **rows) as trainer:
                 kind = config.lr_schedule_of(name)
                 extend_schedule(trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0)

@@ -259,6 +259,24 @@ def test_parts_smaller_than_a_rollout_are_refused(tmp_path):
         build(cases.tiny_llama(0), tmp_path, rows=7)
 
 
+def test_a_prompt_of_a_later_round_that_is_too_long_is_refused_before_the_first(tmp_path):
+    rows = ppo_cases.prompts(16)
+    long = rows.map(lambda row, number: {"prompt": "x" * 130 if number == 13 else row["prompt"]}, with_indices=True)
+    sizes = {key: value for key, value in ppo_cases.SIZES.items() if key != "max_steps"}
+    config = HBATConfig(output_dir=str(tmp_path), objectives=["ppo"], num_rounds=4, ppo=runs.section(**sizes))
+    for train, held_out in ((long, rows), (rows, long)):
+        with pytest.raises(ValueError, match="row 13: the prompt has 130 tokens"):
+            HBATTrainer(
+                cases.tiny_llama(0),
+                config,
+                {"ppo": train},
+                {"ppo": held_out},
+                processing_class=cases.tiny_tokenizer(),
+                reward_funcs=ppo_cases.letters,
+            )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_without_rewards_is_refused(tmp_path):
     config = HBATConfig(output_dir=str(tmp_path), objectives=["ppo"], ppo=runs.section())
     with pytest.raises(ValueError, match="reward_funcs"):

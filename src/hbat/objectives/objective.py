@@ -60,6 +60,8 @@ class Objective:
         resumes_inside: Whether a stage that was cut off goes on from the trainer's own checkpoint: always, never, or
             as a function says of the configuration, the rows of the stage and the step of the checkpoint. It starts
             anew where going on would not end in the same weights.
+        rehearses_all_rows: Whether the trainer finds faults in rows when it is built that `faults` cannot see, such as
+            prompts that are too long for the model: before the first stage it is then built on all of them.
         derived: Fields that the configuration works out of others; they are worked out again for each stage.
         trainer_kwargs: More arguments for the trainer's constructor.
     """
@@ -79,6 +81,7 @@ class Objective:
     keeps: Callable[[Any], Mapping[str, Tensor]] | None = None
     restores: Callable[[Any, Mapping[str, Tensor]], None] | None = None
     resumes_inside: Callable[[Any, int, int], bool] | bool = True
+    rehearses_all_rows: bool = False
     derived: Collection[str] = ()
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
 

@@ -30,6 +30,7 @@ def ppo(config: Any) -> Objective:
         metric="reward",
         greater_is_better=True,
         minimum_rows=_rollout_rows,
+        rehearses_all_rows=True,
         epoch_steps=_epoch_steps,
         keeps=PPOTrainer.kept_state,
         restores=PPOTrainer.restore_state,

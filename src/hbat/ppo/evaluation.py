@@ -7,8 +7,7 @@ from datasets import Dataset
 
 from hbat.ppo.collector import RolloutCollector
 from hbat.ppo.config import PPOConfig
-from hbat.ppo.prompts import tokenise
-from hbat.ppo.requirements import require_lengths
+from hbat.ppo.requirements import prepare_rows
 from hbat.ppo.scored import means
 
 
@@ -33,8 +32,7 @@ def evaluate_policy(
     """
     if rows is None or len(rows) == 0:
         raise ValueError("There are no rows to evaluate on. Give `eval_dataset`, to the trainer or to `evaluate`.")
-    prompts = tokenise(rows, tokenizer, args.chat_template_kwargs)
-    require_lengths(prompts, "eval_dataset", policy, args)
+    prompts = prepare_rows(rows, policy, tokenizer, args)
     size = args.per_device_eval_batch_size
     # With fewer rows than processes some take the first row, which does not count for them.
     own = list(range(args.process_index, len(prompts), args.world_size))

@@ -1,5 +1,6 @@
 """What PPO needs of model, tokenizer, rows and machine, checked when the trainer is built."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from hbat.ewc.callback import refuse_sharded
 from hbat.model_loading import load_tokenizer
 from hbat.ppo.config import PPOConfig
-from hbat.ppo.prompts import check_lengths, context_length, tokenise
+from hbat.ppo.prompts import TOKENS, check_lengths, context_length, tokenise
 from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
 
 
@@ -38,6 +39,30 @@ def prepare(
     prompts = tokenise(train_dataset, tokenizer, args.chat_template_kwargs)
     require_rows(prompts, "train_dataset", policy, args)
     return policy, tokenizer, prompts
+
+
+def prepare_rows(rows: Any, policy: Any, tokenizer: Any, args: PPOConfig) -> Any:
+    """Tokenise prompts to evaluate on and check them, unless that has been done.
+
+    Args:
+        rows: A data set, several by name, or None.
+        policy: The policy.
+        tokenizer: Its tokenizer.
+        args: The options.
+
+    Returns:
+        The same with the tokens.
+
+    Raises:
+        ValueError: If a prompt does not fit.
+    """
+    if isinstance(rows, Mapping):
+        return {name: prepare_rows(each, policy, tokenizer, args) for name, each in rows.items()}
+    if rows is None or TOKENS in rows.column_names:
+        return rows
+    prompts = tokenise(rows, tokenizer, args.chat_template_kwargs)
+    require_lengths(prompts, "eval_dataset", policy, args)
+    return prompts
 
 
 def load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:

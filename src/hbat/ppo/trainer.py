@@ -21,7 +21,7 @@ from hbat.ppo.losses import adapted_kl_coef
 from hbat.ppo.policy import PolicyAndCritic
 from hbat.ppo.progress import Progress
 from hbat.ppo.reference import Reference
-from hbat.ppo.requirements import prepare
+from hbat.ppo.requirements import prepare, prepare_rows
 from hbat.ppo.rewards import Rewards
 from hbat.ppo.schedule import Position, RolloutSchedule
 from hbat.ppo.update import APPROX_KL, update_loss
@@ -81,7 +81,7 @@ class PPOTrainer(PolicyCheckpoints):
             args=args,
             data_collator=_nothing,
             train_dataset=prompts,
-            eval_dataset=eval_dataset,
+            eval_dataset=prepare_rows(eval_dataset, policy, tokenizer, args),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
