@@ -163,6 +163,12 @@ REFUSED = {
     "path of a critic": ({"critic_model_name_or_path": "x"}, "`critic: separate`"),
     "adaptive without penalty": ({"adaptive_kl": True, "kl_coef": 0.0}, "`adaptive_kl` multiplies `kl_coef`"),
     "own fields": ({"generation_kwargs": {"max_new_tokens": 3}}, "sets 'max_new_tokens', which is PPO's own"),
+    "misspelt": ({"generation_kwargs": {"repetition_penality": 2}}, "Did you mean `repetition_penalty`"),
+    "best model": (
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+        "`load_best_model_at_end` is True, which PPO does not support",
+    ),
+    "noise": ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` is 5.0"),
     "columns": ({"remove_unused_columns": True}, "`remove_unused_columns` is true"),
     "batch size": ({"auto_find_batch_size": True}, "`auto_find_batch_size` is true"),
 }

@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import TrainingArguments
+from transformers import GenerationConfig, TrainingArguments
 
 from hbat.field_checks import check_choice, check_number, check_whole
 from hbat.ppo.losses import KLEstimator
+from hbat.sections import nearest
 
 Critic = Literal["shared", "separate"]
 _OWN_GENERATION_FIELDS = {
@@ -139,11 +140,7 @@ class PPOConfig(TrainingArguments):
         self._check_numbers()
         self._check_critic()
         self._check_host_options()
-        for key in self.generation_kwargs or {}:
-            if key in _OWN_GENERATION_FIELDS:
-                raise ValueError(
-                    f"`generation_kwargs` sets {key!r}, which is PPO's own ({_OWN_GENERATION_FIELDS[key]})."
-                )
+        self._check_generation_kwargs()
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -208,6 +205,19 @@ class PPOConfig(TrainingArguments):
                 "`critic_model_name_or_path` is set, which only a critic of its own has: `critic: separate`."
             )
 
+    def _check_generation_kwargs(self) -> None:
+        valid = vars(GenerationConfig())
+        for key in self.generation_kwargs or {}:
+            if key in _OWN_GENERATION_FIELDS:
+                raise ValueError(
+                    f"`generation_kwargs` sets {key!r}, which is PPO's own ({_OWN_GENERATION_FIELDS[key]})."
+                )
+            if key not in valid or key.startswith("_"):
+                raise ValueError(
+                    f"`generation_kwargs` sets {key!r}, which `transformers.GenerationConfig` does not have."
+                    f"{nearest(key, valid)}"
+                )
+
     def _check_host_options(self) -> None:
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` is true, but reward functions get all columns. Leave it out.")
@@ -217,5 +227,6 @@ class PPOConfig(TrainingArguments):
             raise ValueError(
                 "`target_kl` skips updates, which the loss scaling of `fp16` cannot. Use `bf16`, or leave one out."
             )
-        if self.label_smoothing_factor or self.use_liger_kernel:
-            raise ValueError("`label_smoothing_factor` and `use_liger_kernel` have no meaning in PPO. Leave them out.")
+        for name in ("label_smoothing_factor", "use_liger_kernel", "neftune_noise_alpha", "load_best_model_at_end"):
+            if getattr(self, name, None):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, which PPO does not support. Leave it out.")
