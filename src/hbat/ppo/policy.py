@@ -69,8 +69,10 @@ class PolicyAndCritic(nn.Module):
         Args:
             **kwargs: As the host passes them.
         """
+        # transformers 4.57 takes the reentrant kind, which gives a frozen base with an adapter no gradient.
+        options = {"use_reentrant": False} | (kwargs.pop("gradient_checkpointing_kwargs", None) or {})
         for each in self._networks():
-            each.gradient_checkpointing_enable(**kwargs)
+            each.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """Embeddings of the policy.
