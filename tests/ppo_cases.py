@@ -40,7 +40,9 @@ def arguments(folder, **options):
 
 
 def build(model, folder, *, rows=None, reward_funcs=letters, kind=PPOTrainer, **options):
-    own = {key: options.pop(key) for key in ("callbacks", "eval_dataset", "ref_model", "peft_config") if key in options}
+    own = {
+        key: options.pop(key) for key in ("callbacks", "eval_dataset", "ref_model", "peft_config") if key in options
+    }
     trainer = kind(
         model,
         arguments(folder, **options),

@@ -6,7 +6,7 @@ import pytest
 
 from hbat import assembly
 from hbat.cli import main
-from hbat.run_state import RunStateError
+from hbat.manifest import RunStateError
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import cases
 import pytest
@@ -10,19 +11,26 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, SFTConfig
 
+from hbat.changes import changes
 from hbat.config import HBATConfig
-from hbat.fingerprint import differences, fingerprint
+from hbat.fingerprint import fingerprint
 
 CLASSES = {"sft": SFTConfig, "dpo": DPOConfig}
 CHEAP = {"use_cpu": True, "bf16": False, "max_steps": 2}
 
 
-def described(folder="run", *, rows=None, sft=None, dpo=None, parameters=None, model=None, **options):
+def described(folder="run", *, rows=None, sft=None, dpo=None, parameters=None, model=None, tokenizer=None, **options):
     given = {"sft": sft or {}, "dpo": dpo or {}}
     sections = {name: CLASSES[name](**{"output_dir": str(folder)} | CHEAP | given[name]) for name in CLASSES}
     data = rows or {"sft": cases.sft_rows(6), "dpo": cases.preference_rows(6)}
     parameters = parameters or {"a": torch.zeros(2, 3), "b": torch.zeros(())}
-    return fingerprint(HBATConfig(output_dir=str(folder), **options), sections, data, parameters, model)
+    return fingerprint(
+        HBATConfig(output_dir=str(folder), **options), sections, data, parameters, model, processing_class=tokenizer
+    )
+
+
+def differences(before, now):
+    return [str(each) for each in changes(before, now)]
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +99,11 @@ def _with(rows, **changes):
 @pytest.mark.parametrize(
     ("dataset", "names"),
     [
-        (cases.sft_rows(6, seed=1), ["data.sft.sample"]),
-        (cases.sft_rows(6).select([1, 0, 2, 3, 4, 5]), ["data.sft.sample"]),
-        (cases.sft_rows(5), ["data.sft.rows", "data.sft.sample"]),
-        (cases.sft_rows(6).rename_column("prompt", "question"), ["data.sft.columns", "data.sft.sample"]),
-        (cases.sft_rows(6).add_column("source", ["x"] * 6), ["data.sft.columns", "data.sft.sample"]),
+        (cases.sft_rows(6, seed=1), ["data.sft.content"]),
+        (cases.sft_rows(6).select([1, 0, 2, 3, 4, 5]), ["data.sft.content"]),
+        (cases.sft_rows(5), ["data.sft.content", "data.sft.rows"]),
+        (cases.sft_rows(6).rename_column("prompt", "question"), ["data.sft.columns", "data.sft.content"]),
+        (cases.sft_rows(6).add_column("source", ["x"] * 6), ["data.sft.columns", "data.sft.content"]),
     ],
     ids=["a row", "order", "number", "name", "column"],
 )
@@ -109,7 +117,7 @@ def test_a_change_in_any_row_shows(changed, base):
     rows = cases.preference_rows(6).to_list()
     rows[changed]["rejected"] += "!"
     lines = differences(base, described(rows=_with(None, dpo=Dataset.from_list(rows))))
-    assert [each.split(":")[0] for each in lines] == ["data.dpo.sample"]
+    assert [each.split(":")[0] for each in lines] == ["data.dpo.content"]
 
 
 def test_the_order_of_columns_is_no_change(base):
@@ -227,22 +235,42 @@ def test_our_own_sections_are_compared_key_by_key(section, base):
     assert differences(more, base) == [f"{section}.come: 1 -> None"]
 
 
-# --- differences -----------------------------------------------------------------------------------------------------
+# --- data, tokenizer, processes --------------------------------------------------------------------------------------
 
 
-def test_differences_are_sorted_and_dotted_and_show_what_came_and_went():
-    before = {"b": 1, "a": {"x": 1, "y": {"z": [1]}}, "gone": 3}
-    now = {"b": 2, "a": {"x": 1, "y": {"z": [2]}}, "new": None, "come": 0}
-    assert differences(before, now) == ["a.y.z: [1] -> [2]", "b: 1 -> 2", "come: None -> 0", "gone: 3 -> None"]
-
-
-def test_a_section_that_became_a_value_is_one_change():
-    assert differences({"ewc": {"f_max": 1}}, {"ewc": None}) == ["ewc: {'f_max': 1} -> None"]
-
-
-def test_a_large_data_set_is_sampled_over_its_whole_length():
+@pytest.mark.parametrize("changed", [0, 1, 1234, 2498, 2499])
+def test_a_change_in_any_row_of_a_large_data_set_shows(changed):
     rows = [{"prompt": str(index), "completion": "x"} for index in range(2500)]
-    dataset = {"sft": Dataset.from_list(rows), "dpo": cases.preference_rows(6)}
-    rows[-2]["completion"] = "y"  # an even row, of which every second is sampled
-    changed = {"sft": Dataset.from_list(rows), "dpo": cases.preference_rows(6)}
-    assert len(differences(described(rows=dataset), described(rows=changed))) == 1
+    before = described(rows=_with(None, sft=Dataset.from_list(rows)))
+    rows[changed]["completion"] = "y"
+    lines = differences(before, described(rows=_with(None, sft=Dataset.from_list(rows))))
+    assert [each.split(":")[0] for each in lines] == ["data.sft.content"]
+
+
+def test_another_number_of_processes_shows_with_the_reason(base, monkeypatch):
+    monkeypatch.setattr("hbat.fingerprint.process_count", lambda: 2)
+    expected = "run.processes: 1 -> 2 (another number of processes gives other results)"
+    assert differences(base, described()) == [expected]
+
+
+def test_the_tokenizer_counts_by_vocabulary_and_template():
+    first = described(tokenizer=cases.tiny_tokenizer())
+    assert differences(first, described(tokenizer=cases.tiny_tokenizer())) == []
+    used = cases.tiny_tokenizer()
+    used(["some text"], truncation=True, max_length=3, padding="max_length")
+    assert differences(first, described(tokenizer=used)) == []
+    templated, larger, other_end = (cases.tiny_tokenizer() for _ in range(3))
+    templated.chat_template = "{{ messages }}"
+    larger.add_tokens(["<new>"])
+    other_end.eos_token = other_end.pad_token
+    found = [
+        [each.split(":")[0] for each in differences(first, described(tokenizer=each))]
+        for each in (templated, larger, other_end)
+    ]
+    assert found == [["tokenizer.template"], ["tokenizer.vocabulary"], ["tokenizer.vocabulary"]]
+
+
+def test_the_tokenizer_of_a_processor_counts():
+    tokenizer = cases.tiny_tokenizer()
+    processor = types.SimpleNamespace(tokenizer=tokenizer, chat_template=tokenizer.chat_template)
+    assert described(tokenizer=processor) == described(tokenizer=tokenizer)

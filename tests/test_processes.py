@@ -6,12 +6,12 @@ import sys
 import pytest
 
 import hbat
-from hbat.processes import is_main_process, wait_for_everyone
+from hbat.processes import decided_by_main, is_main_process, process_count, wait_for_everyone
 
 PROGRAM = """
 import pathlib, sys, time
 import torch
-from hbat.processes import is_main_process, wait_for_everyone
+from hbat.processes import decided_by_main, is_main_process, process_count, wait_for_everyone
 
 torch.distributed.init_process_group("gloo")
 assert torch.distributed.get_world_size() == 2
@@ -22,6 +22,18 @@ if is_main_process():
 wait_for_everyone()
 assert file.read_text() == "here"
 assert is_main_process() == (torch.distributed.get_rank() == 0)
+assert process_count() == 2
+main = is_main_process()
+assert decided_by_main(lambda: 7 if main else 1 / 0) == 7
+assert decided_by_main(lambda: -1) == -1
+try:
+    decided_by_main(lambda: 1 / 0)
+except ZeroDivisionError:
+    assert main
+except RuntimeError as error:
+    assert not main and str(error) == "The main process stopped; its message says why."
+else:
+    raise AssertionError
 torch.distributed.destroy_process_group()
 """
 
@@ -30,6 +42,8 @@ def test_a_single_process_is_the_main_one_and_waits_for_nobody(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert is_main_process()
     wait_for_everyone()
+    assert decided_by_main(lambda: 5) == 5
+    assert process_count() == 1
 
 
 @pytest.mark.parametrize(("rank", "main"), [("0", True), ("1", False)])

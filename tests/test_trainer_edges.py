@@ -9,9 +9,9 @@ from transformers import TrainerCallback
 from hbat.consolidation import Consolidation
 from hbat.ewc.callback import EWCCallback
 from hbat.ewc_config import EWCConfig
+from hbat.manifest import STATE_FILE, RunStateError
 from hbat.objectives.objective import Objective
 from hbat.rounds import plan
-from hbat.run_state import STATE_FILE, RunStateError
 
 EVALUATION = {"sft": cases.sft_rows(4, 9), "dpo": cases.preference_rows(4, 9)}
 

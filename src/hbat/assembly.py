@@ -9,11 +9,12 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainingArguments
 
 from hbat.loading import load
+from hbat.manifest import RunStateError
 from hbat.model_loading import is_adapter, shared_init_kwargs
 from hbat.objectives.builtin import resolve
 from hbat.reward_functions import load_reward_functions
 from hbat.run_file import RunFile
-from hbat.run_state import STATE_FILE, RunStateError
+from hbat.run_state import RunFolder
 from hbat.sections import build_section, nearest
 from hbat.trainer import HBATTrainer
 
@@ -132,7 +133,7 @@ def refuse_other_run(run: RunFile) -> None:
     Raises:
         RunStateError: If it does.
     """
-    if (Path(run.config.output_dir) / STATE_FILE).exists():
+    if RunFolder(run.config.output_dir).holds_run():
         raise RunStateError(
             f"`output_dir` {run.config.output_dir!r} holds a run already. Go on with it by `--resume`, or choose "
             "another folder by `--output_dir`."

@@ -1,7 +1,32 @@
-"""The host's own checkpoints inside a stage: from which one a stage that was cut off goes on."""
+"""The host's own checkpoints inside a stage: sealed by checksums, and from which one a stage goes on."""
 
+import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from hbat.checksums import checksum, digest, fault
+from hbat.processes import decided_by_main
+from hbat.storage import write_json
+
+logger = logging.getLogger(__name__)
+
+SEAL = "hbat_checksums.json"
+# The host writes the optimizer before the state; `save_only_model` leaves nothing to go on from exactly.
+_NEEDED = ("optimizer.pt", "trainer_state.json")
+
+
+def seal(folder: Path) -> None:
+    """Write down what a checkpoint holds, so that one that is cut off or damaged is noticed.
+
+    Args:
+        folder: The checkpoint, with the files of all processes.
+    """
+    (folder / SEAL).unlink(missing_ok=True)  # of a checkpoint that was written here before
+    files = sorted(each for each in folder.rglob("*") if each.is_file())
+    measured = {each.relative_to(folder).as_posix(): checksum(each) for each in files}
+    write_json(folder / SEAL, {"files": measured, "checksum": digest(measured)})
 
 
 def last_checkpoint(folder: Path, max_steps: int, resumes_at: Callable[[int], bool] | None = None) -> str | None:
@@ -13,17 +38,49 @@ def last_checkpoint(folder: Path, max_steps: int, resumes_at: Callable[[int], bo
         resumes_at: Whether the stage can go on from a checkpoint at a step; from any where left out.
 
     Returns:
-        The newest such checkpoint that is whole, or None to start the stage anew.
+        The newest such checkpoint that is what was written, or None to start the stage anew.
     """
-    found = []
-    for each in folder.glob("checkpoint-*"):
-        number = each.name.removeprefix("checkpoint-")
-        # The host writes the optimizer before the state; `save_only_model` leaves nothing to go on from exactly.
-        if number.isdigit() and all((each / name).exists() for name in ("optimizer.pt", "trainer_state.json")):
-            found.append((int(number), each))
-    # The host trains one step too many from a checkpoint that is at `max_steps` in the middle of an epoch (seen in
-    # transformers 4.57-5.23), so a stage killed between its last step and its commit starts anew.
-    if not found or 0 < max_steps <= max(found)[0]:
-        return None
-    good = [each for each in found if resumes_at is None or resumes_at(each[0])]
-    return str(max(good)[1]) if good else None
+
+    def choose() -> int:
+        found = sorted(_steps(folder), reverse=True)
+        # The host trains one step too many from a checkpoint that is at `max_steps` in the middle of an epoch (seen in
+        # transformers 4.57-5.23), so a stage killed between its last step and its commit starts anew.
+        if not found or 0 < max_steps <= found[0]:
+            return -1
+        good = (each for each in found if resumes_at is None or resumes_at(each))
+        return next((each for each in good if _is_whole(folder / f"checkpoint-{each}")), -1)
+
+    step = decided_by_main(choose)
+    return None if step < 0 else str(folder / f"checkpoint-{step}")
+
+
+def _steps(folder: Path) -> list[int]:
+    numbers = [(each, each.name.removeprefix("checkpoint-")) for each in folder.glob("checkpoint-*")]
+    return [
+        int(number)
+        for each, number in numbers
+        if number.isdigit() and ((each / SEAL).exists() or all((each / name).exists() for name in _NEEDED))
+    ]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    recorded: dict[str, Any] = {}
+    wrong: str | None
+    try:
+        values = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        recorded = dict(values["files"])
+        if values["checksum"] != digest(recorded):
+            wrong = f"{SEAL} is not what was written: its checksum differs"
+        else:
+            found = ((name, fault(checkpoint / name, each)) for name, each in recorded.items())
+            wrong = next((f"{name} {what}" for name, what in found if what), None)
+    except FileNotFoundError:
+        wrong = f"{SEAL} is missing, so it was cut off while it was written"
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        wrong = f"{SEAL} cannot be read ({error!r})"
+    if wrong is not None:
+        logger.warning(
+            "%s is not gone on from: %s. The stage goes on from an older checkpoint or starts anew.", checkpoint, wrong
+        )
+        return False
+    return all(name in recorded for name in _NEEDED)

@@ -15,7 +15,7 @@ from hbat.ewc_config import EWCConfig
 from hbat.run_file import SECTIONS, RunFile, described_keys, parse, parse_overrides
 
 _USER_ERRORS = (ValueError, TypeError, KeyError, OSError, NotImplementedError, ImportError)
-_OWN_OPTIONS = ("config", "resume", "traceback", "help")
+_OWN_OPTIONS = ("config", "resume", "allow_changed", "traceback", "help")
 
 
 class _TrainingError(Exception):
@@ -76,18 +76,22 @@ def _one_line(error: BaseException, *, by_user: bool) -> str:
 
 
 def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
+    allowed = [each.strip() for each in options.allow_changed.split(",") if each.strip()]
+    if allowed and not options.resume:
+        raise ValueError("`--allow-changed` says what may differ from a run that goes on; it needs `--resume`.")
     run = _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):  # the standard output is for the result
         from hbat.assembly import build_trainer, refuse_other_run  # noqa: PLC0415 - heavy
-        from hbat.run_state import RunStateError  # noqa: PLC0415 - heavy
+        from hbat.manifest import RunStateError  # noqa: PLC0415 - heavy
+        from hbat.storage import StorageError  # noqa: PLC0415 - heavy
 
         if not options.resume:
             refuse_other_run(run)
         trainer = build_trainer(run)
         try:
-            trainer.train(resume_from_checkpoint=options.resume)
+            trainer.train(resume_from_checkpoint=options.resume, allow_changed=allowed)
             trainer.save_model()
-        except RunStateError:  # the folder holds something else than the user thinks
+        except (RunStateError, StorageError):  # of the folder, for the user to mend
             raise
         except Exception as error:
             raise _TrainingError from error
@@ -139,6 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="{train,validate,demo}")
     train = _run_command(commands, "train", _train, "train the run that a YAML file describes")
     train.add_argument("--resume", action="store_true", help="go on where the run in `output_dir` was cut off")
+    train.add_argument(
+        "--allow-changed",
+        default="",
+        metavar="NAMES",
+        help="values that may differ from the run that goes on, as the refusal names them: `sft.learning_rate,ewc.`",
+    )
     _run_command(commands, "validate", _validate, "check configuration, data and model; train and write nothing")
     demo = commands.add_parser("demo", allow_abbrev=False, help="train a small model on the CPU and compare methods")
     demo.add_argument(

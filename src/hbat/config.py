@@ -96,6 +96,14 @@ class HBATConfig:
     max_rollbacks: int = field(
         default=3, metadata={"help": "With `on_nan: rollback`: how often a stage is rolled back before the run stops."}
     )
+    save_total_limit: int = field(
+        default=2,
+        metadata={
+            "help": "Complete states of the run that are kept on disk. Where a file of the newest is damaged, the run "
+            "goes on from the one before. Each beyond the first takes the room of the trainable weights, and of one "
+            "objective's importance and Adam moments. 1: only the newest."
+        },
+    )
     seed: int = field(
         default=42,
         metadata={"help": "Cuts the data sets into parts and initialises new adapters. Stages seed by section."},
@@ -118,6 +126,7 @@ class HBATConfig:
             raise ValueError(f"`output_dir` is {self.output_dir!r}; name a folder for the run.")
         check_whole("num_rounds", self.num_rounds, 1)
         check_whole("seed", self.seed, 0)
+        check_whole("save_total_limit", self.save_total_limit, 1)
         self._check_objectives()
         check_choice("optimizer_state", self.optimizer_state, OptimizerState)
         check_choice("on_bad_rows", self.on_bad_rows, OnBadRows)

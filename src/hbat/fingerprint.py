@@ -11,15 +11,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hbat.config import HBATConfig
+from hbat.data_digest import data_digest
 from hbat.ewc.parameters import canonical_name
+from hbat.processes import process_count
 
-_SAMPLED_ROWS = 1000
 _SAMPLED_VALUES = 64
-#: Sections that are ours: compared key by key. All others are configurations of the host, whose fields come and go
-#: from release to release.
-_OWN_SECTIONS = {"run", "ewc", "data", "parameters"}
-#: Fields of the host's configurations that hold fields of the host themselves, and not what the user chose to pass on.
-_HOST_SECTIONS = {"accelerator_config"}
 #: Fields of a stage's configuration that say where and how much is logged, kept or evaluated and how rows are brought
 #: to the device, not what is trained; and the options of FSDP, under which no run starts.
 _INCIDENTAL = {
@@ -44,6 +40,7 @@ def fingerprint(
     parameters: Mapping[str, Tensor],
     model: Any = None,
     rewards: Mapping[str, Sequence[str]] | None = None,
+    processing_class: Any = None,
 ) -> dict[str, Any]:
     """Describe a run.
 
@@ -54,6 +51,7 @@ def fingerprint(
         parameters: Trainable parameters by name.
         model: The model, whose frozen weights are what an adapter is trained on.
         rewards: Names of the reward functions by objective.
+        processing_class: The tokenizer.
 
     Returns:
         Values that JSON can hold.
@@ -64,12 +62,20 @@ def fingerprint(
             "objectives": config.objective_names,
             "num_rounds": config.num_rounds,
             "seed": config.seed,
+            "processes": process_count(),
             "optimizer_state": config.optimizer_state,
             "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
             "average": {name: config.average_of(name) for name in config.objective_names},
         },
         "ewc": None if config.ewc is None else asdict(config.ewc),
-        "data": {name: _describe(dataset) for name, dataset in datasets.items()},
+        "data": {
+            name: {
+                "rows": len(each),
+                "columns": sorted(each.column_names),
+                "content": data_digest(each),
+            }
+            for name, each in datasets.items()
+        },
         "parameters": {"tensors": len(shapes), "shapes": _digest(shapes)},
     }
     if rewards:  # left out where there are none, so that older runs stay the same
@@ -78,38 +84,12 @@ def fingerprint(
         described["run"]["ppo_backend"] = config.ppo_backend
     if model is not None:
         described["parameters"]["frozen"] = _frozen(model)
+    if processing_class is not None:
+        described["tokenizer"] = _tokenizer(processing_class)
     for name, args in sections.items():
         described[name] = {key: value for key, value in args.to_dict().items() if not _is_incidental(key)}
     plain: dict[str, Any] = json.loads(json.dumps(described, default=str))
     return plain
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """List what changed between two fingerprints.
-
-    Of the host's configurations only fields that both have are compared, so that another release of the host, which
-    adds fields or removes some, goes on with a run.
-
-    Args:
-        before: The one on disk.
-        now: The present one.
-
-    Returns:
-        Lines such as `dpo.beta: 0.1 -> 0.2`.
-    """
-    return _changes(before, now, "", shared_only=False)
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str, *, shared_only: bool) -> list[str]:
-    lines = []
-    for key in sorted(before.keys() & now.keys() if shared_only else before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            of_host = key in _HOST_SECTIONS if prefix else key not in _OWN_SECTIONS
-            lines += _changes(old, new, f"{prefix}{key}.", shared_only=of_host)
-        elif old != new:
-            lines.append(f"{prefix}{key}: {old!r} -> {new!r}")
-    return lines
 
 
 def _is_incidental(key: str) -> bool:
@@ -129,10 +109,13 @@ def _frozen(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _describe(dataset: Dataset) -> dict[str, Any]:
-    step = max(1, len(dataset) // _SAMPLED_ROWS)
-    rows = dataset[list(range(0, len(dataset), step))]
-    return {"rows": len(dataset), "columns": sorted(dataset.column_names), "sample": _digest(rows)}
+def _tokenizer(processing_class: Any) -> dict[str, str]:
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor's own
+    special = getattr(tokenizer, "special_tokens_map", {})
+    return {
+        "vocabulary": _digest([tokenizer.get_vocab(), special]),
+        "template": _digest(getattr(processing_class, "chat_template", None)),
+    }
 
 
 def _digest(values: Any) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 #: What only the run itself needs to go on.
-_PRIVATE = ["state/*", "stage-*", "runs/*", "hbat_state.json", "trainer_state.json", "*.tmp"]
+_PRIVATE = ["state/*", "stage-*", "runs/*", "hbat_state*.json", "trainer_state*.json", "hbat.lock", "*.tmp"]
 
 
 def upload(folder: Path, repo_id: str | None, *, private: bool | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from hbat.config import HBATConfig
 from hbat.evaluation import ForgettingMatrix
 from hbat.plots import draw_matrix
-from hbat.run_state import write_json
+from hbat.storage import write_json
 
 RESULTS_FILE = "evaluation.json"
 PICTURE_FILE = "evaluation.png"

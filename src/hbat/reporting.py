@@ -1,8 +1,7 @@
 """One log, one set of reporters, one progress bar and one step axis for all stages of a run."""
 
-import json
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from transformers.trainer_callback import CallbackHandler
 from hbat.config import HBATConfig
 from hbat.lifecycle import kept_environment
 from hbat.rounds import Stage
-from hbat.run_state import RunStateError, write_json
+from hbat.run_log import save_log
 
-_LOG_FILE = "trainer_state.json"
 #: Entries that speak of one stage's run time and would only confuse a log of the whole run.
 _DROPPED = {"epoch", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
 _RUN_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -124,40 +122,18 @@ class RunReporter:
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.refresh() if done in {0, self._stage_steps} else self._bar.update(0)
 
-    def save(self) -> None:
-        """Write the log beside the run's state."""
-        if self.state.is_world_process_zero:
-            write_json(self._folder / _LOG_FILE, asdict(self.state))  # the host's own writing can be cut off
+    def save(self) -> dict[str, Any]:
+        """Write the log beside the run's state.
+
+        Returns:
+            What the run's state remembers of it.
+        """
+        return save_log(self._folder, self.state)
 
     def close(self) -> None:
         """Close reporters and bar."""
         self._handler.on_train_end(self._args, self.state, self._control)
         self._bar.close()
-
-
-def load_log(folder: Path, step: int) -> TrainerState:
-    """Read the log of a run that goes on.
-
-    Args:
-        folder: The run's folder.
-        step: Step at which it goes on; later entries belong to work that is done again.
-
-    Returns:
-        The log, empty where there is none.
-
-    Raises:
-        RunStateError: If the log cannot be read.
-    """
-    file = folder / _LOG_FILE
-    try:
-        state = TrainerState(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else TrainerState()
-    except (TypeError, ValueError) as error:
-        raise RunStateError(
-            f"{file} cannot be read ({error}). Remove it to go on with an empty log; training does not need it."
-        ) from error
-    state.log_history = [each for each in state.log_history if each.get("step", 0) <= step]
-    state.global_step = step
-    return state
 
 
 def mean_loss(state: TrainerState, objectives: Iterable[str]) -> float:

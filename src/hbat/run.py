@@ -1,20 +1,20 @@
 """A run between its stages: what goes to disk when a stage is done, and comes back when the run goes on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hbat.changes import accepted
 from hbat.config import HBATConfig
 from hbat.consolidation import Consolidation
 from hbat.ewc.parameters import require_counterparts
-from hbat.fingerprint import differences
+from hbat.manifest import RunState, RunStateError
 from hbat.processes import wait_for_everyone
+from hbat.resuming import take_over
 from hbat.rounds import Stage
-from hbat.run_state import RunFolder, RunState, RunStateError
-
-_SHOWN_DIFFERENCES = 8
+from hbat.run_state import RunFolder
 
 
 class Run:
@@ -58,7 +58,16 @@ class Run:
         return run
 
     @classmethod
-    def resume(cls, config: HBATConfig, folder: RunFolder, state: RunState, described: dict[str, Any]) -> "Run":
+    def resume(
+        cls,
+        config: HBATConfig,
+        folder: RunFolder,
+        state: RunState,
+        described: dict[str, Any],
+        *,
+        allow_changed: Sequence[str] = (),
+        needs_initial: bool = False,
+    ) -> "Run":
         """Read a run that goes on.
 
         Args:
@@ -66,27 +75,27 @@ class Run:
             folder: The run's folder.
             state: Its manifest.
             described: Fingerprint of the present configuration and data.
+            allow_changed: What of it may differ from the run on disk.
+            needs_initial: Whether the weights of the run's start will be asked for.
 
         Returns:
             The run before its next stage.
 
         Raises:
-            RunStateError: If configuration or data are not those of the run on disk.
+            RunStateError: If configuration or data are not those of the run on disk, or a file is damaged.
         """
-        changed = differences(state.fingerprint, described)
-        if changed:
-            shown = "; ".join(changed[:_SHOWN_DIFFERENCES])
-            more = f"; and {len(changed) - _SHOWN_DIFFERENCES} more" if len(changed) > _SHOWN_DIFFERENCES else ""
-            raise RunStateError(
-                f"`output_dir` {config.output_dir!r} holds another run: {shown}{more}. Restore these values to go on "
-                "with it, or choose another folder."
-            )
+        changed = accepted(state.fingerprint, described, allow_changed, output_dir=config.output_dir)
         run = cls(config, folder, state)
         for objective in config.objective_names:
             importance = folder.read_tensors(state, f"importance-{objective}")
             if importance and run.consolidation is not None:
                 run.consolidation.accumulated[objective] = importance
             run.read_carried(objective)
+        if needs_initial:
+            folder.require_whole(state, "initial")
+        names = config.objective_names
+        take_over(folder, state, described, changed, num_rounds=config.num_rounds, objectives=names)
+        run.was_resumed = True
         return run
 
     def read_carried(self, objective: str) -> None:
@@ -130,6 +139,8 @@ class Run:
         weights: Mapping[str, Tensor],
         *,
         resume: bool,
+        allow_changed: Sequence[str] = (),
+        needs_initial: bool = False,
     ) -> "Run":
         """Begin a run, or go on with the one in the folder.
 
@@ -139,6 +150,8 @@ class Run:
             described: Fingerprint of the run.
             weights: Trainable weights by name, with which a new run begins.
             resume: Whether the run in the folder goes on.
+            allow_changed: What of the fingerprint may differ from the run in the folder.
+            needs_initial: Whether the weights of the run's start will be asked for.
 
         Returns:
             The run before its next stage; whether it went on says `was_resumed`.
@@ -146,21 +159,18 @@ class Run:
         Raises:
             RunStateError: If the folder holds a run that may not or cannot go on.
         """
+        if not resume and folder.holds_run():
+            raise RunStateError(
+                f"`output_dir` {config.output_dir!r} holds a run already. Pass `resume_from_checkpoint=True` to go on "
+                "with it, or choose another folder."
+            )
         found = folder.read()
         if found is None:
             folder.require_unused()
         wait_for_everyone()  # before a process makes the folder a run's
         if found is None:
             return cls.start(config, folder, described, weights)
-        if not resume:
-            raise RunStateError(
-                f"`output_dir` {config.output_dir!r} holds a run already, at stage {found.next_stage} of "
-                f"{config.num_rounds * len(config.objectives)}. Pass `resume_from_checkpoint=True` to go on with it, "
-                "or choose another folder."
-            )
-        run = cls.resume(config, folder, found, described)
-        run.was_resumed = True
-        return run
+        return cls.resume(config, folder, found, described, allow_changed=allow_changed, needs_initial=needs_initial)
 
     def weights(self, kind: str = "weights") -> dict[str, Tensor]:
         """Read trainable weights.

@@ -48,6 +48,7 @@ class RunScores:
         number, objective = (self._stages[done].round, self._stages[done].objective) if done >= 0 else (0, None)
         self._matrix.add(stage=done, round_index=number, objective=objective, scores=results)
         reporter.log(as_metrics(results), run.state.global_step)
+        run.state.log = reporter.save()
         run.commit_evaluations(self._matrix.rows)
         if is_main_process():
             write_results(self._folder.path, self._matrix)

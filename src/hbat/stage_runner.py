@@ -30,6 +30,7 @@ from hbat.optimizer_state import CarryMoments
 from hbat.reporting import ForwardLogs, RunReporter
 from hbat.rounds import Stage, part_indices
 from hbat.run import Run
+from hbat.sealing import SealCheckpoints
 from hbat.stage_start import StageStart
 from hbat.trainer_builder import TrainerBuilder
 
@@ -132,6 +133,7 @@ class StageRunner:
                 HookLimit(),
                 *self._callbacks,
                 interruption,
+                SealCheckpoints(),
                 ForwardLogs(reporter, stage, steps_after),
             ],
             frozen=consolidation.frozen(stage) if consolidation is not None else (),

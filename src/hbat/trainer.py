@@ -1,7 +1,7 @@
 """HBATTrainer: the loop over the stages of a run."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from hbat.objectives.rewards import reward_names, with_rewards
 from hbat.processes import is_main_process
 from hbat.rehearsal import rehearse
 from hbat.report import write_model_card
-from hbat.reporting import RunReporter, load_log, mean_loss
+from hbat.reporting import RunReporter, mean_loss
+from hbat.resuming import check_request
 from hbat.rounds import Stage, plan
 from hbat.run import Run
+from hbat.run_log import load_log
 from hbat.run_scores import RunScores
 from hbat.run_state import RunFolder
 from hbat.stage_runner import StageRunner, estimated_steps
@@ -95,7 +97,7 @@ class HBATTrainer:
             better={each.name: "higher" if each.greater_is_better else "lower" for each in objectives},
         )
         self._plan = plan(args.num_rounds, args.objective_names)
-        self._folder = RunFolder(args.output_dir, writes=is_main_process())
+        self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.save_total_limit)
         self._scores = RunScores(self.matrix, self._plan, self._folder)
         self._start = StageStart(self.model, needs_reference=takes_reference)
         builder = TrainerBuilder(self.model, self._sections, self.processing_class, self._start)
@@ -135,30 +137,36 @@ class HBATTrainer:
         rows, rounds = len(self._train_dataset[objective]), self.args.num_rounds
         return estimated_steps(self._sections[objective], rows, rounds, self._objectives[objective].epoch_steps)
 
-    def train(self, resume_from_checkpoint: bool | None = None) -> TrainOutput:
+    def train(self, resume_from_checkpoint: bool | None = None, *, allow_changed: Sequence[str] = ()) -> TrainOutput:
         """Run all stages that are not done yet.
 
         Args:
             resume_from_checkpoint: True goes on where the run in `output_dir` was cut off and starts where there is
                 none. Otherwise the folder must not hold a run.
+            allow_changed: Values that may differ from the run that goes on, as `sft.learning_rate`, or `ewc.` for all
+                that begin so. They hold from the start of the stage under way. What cannot change within a run, such
+                as data and rounds, is refused all the same.
 
         Returns:
             Steps of the run, mean of the logged training losses, and the final scores as `eval_<objective>/<metric>`.
 
         Raises:
-            TypeError: If `resume_from_checkpoint` is a path.
-            RunStateError: If `output_dir` holds another run, or one and `resume_from_checkpoint` is not set.
+            TypeError: If `resume_from_checkpoint` is a path, or `allow_changed` no list.
+            ValueError: If `allow_changed` is given where nothing goes on.
+            RunStateError: If `output_dir` holds another run, or one and `resume_from_checkpoint` is not set; if no
+                complete state of the run is left; or if another process trains into it.
+            StorageError: If the state cannot be written; the last one is untouched.
             FloatingPointError: If a loss, gradient, weight or importance is NaN or infinite; the stage's start is on
                 disk.
             RunInterrupted: At SIGTERM or SIGINT, with everything saved; uncaught it ends the process with status 143
                 or 130. A second signal ends the process at once.
         """
-        if resume_from_checkpoint not in {None, True, False}:
-            raise TypeError(
-                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}; a run goes on in its own `output_dir` "
-                f"({self.args.output_dir!r}), so it must be True, False or None."
-            )
-        run = self._run = self._begin(resume=bool(resume_from_checkpoint))
+        check_request(resume_from_checkpoint, allow_changed, self.args.output_dir)
+        with self._folder.locked():
+            return self._train(self._begin(resume=bool(resume_from_checkpoint), allow_changed=allow_changed))
+
+    def _train(self, run: Run) -> TrainOutput:
+        self._run = run
         if run.state.next_stage == len(self._plan):
             logger.info("The run in %s is finished; nothing is left to train.", self.args.output_dir)
         total = run.state.global_step + self._steps_from(run.state.next_stage)
@@ -173,22 +181,31 @@ class HBATTrainer:
                     self._request.raise_if_agreed()
                     self._evaluate_if_due(run, reporter)
         finally:
-            reporter.save()
-            reporter.close()
-            self._scores.draw()
+            self._close(reporter)
         return TrainOutput(self.state.global_step, mean_loss(self.state, self._objectives), self._scores.last())
 
-    def _begin(self, *, resume: bool) -> Run:
-        parameters = trainable_parameters(self.model)
-        rewards = reward_names(self._objectives.values())
-        described = fingerprint(self.args, self._sections, self._train_dataset, parameters, self.model, rewards)
-        run = Run.open(self.args, self._folder, described, parameters, resume=resume)
+    def _close(self, reporter: RunReporter) -> None:
+        try:
+            reporter.save()
+            self._scores.draw()
+        except OSError as error:  # all that counts is in the run's state; an error about that one says more
+            logger.warning("Log and picture of the run are not up to date: %s", error)
+        reporter.close()
+
+    def _begin(self, *, resume: bool, allow_changed: Sequence[str]) -> Run:
+        parameters, rewards = trainable_parameters(self.model), reward_names(self._objectives.values())
+        what = (self.args, self._sections, self._train_dataset, parameters, self.model)
+        described = fingerprint(*what, rewards=rewards, processing_class=self.processing_class)
+        run = Run.open(
+            self.args, self._folder, described, parameters,
+            resume=resume, allow_changed=allow_changed, needs_initial=self._evaluator.needs_reference,
+        )  # fmt: skip
         if not run.was_resumed:
             self.matrix.rows, self.state = [], TrainerState()
             return run
         run.load_weights(parameters)
         self.matrix.rows = list(run.state.evaluations)
-        self.state = load_log(self._folder.path, run.state.global_step)
+        self.state = load_log(self._folder.path, run.state.global_step, run.state.log)
         return run
 
     def _run_stage(self, stage: Stage, run: Run, reporter: RunReporter) -> None:
@@ -213,7 +230,7 @@ class HBATTrainer:
             reporter.forget_after(run.state.global_step)
             self._run_stage(stage, run, reporter)
             return
-        reporter.save()  # entries of a stage that is not committed are cut off when the run goes on
+        run.state.log = reporter.save()
         run.commit_stage(stage, weights=trainable_parameters(self.model), **vars(result))
         self.state.global_step = run.state.global_step
 

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from hbat.config import HBATConfig
-from hbat.run_state import RunStateError
+from hbat.manifest import RunStateError
 from hbat.trainer import HBATTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")

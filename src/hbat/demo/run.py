@@ -23,7 +23,7 @@ from hbat.demo.scoring import Scores, evaluate
 from hbat.demo.settings import DemoSettings
 from hbat.demo.task import instruction_rows, test_prompts
 from hbat.ewc.parameters import policy_of
-from hbat.run_state import STATE_FILE
+from hbat.manifest import STATE_FILE
 from hbat.trainer import HBATTrainer
 
 #: Large enough that every step of the command runs, too small to learn anything.

@@ -13,7 +13,7 @@ from transformers import Trainer
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.policy import PolicyAndCritic
 from hbat.ppo.progress import Progress
-from hbat.run_state import write_tensors
+from hbat.storage import write_tensors
 
 _CRITIC_FILE = "critic.safetensors"
 _CRITIC = "critic."

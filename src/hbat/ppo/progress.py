@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hbat.ppo.rollout import Rollout
-from hbat.run_state import write_json
+from hbat.storage import write_json
 
 _FILE = "ppo_state.json"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hbat.ppo.losses import kl_terms
 from hbat.ppo.returns import advantages_and_returns, token_rewards, whiten
-from hbat.run_state import write_tensors
+from hbat.storage import write_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
