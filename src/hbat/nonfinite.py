@@ -27,6 +27,7 @@ class StopOnNonFinite(TrainerCallback):
         self._stage = stage
         self._trainer = trainer
         self._bad: Tensor | None = None  # stays on the device, so that only one read a step waits for it
+        self._looked_at = -1  # step at which the gradient has been looked at
         trainer.add_callback(self)
         after_backward(trainer.accelerator, self._see)
         if trainer.accelerator.scaler is None:
@@ -40,15 +41,19 @@ class StopOnNonFinite(TrainerCallback):
         # What torch's `clip_grad_norm_` does, with a look at the norm in between: clipping would spread a NaN to all.
         self._require_finite_loss()
         parameters = list(parameters)
-        norm = torch.nn.utils.get_total_norm(
-            [each.grad for each in parameters if each.grad is not None], norm_type=norm_type
-        )
+        norm = self._finite_norm(parameters, norm_type)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        self._looked_at = self._trainer.state.global_step
+        return norm
+
+    def _finite_norm(self, parameters: list[nn.Parameter], norm_type: float = 2.0) -> Tensor:
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, norm_type=norm_type)
         if not bool(torch.isfinite(norm)):
             raise FloatingPointError(
                 f"The gradient of {self._offender()} is not finite in {self._stage} at its step "
                 f"{self._trainer.state.global_step + 1}.{_advice(self._stage)}"
             )
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
     def _offender(self) -> str:
@@ -69,12 +74,16 @@ class StopOnNonFinite(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Look at the losses of the step's micro-batches, unless that has been done where gradients are clipped.
+        """Look at losses and gradient, unless that has been done where gradients are clipped.
 
         Raises:
             FloatingPointError: If one was not finite.
         """
         self._require_finite_loss()
+        # transformers 4.57 asks for no norm where it does not clip.
+        if self._looked_at != state.global_step and self._trainer.accelerator.scaler is None:
+            model: Any = self._trainer.model
+            self._finite_norm(list(model.parameters()))
 
 
 def require_finite_importance(importance: Mapping[str, Tensor], stage: Stage) -> None:

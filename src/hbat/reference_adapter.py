@@ -27,7 +27,23 @@ def reference_parameters(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
         Detached parameters of the reference adapter, by the names given.
     """
     parameters = {canonical_name(name): each for name, each in model.named_parameters()}
-    return {name: parameters[_DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)].detach() for name in names}
+    return {name: parameters[_reference_name(name)].detach() for name in names}
+
+
+def reference_tensors(model: Any) -> dict[str, Tensor]:
+    """List the reference adapter's parameters.
+
+    Args:
+        model: A PeftModel with both adapters.
+
+    Returns:
+        Detached parameters by the canonical names of those that are trained.
+    """
+    return reference_parameters(model, _own(model))
+
+
+def _own(model: Any) -> dict[str, Tensor]:
+    return {canonical_name(name): each for name, each in model.named_parameters() if _DEFAULT.search(name)}
 
 
 @torch.no_grad()
@@ -42,10 +58,26 @@ def add_reference_adapter(model: Any) -> None:
             with torch.random.fork_rng():
                 model.add_adapter(REFERENCE_ADAPTER, model.peft_config[ADAPTER])
             model.set_adapter(ADAPTER)
-    # Not the trainable ones alone: some may be frozen for this stage.
-    own = {canonical_name(name): each for name, each in model.named_parameters() if _DEFAULT.search(name)}
-    for name, each in reference_parameters(model, own).items():
-        each.copy_(own[name])
+    match_reference_adapter(model)
+
+
+@torch.no_grad()
+def match_reference_adapter(model: Any) -> None:
+    """Make the reference adapter compute what the adapter computes: the same numbers in the same precision.
+
+    PEFT makes a new adapter in float32, while TRL casts the one that is trained to bfloat16 on a quantised base. And
+    TRL copies only names with `.default.` inside, not those that end in it.
+
+    Args:
+        model: A PeftModel with both adapters.
+    """
+    parameters = {canonical_name(name): each for name, each in model.named_parameters()}
+    for name, each in _own(model).items():  # not the trainable ones alone: some may be frozen for this stage
+        copy = parameters[_reference_name(name)]
+        if copy.dtype != each.dtype:
+            copy.data = copy.data.to(each.dtype)
+        if not torch.equal(copy, each):
+            copy.copy_(each)
 
 
 @contextmanager
@@ -75,3 +107,7 @@ def _kept_gradient_flags(model: Any) -> Iterator[None]:
     finally:
         for name, each in model.named_parameters():
             each.requires_grad_(flags.get(name, False))
+
+
+def _reference_name(name: str) -> str:
+    return _DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hbat.checkpoints import last_checkpoint
 from hbat.config import HBATConfig
 from hbat.consolidation import Consolidation
+from hbat.data_order import KeepEpoch
 from hbat.ewc.callback import EWCCallback
 from hbat.ewc.fisher import Example, diagonal_fisher
 from hbat.ewc.importance import displacement
@@ -131,6 +132,7 @@ class StageRunner:
             callbacks=[
                 *([carry] if carries else []),
                 HookLimit(),
+                KeepEpoch(),
                 *self._callbacks,
                 interruption,
                 SealCheckpoints(),

@@ -13,9 +13,11 @@ from transformers import Trainer
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.policy import PolicyAndCritic
 from hbat.ppo.progress import Progress
+from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER, reference_tensors
 from hbat.storage import write_tensors
 
 _CRITIC_FILE = "critic.safetensors"
+_REFERENCE_FILE = "reference.safetensors"
 _CRITIC = "critic."
 _KL_COEF = "kl_coef"
 
@@ -25,6 +27,7 @@ class PolicyCheckpoints(Trainer):
 
     args: PPOConfig
     model: PolicyAndCritic
+    processing_class: Any
     _progress: Progress
 
     def kept_state(self) -> dict[str, Tensor]:
@@ -73,10 +76,16 @@ class PolicyCheckpoints(Trainer):
             self.model = whole
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        with self._policy_as_model():
-            super()._save(output_dir, None)
-        if self.args.should_save:
-            write_tensors(Path(str(output_dir or self.args.output_dir)) / _CRITIC_FILE, self.kept_state())
+        if not self.args.should_save:
+            return
+        folder, policy = Path(str(output_dir or self.args.output_dir)), self.model.policy
+        # Not the reference adapter: transformers 4.57 would then leave out the other one when it resumes.
+        adapter = {"selected_adapters": [ADAPTER]} if hasattr(policy, "peft_config") else {}
+        policy.save_pretrained(folder, **adapter)
+        self.processing_class.save_pretrained(folder)
+        if adapter and REFERENCE_ADAPTER in policy.peft_config:
+            write_tensors(folder / _REFERENCE_FILE, reference_tensors(policy))
+        write_tensors(folder / _CRITIC_FILE, self.kept_state())
 
     def _save_rng_state(self, output_dir: str) -> None:
         # The last thing that every process writes to a checkpoint before the file that makes it whole.
@@ -89,6 +98,10 @@ class PolicyCheckpoints(Trainer):
         with self._policy_as_model() as policy:
             super()._load_from_checkpoint(resume_from_checkpoint, model=policy)
         folder = Path(resume_from_checkpoint)
+        if (folder / _REFERENCE_FILE).exists():
+            with torch.no_grad():
+                for name, each in load_file(folder / _REFERENCE_FILE).items():
+                    reference_tensors(self.model.policy)[name].copy_(each)
         self.restore_state(load_file(folder / _CRITIC_FILE))
         self._progress.load(folder, self.args.process_index, self.args.device)
 

@@ -1,0 +1,48 @@
+"""The order of a stage's rows after a resume."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class KeepEpoch(TrainerCallback):
+    """Lets the sampler's epoch only grow.
+
+    A stage that goes on in the middle of a later epoch skips the batches that it has seen, on a loader that accelerate
+    makes for that. Its iterator sets the epoch back to 0, so the rest of the epoch would come in the first one's order
+    (transformers 4.57 with accelerate 1.10; transformers 5.23 sets it right again itself).
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the samplers that know epochs."""
+        for sampler in _samplers(kwargs.get("train_dataloader")):
+            sampler.set_epoch = _growing(sampler.set_epoch)
+
+
+def _samplers(loader: Any) -> Iterator[Any]:
+    # accelerate wraps the batch sampler, once to skip batches and once for each process to get its own.
+    seen: set[int] = set()
+    waiting = [getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)]
+    while waiting:
+        each = waiting.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        inner = [getattr(each, name, None) for name in ("batch_sampler", "sampler")]
+        waiting += inner
+        if hasattr(each, "set_epoch") and not any(inner):
+            yield each
+
+
+def _growing(set_epoch: Callable[[int], None]) -> Callable[[int], None]:
+    highest = 0
+
+    def growing(epoch: int) -> None:
+        nonlocal highest
+        highest = max(highest, epoch)
+        set_epoch(highest)
+
+    return growing
