@@ -12,10 +12,13 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all check oldest benchmarks benchmarks-ppo clean
+.PHONY: demo demo-ppo test test-all check oldest benchmarks benchmarks-ppo clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hbat demo
+
+demo-ppo: $(VENV)/.installed
+	$(BIN)/hbat demo --preference ppo
 
 test: check
 	$(BIN)/python -m pytest -n $(WORKERS)

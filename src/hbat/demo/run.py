@@ -79,7 +79,7 @@ def methods(settings: DemoSettings, preference: Preference) -> list[Method]:
 
 
 def _short(rate: float) -> str:
-    return f"{rate:.0e}".replace("e-0", "e-")
+    return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
 def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind = "dpo") -> int:
