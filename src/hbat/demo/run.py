@@ -56,7 +56,8 @@ class _ScoreAfterStage(transformers.TrainerCallback):
         self._rows, self._tokenizer = rows, tokenizer
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.scores.append(evaluate(policy_of(kwargs["model"]), self._tokenizer, self._rows))
+        policy: Any = policy_of(kwargs["model"])  # PPO trains it with its critic
+        self.scores.append(evaluate(policy, self._tokenizer, self._rows))
 
 
 def methods(settings: DemoSettings, preference: Preference) -> list[Method]:

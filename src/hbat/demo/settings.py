@@ -23,9 +23,9 @@ from dataclasses import dataclass
 #   two-stage, PPO at 1e-4                 91 /100 / 90     (92, 91, 88, 91)
 #   HBAT in 4 rounds, 1e-4                 94 /100 / 93     (94, 95, 90, 95)
 #
-# The same picture: at one and the same rate HBAT keeps more, and two stages at a rate of their own are as good or better.
-# For two stages 5e-5 (joint 92) and 1.25e-5 (78, of 500 prompts) are worse than 2.5e-5. On seeds 0 and 1 at 5e-4 a KL
-# coefficient of 0.05 gives joint 72, 0.1 gives 80; at 1e-4 a learning rate of 1e-2 for the critic changes nothing (93).
+# The same picture: at one rate for both HBAT keeps more; two stages at a rate of their own are as good or better. For
+# two stages 5e-5 (joint 92) and 1.25e-5 (78, of 500 prompts) are worse than 2.5e-5. On seeds 0 and 1 at 5e-4 a KL
+# coefficient of 0.05 gives joint 72, 0.1 gives 80; at 1e-4 a critic with a rate of 1e-2 changes little (93 after 92).
 #
 # One thread is the safe choice on a shared machine: beside other work two threads took several times as long.
 
