@@ -46,4 +46,5 @@ def test_what_is_wrong_is_said(tmp_path):
 
 def test_the_checksum_of_values_is_that_of_what_they_say():
     assert digest({"a": 1, "b": [0.1, None]}) == digest(json.loads(json.dumps({"b": [0.1, None], "a": 1}, indent=4)))
+    assert digest({9: 1, 10: 2}) == digest({"9": 1, "10": 2})
     assert len({digest(each) for each in ({"a": 1}, {"a": "1"}, {"a": 2}, {"b": 1}, [1], [])}) == 6

@@ -141,7 +141,16 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(hbat, values, tmp_p
     assert "`--resume`" in refusal(hbat("train"))
     assert {each: each.stat().st_mtime_ns for each in (tmp_path / "out").rglob("*")} == before
     assert hbat("train", "--resume")[0] == 0
-    assert "sft.learning_rate: 0.1 -> 0.2" in refusal(hbat("train", "--resume", "--sft.learning_rate", "0.2"))
+    changed = ("--resume", "--sft.learning_rate", "0.2")
+    assert "sft.learning_rate: 0.1 -> 0.2" in refusal(hbat("train", *changed))
+    misspelt = hbat("train", *changed, "--allow-changed", "sft.learning_rat")
+    assert "Did you mean `sft.learning_rate`?" in refusal(misspelt)
+    assert "it needs `--resume`" in refusal(hbat("train", "--allow-changed", "sft."))
+    assert hbat("train", *changed, "--allow-changed", "sft.learning_rate, run.")[0] == 0
+    for each in (tmp_path / "out").glob("hbat_state*.json"):
+        each.write_text("rot")
+    assert "`--resume`" in refusal(hbat("train"))
+    assert "hbat_state.json cannot be read" in refusal(hbat("train", *changed))
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(hbat, values, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from hbat import assembly
 from hbat.cli import main
 from hbat.manifest import RunStateError
+from hbat.storage import StorageError
 
 
 @pytest.fixture
@@ -56,6 +57,11 @@ def test_what_goes_wrong_in_training_has_status_1_and_is_named(step, error, trai
 
 def test_a_folder_that_the_run_cannot_go_on_from_has_status_2_also_in_training(train):
     assert train(train=RunStateError("another run")) == (2, "hbat: error: another run\n")
+
+
+def test_a_full_disk_speaks_for_itself(train):
+    assert train(train=StorageError("no room")) == (2, "hbat: error: no room\n")
+    assert train(save=StorageError("no room")) == (2, "hbat: error: no room\n")
 
 
 def test_a_loss_that_is_not_finite_speaks_for_itself(train):

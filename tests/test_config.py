@@ -94,6 +94,7 @@ def test_any_number_in_range_is_accepted(f_max, freeze):
         ({"num_rounds": 0}, r"`num_rounds` is 0; it must be a whole number of at least 1"),
         ({"num_rounds": 2.0}, r"`num_rounds` is 2\.0; it must be a whole number"),
         ({"num_rounds": True}, r"`num_rounds` is True; it must be a whole number"),
+        ({"save_total_limit": 0}, r"`save_total_limit` is 0; it must be a whole number of at least 1"),
         ({"seed": -1}, r"`seed` is -1; it must be a whole number of at least 0"),
         ({"seed": 0.5}, r"`seed` is 0\.5; it must be a whole number"),
         ({"objectives": []}, r"`objectives` is \[\]; give a list such as"),

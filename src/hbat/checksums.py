@@ -66,4 +66,5 @@ def digest(values: Any) -> str:
     Returns:
         The same text for the same values, however they are laid out in a file.
     """
-    return xxhash.xxh3_128(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    plain = json.loads(json.dumps(values))  # keys that are numbers become text, and are sorted as such
+    return xxhash.xxh3_128(json.dumps(plain, sort_keys=True).encode()).hexdigest()

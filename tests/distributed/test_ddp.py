@@ -117,3 +117,27 @@ def test_two_processes_that_were_killed_go_on_to_the_last_bit(name, two, tmp_pat
     assert done.returncode == 0, done.stderr[-4000:]
     assert runs.same(read(tmp_path, name)[0], read(two(name), name)[0])
     assert read(tmp_path, name)[1]["table"] == read(two(name), name)[1]["table"]
+
+
+@pytest.mark.slow
+def test_two_processes_go_around_damage_together_or_end_together(two, tmp_path):
+    """The main process alone looks at the files; the other one neither trains on something else nor waits for ever."""
+    name = "sft and dpo"
+    assert launch(tmp_path, "kill", name).returncode != 0
+    run = tmp_path / name.replace(" ", "-") / "run"
+    checkpoints = sorted(run.glob("stage-003-*/checkpoint-*"))
+    assert "rng_state_1.pth" in json.loads((checkpoints[-1] / "hbat_checksums.json").read_text())["files"]
+    weights = run / "state" / "weights-003.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    older = [(each, each.read_bytes()) for each in run.glob("hbat_state.previous.json")]
+    older[0][0].write_text("rot")
+    lost = launch(tmp_path, "resume", name)
+    assert lost.returncode != 0
+    assert "holds no complete state of its run" in lost.stderr
+    older[0][0].write_bytes(older[0][1])
+    done = launch(tmp_path, "resume", name)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "weights-003.safetensors has" in done.stderr
+    assert runs.same(read(tmp_path, name)[0], read(two(name), name)[0])
+    assert runs.same(*(read(tmp_path, name, rank)[0] for rank in (0, 1)))
