@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-ppo test test-all check oldest benchmarks benchmarks-ppo clean
+.PHONY: demo demo-ppo test test-all check oldest benchmarks benchmarks-ppo faults clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hbat demo
@@ -44,6 +44,10 @@ benchmarks: $(VENV)/.installed
 benchmarks-ppo: $(VENV)/.installed $(TRL112)/.installed
 	$(BIN)/python benchmarks/ppo.py --trl-python $(TRL112)/bin/python
 	$(BIN)/python benchmarks/ppo.py --trl-python $(TRL112)/bin/python --lengths uneven
+
+# Runs that are killed at random moments, and other faults: minutes on two cores. Its tables are those of docs/faults.md.
+faults: $(VENV)/.installed
+	$(BIN)/python benchmarks/fault_campaign.py --runs 50
 
 # torch first and through the constraints, so that no other build of it comes along with the rest.
 $(VENV)/.installed: pyproject.toml constraints.txt
