@@ -126,6 +126,17 @@ def ratio(times: dict[str, dict[str, list[float]]], name: str, base: str, clock:
     return statistics.median(a / b for a, b in zip(times[name][clock], times[base][clock], strict=True))
 
 
+def about() -> dict[str, Any]:
+    """Name the versions that a benchmark runs with.
+
+    Returns:
+        Versions by package, and PyTorch's threads.
+    """
+    packages = ("torch", "transformers", "trl", "accelerate", "peft")
+    found: dict[str, Any] = {"python": platform.python_version(), "threads": torch.get_num_threads()}
+    return found | {package: version(package) for package in packages}
+
+
 def save(name: str, result: dict[str, Any]) -> None:
     """Write a result with the versions that made it.
 
@@ -134,9 +145,6 @@ def save(name: str, result: dict[str, Any]) -> None:
         result: Plain values.
     """
     RESULTS.mkdir(exist_ok=True)
-    packages = ("torch", "transformers", "trl", "accelerate", "peft")
-    about = {"python": platform.python_version(), "threads": torch.get_num_threads()}
-    about |= {package: version(package) for package in packages}
     file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps({"about": about, **result}, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps({"about": about(), **result}, indent=1) + "\n", encoding="utf-8")
     print(f"written to {file.relative_to(Path(__file__).parent.parent)}")
