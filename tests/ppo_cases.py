@@ -43,7 +43,7 @@ def build(model, folder, *, rows=None, reward_funcs=letters, kind=PPOTrainer, **
     own = {
         key: options.pop(key) for key in ("callbacks", "eval_dataset", "ref_model", "peft_config") if key in options
     }
-    trainer = kind(
+    return kind(
         model,
         arguments(folder, **options),
         prompts() if rows is None else rows,
@@ -51,7 +51,6 @@ def build(model, folder, *, rows=None, reward_funcs=letters, kind=PPOTrainer, **
         reward_funcs=reward_funcs,
         **own,
     )
-    return trainer
 
 
 def logged(trainer, key):
