@@ -16,7 +16,7 @@ On a GPU, from a larger model:
     python examples/scripts/train_reward_model.py --model Qwen/Qwen3-0.6B --output_dir qwen3-reward \
         --learning_rate 1e-5 --batch_size 32 --max_length 1024 --bf16 --pairs pairs.jsonl --eval_pairs held-out.jsonl
 
-It prints the share of held-out pairs, by file, in which the chosen side has the higher score; guessing gives 0.5.
+It prints the share of held-out pairs, by file, in which the chosen side has the higher score; guessing gives 50 %.
 """
 
 import argparse
