@@ -167,7 +167,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(hbat, values, tmp_path):
             time.sleep(0.001)
 
     threading.Thread(target=interrupt_after_the_first_stage, daemon=True).start()
-    assert hbat("train") == (130, "", ["hbat: interrupted; `--resume` goes on"])
+    assert hbat("train") == (130, "", ["hbat: ended by SIGINT, everything is saved; `--resume` goes on"])
     assert json.loads(state.read_text())["next_stage"] == 1
     assert hbat("train", "--resume")[0] == 0
     resumed, whole = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "whole"))
