@@ -19,7 +19,7 @@ from hbat.storage import StorageError
 
 fcntl = pytest.importorskip("fcntl")
 
-HOLDER = """
+HOLDER = r"""
 import os, sys, time
 from pathlib import Path
 from hbat.run_lock import locked
