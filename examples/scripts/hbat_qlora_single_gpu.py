@@ -1,6 +1,6 @@
 r"""Alternate SFT and DPO on a quantised model with one LoRA adapter (QLoRA), on a single GPU.
 
-A model of 7B parameters in 4 bits (NF4) with an 8-bit optimizer, for a GPU with 24 GB:
+A model of 7B parameters in 4 bits (NF4) with an 8-bit optimizer, meant for a GPU with 24 GB:
 
     python examples/scripts/hbat_qlora_single_gpu.py --model Qwen/Qwen2.5-7B --bf16 \
         --sft trl-lib/tldr --dpo trl-lib/tldr-preference --optim paged_adamw_8bit
@@ -69,8 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sft_learning_rate", type=float, default=2e-4, help="(default: %(default)s)")
     parser.add_argument("--dpo_learning_rate", type=float, default=2e-5, help="(default: %(default)s)")
     parser.add_argument("--optim", default="adamw_torch", help="the host's optimizer name (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=4, help="rows in a micro-batch (default: %(default)s)")
-    parser.add_argument("--accumulate", type=int, default=8, help="micro-batches in a step (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=2, help="rows in a micro-batch (default: %(default)s)")
+    parser.add_argument("--accumulate", type=int, default=16, help="micro-batches in a step (default: %(default)s)")
     parser.add_argument("--max_length", type=int, default=768, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
