@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -147,8 +148,8 @@ def test_ewc_alone_holds_a_second_task_back_in_plain_trainers(lora, toys, tmp_pa
     second = tmp_path / "second.jsonl"
     rows = [json.loads(line) for line in (toys / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     write(second, [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
-    printed = {}
-    for f_max in (0, 1e6):
+    learned = {}
+    for f_max in (0, 1e4):
         run(
             "ewc_callback_only.py", monkeypatch,
             "--model", toys / "model", "--first", toys / "sft.jsonl", "--second", second, "--use_cpu",
@@ -156,7 +157,7 @@ def test_ewc_alone_holds_a_second_task_back_in_plain_trainers(lora, toys, tmp_pa
             *(["--lora"] if lora else []),
         )  # fmt: skip
         text = capsys.readouterr().out
-        printed[f_max] = [line for line in text.splitlines() if line.startswith("After the")]
+        before, after = (float(each) for each in re.findall(r"loss of the second ([\d.]+)", text))
+        learned[f_max] = before - after
         assert (tmp_path / str(f_max) / ("adapter_model.safetensors" if lora else "model.safetensors")).exists()
-    assert printed[0][0] == printed[1e6][0]
-    assert printed[0][1] != printed[1e6][1]
+    assert learned[0] > 2 * learned[1e4] > 0

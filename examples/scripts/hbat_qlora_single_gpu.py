@@ -16,9 +16,9 @@ On the CPU, with the model of `train_tiny_model.py`:
         --sft ../shared/data/sft/selfinstruct_human_train.jsonl.gz \
         --dpo ../shared/data/preference/instruct_human_train.jsonl.gz
 
-`--merge FOLDER` adds the adapter to the unquantised weights and saves a model that needs neither PEFT nor bitsandbytes.
-LoRA on unquantised weights and full fine-tuning are in `hbat_sft_dpo.py`. Called again with the same arguments, it goes
-on where it was cut off. Needs the extras `peft` and `quantization`.
+`--merge FOLDER` adds the adapter to the unquantised weights and saves a model that needs neither PEFT nor
+bitsandbytes. LoRA on unquantised weights and full fine-tuning are in `hbat_sft_dpo.py`. Called again with the same
+arguments, it goes on where it was cut off. Needs the extras `peft` and `quantization`.
 """
 
 import argparse
@@ -140,9 +140,7 @@ def adapter(options: argparse.Namespace) -> LoraConfig:
     Returns:
         PEFT's configuration.
     """
-    return LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    return LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def load_rows(name: str) -> Dataset:

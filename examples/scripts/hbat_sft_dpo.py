@@ -16,8 +16,12 @@ A LoRA adapter:
     python examples/scripts/hbat_sft_dpo.py --model Qwen/Qwen2.5-0.5B --lora --bf16 --sft trl-lib/tldr \
         --dpo trl-lib/tldr-preference --sft_learning_rate 2e-4 --dpo_learning_rate 2e-5
 
-Several GPUs: `accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/scripts/hbat_sft_dpo.py ...`.
-Called again with the same arguments, it goes on where it was cut off.
+Several GPUs, each with the whole model (examples/accelerate_configs has others):
+
+    accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/scripts/hbat_sft_dpo.py ...
+
+Called again with the same arguments, it goes on where it was cut off. For a model that is too large for that, see
+`hbat_qlora_single_gpu.py`.
 """
 
 import argparse
