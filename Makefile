@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-ppo test test-all check oldest benchmarks benchmarks-ppo faults clean
+.PHONY: demo demo-ppo test test-all check oldest benchmarks benchmarks-gpu benchmarks-ppo faults clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hbat demo
@@ -39,6 +39,11 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/stages.py
 	$(BIN)/python benchmarks/penalty.py
 	$(BIN)/python benchmarks/startup.py
+
+# A model of 7B parameters (random weights); without a GPU at toy size.
+benchmarks-gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu/penalty.py
+	$(BIN)/python benchmarks/gpu/stages.py
 
 # Beside the last TRL that has a PPOTrainer, in an environment of its own.
 benchmarks-ppo: $(VENV)/.installed $(TRL112)/.installed

@@ -137,14 +137,16 @@ def about() -> dict[str, Any]:
     return found | {package: version(package) for package in packages}
 
 
-def save(name: str, result: dict[str, Any]) -> None:
+def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> None:
     """Write a result with the versions that made it.
 
     Args:
         name: Name of the benchmark.
         result: Plain values.
+        folder: Where to.
     """
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.json"
     file.write_text(json.dumps({"about": about(), **result}, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {file.relative_to(Path(__file__).parent.parent)}")
+    root = Path(__file__).parent.parent
+    print(f"written to {file.relative_to(root) if file.is_relative_to(root) else file}")

@@ -1,7 +1,8 @@
-"""The examples run, at toy size: a model from a text, a reward model from pairs, and runs of SFT and PPO on both."""
+"""The example scripts run, at toy size: models from a text and from pairs, runs of SFT with DPO and PPO, EWC alone."""
 
 import json
 import random
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -108,3 +109,55 @@ def test_the_configuration_of_ppo_on_the_cpu_runs(toys, reward_model, tmp_path, 
     assert "ppo reward" in printed
     assert "round 2: ppo" in printed
     assert len(json.loads((tmp_path / "evaluation.json").read_text())["rows"]) == 5
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_python_api_alternates_sft_and_dpo(lora, toys, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    arguments = [
+        "--model", toys / "model", "--sft", toys / "sft.jsonl", "--dpo", toys / "pairs.jsonl", "--use_cpu",
+        "--held_out", 4, "--rounds", 1, "--output_dir", tmp_path, *(["--lora"] if lora else []),
+    ]  # fmt: skip
+    run("hbat_sft_dpo.py", monkeypatch, *arguments)
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split("  ")[0] for line in lines] == ["start", "round 1: sft", "round 1: dpo"]
+    assert "dpo loss 0.6931" in lines[0]
+    assert (tmp_path / ("adapter_model.safetensors" if lora else "model.safetensors")).exists()
+
+
+def test_qlora_trains_an_adapter_that_merges_into_the_unquantised_model(toys, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("bitsandbytes")
+    from safetensors.torch import load_file
+
+    run(
+        "hbat_qlora_single_gpu.py", monkeypatch,
+        "--model", toys / "model", "--sft", toys / "sft.jsonl", "--dpo", toys / "pairs.jsonl", "--use_cpu",
+        "--rounds", 1, "--accumulate", 2, "--output_dir", tmp_path / "run", "--merge", tmp_path / "merged",
+    )  # fmt: skip
+    assert "Merged model in" in capsys.readouterr().out
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    before, after = (load_file(folder / "model.safetensors") for folder in (toys / "model", tmp_path / "merged"))
+    assert before.keys() == after.keys()
+    moved = {name for name, each in before.items() if not each.equal(after[name])}
+    assert moved == {name for name in before if name.endswith("_proj.weight")}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_ewc_alone_holds_a_second_task_back_in_plain_trainers(lora, toys, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    second = tmp_path / "second.jsonl"
+    rows = [json.loads(line) for line in (toys / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    write(second, [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+    learned = {}
+    for f_max in (0, 1e4):
+        run(
+            "ewc_callback_only.py", monkeypatch,
+            "--model", toys / "model", "--first", toys / "sft.jsonl", "--second", second, "--use_cpu",
+            "--held_out", 4, "--batch_size", 2, "--f_max", f_max, "--output_dir", tmp_path / str(f_max),
+            *(["--lora"] if lora else []),
+        )  # fmt: skip
+        text = capsys.readouterr().out
+        before, after = (float(each) for each in re.findall(r"loss of the second ([\d.]+)", text))
+        learned[f_max] = before - after
+        assert (tmp_path / str(f_max) / ("adapter_model.safetensors" if lora else "model.safetensors")).exists()
+    assert learned[0] > 2 * learned[1e4] > 0
