@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hbat.ewc.backward import after_backward
 from hbat.ewc.parameters import trainable_parameters
+from hbat.kept_precision import keep_precision
 from hbat.lifecycle import StageGuard
 from hbat.objectives.objective import Objective
 from hbat.stage_start import StageStart
@@ -84,6 +85,7 @@ class TrainerBuilder:
                     callbacks=list(callbacks),
                 )
             self._start.complete_adapter()
+            keep_precision(trainer, self._model)
             self._hold_frozen(trainer, [parameters[name] for name in frozen])
             yield trainer
         finally:
