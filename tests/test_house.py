@@ -46,7 +46,7 @@ BLOCKS = {
             "objectives/rewards", "objectives/builtin", "objectives/sft", "objectives/dpo",
             "objectives/kto", "objectives/online", "objectives/grpo", "objectives/rloo", "stage_start",
             "optimizer_state", "interruption", "data_order", "learning_rate", "nonfinite", "hub", "inputs",
-            "model_loading",
+            "model_loading", "adapter_checkpoints", "support", "unsupported",
             "run_log", "reporting", "sealing",
             "trainer_builder", "rehearsal", "evaluator", "stage_runner", "plots", "report", "run_scores", "trainer",
             "ppo/__init__", "ppo/awaiting", "ppo/callable_reward", "ppo/reward_model", "ppo/rewards",

@@ -193,9 +193,10 @@ def assert_goes_on(kind, preference, cut, expected, saved, folder, optim="adamw_
     assert runs.logged(resumed, key) == runs.logged(expected, key)
 
 
-@each_kind
-@each_preference
-@pytest.mark.parametrize("stage", [2, 3], ids=["in SFT", "in preference training"])
+@pytest.mark.parametrize(
+    ("kind", "preference", "stage"),
+    [("4-bit", "dpo", 2), ("4-bit", "dpo", 3), ("8-bit", "dpo", 3), ("4-bit", "ppo", 3), ("8-bit", "ppo", 3)],
+)
 def test_a_run_that_was_cut_off_ends_as_if_it_was_not(kind, preference, stage, whole, saved, tmp_path):
     assert_goes_on(kind, preference, Cut(stage, 2), whole(kind, preference), saved, tmp_path)
 
@@ -219,8 +220,7 @@ def test_another_quantisation_is_not_gone_on_with(kind, more, named, saved, tmp_
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@each_kind
-@each_preference
+@pytest.mark.parametrize(("kind", "preference"), [("4-bit", "dpo"), ("8-bit", "ppo")])
 def test_recomputed_activations_change_nothing(kind, preference, saved, tmp_path):
     ends = []
     for recompute in (False, True):

@@ -9,9 +9,9 @@ from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars,
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hbat.adapter_checkpoints import load_adapter_as_it_was
 from hbat.ewc.backward import after_backward
 from hbat.ewc.parameters import trainable_parameters
-from hbat.kept_precision import keep_precision
 from hbat.lifecycle import StageGuard
 from hbat.objectives.objective import Objective
 from hbat.stage_start import StageStart
@@ -85,7 +85,7 @@ class TrainerBuilder:
                     callbacks=list(callbacks),
                 )
             self._start.complete_adapter()
-            keep_precision(trainer, self._model)
+            load_adapter_as_it_was(trainer)
             self._hold_frozen(trainer, [parameters[name] for name in frozen])
             yield trainer
         finally:
