@@ -16,7 +16,7 @@ from hbat.config import HBATConfig
 from hbat.ewc.callback import EWCCallback
 from hbat.support import EWC, HBAT, PPO, REFUSALS, Refusal
 from hbat.trainer import HBATTrainer
-from hbat.unsupported import fsdp_version, refuse_arguments, refuse_trainer
+from hbat.unsupported import fsdp_version, refuse_arguments, refuse_model, refuse_trainer
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
@@ -214,11 +214,10 @@ def test_a_model_on_one_device_is_taken(devices):
     refuse_trainer(None, placed(*devices))
 
 
-def test_a_base_that_gets_an_adapter_may_be_quantised(tmp_path):
-    model = quantised()
+def test_a_base_that_gets_an_adapter_may_be_quantised():
+    refuse_model(quantised(), gets_adapter=True)
     with pytest.raises(ValueError, match="4 bits and has no adapter"):
-        refuse_trainer(None, model)
-    refuse_trainer(None, get_peft_model(model, LORA))
+        refuse_model(quantised())
 
 
 def test_the_policy_beside_a_critic_is_looked_at():

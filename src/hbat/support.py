@@ -185,7 +185,9 @@ FEATURES: Mapping[str, Cell] = {
     "Fisher with `estimator: empirical` (per sample), ZeRO": "DeepSpeed",
     "bfloat16 by autocast": Shown("test_trainer.py::test_every_stage_computes_in_bfloat16_when_asked"),
     "LoRA on `lm_head`, SFT and DPO (TRL 1.16)": "adapter on the head",
-    "LoRA on `lm_head`, PPO alone": Shown("ppo/test_token_model.py::test_they_are_those_of_the_model"),
+    "LoRA on `lm_head`, PPO alone": Shown(
+        "ppo/test_token_model.py::test_gradients_are_those_through_the_models_own_logits[lora-head]"
+    ),
     "`modules_to_save: [lm_head]`": Shown("test_support.py::test_a_copy_of_the_head_is_trained_beside_the_adapter"),
     "prompt, prefix or p-tuning, SFT alone": Shown("test_support.py::test_sft_alone_takes_virtual_tokens"),
     "prompt, prefix or p-tuning, objectives with a reference policy": "virtual tokens",
