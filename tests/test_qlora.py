@@ -68,6 +68,7 @@ def test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone(kind, 
     assert all(not torch.equal(each, adapter[name]) for name, each in cases.weights(run.model).items())
     for stage, (anchor, weights, copies) in enumerate(starts.seen):
         assert runs.same(anchor, weights)
+        assert {each.dtype for each in (*anchor.values(), *copies.values())} == {torch.bfloat16}
         assert runs.same(copies, weights if stage % 2 else {})
     key = {"dpo": "dpo/rewards/chosen", "ppo": "ppo/kl"}[preference]
     scores = {stage: [] for stage in (1, 3)}
@@ -138,6 +139,7 @@ def test_an_anchor_follows_the_cast_of_the_host(saved):
         each.data = each.data.bfloat16()
     start.take()
     assert runs.same(dict(start.anchor), cases.weights(model))
+    assert {each.dtype for each in start.anchor.values()} == {torch.bfloat16}
 
 
 # --- resume ----------------------------------------------------------------------------------------------------------
