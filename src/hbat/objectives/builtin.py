@@ -14,6 +14,8 @@ from hbat.unsupported import refuse_arguments
 
 #: Each name is also the section's and the function's, whose module is loaded only when asked for.
 BUILT_IN: Sequence[str] = ("sft", "dpo", "kto", "ppo", "grpo", "rloo")
+#: Fields for which the host wants packages as soon as a section is built.
+_NEEDING_PACKAGES = ("deepspeed", "parallelism_config")
 
 
 def resolve(config: HBATConfig) -> list[Objective]:
@@ -66,7 +68,7 @@ def build_sections(objectives: Sequence[Objective], config: HBATConfig) -> dict[
     refuse_arguments()
     for each in objectives:
         if isinstance(each.config, Mapping):  # before the host asks for the engine's packages
-            refuse_arguments(SimpleNamespace(**each.config))
+            refuse_arguments(SimpleNamespace(**{key: each.config.get(key) for key in _NEEDING_PACKAGES}))
     with kept_environment():
         sections = {each.name: each.base_args(config.output_dir) for each in objectives}
     for section in sections.values():
