@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-ppo test test-all check oldest benchmarks benchmarks-gpu benchmarks-ppo faults clean
+.PHONY: demo demo-ppo test test-all check oldest support benchmarks benchmarks-gpu benchmarks-ppo faults clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hbat demo
@@ -34,6 +34,10 @@ check: $(VENV)/.installed
 # The oldest host that is supported, in an environment of its own.
 oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS)
+
+# The page of what runs with what, from the table that the checks use.
+support: $(VENV)/.installed
+	$(BIN)/python -m hbat.support_page docs/support.md
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/stages.py

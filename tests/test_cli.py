@@ -245,6 +245,7 @@ def test_an_adapter_on_quantised_weights_is_validated(hbat, values):
         ({}, "--datasets.dpo {pat: x}", ["`datasets.dpo`", "`pat`", "`path`"]),
         ({"peft": {"rank": 3}}, "", ["`peft.rank`"]),
         ({"peft": {"target_modules": ["nothing"]}}, "", ["nothing"]),
+        ({"quantization": {"load_in_8bit": True}}, "", ["8 bits and has no adapter", "`peft: {}`"]),
         ({"peft": {}, "quantization": {"load_in_4bits": True}}, "", ["`quantization.load_in_4bits`"]),
         ({"peft": {}, "quantization": {"load_in_4bit": "yes"}}, "", ["`quantization`", "load_in_4bit"]),
         ({"num_round": 3}, "", ["`num_round`", "`num_rounds`"]),

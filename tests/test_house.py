@@ -35,7 +35,7 @@ BLOCKS = {
             "sections", "field_checks", "plain_yaml", "ewc_config", "config", "rounds", "turns", "row_parts", "rows",
             "prompt_rows", "row_search", "loading", "datasets",
             "consolidation", "processes", "checksums", "storage", "data_digest", "fingerprint", "manifest", "changes",
-            "kept_states", "run_lock", "run_state", "checkpoints", "resuming", "run", "evaluation",
+            "support", "kept_states", "run_lock", "run_state", "checkpoints", "resuming", "run", "evaluation",
             "ppo/schedule",
         ],
     ),
@@ -46,7 +46,7 @@ BLOCKS = {
             "objectives/rewards", "objectives/builtin", "objectives/sft", "objectives/dpo",
             "objectives/kto", "objectives/online", "objectives/grpo", "objectives/rloo", "stage_start",
             "optimizer_state", "interruption", "data_order", "learning_rate", "nonfinite", "hub", "inputs",
-            "model_loading",
+            "model_loading", "adapter_checkpoints", "unsupported",
             "run_log", "reporting", "sealing",
             "trainer_builder", "rehearsal", "evaluator", "stage_runner", "plots", "report", "run_scores", "trainer",
             "ppo/__init__", "ppo/awaiting", "ppo/callable_reward", "ppo/reward_model", "ppo/rewards",
@@ -60,7 +60,7 @@ BLOCKS = {
     "faces: command line and demo": (
         {"torch", "datasets", "transformers", "tokenizers", "peft", "bitsandbytes", "tqdm", "rich", "matplotlib"},
         [
-            "run_file", "reward_functions", "assembly", "summary", "cli", "demo/__init__", "demo/task",
+            "run_file", "reward_functions", "assembly", "summary", "support_page", "cli", "demo/__init__", "demo/task",
             "demo/base_model", "demo/scoring", "demo/settings", "demo/preference", "demo/results", "demo/run",
             "__main__",
         ],
@@ -393,6 +393,7 @@ TESTED_ELSEWHERE = {
     "row_parts.py": "test_rows.py",
     "row_search.py": "test_datasets.py",
     "summary.py": "test_cli.py",
+    "support_page.py": "test_support.py",
     "turns.py": "test_rows.py",
 }
 #: Files that no test runs yet. It may only shrink.

@@ -197,7 +197,6 @@ def test_consolidation_is_switched_off_by_null(run_file):
         ("ppo_backend: mine", "", ["`ppo_backend` is 'mine'", "'trl'"]),
         ("reward_funcs: 3", "", ["`reward_funcs` is 3", "a text or a list or null"]),
         ("reward_funcs: [3]", "", ["`reward_funcs` is [3]", "a text or a list or null"]),
-        ("quantization: {load_in_4bit: true}", "", ["`quantization` needs `peft`"]),
         ("peft: 16", "", ["`peft`", "a mapping"]),
         ("env: {A: [1]}", "", ["`env.A`"]),
         ("optimizer_state: keep", "", ["`optimizer_state`", "'carry'"]),

@@ -16,6 +16,7 @@ from hbat.reward_functions import load_reward_functions
 from hbat.run_file import RunFile
 from hbat.run_state import RunFolder
 from hbat.sections import build_section, nearest
+from hbat.support import REFUSALS
 from hbat.trainer import HBATTrainer
 
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gz")
@@ -119,9 +120,12 @@ def quantization_config(run: RunFile) -> BitsAndBytesConfig | None:
             "`quantization` needs bitsandbytes. Install it with `pip install 'hbat-trl[quantization]'`."
         ) from error
     try:
-        return BitsAndBytesConfig(**run.quantization)
+        config = BitsAndBytesConfig(**run.quantization)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"`quantization`: {error}") from error
+    if run.peft is None and not is_adapter(run.model_name_or_path):  # said before the model is loaded
+        raise REFUSALS["quantised base"].error(bits=4 if config.load_in_4bit else 8)
+    return config
 
 
 def refuse_other_run(run: RunFile) -> None:

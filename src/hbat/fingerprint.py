@@ -84,6 +84,9 @@ def fingerprint(
         described["run"]["ppo_backend"] = config.ppo_backend
     if model is not None:
         described["parameters"]["frozen"] = _frozen(model)
+        quantisation = getattr(getattr(model, "config", None), "quantization_config", None)
+        if quantisation is not None:  # also says in which precision the frozen weights compute
+            described["parameters"]["quantization"] = _digest(_plain(quantisation))
     if processing_class is not None:
         described["tokenizer"] = _tokenizer(processing_class)
     for name, args in sections.items():
@@ -107,6 +110,10 @@ def _frozen(model: nn.Module) -> str:
             values = each.detach().reshape(-1)[:_SAMPLED_VALUES]
             digest.update(values.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _plain(quantisation: Any) -> Any:
+    return quantisation.to_dict() if hasattr(quantisation, "to_dict") else quantisation
 
 
 def _tokenizer(processing_class: Any) -> dict[str, str]:

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hbat.config import HBATConfig
 from hbat.ewc.parameters import trainable_parameters
+from hbat.reference_adapter import ADAPTER
+from hbat.unsupported import refuse_adapters, refuse_model
 
-_ADAPTER = "default"  # the only adapter name that TRL's trainers handle
 _ADAPTER_FILE = "adapter_config.json"
 _TOKENIZER_FILE = "tokenizer_config.json"
 #: Arguments of the model's `from_pretrained` that its configuration and tokenizer need as well.
@@ -28,19 +29,21 @@ class PrecisionWarning(UserWarning):
     """The trained weights are too coarse for what consolidation measures."""
 
 
-def load_model(model: Any, config: HBATConfig, peft_config: Any) -> Any:
+def load_model(model: Any, config: HBATConfig, peft_config: Any, *, takes_reference: bool = False) -> Any:
     """Bring the model into the form that all stages train.
 
     Args:
         model: Name or path, also of an adapter's folder, or a model.
         config: The run's configuration.
         peft_config: Configuration of a new adapter.
+        takes_reference: Whether a copy of an adapter is the reference policy.
 
     Returns:
         The model, with its adapter where there is one.
 
     Raises:
         ValueError: If arguments contradict each other or the weights cannot be trained.
+        NotImplementedError: If the model is cut, spread over devices or offloaded.
         TypeError: If the model is none.
         ImportError: If PEFT is needed and missing.
     """
@@ -52,10 +55,12 @@ def load_model(model: Any, config: HBATConfig, peft_config: Any) -> Any:
         raise TypeError(f"`model` is a {type(model).__name__}; give a name, a path or a model.")
     elif config.model_init_kwargs:
         raise ValueError("`model_init_kwargs` is set, but the model is loaded already. Leave one of the two out.")
-    _refuse_injected_adapter(model)
+    refuse_adapters(model, takes_reference=takes_reference)
+    refuse_model(model, gets_adapter=peft_config is not None)
     if peft_config is not None:
         model = _add_adapter(model, peft_config, config.seed)
-    _check_adapter(model)
+    refuse_adapters(model, takes_reference=takes_reference)
+    _require_trainable(model)
     _check_weights(model)
     return model
 
@@ -133,7 +138,7 @@ def require_adapter_parameters(model: nn.Module) -> None:
     if not hasattr(model, "peft_config"):
         return
     names = trainable_parameters(model)
-    shared = [name for name in names if _ADAPTER not in name.split(".")]
+    shared = [name for name in names if ADAPTER not in name.split(".")]
     if shared:
         raise ValueError(
             f"{len(shared)} of {len(names)} trainable parameters are not the adapter's own, first {shared[0]!r}: the "
@@ -174,29 +179,10 @@ def _add_adapter(model: Any, peft_config: Any, seed: int) -> Any:
     return get_peft_model(model, peft_config)
 
 
-def _refuse_injected_adapter(model: nn.Module) -> None:
-    if not hasattr(model, "peft_config"):
-        return
-    from peft import PeftModel  # noqa: PLC0415 - an optional extra, without which there is no adapter
-
-    if not isinstance(getattr(model, "_orig_mod", model), PeftModel):
-        raise ValueError(  # noqa: TRY004 - a model it is
-            f"The model is a {type(model).__name__} with an adapter inside (`model.add_adapter`), which the host's "
-            "trainers do not see as one. Pass `get_peft_model(model, config)`, or the bare model and `peft_config=`."
-        )
-
-
-def _check_adapter(model: Any) -> None:
-    adapters = list(getattr(model, "peft_config", {}))
-    if adapters and adapters != [_ADAPTER]:
-        raise ValueError(
-            f"The PeftModel has the adapters {adapters}; the host's trainers only handle a single one named "
-            f"{_ADAPTER!r}. Load it with `PeftModel.from_pretrained(model, path, adapter_name={_ADAPTER!r}, "
-            "is_trainable=True)`."
-        )
+def _require_trainable(model: Any) -> None:
     if not trainable_parameters(model):
-        hint = " Load the adapter with `is_trainable=True`." if adapters else " Unfreeze what shall be trained."
-        raise ValueError(f"The model has no trainable parameter.{hint}")
+        hint = " Load the adapter with `is_trainable=True`." if hasattr(model, "peft_config") else ""
+        raise ValueError(f"The model has no trainable parameter.{hint or ' Unfreeze what shall be trained.'}")
 
 
 def _check_weights(model: Any) -> None:

@@ -94,7 +94,17 @@ class CarryMoments(TrainerCallback):
         if model is not None:
             # On the CPU, so that the moments of objectives that do not train take no accelerator memory.
             current = moments(kwargs["optimizer"], trainable_parameters(model))
-            self.saved = {**self.saved, **{key: each.cpu() for key, each in current.items()}}
+            self.saved = {**self.saved, **_in_own_memory({key: each.cpu() for key, each in current.items()})}
+
+
+def _in_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # bitsandbytes gives all parameters one table of its eight-bit numbers; safetensors refuses to save it twice.
+    seen: set[int] = set()
+    own = {}
+    for key, each in tensors.items():
+        own[key] = each.clone() if each.data_ptr() in seen else each
+        seen.add(each.data_ptr())
+    return own
 
 
 def _as_tensor(number: float) -> Tensor:

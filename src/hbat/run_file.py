@@ -49,7 +49,7 @@ class RunFile:
     )
     quantization: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Fields of transformers.BitsAndBytesConfig for the frozen weights below `peft`."},
+        metadata={"help": "Fields of transformers.BitsAndBytesConfig for the frozen weights below an adapter."},
     )
     env: dict[str, Any] | None = field(
         default=None, metadata={"help": "Environment variables, set before the host is imported."}
@@ -62,11 +62,6 @@ class RunFile:
         missing = [name for name in names if name not in self.datasets]
         if missing:
             raise ValueError(f"`datasets.{missing[0]}` is missing: the objective {missing[0]!r} has no rows.")
-        if self.quantization is not None and self.peft is None:
-            raise ValueError(
-                "`quantization` needs `peft`: quantised weights cannot be trained, an adapter on them can. "
-                "Add `peft: {}` or leave `quantization` out."
-            )
         for key, value in (self.env or {}).items():
             if isinstance(value, Mapping | list) or value is None:
                 raise ValueError(f"`env.{key}` is {value!r}; it must be a text or a number.")

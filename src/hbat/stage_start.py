@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hbat.ewc.parameters import canonical_name, snapshot, trainable_parameters
 from hbat.lifecycle import unpatched_copy
-from hbat.reference_adapter import REFERENCE_ADAPTER, reference_parameters
+from hbat.reference_adapter import REFERENCE_ADAPTER, match_reference_adapter, reference_parameters
 
 
 class StageStart:
@@ -53,20 +53,16 @@ class StageStart:
             each.copy_(current[name] if weights is None else weights[name])
 
     def _is_beside(self, parameters: Mapping[str, Tensor]) -> bool:
-        # The first trainer moves the model to its device.
+        # The first trainer moves the model to its device; on a quantised base TRL's cast the adapter to bfloat16.
         return self._anchor.keys() == parameters.keys() and all(
-            each.device == parameters[name].device for name, each in self._anchor.items()
+            (each.device, each.dtype) == (parameters[name].device, parameters[name].dtype)
+            for name, each in self._anchor.items()
         )
 
-    @torch.no_grad()
     def complete_adapter(self) -> None:
-        """Copy into the host's new reference adapter what the host leaves out: names that end in `.default`."""
-        if REFERENCE_ADAPTER not in getattr(self._model, "peft_config", {}):
-            return
-        current = trainable_parameters(self._model)
-        for name, copy in reference_parameters(self._model, self._anchor).items():
-            if name in current and not torch.equal(copy, current[name]):
-                copy.copy_(current[name])
+        """Make the host's new reference adapter compute what the adapter computes."""
+        if REFERENCE_ADAPTER in getattr(self._model, "peft_config", {}):
+            match_reference_adapter(self._model)
 
     @torch.no_grad()
     def share_adapter(self) -> None:
@@ -74,7 +70,6 @@ class StageStart:
         if REFERENCE_ADAPTER not in getattr(self._model, "peft_config", {}):
             return
         copies = reference_parameters(self._model, self._anchor)
-        # The host casts adapters of a quantised model to bfloat16, but not their copies.
         if all(
             torch.equal(copies[name], each) and copies[name].dtype == each.dtype for name, each in self._anchor.items()
         ):

@@ -34,6 +34,7 @@ from hbat.run_state import RunFolder
 from hbat.stage_runner import StageRunner, estimated_steps
 from hbat.stage_start import StageStart
 from hbat.trainer_builder import TrainerBuilder
+from hbat.unsupported import refuse_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class HBATTrainer:
     Raises:
         ValueError: If configuration, data or model cannot be trained as asked; the message names what and where.
         TypeError: If an argument is of the wrong kind.
-        NotImplementedError: Under FSDP or DeepSpeed.
+        NotImplementedError: With what `docs/support.md` says is not supported.
     """
 
     def __init__(  # noqa: PLR0913 - the host's own arguments
@@ -86,8 +87,10 @@ class HBATTrainer:
         self._train_dataset, self._eval_dataset = checked_inputs(
             args, self._objectives, self._sections, train_dataset, eval_dataset
         )
-        self.model = load_model(model, args, peft_config)
         takes_reference = any(each.uses_reference for each in objectives)
+        self.model = load_model(model, args, peft_config, takes_reference=takes_reference)
+        for section in self._sections.values():
+            refuse_trainer(section, self.model)
         if takes_reference:
             require_adapter_parameters(self.model)
         self.processing_class = load_tokenizer(processing_class, self.model, args, model)

@@ -9,6 +9,7 @@ from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars,
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hbat.adapter_checkpoints import load_adapter_as_it_was
 from hbat.ewc.backward import after_backward
 from hbat.ewc.parameters import trainable_parameters
 from hbat.lifecycle import StageGuard
@@ -84,6 +85,7 @@ class TrainerBuilder:
                     callbacks=list(callbacks),
                 )
             self._start.complete_adapter()
+            load_adapter_as_it_was(trainer)
             self._hold_frozen(trainer, [parameters[name] for name in frozen])
             yield trainer
         finally:

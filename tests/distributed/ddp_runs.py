@@ -60,6 +60,10 @@ RUNS = {
         "objectives": ["sft", "dpo"], "ewc": {"f_max": 5.0, "granularity": "tensor", "method": "proximal"},
     },
     "fisher": {"objectives": ["sft", "dpo"], "ewc": {"f_max": 5.0, "source": "fisher", "fisher_samples": 8}},
+    "fisher of samples": {
+        "objectives": ["sft", "dpo"],
+        "ewc": {"f_max": 5.0, "source": "fisher", "estimator": "empirical", "fisher_samples": 8},
+    },
     "ppo": {"objectives": ["sft", "ppo"]},
     "ppo with lora and a separate critic": {"objectives": ["sft", "ppo"], "model": "lora", "critic": "separate"},
 }  # fmt: skip

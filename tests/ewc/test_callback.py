@@ -1,13 +1,12 @@
 import functools
 import math
-from types import SimpleNamespace
 
 import cases
 import oracle
 import pytest
 import torch
 import trl
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback
 
 from hbat.ewc.callback import EWCCallback, EWCWarning
 
@@ -430,28 +429,3 @@ def test_missing_names_are_counted_and_the_first_is_named(tmp_path):
 def test_a_wrong_argument_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         EWCCallback({}, **options)
-
-
-ENGINES = pytest.mark.parametrize("engine", ["DeepSpeed", "FSDP"])
-
-
-def bind_and_begin(args):
-    trainer = SimpleNamespace(args=args, callback_handler=SimpleNamespace(callbacks=[]))
-    yield lambda: EWCCallback({}).bind(trainer)
-    yield lambda: EWCCallback({}).on_train_begin(args, TrainerState(), TrainerControl(), model=cases.tiny_llama())
-
-
-@ENGINES
-def test_engines_that_hide_the_gradients_are_refused(engine):
-    args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, engine.lower(): "configuration"})
-    for act in bind_and_begin(args):
-        with pytest.raises(NotImplementedError, match=rf"{engine}.*accelerate launch --multi_gpu"):
-            act()
-
-
-@ENGINES
-def test_engines_that_only_accelerate_launch_knows_of_are_refused(engine, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
-    for act in bind_and_begin(SimpleNamespace(deepspeed=None, fsdp=None)):
-        with pytest.raises(NotImplementedError, match=rf"{engine}.*accelerate launch --multi_gpu"):
-            act()

@@ -1,7 +1,6 @@
 """EWCCallback: when the penalty acts in a `transformers.Trainer`, and what it logs. The formulas are in `penalty`."""
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from hbat.ewc.parameters import policy_of, require_counterparts, snapshot, train
 from hbat.ewc.penalty import add_penalty_gradient_, proximal_step_
 from hbat.ewc.statistics import PenaltyStatistics, measure_penalty
 from hbat.ewc_config import Method
+from hbat.unsupported import refuse_arguments, refuse_trainer
 
 #: Largest ratio of the penalty's gradient norm to the task's in a stage, below which the penalty is called dead.
 _DEAD_RATIO = 1e-4
@@ -84,7 +84,7 @@ class EWCCallback(TrainerCallback):
         Returns:
             The callback itself.
         """
-        refuse_sharded(trainer.args)
+        refuse_trainer(trainer.args, trainer.model)
         callbacks = trainer.callback_handler.callbacks
         if self in callbacks:
             callbacks.remove(self)
@@ -106,11 +106,12 @@ class EWCCallback(TrainerCallback):
             ValueError: If training resumes without an `anchor`.
         """
         self._detach()
-        refuse_sharded(args)
+        refuse_arguments(args)
         if self._trainer is not None and self._trainer.state is not state:
             self._trainer = None  # bound to another trainer, and now passed to this one in `callbacks`
         if model is None or self.f_max == 0:
             return
+        refuse_trainer(args, model)
         if self.anchor is None and state.global_step > 0:
             raise ValueError(
                 f"`EWCCallback` has no `anchor` and training resumes at step {state.global_step}: the weights are no "
@@ -233,30 +234,6 @@ class EWCCallback(TrainerCallback):
         if self._undo is not None:
             self._undo()
         self._reset()
-
-
-def refuse_sharded(args: TrainingArguments) -> None:
-    """Refuse engines that hide or shard the gradients.
-
-    Args:
-        args: The host's arguments.
-
-    Raises:
-        NotImplementedError: Under DeepSpeed or FSDP.
-    """
-    for engine in ("DeepSpeed", "FSDP"):
-        if not getattr(args, engine.lower(), None) and not _is_launched_with(engine):
-            continue
-        raise NotImplementedError(
-            f"Parameters sharded by {engine} are not supported: neither the penalty nor the hand-over between stages. "
-            "Train in one process or with DDP "
-            "(`accelerate launch --multi_gpu`), with LoRA or QLoRA where memory is short."
-        )
-
-
-def _is_launched_with(engine: str) -> bool:
-    # With a configuration of its own, `accelerate launch` leaves the arguments empty and says it here.
-    return os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in {"1", "true", "yes", "on", "y", "t"}
 
 
 def _beside(value: Tensor | float, parameter: Tensor) -> Tensor | float:

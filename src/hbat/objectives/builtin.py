@@ -1,18 +1,21 @@
 """From the names in `objectives` to objectives."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 
 from transformers import TrainingArguments
 
 from hbat.config import HBATConfig
-from hbat.ewc.callback import refuse_sharded
 from hbat.lifecycle import kept_environment
 from hbat.objectives.objective import Objective
 from hbat.sections import nearest
+from hbat.unsupported import refuse_arguments
 
 #: Each name is also the section's and the function's, whose module is loaded only when asked for.
 BUILT_IN: Sequence[str] = ("sft", "dpo", "kto", "ppo", "grpo", "rloo")
+#: Fields for which the host wants packages as soon as a section is built.
+_NEEDING_PACKAGES = ("deepspeed", "parallelism_config")
 
 
 def resolve(config: HBATConfig) -> list[Objective]:
@@ -60,12 +63,16 @@ def build_sections(objectives: Sequence[Objective], config: HBATConfig) -> dict[
     Raises:
         ValueError: If one cannot work inside a run.
         TypeError: If a value or a configuration is of the wrong kind.
-        NotImplementedError: Under FSDP or DeepSpeed.
+        NotImplementedError: Under an engine that is not supported.
     """
+    refuse_arguments()
+    for each in objectives:
+        if isinstance(each.config, Mapping):  # before the host asks for the engine's packages
+            refuse_arguments(SimpleNamespace(**{key: each.config.get(key) for key in _NEEDING_PACKAGES}))
     with kept_environment():
         sections = {each.name: each.base_args(config.output_dir) for each in objectives}
     for section in sections.values():
-        refuse_sharded(section)
+        refuse_arguments(section)
     return sections
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer
 
+from hbat.adapter_checkpoints import kept_form
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.policy import PolicyAndCritic
 from hbat.ppo.progress import Progress
@@ -95,7 +96,7 @@ class PolicyCheckpoints(Trainer):
         super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with self._policy_as_model() as policy:
+        with self._policy_as_model() as policy, kept_form(policy):
             super()._load_from_checkpoint(resume_from_checkpoint, model=policy)
         folder = Path(resume_from_checkpoint)
         if (folder / _REFERENCE_FILE).exists():

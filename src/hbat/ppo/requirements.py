@@ -7,11 +7,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hbat.ewc.callback import refuse_sharded
 from hbat.model_loading import load_tokenizer
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.prompts import TOKENS, check_lengths, context_length, tokenise
-from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
+from hbat.unsupported import refuse_adapters, refuse_arguments, refuse_model, refuse_trainer
 
 
 def prepare(
@@ -79,15 +78,11 @@ def load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:
     Raises:
         TypeError: If `args` or `model` is of the wrong kind.
         ValueError: If the machine or the adapter cannot be used.
+        NotImplementedError: Under an engine that is not supported.
     """
     if not isinstance(args, PPOConfig):
         raise TypeError(f"`args` is a {type(args).__name__}; give a `PPOConfig`.")
-    refuse_sharded(args)
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"One process sees {args.n_gpu} GPUs. Start one process for each with `accelerate launch`, or show it one "
-            "with CUDA_VISIBLE_DEVICES."
-        )
+    refuse_arguments(args)
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     if not isinstance(model, nn.Module):
@@ -97,24 +92,11 @@ def load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:
 
         if hasattr(model, "peft_config"):
             raise ValueError("The model has an adapter already and `peft_config` asks for another. Leave one out.")
+        refuse_model(model, gets_adapter=True)
         model = get_peft_model(model, peft_config)
-    _check_adapter(model)
+    refuse_adapters(model, takes_reference=True)
+    refuse_trainer(args, model)
     return model
-
-
-def _check_adapter(model: Any) -> None:
-    adapters = getattr(model, "peft_config", {})
-    if not adapters:
-        return
-    if set(adapters) - {REFERENCE_ADAPTER} != {ADAPTER}:
-        raise ValueError(
-            f"The PeftModel has the adapters {sorted(adapters)}; PPO trains a single one named {ADAPTER!r}."
-        )
-    if getattr(adapters[ADAPTER], "is_prompt_learning", False):
-        raise ValueError(
-            f"The adapter is a {type(adapters[ADAPTER]).__name__}, which puts virtual tokens before each text. PPO "
-            "takes adapters inside the layers, such as LoRA."
-        )
 
 
 def require_tokenizer(tokenizer: Any, policy: Any, args: PPOConfig) -> Any:

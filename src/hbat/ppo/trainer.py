@@ -53,7 +53,7 @@ class PPOTrainer(PolicyCheckpoints):
 
     Raises:
         ValueError: If model, tokenizer, rows and options do not fit each other.
-        NotImplementedError: Under FSDP or DeepSpeed.
+        NotImplementedError: With what `docs/support.md` says is not supported.
     """
 
     _tag_names = ("hbat", "ppo")

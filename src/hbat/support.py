@@ -1,0 +1,223 @@
+"""What runs with what: each combination with the test that shows it, or with the error that refuses it.
+
+The checks in `unsupported` raise these errors, and `docs/support.md` is written from this table. Plain data.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+#: Where a combination can be refused, always at construction.
+HBAT, PPO, EWC = "HBATTrainer", "PPOTrainer", "EWCCallback"
+EVERYWHERE = (HBAT, PPO, EWC)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something is refused, and what to use instead.
+
+    Attributes:
+        says: The message; names in braces are the values seen.
+        at: Where it is refused.
+        kind: The error's class.
+        by_host: Whether it is the host that refuses, when its trainer is built on trial.
+    """
+
+    says: str
+    at: tuple[str, ...] = EVERYWHERE
+    kind: type[Exception] = ValueError
+    by_host: bool = False
+
+    def error(self, **seen: object) -> Exception:
+        """Make the error.
+
+        Args:
+            **seen: The values seen.
+
+        Returns:
+            The error, to be raised.
+        """
+        return self.kind(self.says.format(**seen))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A combination that works.
+
+    Attributes:
+        by: The test that shows it, as pytest names it, below `tests/`.
+    """
+
+    by: str
+
+
+_INSTEAD = (
+    "Train in one process or with DDP (`accelerate launch --multi_gpu`), with LoRA or QLoRA where memory is short."
+)
+_SHARDED = (
+    "Parameters sharded by {engine} ({where}) are not supported: neither the penalty nor the hand-over between "
+    f"stages. {_INSTEAD}"
+)
+_CUT = (
+    "The weight {name!r} is a DTensor: {where} has cut the model over devices, and the penalty would see a part of "
+    f"each weight. Load the model without it. {_INSTEAD}"
+)
+
+REFUSALS: Mapping[str, Refusal] = {
+    "FSDP2": Refusal(_SHARDED, kind=NotImplementedError),
+    "FSDP1": Refusal(_SHARDED, kind=NotImplementedError),
+    "FSDP with offload": Refusal(_SHARDED, kind=NotImplementedError),
+    "DeepSpeed": Refusal(_SHARDED, kind=NotImplementedError),
+    "parallelism": Refusal(
+        "Layers cut over devices by {engine} ({where}) are not supported: the penalty would see a part of each "
+        f"weight. {_INSTEAD}",
+        kind=NotImplementedError,
+    ),
+    "FSDP2 by the model": Refusal(_CUT, kind=NotImplementedError),
+    "tensor parallelism by the model": Refusal(_CUT, kind=NotImplementedError),
+    "several devices": Refusal(
+        "`device_map` has spread the model over {devices}, which is not supported. Load it onto one device "
+        f"(`device_map={{{{'': 0}}}}`), in 4 or 8 bits if it is too large. {_INSTEAD}",
+        kind=NotImplementedError,
+    ),
+    "offload": Refusal(
+        "`device_map` has put a part of the model on {devices}, from where it is fetched layer by layer, which is not "
+        "supported. Load it onto one device (`device_map={{'': 0}}`), in 4 or 8 bits if it is too large.",
+        kind=NotImplementedError,
+    ),
+    "several GPUs in one process": Refusal(
+        "One process sees {count} GPUs, and the host would copy the model to all of them at every step "
+        "(`torch.nn.DataParallel`). Start one process for each with `accelerate launch --multi_gpu`, or show it one "
+        "with CUDA_VISIBLE_DEVICES=0."
+    ),
+    "quantised base": Refusal(
+        "The model is quantised to {bits} bits and has no adapter: quantised weights cannot be trained, an adapter on "
+        "them can. Pass `peft_config=LoraConfig(...)` (in YAML `peft: {{}}`), or load the model without "
+        "`quantization_config` (in YAML `quantization`)."
+    ),
+    "quantisation method": Refusal(
+        "The model is quantised by {method!r}, but adapters are tested on bitsandbytes alone. Load the full model "
+        "with `quantization_config=BitsAndBytesConfig(load_in_4bit=True)` (in YAML `quantization`)."
+    ),
+    "optimizer": Refusal(
+        "`optim` is {name!r}, which changes the weights inside the backward pass: neither the penalty, nor the check "
+        "for NaN, nor the moments that stages carry see its gradients. Take 'adamw_torch', or 'adamw_bnb_8bit' or "
+        "'paged_adamw_8bit' where memory is short."
+    ),
+    "several adapters": Refusal(
+        "The PeftModel has the adapters {adapters}; the trainers only handle a single one named 'default'. Load it "
+        "with `PeftModel.from_pretrained(model, path, adapter_name='default', is_trainable=True)`.",
+        at=(HBAT, PPO),
+    ),
+    "adapter inside": Refusal(
+        "The model is a {model} with an adapter inside (`model.add_adapter`), which the host's trainers do not see as "
+        "one. Pass `get_peft_model(model, config)`, or the bare model and `peft_config=`.",
+        at=(HBAT, PPO),
+    ),
+    "virtual tokens": Refusal(
+        "The adapter is a {adapter}, which puts virtual tokens before each text, and cannot be copied as a reference "
+        "policy. Objectives with a reference policy take adapters inside the layers, such as LoRA; SFT alone takes "
+        "this one.",
+        at=(HBAT, PPO),
+    ),
+    "adapter on the head": Refusal(
+        "Applying a PEFT adapter to `lm_head` is not supported",
+        at=(HBAT,),
+        by_host=True,  # since TRL computes log-probabilities from the head's weight
+    ),
+}
+
+COLUMNS = ("full", "LoRA", "QLoRA, 4-bit", "QLoRA, 8-bit")
+
+Cell = Shown | str  # a string is a key of REFUSALS
+
+_PLAIN = "test_trainer.py::test_a_run_without_a_penalty_equals_plain_trainers"
+_QLORA = "test_qlora.py::test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone"
+_DDP = "distributed/test_ddp.py::test_two_processes_end_with_the_weights_of_one"
+_QLORA_DDP = "distributed/test_qlora_ddp.py::test_two_processes_train_one_adapter"
+
+#: How a run is launched and where its weights lie, by what is trained.
+ENGINES: Mapping[str, tuple[Cell, ...]] = {
+    "one process": (
+        Shown(f"{_PLAIN}[none-full]"),
+        Shown(f"{_PLAIN}[none-lora]"),
+        Shown(f"{_QLORA}[dpo-4-bit]"),
+        Shown(f"{_QLORA}[dpo-8-bit]"),
+    ),
+    "DDP": (
+        Shown(f"{_DDP}[sft and dpo]"),
+        Shown(f"{_DDP}[lora]"),
+        Shown(f"{_QLORA_DDP}[4-bit]"),
+        Shown(f"{_QLORA_DDP}[8-bit]"),
+    ),
+    "FSDP2": ("FSDP2",) * 4,
+    "FSDP2 by the model (`distributed_config`)": ("FSDP2 by the model",) * 4,
+    "FSDP1": ("FSDP1",) * 4,
+    "FSDP with offload to the CPU": ("FSDP with offload",) * 4,
+    "DeepSpeed ZeRO-1, -2, -3, also with offload": ("DeepSpeed",) * 4,
+    "tensor, context or sequence parallelism (`parallelism_config`), Megatron-LM": ("parallelism",) * 4,
+    "tensor parallelism by the model (`tp_plan`)": ("tensor parallelism by the model",) * 4,
+    "`device_map` over several devices": ("several devices",) * 4,
+    "`device_map` with offload to CPU or disk": ("offload",) * 4,
+    "several GPUs in one process (`DataParallel`)": ("several GPUs in one process",) * 4,
+}
+
+#: Everything else, one combination a line.
+FEATURES: Mapping[str, Cell] = {
+    "PPO in one process, full": Shown("ppo/test_learning.py"),
+    "PPO in DDP, full": Shown(f"{_DDP}[ppo]"),
+    "PPO in DDP, LoRA": Shown(f"{_DDP}[ppo with lora and a separate critic]"),
+    "PPO on a 4-bit base": Shown(f"{_QLORA}[ppo-4-bit]"),
+    "PPO on an 8-bit base": Shown(f"{_QLORA}[ppo-8-bit]"),
+    "PPO on a 4-bit base in DDP": Shown(f"{_QLORA_DDP}[4-bit with ppo]"),
+    "4-bit or 8-bit base, full fine-tuning": "quantised base",
+    "base quantised by GPTQ, AWQ, ... with an adapter": "quantisation method",
+    "the penalty with QLoRA": Shown(
+        "test_qlora.py::test_the_gradient_of_the_penalty_is_the_closed_form_on_the_adapter"
+    ),
+    "going on inside a stage with QLoRA": Shown("test_qlora.py::test_a_run_that_was_cut_off_ends_as_if_it_was_not"),
+    "gradient checkpointing with QLoRA": Shown("test_qlora.py::test_recomputed_activations_change_nothing"),
+    "merging a QLoRA adapter": Shown("test_qlora.py::test_an_adapter_is_merged_into_dequantised_or_full_weights"),
+    "8-bit and paged optimizers": Shown("test_qlora.py::test_moments_in_eight_bits_are_carried_on_disk"),
+    "LOMO, AdaLOMO, layer-wise GaLore and APOLLO": "optimizer",
+    "Fisher with `estimator: gnb`, DDP": Shown(f"{_DDP}[fisher]"),
+    "Fisher with `estimator: empirical` (per sample), DDP": Shown(f"{_DDP}[fisher of samples]"),
+    "Fisher with `estimator: empirical` (per sample), FSDP2": "FSDP2",
+    "Fisher with `estimator: empirical` (per sample), ZeRO": "DeepSpeed",
+    "bfloat16 by autocast": Shown("test_trainer.py::test_every_stage_computes_in_bfloat16_when_asked"),
+    "LoRA on `lm_head`, SFT and DPO (TRL 1.16)": "adapter on the head",
+    "LoRA on `lm_head`, PPO alone": Shown(
+        "ppo/test_token_model.py::test_gradients_are_those_through_the_models_own_logits[lora-head]"
+    ),
+    "`modules_to_save: [lm_head]`": Shown("test_support.py::test_a_copy_of_the_head_is_trained_beside_the_adapter"),
+    "prompt, prefix or p-tuning, SFT alone": Shown("test_support.py::test_sft_alone_takes_virtual_tokens"),
+    "prompt, prefix or p-tuning, objectives with a reference policy": "virtual tokens",
+    "several adapters": "several adapters",
+    "`model.add_adapter` instead of a PeftModel": "adapter inside",
+    "`torch_compile`": Shown("test_support.py::test_a_compiled_model_trains_as_it_does_otherwise"),
+}
+
+
+def refusal(engine: str, column: str | None = None) -> Refusal | None:
+    """Look up whether an engine is refused.
+
+    Args:
+        engine: A key of `ENGINES`.
+        column: What is trained; None where that is not known yet.
+
+    Returns:
+        The refusal; None where the combination is tested, or where some column's is and the column is not known.
+    """
+    cells = ENGINES[engine]
+    if column is not None:
+        cells = (cells[COLUMNS.index(column)],)
+    named = [each for each in cells if isinstance(each, str)]
+    return REFUSALS[named[0]] if len(named) == len(cells) else None
+
+
+def cells() -> list[Cell]:
+    """List what the table holds.
+
+    Returns:
+        Every cell, in the table's order.
+    """
+    return [*(each for row in ENGINES.values() for each in row), *FEATURES.values()]

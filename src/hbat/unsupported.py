@@ -1,0 +1,180 @@
+"""Refuses at construction what `support` says is not supported."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from hbat.ewc.parameters import policy_of
+from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
+from hbat.support import COLUMNS, REFUSALS, refusal
+
+_PARALLELISM = "tensor, context or sequence parallelism (`parallelism_config`), Megatron-LM"
+_DEEPSPEED = "DeepSpeed ZeRO-1, -2, -3, also with offload"
+_OFFLOADED = {"cpu", "disk"}
+_INSIDE_BACKWARD = {"lomo", "adalomo"}
+_QUANTISATION = "bitsandbytes"
+
+
+def refuse_arguments(args: Any = None, column: str | None = None) -> None:
+    """Refuse engines that hide or cut gradients, and optimizers that use gradients up before anyone sees them.
+
+    Args:
+        args: The host's arguments, or some of their fields; None for what `accelerate launch` was told alone.
+        column: What is trained, as `support` calls it; None where that is not known yet.
+
+    Raises:
+        NotImplementedError: Under an engine that is not supported.
+        ValueError: For several GPUs in one process, and for an optimizer that acts inside the backward pass.
+    """
+    for row, engine, where in _engines(args):
+        if (refused := refusal(row, column)) is not None:
+            raise refused.error(engine=engine, where=where)
+    optimizer = getattr(args, "optim", "")
+    optimizer = str(getattr(optimizer, "value", optimizer))
+    if optimizer in _INSIDE_BACKWARD or optimizer.endswith("_layerwise"):
+        raise REFUSALS["optimizer"].error(name=optimizer)
+    if (count := getattr(args, "n_gpu", 1)) > 1:
+        raise REFUSALS["several GPUs in one process"].error(count=count)
+
+
+def refuse_model(model: Any, *, gets_adapter: bool = False, shards: bool = False) -> None:
+    """Refuse a model that does not lie on one device as a whole, or whose weights are quantised and would be trained.
+
+    Args:
+        model: The model, with or without adapter.
+        gets_adapter: Whether it is about to get one.
+        shards: Whether a trainer was asked to shard it.
+
+    Raises:
+        NotImplementedError: If it is cut, spread or offloaded.
+        ValueError: If it is quantised by another method than bitsandbytes', or has no adapter.
+    """
+    _refuse_cut(model, shards=shards)
+    _refuse_placement(model)
+    if getattr(model, "is_quantized", False):
+        method = getattr(model, "quantization_method", None)
+        if (method := str(getattr(method, "value", method))) != _QUANTISATION:
+            raise REFUSALS["quantisation method"].error(method=method)
+        if not gets_adapter and not hasattr(model, "peft_config"):
+            raise REFUSALS["quantised base"].error(bits=_bits(model))
+
+
+def refuse_trainer(args: Any, model: Any) -> None:
+    """Refuse what a trainer was given, now that its model is known.
+
+    Args:
+        args: Its arguments.
+        model: Its model, which may hold the policy beside a critic.
+
+    Raises:
+        NotImplementedError: If an engine or the model's placement is not supported.
+        ValueError: For anything else that is not.
+    """
+    policy = policy_of(model)  # what holds it says nothing of quantisation and placement
+    refuse_arguments(args, _column(policy))
+    refuse_model(policy, shards=fsdp_version(args) is not None)
+
+
+def refuse_adapters(model: Any, *, takes_reference: bool) -> None:
+    """Refuse adapters that are not a single PEFT one of the host's name, and those that cannot be copied.
+
+    Args:
+        model: The model.
+        takes_reference: Whether a copy of the adapter is the reference policy.
+
+    Raises:
+        ValueError: If it has others.
+    """
+    if not (adapters := getattr(model, "peft_config", {})):
+        return
+    from peft import PeftModel  # noqa: PLC0415 - an optional extra, without which there is no adapter
+
+    if not isinstance(getattr(model, "_orig_mod", model), PeftModel):
+        raise REFUSALS["adapter inside"].error(model=type(model).__name__)
+    if set(adapters) - {REFERENCE_ADAPTER} != {ADAPTER}:
+        raise REFUSALS["several adapters"].error(adapters=list(adapters))
+    if takes_reference and getattr(adapters[ADAPTER], "is_prompt_learning", False):
+        raise REFUSALS["virtual tokens"].error(adapter=type(adapters[ADAPTER]).__name__)
+
+
+def fsdp_version(args: Any = None) -> int | None:
+    """Find out whether FSDP is asked for, and which.
+
+    Args:
+        args: The host's arguments, or None.
+
+    Returns:
+        1 or 2; None where it is not asked for.
+    """
+    if not getattr(args, "fsdp", None) and not _is_set("ACCELERATE_USE_FSDP"):
+        return None
+    of_args = (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version")  # transformers < 5 has none
+    return int(of_args or os.environ.get("FSDP_VERSION", "1"))
+
+
+def _engines(args: Any) -> Iterator[tuple[str, str, str]]:
+    # Row of the table, name of the engine, and where it was asked for.
+    for engine, name, row in (
+        ("DeepSpeed", "deepspeed", _DEEPSPEED),
+        ("parallelism_config", "parallelism_config", _PARALLELISM),
+        ("Megatron-LM", "megatron_lm", _PARALLELISM),
+    ):
+        if where := _asked(args, name):
+            yield row, engine, where
+    if (version := fsdp_version(args)) is not None:
+        where = _asked(args, "fsdp")
+        if _offloads(args):
+            yield "FSDP with offload to the CPU", f"FSDP{version} with offload", where
+        yield f"FSDP{version}", f"FSDP{version}", where
+
+
+def _asked(args: Any, name: str) -> str:
+    if getattr(args, name, None):
+        return f"`{name}` is set"
+    variable = f"ACCELERATE_USE_{name.upper()}"  # `accelerate launch` leaves the arguments empty and says it here
+    return f"{variable}={os.environ[variable]}" if _is_set(variable) else ""
+
+
+def _offloads(args: Any) -> bool:
+    asked = getattr(args, "fsdp", None) or ""
+    named = asked.split() if isinstance(asked, str) else asked if isinstance(asked, list) else []
+    of_args = bool((getattr(args, "fsdp_plugin_args", None) or {}).get("cpu_offload"))
+    return (
+        of_args or "offload" in {str(getattr(each, "value", each)) for each in named} or _is_set("FSDP_OFFLOAD_PARAMS")
+    )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in {"1", "true", "yes", "on", "y", "t"}
+
+
+def _refuse_cut(model: Any, *, shards: bool) -> None:
+    cut = next(((name, each) for name, each in model.named_parameters() if hasattr(each, "placements")), None)
+    if cut is None:
+        return
+    name, weight = cut
+    where, row = "`distributed_config`", "FSDP2" if shards else "FSDP2 by the model (`distributed_config`)"
+    if "tp" in (weight.device_mesh.mesh_dim_names or ("tp",)):
+        where, row = "`tp_plan`", "tensor parallelism by the model (`tp_plan`)"
+    if (refused := refusal(row, _column(model))) is not None:
+        raise refused.error(name=name, where=where, engine=row)
+
+
+def _refuse_placement(model: Any) -> None:
+    devices = {str(each) for each in (getattr(model, "hf_device_map", None) or {}).values()}
+    shown = ", ".join(sorted(devices))
+    if "disk" in devices or (len(devices) > 1 and devices & _OFFLOADED):
+        raise REFUSALS["offload"].error(devices=shown)
+    if len(devices) > 1:
+        raise REFUSALS["several devices"].error(devices=shown)
+
+
+def _column(model: Any) -> str:
+    full, lora, four_bits, eight_bits = COLUMNS
+    if getattr(model, "is_quantized", False):
+        return four_bits if _bits(model) == 4 else eight_bits  # noqa: PLR2004
+    return lora if hasattr(model, "peft_config") else full
+
+
+def _bits(model: Any) -> int:
+    return 4 if getattr(model, "is_loaded_in_4bit", False) else 8
