@@ -218,8 +218,7 @@ def document(given: argparse.Namespace, reports: list[dict[str, Any]], rows: lis
         "## Other faults",
         (
             "Each run meets the fault, then goes on without it. The full disks are small file systems in memory that "
-            "run out of room at up to seven different points; `OSError` and `RuntimeError` are the host's, where a "
-            "checkpoint of its own does not fit."
+            "run out of room at up to seven different points, in the run's own files and in the host's."
         ),
         "\n".join(rows_table(faults)),
         *(f"{each['left_out']}." for each in rows if "left_out" in each),

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from faults import WRITE_OPERATIONS, Crash, Faults, at_every_operation, full_disk
 
-from hbat.storage import StorageError, cannot_write, write_bytes, write_json, write_tensors
+from hbat.storage import StorageError, cannot_write, write_bytes, write_json, write_tensors, written_by_the_host
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor(3)}
 
@@ -170,3 +170,48 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path):
         with pytest.raises(StorageError, match="Read-only file system"):
             write_tensors(folder / "new" / "w.safetensors", TENSORS)
     assert json.loads((tmp_path / "source" / "a.json").read_text()) == {"value": 1}
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+WRITERS = {
+    "torch": lambda path: torch.save(torch.zeros(50_000), path),
+    "safetensors": lambda path: safetensors.torch.save_file({"a": torch.zeros(50_000)}, path),
+    "python": lambda path: path.write_bytes(bytes(200_000)),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_files_of_the_host_that_do_not_fit_are_named_by_their_folder(writer, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    with (
+        pytest.raises(StorageError, match=r"checkpoint cannot be written, with .* free there: .* go on with"),
+        files_of_at_most(20_000),
+        written_by_the_host(tmp_path / "checkpoint"),
+    ):
+        WRITERS[writer](tmp_path / "checkpoint" / "file")
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "no such file"), RuntimeError("shapes differ"), KeyError("a")]
+)
+def test_other_errors_of_the_host_stay_as_they_are(error, tmp_path):
+    with pytest.raises(type(error)) as raised, written_by_the_host(tmp_path):
+        raise error
+    assert raised.value is error
+
+
+def test_an_error_that_names_its_file_is_not_wrapped(tmp_path):
+    own = cannot_write(tmp_path / "file", 1, OSError(errno.ENOSPC, "full"))
+    with pytest.raises(StorageError) as raised, written_by_the_host(tmp_path):
+        raise own
+    assert raised.value is own

@@ -18,7 +18,7 @@ import runs
 import torch
 from faults import DAMAGES, Faults, full_disk
 from safetensors.torch import load_file
-from test_storage import mounted
+from test_storage import files_of_at_most, mounted
 from test_trainer_resume import ADAM, CutOffError, Kill
 from transformers import TrainerCallback
 
@@ -251,6 +251,15 @@ def test_a_write_that_fails_leaves_the_state_before_and_the_first_error_stands(n
     assert json.loads((tmp_path / "hbat_state.json").read_text())["next_stage"] == 1
     assert not list(tmp_path.rglob("*.tmp"))
     build(tmp_path, **unsaved()).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_the_host_that_does_not_fit_is_named_and_the_run_goes_on(whole, tmp_path):
+    weights = sum(each.nbytes for each in whole.model.state_dict().values())
+    with files_of_at_most(weights * 3 // 2), pytest.raises(StorageError, match=r"cannot be written.*`--resume`"):
+        build(tmp_path).train()  # two moments for each weight
+    run = build(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    assert_equal(run, whole)
 
 
 # --- two processes on one folder -------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from hbat.rounds import Stage, part_indices
 from hbat.run import Run
 from hbat.sealing import SealCheckpoints
 from hbat.stage_start import StageStart
+from hbat.storage import written_by_the_host
 from hbat.trainer_builder import TrainerBuilder
 
 _STEP_BACK = 0.5  # learning rate of a stage that was rolled back, over what it was
@@ -154,7 +155,8 @@ class StageRunner:
             if kept and objective.restores is not None:
                 objective.restores(trainer, kept)
             resumes_at = functools.partial(objective.resumes_at, trainer.args, len(part))
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder, trainer.args.max_steps, resumes_at))
+            with written_by_the_host(folder):
+                trainer.train(resume_from_checkpoint=last_checkpoint(folder, trainer.args.max_steps, resumes_at))
             if interruption.stopped:
                 self._request.raise_if_agreed()
             steps = trainer.state.global_step

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and the error where one cannot be written."""
 
+import errno
 import json
 import os
 import re
@@ -12,9 +13,36 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+#: Errors of a disk rather than of a program.
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+#: How `torch.save` (2.13) puts it, without a number, where the disk is full.
+_OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
+
 
 class StorageError(OSError):
     """A file cannot be written. What was there before is untouched, and a run can go on from it."""
+
+
+@contextmanager
+def written_by_the_host(folder: Path) -> Iterator[None]:
+    """Say which folder is meant where the host's own files do not fit into it.
+
+    Args:
+        folder: The folder that the host writes into.
+
+    Yields:
+        Nothing; let the host write inside.
+
+    Raises:
+        StorageError: If the disk is full, broken or may not be written to. Other errors stay as they are.
+    """  # noqa: DOC501 - those that stay
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, StorageError) or not _is_of_the_disk(error):
+            raise
+        failure = cannot_write(folder, None, error)
+        raise failure from error
 
 
 def write_json(path: Path, values: object) -> None:
@@ -84,32 +112,44 @@ def _given_up(path: Path, size: int, temporary: Path, error: Exception) -> Stora
     return cannot_write(path, size, error)
 
 
-def cannot_write(path: Path, size: int, error: Exception) -> StorageError:
+def cannot_write(path: Path, size: int | None, error: Exception) -> StorageError:
     """Say that a file cannot be written.
 
     Args:
-        path: The file.
-        size: Bytes that it takes.
+        path: The file, or a folder of the host's.
+        size: Bytes that it takes; None where that is not known.
         error: What the system or safetensors raised.
 
     Returns:
         The error to raise.
     """
-    number = error.errno if isinstance(error, OSError) else None
-    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors raises errors of its own
-        number = int(found[1])
+    number = _number(error)
     why = os.strerror(number) if number else str(error)
     free = ""
     with suppress(OSError):
         nearest = next(each for each in path.parents if each.exists())
         free = f", with {_readable(shutil.disk_usage(nearest).free)} free there"
+    shown = "" if size is None else f" ({_readable(size)})"
     message = (
-        f"{path} ({_readable(size)}) cannot be written{free}: {why}. What was on disk before is untouched; go on with "
+        f"{path}{shown} cannot be written{free}: {why}. What was on disk before is untouched; go on with "
         "`resume_from_checkpoint=True` (`--resume`) once there is room and permission."
     )
     raised = StorageError(message)
     raised.errno = number
     return raised
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    if isinstance(error, RuntimeError):
+        return bool(_OF_TORCH.search(str(error)))
+    return _number(error) in _OF_THE_DISK
+
+
+def _number(error: Exception) -> int | None:
+    found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors raises errors of its own
+    if found:
+        return int(found[1])
+    return error.errno if isinstance(error, OSError) else None
 
 
 def _readable(size: int) -> str:

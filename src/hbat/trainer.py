@@ -33,6 +33,7 @@ from hbat.run_scores import RunScores
 from hbat.run_state import RunFolder
 from hbat.stage_runner import StageRunner, estimated_steps
 from hbat.stage_start import StageStart
+from hbat.storage import written_by_the_host
 from hbat.trainer_builder import TrainerBuilder
 from hbat.unsupported import refuse_trainer
 
@@ -262,13 +263,17 @@ class HBATTrainer:
 
         Args:
             output_dir: Folder; the run's where left out.
+
+        Raises:
+            StorageError: If the disk is full or may not be written to.
         """
         if not is_main_process():
             return
         folder = Path(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
-        write_model_card(folder, self.args, self.model, self.matrix)
+        with written_by_the_host(folder):
+            self.model.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+            write_model_card(folder, self.args, self.model, self.matrix)
 
     def push_to_hub(self, repo_id: str | None = None, *, private: bool | None = None) -> str:
         """Save and upload what `save_model` writes.
