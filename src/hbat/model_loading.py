@@ -1,6 +1,7 @@
 """Model, tokenizer and adapter of a run: loaded once, checked once."""
 
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ _TOKENIZER_FILE = "tokenizer_config.json"
 _SHARED_INIT_KWARGS = (
     "cache_dir", "code_revision", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
 )  # fmt: skip
+#: Left out, the host asks at the terminal whether code that lies beside the weights may run.
+_NO_REMOTE_CODE = {"trust_remote_code": False}
 _TWO_ADAPTERS = (
     "The model has an adapter already and `peft_config` asks for another. Leave `peft_config` out to train the one "
     "that is there, or merge it first."
@@ -81,7 +84,7 @@ def shared_init_kwargs(config: HBATConfig) -> dict[str, Any]:
     Returns:
         Part of `model_init_kwargs`.
     """
-    given = config.model_init_kwargs or {}
+    given = {**_NO_REMOTE_CODE, **(config.model_init_kwargs or {})}
     return {key: given[key] for key in _SHARED_INIT_KWARGS if key in given}
 
 
@@ -101,7 +104,7 @@ def load_tokenizer(processing_class: Any, model: Any, config: HBATConfig | None 
         ValueError: If there is none, or it has no token to pad with.
     """
     if processing_class is None:
-        options = {} if config is None else shared_init_kwargs(config)
+        options = dict(_NO_REMOTE_CODE) if config is None else shared_init_kwargs(config)
         name = model.config._name_or_path  # noqa: SLF001 - the host's own place for it
         if is_adapter(origin) and (Path(origin) / _TOKENIZER_FILE).is_file():
             name = str(origin)
@@ -143,12 +146,12 @@ def require_adapter_parameters(model: nn.Module) -> None:
 
 
 def _from_pretrained(name: str | Path, config: HBATConfig) -> Any:
-    options = dict(config.model_init_kwargs or {})
+    options = {**_NO_REMOTE_CODE, **(config.model_init_kwargs or {})}
     if "torch_dtype" not in options:  # the older name
         # float32 weights, as TRL loads them: with `bf16` the host computes in bfloat16 but keeps these.
         options.setdefault("dtype", "float32")
     if not is_adapter(name):
-        return AutoModelForCausalLM.from_pretrained(name, **options)
+        return _loaded(name, AutoModelForCausalLM.from_pretrained, options)
     try:
         from peft import AutoPeftModelForCausalLM  # noqa: PLC0415 - an optional extra
     except ImportError as error:
@@ -156,7 +159,19 @@ def _from_pretrained(name: str | Path, config: HBATConfig) -> Any:
             f"`model` {str(name)!r} is an adapter's folder and needs PEFT. Install it with "
             "`pip install 'hbat-trl[peft]'`."
         ) from error
-    return AutoPeftModelForCausalLM.from_pretrained(str(name), is_trainable=True, **options)
+    return _loaded(name, AutoPeftModelForCausalLM.from_pretrained, {"is_trainable": True, **options})
+
+
+def _loaded(name: str | Path, load: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    try:
+        return load(str(name), **options)
+    except (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged weights, or a file that holds more than tensors, which the host refuses
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(
+            f"`model` {str(name)!r}: its weights cannot be loaded ({type(error).__name__}: {reason})."
+        ) from error
 
 
 def _add_adapter(model: Any, peft_config: Any, seed: int) -> Any:

@@ -96,7 +96,9 @@ def build_critic(kind: str, policy: Any, name_or_path: str | None) -> SharedCrit
         for name, each in trunk.named_parameters():
             each.requires_grad_(wanted[name])
         return SeparateCritic(trunk, SharedCritic(own.width).head).to(policy.device)
-    model = AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        name_or_path, num_labels=1, dtype=torch.float32, trust_remote_code=False
+    )
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < own.vocabulary:
         raise ValueError(

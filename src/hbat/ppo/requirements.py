@@ -89,7 +89,7 @@ def load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:
             "with CUDA_VISIBLE_DEVICES."
         )
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="float32", trust_remote_code=False)
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a {type(model).__name__}; give a name, a path or a model.")
     if peft_config is not None:

@@ -156,7 +156,12 @@ def load_reward_model(name: str | Path) -> Any:
         ValueError: If what lies there has no trained head with one output; the host would make up a random one.
     """
     model, found = AutoModelForSequenceClassification.from_pretrained(
-        name, num_labels=1, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
+        name,
+        num_labels=1,
+        dtype="auto",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     mismatched = [each if isinstance(each, str) else each[0] for each in found["mismatched_keys"]]  # 4.57: names only
     made_up = sorted({*found["missing_keys"], *mismatched})
@@ -185,7 +190,7 @@ def load_reward_tokenizer(model: Any, name: str | Path) -> Any:
     if not str(name):
         raise ValueError(f"The reward model, a {type(model).__name__}, does not know where it came from. {advice}")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"There is no tokenizer for the reward model {str(name)!r}. {advice}") from error
 
