@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hbat.host_columns import argument_faults, companion_faults
 from hbat.row_parts import ASKING, MISSING_COLUMN, Fault, in_messages, in_text, prompted_faults, value_faults
 from hbat.rows import preference_faults
 from hbat.turns import text_turns, turn_faults
@@ -24,6 +25,7 @@ def prompt_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(MISSING_COLUMN, "prompt", PROMPT_FORMAT)
         return
     found = list(value_faults(row, ("prompt",)))
+    yield from argument_faults(row)
     yield from found
     if found:
         return
@@ -51,7 +53,9 @@ def kto_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
     if missing:
         yield Fault(MISSING_COLUMN, missing[0], KTO_FORMATS)
         return
+    yield from argument_faults(row)
     yield from prompted_faults(row, ("completion",))
+    yield from companion_faults(row, ("prompt", "completion"))
     label = row["label"]
     if label is None:
         yield Fault("missing value", "label", "there is no value")
