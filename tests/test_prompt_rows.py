@@ -49,6 +49,7 @@ FAULTY_PROMPTS = [
     ("empty turn", "prompt[0].content", {"prompt": [user(" ")]}),
     ("repeated role", "prompt[1].role", {"prompt": [user(), user("And?")]}),
     ("empty turn", "prompt", {"prompt": "Human: \n\nAssistant:"}),
+    ("bad tools", "tools", {"prompt": [user()], "tools": "look"}),
 ]
 
 FAULTY_KTO = [
@@ -66,6 +67,8 @@ FAULTY_KTO = [
         {"prompt": [user(), assistant()], "completion": [assistant()], "label": True},
     ),
     ("identical pair", "rejected", {"prompt": "a", "chosen": "b", "rejected": "b"}),
+    ("mixed formats", "messages", {"prompt": "a", "completion": "b", "label": True, "messages": [user()]}),
+    ("bad tools", "tools", {"prompt": [user()], "completion": [assistant()], "label": True, "tools": [3]}),
 ]
 
 

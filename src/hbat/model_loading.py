@@ -1,7 +1,6 @@
 """Model, tokenizer and adapter of a run: loaded once, checked once."""
 
 import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ _SHARED_INIT_KWARGS = (
 )  # fmt: skip
 #: Left out, the host asks at the terminal whether code that lies beside the weights may run.
 _NO_REMOTE_CODE = {"trust_remote_code": False}
+#: What the host raises where it says itself what is wrong, or where nothing is wrong with the weights.
+_CLEAR = (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError)
 _TWO_ADAPTERS = (
     "The model has an adapter already and `peft_config` asks for another. Leave `peft_config` out to train the one "
     "that is there, or merge it first."
@@ -88,6 +89,32 @@ def shared_init_kwargs(config: HBATConfig) -> dict[str, Any]:
     return {key: given[key] for key in _SHARED_INIT_KWARGS if key in given}
 
 
+def load_pretrained(auto_class: Any, name: str | Path, *, called: str = "model", **options: Any) -> Any:
+    """Load weights that lie in a folder or on the Hub. Code beside them does not run unless the options say so.
+
+    Args:
+        auto_class: The host's class that loads them.
+        name: Name or path.
+        called: How the user knows the model, for messages.
+        options: Arguments of `from_pretrained`.
+
+    Returns:
+        What the host returns.
+
+    Raises:
+        ValueError: If the weights are damaged, or hold more than tensors, which the host refuses.
+    """
+    try:
+        return auto_class.from_pretrained(str(name), **{**_NO_REMOTE_CODE, **options})
+    except _CLEAR:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(
+            f"`{called}` {str(name)!r}: its weights cannot be loaded ({type(error).__name__}: {reason})."
+        ) from error
+
+
 def load_tokenizer(processing_class: Any, model: Any, config: HBATConfig | None = None, origin: Any = None) -> Any:
     """Take the given tokenizer, or the model's own.
 
@@ -146,12 +173,12 @@ def require_adapter_parameters(model: nn.Module) -> None:
 
 
 def _from_pretrained(name: str | Path, config: HBATConfig) -> Any:
-    options = {**_NO_REMOTE_CODE, **(config.model_init_kwargs or {})}
+    options = dict(config.model_init_kwargs or {})
     if "torch_dtype" not in options:  # the older name
         # float32 weights, as TRL loads them: with `bf16` the host computes in bfloat16 but keeps these.
         options.setdefault("dtype", "float32")
     if not is_adapter(name):
-        return _loaded(name, AutoModelForCausalLM.from_pretrained, options)
+        return load_pretrained(AutoModelForCausalLM, name, **options)
     try:
         from peft import AutoPeftModelForCausalLM  # noqa: PLC0415 - an optional extra
     except ImportError as error:
@@ -159,19 +186,7 @@ def _from_pretrained(name: str | Path, config: HBATConfig) -> Any:
             f"`model` {str(name)!r} is an adapter's folder and needs PEFT. Install it with "
             "`pip install 'hbat-trl[peft]'`."
         ) from error
-    return _loaded(name, AutoPeftModelForCausalLM.from_pretrained, {"is_trainable": True, **options})
-
-
-def _loaded(name: str | Path, load: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    try:
-        return load(str(name), **options)
-    except (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # damaged weights, or a file that holds more than tensors, which the host refuses
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise ValueError(
-            f"`model` {str(name)!r}: its weights cannot be loaded ({type(error).__name__}: {reason})."
-        ) from error
+    return load_pretrained(AutoPeftModelForCausalLM, name, is_trainable=True, **options)
 
 
 def _add_adapter(model: Any, peft_config: Any, seed: int) -> Any:

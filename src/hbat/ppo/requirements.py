@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hbat.ewc.callback import refuse_sharded
-from hbat.model_loading import load_tokenizer
+from hbat.model_loading import load_pretrained, load_tokenizer
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.prompts import TOKENS, check_lengths, context_length, tokenise
 from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
@@ -89,7 +89,7 @@ def load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:
             "with CUDA_VISIBLE_DEVICES."
         )
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype="float32", trust_remote_code=False)
+        model = load_pretrained(AutoModelForCausalLM, model, dtype="float32")
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a {type(model).__name__}; give a name, a path or a model.")
     if peft_config is not None:
