@@ -9,7 +9,9 @@ from datasets import Dataset
 
 from hbat.config import HBATConfig
 from hbat.datasets import DatasetError
-from hbat.row_fit import RowFit
+from hbat.prompt_rows import kto_faults, prompt_faults
+from hbat.row_fit import row_fit
+from hbat.rows import preference_faults, sft_faults
 from hbat.trainer import HBATTrainer
 
 #: As Gemma's and Mistral's: no system turn, and user and assistant take turns.
@@ -40,14 +42,28 @@ def strict_tokenizer():
     return tokenizer
 
 
+def check_of(row):
+    """The check of the objective that rows with these columns are for."""
+    if "label" in row:
+        return kto_faults
+    if "chosen" in row:
+        return preference_faults
+    return sft_faults if len(row) > 1 or "prompt" not in row else prompt_faults
+
+
 def faults(row, tokenizer=None, vocabulary=cases.VOCABULARY_SIZE):
-    return [(each.kind, each.field) for each in RowFit(tokenizer or strict_tokenizer(), vocabulary)(row)]
+    fit = row_fit(check_of(row), tokenizer or strict_tokenizer(), vocabulary)
+    return [(each.kind, each.field) for each in fit(row)]
 
 
 @pytest.mark.parametrize(
     "row",
     [
         {"text": "No conversation at all."},
+        {"prompt": "Hi", "completion": " Hello", "messages": [SYSTEM, user(), assistant()]},
+        {"prompt": [user()], "completion": [assistant()], "label": True},
+        {"prompt": [user()], "chosen": [assistant()], "rejected": [assistant("No.")], "messages": [SYSTEM]},
+        {"chosen": [user(), assistant()], "rejected": [user(), assistant("No.")], "conversations": [[]]},
         {"messages": [user(), assistant()]},
         {"prompt": [user()], "completion": [assistant()]},
         {"prompt": [user(), assistant(), user()]},
@@ -70,6 +86,7 @@ def test_a_row_that_fits_has_no_fault(row):
         ),
         ("chosen", {"chosen": [SYSTEM, user(), assistant()], "rejected": [user(), assistant("No.")]}),
         ("prompt", {"prompt": [SYSTEM, user()]}),
+        ("prompt", {"prompt": [SYSTEM, user()], "completion": [assistant()], "label": True}),
         ("conversations", {"conversations": [{"from": "system", "value": "a"}, {"from": "assistant", "value": "b"}]}),
     ],
 )
@@ -102,7 +119,7 @@ def test_a_template_is_tried_once_for_each_order_of_roles():
             self.calls += 1
 
     tokenizer = Counting()
-    check = RowFit(tokenizer, 10)
+    check = row_fit(sft_faults, tokenizer, 10)
     for number in range(50):
         assert not list(check({"messages": [user(str(number)), assistant(str(number))]}))
     assert tokenizer.calls == 1
@@ -111,10 +128,20 @@ def test_a_template_is_tried_once_for_each_order_of_roles():
 
 
 def test_only_data_sets_with_messages_or_tokens_are_gone_through():
-    check = RowFit(cases.tiny_tokenizer(), 10)
+    check = row_fit(sft_faults, cases.tiny_tokenizer(), 10)
     assert not check.concerns(cases.sft_rows(2))
     assert check.concerns(cases.sft_rows(2, conversational=True))
     assert check.concerns(Dataset.from_list([{"input_ids": [1]}]))
+
+
+@pytest.mark.parametrize("extra", [{"chosen": [1, 2]}, {"messages": [{"role": "x"}]}, {"input_ids": 3}])
+def test_columns_that_the_objective_does_not_read_are_left_alone(extra):
+    fit = row_fit(prompt_faults, strict_tokenizer(), 10)
+    assert list(fit({"prompt": [user()]} | extra)) == []
+
+
+def test_a_check_of_the_users_own_says_nothing_about_what_is_read():
+    assert row_fit(lambda row: iter(()), strict_tokenizer(), 10) is None
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------
@@ -171,3 +198,10 @@ def test_a_template_of_the_section_takes_the_place_of_the_tokenizers(tmp_path):
         processing_class=strict_tokenizer(),
     )
     assert len(trainer.train_dataset["sft"]) == 10
+
+
+def test_images_are_refused_where_the_model_reads_text_alone(tmp_path):
+    rows = [{"messages": [user(), assistant()], "images": None}] * 2
+    with pytest.raises(DatasetError, match=r"^train_dataset\['sft'\] has the column `images`, but .* no processor"):
+        build(rows, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -118,6 +118,7 @@ FAULTY_SFT = [
     ("reserved column", "completion_mask", {"messages": [user(), assistant()], "completion_mask": [1]}),
     ("reserved column", "text", {"prompt": "Hi", "completion": " Hello", "text": "Hi Hello"}),
     ("mixed formats", "messages", {"prompt": "Hi", "completion": " Hello", "messages": [user(), assistant()]}),
+    ("mixed formats", "conversations", {"prompt": "Hi", "completion": " Hello", "conversations": [[]]}),
     ("mixed formats", "chosen", {"messages": [user(), assistant()], "chosen": "Hello"}),
     ("bad tools", "tools", {"messages": [user(), assistant()], "tools": "look"}),
     ("bad tools", "tools", {"messages": [user(), assistant()], "tools": "[" * 2000}),
@@ -189,6 +190,11 @@ FAULTY_PAIRS = [
     ("role marker", "chosen", {"chosen": "The sky is blue.  Human: Why?", "rejected": "The sky is green"}),
     ("mixed formats", "messages", {"prompt": "Hi", "chosen": "A", "rejected": "B", "messages": [user(), assistant()]}),
     ("mixed formats", "messages", {"chosen": [user(), assistant()], "rejected": [user(), CALL], "messages": "Hi"}),
+    (
+        "reserved column",
+        "ref_chosen_logps",
+        {"prompt": "Hi", "chosen": "A", "rejected": "B", "ref_chosen_logps": -3.5},
+    ),
     ("bad tools", "tools", {"prompt": [user()], "chosen": [assistant()], "rejected": [CALL], "tools": {}}),
 ]
 

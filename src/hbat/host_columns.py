@@ -9,6 +9,9 @@ from hbat.row_parts import Fault
 #: What TRL makes out of text; where the column is there already, it trains on that.
 RESERVED = ("labels", "completion_mask", "assistant_masks", "seq_lengths")
 
+#: What TRL takes for log-probabilities of the reference policy, which here is the model at the stage's start.
+OF_THE_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps")
+
 #: TRL tells text from conversations by any one of these columns, no matter which ones it trains on.
 _TELLING = ("prompt", "chosen", "rejected", "completion", "messages")
 
@@ -28,7 +31,8 @@ def reserved_faults(row: Mapping[str, Any], names: Collection[str]) -> Iterator[
             yield Fault(
                 "reserved column",
                 name,
-                "TRL takes a column of this name for its own (labels, masks, the text to end); rename or remove it",
+                "TRL takes a column of this name for its own (labels, masks, log-probabilities, text to end); "
+                "rename or remove it",
             )
 
 

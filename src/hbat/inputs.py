@@ -8,10 +8,12 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from hbat.config import HBATConfig, OnBadRows
-from hbat.datasets import check_dataset
+from hbat.datasets import DatasetError, check_dataset
 from hbat.objectives.objective import Objective
-from hbat.row_fit import RowFit
+from hbat.row_fit import row_fit
 from hbat.sections import nearest
+
+_MEDIA = ("image", "images")  # the columns by which TRL takes a data set for one of vision
 
 
 def checked_datasets(
@@ -122,25 +124,36 @@ def fitting_inputs(
         Training and evaluation rows by objective, without those that were dropped.
 
     Raises:
-        DatasetError: If rows do not fit.
+        DatasetError: If columns or rows do not fit.
     """
-    embeddings = model.get_input_embeddings()
-    vocabulary = int(getattr(embeddings, "num_embeddings", 0) or sys.maxsize)
+    vocabulary = int(getattr(model.get_input_embeddings(), "num_embeddings", 0) or sys.maxsize)
     is_processor = hasattr(tokenizer, "tokenizer")
     checked = []
     for argument, given in zip(("train_dataset", "eval_dataset"), datasets, strict=True):
         kept = {}
         for name, dataset in given.items():
+            check = objectives[name].faults
+            if check is not None and not is_processor:
+                _refuse_media(dataset, f"{argument}[{name!r}]")
             own_template = is_processor or getattr(sections[name], "chat_template_path", None) is not None
-            fit = RowFit(None if own_template else tokenizer, vocabulary)
+            fit = row_fit(check, None if own_template else tokenizer, vocabulary)
             of_training = argument == "train_dataset"
             kept[name] = check_dataset(
                 dataset,
                 name=f"{argument}[{name!r}]",
-                faults=fit if objectives[name].faults is not None and fit.concerns(dataset) else None,
+                faults=fit if fit is not None and fit.concerns(dataset) else None,
                 num_rounds=config.num_rounds if of_training else 1,
                 rows_a_round=objectives[name].rows_of_a_stage(sections[name]) if of_training else 1,
                 on_bad_rows=config.on_bad_rows,
             )
         checked.append(kept)
     return checked[0], checked[1]
+
+
+def _refuse_media(dataset: Dataset, name: str) -> None:
+    found = [each for each in _MEDIA if each in dataset.column_names]
+    if found:
+        raise DatasetError(
+            f"{name} has the column `{found[0]}`, but the model has a tokenizer and no processor, so it reads text "
+            "alone. Remove the column, or pass the processor of a vision-language model as `processing_class`."
+        )

@@ -116,7 +116,7 @@ def _load_file(path: str, split: str | None, name: str) -> Dataset:
     if builder == "json" and (problem := _bad_row(file)):
         raise DatasetError(f"{name}: cannot read {path}: {problem}.")
     try:
-        # Not `load_dataset`, which reports to a server that a file was loaded, and does not go on until that times out.
+        # Not `load_dataset`, which tells a server that a file was loaded and waits for its answer.
         return getattr(Dataset, f"from_{builder}")({"train": str(file)}, split=split or "train")
     except Exception as error:  # noqa: BLE001 -- readers raise anything; the user gets one line
         reason = (_json_problem(file) if builder == "json" else None) or _reason(error)

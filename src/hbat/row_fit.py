@@ -2,16 +2,49 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
-from hbat.row_parts import Fault
+from hbat.prompt_rows import kto_faults, prompt_faults
+from hbat.row_parts import Fault, RowCheck
+from hbat.rows import preference_faults, sft_faults
 from hbat.turns import Turn
 
-_MESSAGES = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
 _TOKENS = ("input_ids", "labels")
-_ANSWERS = ("completion", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class _Read:
+    # What an objective reads of a row beside `prompt`: answers to it, whole conversations, tokens.
+    answers: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    tokens: bool = False
+
+
+_READ: dict[Any, _Read] = {
+    sft_faults: _Read(("completion",), ("messages", "conversations"), tokens=True),
+    preference_faults: _Read(("chosen", "rejected"), ("chosen", "rejected")),
+    kto_faults: _Read(("completion", "chosen", "rejected"), ("chosen", "rejected")),
+    prompt_faults: _Read(),
+}
+
+
+def row_fit(check: RowCheck | None, tokenizer: Any, vocabulary: int) -> "RowFit | None":
+    """Make the check of rows that an objective's own check has found good.
+
+    Args:
+        check: The objective's own check.
+        tokenizer: The tokenizer; None where a template of the section's own takes its place.
+        vocabulary: Number of tokens that the model has.
+
+    Returns:
+        The check; None where it is not known what the objective reads.
+    """
+    function: Any = check
+    read = _READ.get(getattr(function, "func", function))
+    return None if read is None else RowFit(read, tokenizer, vocabulary)
 
 
 class RowFit:
@@ -20,11 +53,13 @@ class RowFit:
     A template is tried once for each sequence of roles, not for each row: what it refuses are roles and their order.
 
     Args:
-        tokenizer: The tokenizer; None where a template of the section's own takes its place.
+        read: What the objective reads of a row.
+        tokenizer: The tokenizer, or None.
         vocabulary: Number of tokens that the model has.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+    def __init__(self, read: _Read, tokenizer: Any, vocabulary: int) -> None:
+        self._read = read
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._tried: dict[Any, str | None] = {}
@@ -38,7 +73,8 @@ class RowFit:
         Returns:
             False where all of it is text.
         """
-        fields = [each for each in (*_MESSAGES, *_TOKENS) if each in dataset.column_names]
+        read = {"prompt", *self._read.answers, *self._read.whole, *(_TOKENS if self._read.tokens else ())}
+        fields = [each for each in dataset.column_names if each in read]
         return any("string" not in str(getattr(dataset.features[each], "dtype", "")) for each in fields)
 
     def __call__(self, row: Mapping[str, Any]) -> Iterator[Fault]:
@@ -50,15 +86,12 @@ class RowFit:
         Yields:
             The faults.
         """
-        for field in _TOKENS if "input_ids" in row else ():
-            tokens = row.get(field)
-            if tokens and max(tokens) >= self._vocabulary:
-                index = next(at for at, token in enumerate(tokens) if token >= self._vocabulary)
-                problem = f"the model has no token {tokens[index]}; it has {self._vocabulary}"
-                yield Fault("unknown token", f"{field}[{index}]", problem)
-        if self._tokenizer is None or "input_ids" in row:
+        if self._read.tokens and "input_ids" in row:
+            yield from _token_faults(row, self._vocabulary)
             return
-        for field, turns, asks in _conversations(row):
+        if self._tokenizer is None:
+            return
+        for field, turns, asks in _conversations(row, self._read):
             if refusal := self._refusal(turns, row, asks=asks):
                 yield Fault("template", field, f"the tokenizer's chat template refuses it: {refusal}")
                 return
@@ -89,17 +122,28 @@ class RowFit:
         return None
 
 
-def _conversations(row: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Turn], bool]]:
+def _token_faults(row: Mapping[str, Any], vocabulary: int) -> Iterator[Fault]:
+    for field in _TOKENS:
+        tokens = row.get(field)
+        if tokens and max(tokens) >= vocabulary:
+            index = next(at for at, token in enumerate(tokens) if token >= vocabulary)
+            problem = f"the model has no token {tokens[index]}; it has {vocabulary}"
+            yield Fault("unknown token", f"{field}[{index}]", problem)
+
+
+def _conversations(row: Mapping[str, Any], read: _Read) -> Iterator[tuple[str, Sequence[Turn], bool]]:
     # As TRL renders them: the field, the turns, and whether an answer is asked for.
-    if isinstance(row.get("prompt"), list):
-        yield "prompt", row["prompt"], True
-        for side in _ANSWERS:
-            if isinstance(row.get(side), list):
-                yield side, row["prompt"] + row[side], False
-    elif isinstance(row.get("conversations"), list):
+    if "prompt" in row:
+        if isinstance(row["prompt"], list):
+            yield "prompt", row["prompt"], True
+            for side in read.answers:
+                if side in row:
+                    yield side, row["prompt"] + row[side], False
+        return
+    if "conversations" in read.whole and "conversations" in row:
         turns = [{"role": turn["from"], "content": turn["value"]} for turn in row["conversations"]]
         yield "conversations", turns, False
-    else:
-        for field in ("messages", "chosen", "rejected"):
-            if isinstance(row.get(field), list):
-                yield field, row[field], False
+        return
+    for field in read.whole:
+        if isinstance(row.get(field), list):
+            yield field, row[field], False

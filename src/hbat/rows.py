@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hbat.host_columns import RESERVED, argument_faults, companion_faults, reserved_faults
+from hbat.host_columns import OF_THE_REFERENCE, RESERVED, argument_faults, companion_faults, reserved_faults
 from hbat.row_parts import (
     ASSISTANT,
     MISSING_COLUMN,
@@ -73,6 +73,7 @@ def preference_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
     check = prompted_faults if "prompt" in row else _unprompted_faults
     found = [*check(row, ("chosen", "rejected")), *argument_faults(row)]
     found += companion_faults(row, ("chosen", "rejected", "prompt"))
+    found += reserved_faults(row, OF_THE_REFERENCE)
     yield from found
     if not any(fault.kind in UNREADABLE for fault in found):
         yield from _pair_faults(row["chosen"], row["rejected"])
@@ -85,6 +86,8 @@ def _answered_faults(row: Mapping[str, Any], text_field: str) -> Iterator[Fault]
         return
     yield from prompted_faults(row, ("completion",))
     yield from companion_faults(row, ("prompt", "completion"))
+    if isinstance(row.get("conversations"), list | tuple):
+        yield Fault("mixed formats", "conversations", "TRL takes it for the messages; rename or remove this column")
     if isinstance(row["prompt"], str):  # TRL would put the end token there and not behind the completion
         yield from reserved_faults(row, (text_field,))
 
