@@ -119,6 +119,7 @@ FAULTY_SFT = [
     ("reserved column", "text", {"prompt": "Hi", "completion": " Hello", "text": "Hi Hello"}),
     ("mixed formats", "messages", {"prompt": "Hi", "completion": " Hello", "messages": [user(), assistant()]}),
     ("mixed formats", "conversations", {"prompt": "Hi", "completion": " Hello", "conversations": [[]]}),
+    ("mixed formats", "chosen", {"conversations": [{"from": "assistant", "value": "Hi"}], "chosen": []}),
     ("mixed formats", "chosen", {"messages": [user(), assistant()], "chosen": "Hello"}),
     ("bad tools", "tools", {"messages": [user(), assistant()], "tools": "look"}),
     ("bad tools", "tools", {"messages": [user(), assistant()], "tools": "[" * 2000}),

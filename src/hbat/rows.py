@@ -45,6 +45,7 @@ def sft_faults(row: Mapping[str, Any], *, text_field: str = "text") -> Iterator[
         yield from _answered_faults(row, text_field)
     elif "conversations" in row:
         yield from _dialogue_faults(row, "conversations", ("from", "value"))
+        yield from companion_faults(row, ("conversations",))
     elif "messages" in row:
         yield from _dialogue_faults(row, "messages", ("role", "content"))
         yield from companion_faults(row, ("messages",))
