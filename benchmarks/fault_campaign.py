@@ -82,7 +82,7 @@ def line(report: killed_runs.Report) -> str:
     """
     kills = ", ".join(f"{each['kind']} in {each['phase']}" for each in report.kills)
     end = "bit-identical" if report.identical else "WRONG"
-    shown = f"{report.number:3d}  {report.case}: {end} after {report.resumes} resumes ({kills})"
+    shown = f"{report.number:3d}  {report.case}: {end}, killed {len(report.kills)} x ({kills})"
     return "\n     ".join([shown, *report.wrong[:5]])
 
 
@@ -292,7 +292,10 @@ def main() -> int:
     for each in wrong:
         print(f"WRONG: {each}")
     if wrong:
-        print(f"What is left of these runs lies in {folder}; `--seed {given.seed} --only NUMBER` does one again.")
+        again = "--quick" if given.quick else "--only NUMBER"
+        print(
+            f"What is left of these runs lies in {folder}; `--seed {given.seed} --runs {given.runs} {again}` repeats."
+        )
     else:
         shutil.rmtree(folder)
     return int(bool(wrong))

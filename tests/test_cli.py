@@ -202,6 +202,13 @@ def test_a_loss_that_is_not_finite_ends_with_status_1(hbat, values):
     assert "The loss is not finite in stage 0" in refusal(hbat("train", "--sft.learning_rate", "1e30"), status=1)
 
 
+def test_a_stage_that_is_not_finite_is_rolled_back_as_often_as_the_command_says(hbat, values, caplog):
+    values.update(eval_datasets=None)
+    words = ("--sft.learning_rate", "1e30", "--on_nan", "rollback", "--max_rollbacks", "2")
+    assert "The loss is not finite in stage 0" in refusal(hbat("train", *words), status=1)
+    assert sum("Back to the start of the stage" in each for each in caplog.messages) == 2
+
+
 # --- validation ------------------------------------------------------------------------------------------------------
 
 

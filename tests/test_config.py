@@ -102,6 +102,8 @@ def test_any_number_in_range_is_accepted(f_max, freeze):
         ({"objectives": ["sft", "sft"]}, r"an objective can stand in a round only once"),
         ({"optimizer_state": "keep"}, r"`optimizer_state` is 'keep', which is not one of 'reset', 'carry'"),
         ({"on_bad_rows": "dorp"}, r"`on_bad_rows` is 'dorp'.* Did you mean `drop`\?"),
+        ({"on_nan": "rolback"}, r"`on_nan` is 'rolback', which is not one of 'stop', 'rollback'.* Did you mean"),
+        ({"max_rollbacks": -1}, r"`max_rollbacks` is -1; it must be a whole number of at least 0"),
         ({"lr_schedule": "stages"}, r"`lr_schedule` is 'stages'.* Did you mean `stage`\?"),
         ({"lr_schedule": {"dpo": "decline"}}, r"`lr_schedule` is 'decline'"),
         ({"lr_schedule": {"dop": "run"}}, r"`lr_schedule` names the objective 'dop'.* Did you mean `dpo`\?"),

@@ -334,5 +334,5 @@ def test_the_tokenizer_is_fetched_as_the_model_is(saved, monkeypatch):
     assert seen == shared == shared_init_kwargs(given)
 
 
-def test_without_options_for_the_model_there_are_none_to_share():
-    assert shared_init_kwargs(config()) == {}
+def test_without_options_for_the_model_only_that_no_code_runs_is_shared():
+    assert shared_init_kwargs(config()) == {"trust_remote_code": False}

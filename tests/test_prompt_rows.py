@@ -49,6 +49,7 @@ FAULTY_PROMPTS = [
     ("empty turn", "prompt[0].content", {"prompt": [user(" ")]}),
     ("repeated role", "prompt[1].role", {"prompt": [user(), user("And?")]}),
     ("empty turn", "prompt", {"prompt": "Human: \n\nAssistant:"}),
+    ("bad tools", "tools", {"prompt": [user()], "tools": "look"}),
 ]
 
 FAULTY_KTO = [
@@ -66,6 +67,11 @@ FAULTY_KTO = [
         {"prompt": [user(), assistant()], "completion": [assistant()], "label": True},
     ),
     ("identical pair", "rejected", {"prompt": "a", "chosen": "b", "rejected": "b"}),
+    ("reserved column", "label", {"prompt": "a", "chosen": "b", "rejected": "c", "label": True}),
+    ("reserved column", "completion", {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "b"}),
+    ("mixed formats", "messages", {"prompt": "a", "completion": "b", "label": True, "messages": [user()]}),
+    ("reserved column", "ref_logps", {"prompt": "a", "completion": "b", "label": True, "ref_logps": -3.5}),
+    ("bad tools", "tools", {"prompt": [user()], "completion": [assistant()], "label": True, "tools": [3]}),
 ]
 
 

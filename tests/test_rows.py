@@ -13,6 +13,7 @@ def assistant(text="It scatters blue light."):
 
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "look"}}]}
 TOOL = {"role": "tool", "name": "look", "content": ""}
+NO_ANSWER = TOOL | {"content": None}
 IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
 
 GOOD_SFT = [
@@ -31,7 +32,10 @@ GOOD_SFT = [
     {"messages": [user(), assistant("components:\n  schemas:\n    User:\n      type: object")]},
     {"messages": [user(), assistant("User:\n  type: object")]},
     {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]},
+    {"messages": [user(), assistant()], "tools": '[{"type": "function"}]', "chat_template_kwargs": {}},
+    {"prompt": [user()], "completion": [assistant()], "messages": [user(), assistant()], "text": "Hi"},
     {"input_ids": [1, 2, 3]},
+    {"input_ids": [1, 2, 3], "seq_lengths": [2, 1], "assistant_masks": [0, True, False]},
     {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "completion_mask": [0, 1, 1]},
 ]
 
@@ -101,7 +105,31 @@ FAULTY_SFT = [
     ("bad token ids", "input_ids", {"input_ids": []}),
     ("bad token ids", "input_ids", {"input_ids": None}),
     ("bad token ids", "input_ids[1]", {"input_ids": [1, 2.5]}),
+    ("bad token ids", "input_ids[1]", {"input_ids": [1, -1]}),
     ("bad token ids", "labels", {"input_ids": [1, 2], "labels": [1]}),
+    ("bad token ids", "labels", {"input_ids": [1, 2], "labels": [-100, -100]}),
+    ("bad token ids", "labels", {"input_ids": [1, 2], "labels": None}),
+    ("bad token ids", "labels[1]", {"input_ids": [1, 2], "labels": [1, -101]}),
+    ("bad token ids", "labels[0]", {"input_ids": [1, 2], "labels": [True, 2]}),
+    ("bad token ids", "completion_mask[1]", {"input_ids": [1, 2], "completion_mask": [0, None]}),
+    ("bad token ids", "seq_lengths", {"input_ids": [1, 2, 3], "seq_lengths": [1, 1]}),
+    ("message without content", "messages[2].content", {"messages": [user(), CALL, NO_ANSWER, assistant()]}),
+    ("reserved column", "labels", {"text": "Hi", "labels": "good"}),
+    ("reserved column", "completion_mask", {"messages": [user(), assistant()], "completion_mask": [1]}),
+    ("reserved column", "text", {"prompt": "Hi", "completion": " Hello", "text": "Hi Hello"}),
+    ("mixed formats", "messages", {"prompt": "Hi", "completion": " Hello", "messages": [user(), assistant()]}),
+    ("mixed formats", "conversations", {"prompt": "Hi", "completion": " Hello", "conversations": [[]]}),
+    ("mixed formats", "chosen", {"conversations": [{"from": "assistant", "value": "Hi"}], "chosen": []}),
+    ("mixed formats", "chosen", {"messages": [user(), assistant()], "chosen": "Hello"}),
+    ("bad tools", "tools", {"messages": [user(), assistant()], "tools": "look"}),
+    ("bad tools", "tools", {"messages": [user(), assistant()], "tools": "[" * 2000}),
+    ("bad tools", "tools", {"messages": [user(), assistant()], "tools": ["look"]}),
+    ("bad tools", "tools", {"messages": [user(), assistant()], "tools": 3}),
+    (
+        "bad template arguments",
+        "chat_template_kwargs",
+        {"messages": [user(), assistant()], "chat_template_kwargs": None},
+    ),
 ]
 
 
@@ -161,6 +189,14 @@ FAULTY_PAIRS = [
     ("no prompt", "chosen", {"promt": "Hi", "chosen": "Hello", "rejected": "Go away"}),
     ("empty text", "chosen", {"chosen": "The sky is ", "rejected": "The sky is blue"}),
     ("role marker", "chosen", {"chosen": "The sky is blue.  Human: Why?", "rejected": "The sky is green"}),
+    ("mixed formats", "messages", {"prompt": "Hi", "chosen": "A", "rejected": "B", "messages": [user(), assistant()]}),
+    ("mixed formats", "messages", {"chosen": [user(), assistant()], "rejected": [user(), CALL], "messages": "Hi"}),
+    (
+        "reserved column",
+        "ref_chosen_logps",
+        {"prompt": "Hi", "chosen": "A", "rejected": "B", "ref_chosen_logps": -3.5},
+    ),
+    ("bad tools", "tools", {"prompt": [user()], "chosen": [assistant()], "rejected": [CALL], "tools": {}}),
 ]
 
 

@@ -78,7 +78,7 @@ def test_values_are_read_as_yaml_1_2_reads_them(text, value):
     [
         ("a: [", "line 1"),
         ("a: 1\nb: 2\na: 3", "`a` stands twice, line 3"),
-        ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("!!python/object/apply:os.getcwd []", "`!!python/object/apply:os.getcwd` is not a plain value"),
         ("a: 1\n---\nb: 2", "another document"),
         ("\x00", "special characters"),
     ],

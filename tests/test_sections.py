@@ -131,8 +131,8 @@ def test_a_section_is_built_from_plain_values():
         ({3: 1}, ValueError, "`paint.3` is not an option."),
         ({"inner": 1}, ValueError, "`paint.inner` is not an option."),
         ({"coats": "two"}, TypeError, "`paint.coats` is 'two'; it must be a whole number."),
-        ({"coats": -1}, ValueError, "`paint`: coats cannot be negative"),
-        ({"gloss": 1}, ValueError, "`paint`: no mirrors"),
+        ({"coats": -1}, ValueError, "`paint.coats`: coats cannot be negative"),
+        ({"gloss": 1}, ValueError, "`paint.gloss`: no mirrors"),
         ({"colour": "red"}, ValueError, "`paint.colour` cannot be set here: Set the house's."),
     ],
 )
@@ -183,9 +183,9 @@ def test_the_hosts_configuration_is_built_with_numbers_as_text(section, tmp_path
         ({"learning_rate": "fast"}, TypeError, r"^`{}\.learning_rate` is 'fast'; it must be a number"),
         ({"max_steps": 1.5}, TypeError, r"^`{}\.max_steps` is 1\.5; it must be a whole number"),
         ({"bf16": "maybe"}, TypeError, r"^`{}\.bf16` is 'maybe'; it must be true or false"),
-        ({"optim": "adamm"}, ValueError, r"^`{}`: .*adamm"),
-        ({"lr_scheduler_type": "cosin"}, ValueError, r"^`{}`: .*cosin"),
-        ({"save_strategy": "sometimes"}, ValueError, r"^`{}`: .*sometimes"),
+        ({"optim": "adamm"}, ValueError, r"^`{}\.optim`: .*adamm"),
+        ({"lr_scheduler_type": "cosin"}, ValueError, r"^`{}\.lr_scheduler_type`: .*cosin"),
+        ({"save_strategy": "sometimes"}, ValueError, r"^`{}\.save_strategy`: .*sometimes"),
     ],
     ids=["unknown", "text", "fraction", "boolean", "optimizer", "schedule", "strategy"],
 )

@@ -37,12 +37,16 @@ def streamed():
 
 CONFIGURATION_ERRORS = {
     "unknown objective": ({"objectives": ["sft", "dpoo"]}, ValueError, r"'dpoo'.*not built in.*Did you mean `dpo`"),
-    "objective of a wrong kind": ({"objectives": ["sft", trl.DPOTrainer]}, (TypeError, AttributeError), r"."),
+    "objective of a wrong kind": ({"objectives": ["sft", trl.DPOTrainer]}, TypeError, r"`objectives` holds a type"),
     "same objective twice": ({"objectives": ["sft", "sft"]}, ValueError, r"only once"),
     "negative strength": ({"ewc": {"f_max": -1.0}}, ValueError, r"`ewc\.f_max` is -1\.0.*at least 0"),
     "unknown key": ({"sft": {"learning_rat": 1}}, ValueError, r"`sft\.learning_rat`.*Did you mean `learning_rate`"),
     "text for a number": ({"dpo": {"beta": "strong"}}, TypeError, r"`dpo\.beta` is 'strong'.*a number"),
-    "value refused by the host": ({"dpo": {"save_strategy": "often"}}, ValueError, r"`dpo`: '?often'? is not"),
+    "value refused by the host": (
+        {"dpo": {"save_strategy": "often"}},
+        ValueError,
+        r"`dpo\.save_strategy`: '?often'? is not",
+    ),
     "folder of a stage": ({"sft": {"output_dir": "x"}}, ValueError, r"`sft\.output_dir` cannot.*own folder"),
     "reporter of a stage": ({"dpo": {"report_to": "wandb"}}, ValueError, r"`dpo\.report_to` cannot.*whole run"),
     "moving reference": ({"dpo": {"sync_ref_model": True}}, ValueError, r"`dpo\.sync_ref_model` cannot"),

@@ -149,7 +149,8 @@ def _load_tokenizer(run: RunFile) -> Any:
     if not adapter:
         _from_pretrained("model_name_or_path", run.model_name_or_path, AutoConfig, shared)
     if run.tokenizer_name_or_path is not None:
-        return _from_pretrained("tokenizer_name_or_path", run.tokenizer_name_or_path, AutoTokenizer, {})
+        no_code = {"trust_remote_code": shared["trust_remote_code"]}
+        return _from_pretrained("tokenizer_name_or_path", run.tokenizer_name_or_path, AutoTokenizer, no_code)
     if adapter:
         return None  # its own or its base's, which the trainer finds
     return _from_pretrained("model_name_or_path", run.model_name_or_path, AutoTokenizer, shared)

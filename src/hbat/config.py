@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from hbat.ewc_config import EWCConfig
 from hbat.field_checks import check_choice, check_number, check_whole
-from hbat.sections import build_section, nearest
+from hbat.sections import build_section, nearest, shown
 
 OptimizerState = Literal["reset", "carry"]
 LRSchedule = Literal["stage", "run", "decay"]
@@ -143,7 +143,7 @@ class HBATConfig:
 
     def _check_objectives(self) -> None:
         if not isinstance(self.objectives, list | tuple) or not self.objectives:
-            raise ValueError(f"`objectives` is {self.objectives!r}; give a list such as ['sft', 'dpo'].")
+            raise ValueError(f"`objectives` is {shown(self.objectives)}; give a list such as ['sft', 'dpo'].")
         names = self.objective_names
         if len(set(names)) != len(names):
             raise ValueError(f"`objectives` is {names}; an objective can stand in a round only once.")
@@ -151,7 +151,7 @@ class HBATConfig:
     @property
     def objective_names(self) -> list[str]:
         """Names of the objectives of a round, in order."""
-        return [each if isinstance(each, str) else str(each.name) for each in self.objectives]
+        return [each if isinstance(each, str) else str(getattr(each, "name", each)) for each in self.objectives]
 
     def lr_schedule_of(self, objective: str) -> str:
         """Learning-rate schedule of one objective.

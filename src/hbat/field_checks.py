@@ -1,9 +1,9 @@
 """Checks of single configuration fields, for dataclasses that were built by hand."""
 
-import math
+import sys
 from typing import Any, get_args
 
-from hbat.sections import nearest
+from hbat.sections import nearest, shown
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -20,7 +20,8 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     valid = get_args(choices)
     if value not in valid:
         raise ValueError(
-            f"`{name}` is {value!r}, which is not one of {', '.join(map(repr, valid))}.{nearest(str(value), valid)}"
+            f"`{name}` is {shown(value)}, which is not one of {', '.join(map(repr, valid))}."
+            f"{nearest(str(value), valid)}"
         )
 
 
@@ -36,9 +37,11 @@ def check_number(name: str, value: object, low: float, high: float = float("inf"
     Raises:
         ValueError: If it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isinf(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # The largest float instead of `math.isinf`, which a whole number of 400 digits does not fit into.
+    if not number or not max(low, -sys.float_info.max) <= value <= min(high, sys.float_info.max):  # type: ignore[operator]
         bound = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
-        raise ValueError(f"`{name}` is {value!r}; it must be a number {bound}.")
+        raise ValueError(f"`{name}` is {shown(value)}; it must be a number {bound}.")
 
 
 def check_whole(name: str, value: object, low: int) -> None:
@@ -53,4 +56,4 @@ def check_whole(name: str, value: object, low: int) -> None:
         ValueError: If it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least {low}.")
+        raise ValueError(f"`{name}` is {shown(value)}; it must be a whole number of at least {low}.")

@@ -1,14 +1,19 @@
 """The data sets that a run is given, checked by objective."""
 
+import sys
 from collections.abc import Mapping
+from typing import Any
 
 from datasets import Dataset
 from transformers import TrainingArguments
 
 from hbat.config import HBATConfig, OnBadRows
-from hbat.datasets import check_dataset
+from hbat.datasets import DatasetError, check_dataset
 from hbat.objectives.objective import Objective
+from hbat.row_fit import row_fit
 from hbat.sections import nearest
+
+_MEDIA = ("image", "images")  # the columns by which TRL takes a data set for one of vision
 
 
 def checked_datasets(
@@ -95,3 +100,60 @@ def checked_inputs(
     if missing:
         raise ValueError(f"`train_dataset` has no rows for {missing}; its keys are {list(train_dataset)}.")
     return train, checked_datasets(eval_dataset or {}, "eval_dataset", objectives, on_bad_rows=config.on_bad_rows)
+
+
+def fitting_inputs(
+    config: HBATConfig,
+    objectives: Mapping[str, Objective],
+    sections: Mapping[str, TrainingArguments],
+    datasets: tuple[dict[str, Dataset], dict[str, Dataset]],
+    model: Any,
+    tokenizer: Any,
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """Check data sets that are good in themselves against model and tokenizer.
+
+    Args:
+        config: The run's configuration.
+        objectives: The run's objectives by name.
+        sections: Configuration of each.
+        datasets: Training and evaluation rows by objective.
+        model: The model.
+        tokenizer: The tokenizer, or a processor, which prepares messages in its own way.
+
+    Returns:
+        Training and evaluation rows by objective, without those that were dropped.
+
+    Raises:
+        DatasetError: If columns or rows do not fit.
+    """
+    vocabulary = int(getattr(model.get_input_embeddings(), "num_embeddings", 0) or sys.maxsize)
+    is_processor = hasattr(tokenizer, "tokenizer")
+    checked = []
+    for argument, given in zip(("train_dataset", "eval_dataset"), datasets, strict=True):
+        kept = {}
+        for name, dataset in given.items():
+            check = objectives[name].faults
+            if check is not None and not is_processor:
+                _refuse_media(dataset, f"{argument}[{name!r}]")
+            own_template = is_processor or getattr(sections[name], "chat_template_path", None) is not None
+            fit = row_fit(check, None if own_template else tokenizer, vocabulary)
+            of_training = argument == "train_dataset"
+            kept[name] = check_dataset(
+                dataset,
+                name=f"{argument}[{name!r}]",
+                faults=fit if fit is not None and fit.concerns(dataset) else None,
+                num_rounds=config.num_rounds if of_training else 1,
+                rows_a_round=objectives[name].rows_of_a_stage(sections[name]) if of_training else 1,
+                on_bad_rows=config.on_bad_rows,
+            )
+        checked.append(kept)
+    return checked[0], checked[1]
+
+
+def _refuse_media(dataset: Dataset, name: str) -> None:
+    found = [each for each in _MEDIA if each in dataset.column_names]
+    if found:
+        raise DatasetError(
+            f"{name} has the column `{found[0]}`, but the model has a tokenizer and no processor, so it reads text "
+            "alone. Remove the column, or pass the processor of a vision-language model as `processing_class`."
+        )

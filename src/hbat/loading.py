@@ -113,11 +113,50 @@ def _load_file(path: str, split: str | None, name: str) -> Dataset:
     if not file.stat().st_size:
         raise DatasetError(f"{name}: cannot read {path}: the file is empty.")
     builder = _BUILDERS[_suffix(path)]
+    if builder == "json" and (problem := _bad_row(file)):
+        raise DatasetError(f"{name}: cannot read {path}: {problem}.")
     try:
-        return datasets.load_dataset(builder, data_files=str(file), split=split or "train")
+        # Not `load_dataset`, which tells a server that a file was loaded and waits for its answer.
+        return getattr(Dataset, f"from_{builder}")({"train": str(file)}, split=split or "train")
     except Exception as error:  # noqa: BLE001 -- readers raise anything; the user gets one line
-        reason = (_json_problem(file) if builder == "json" else None) or _one_line(error)
+        reason = (_json_problem(file) if builder == "json" else None) or _reason(error)
     raise DatasetError(f"{name}: cannot read {path}: {reason}.")
+
+
+def _reason(error: BaseException) -> str:
+    line = _one_line(error)
+    return "its rows have no columns" if "corresponds to no data" in line else line
+
+
+def _bad_row(file: Path) -> str | None:
+    # pyarrow ends the whole process at a block of rows that begins with `null`, without a message.
+    try:
+        with _opened(file) as lines:
+            first = next((line.strip() for line in lines if line.strip()), "")
+            if first.startswith("["):
+                lines.seek(0)
+                return _bad_element(json.loads(lines.read().removeprefix("\ufeff")))
+            if first != "null" and not first.endswith("}"):  # one object over several lines
+                return None
+            lines.seek(0)
+            found = (number for number, line in enumerate(lines, start=1) if line.strip() == "null")
+            number = next(found, None)
+            return None if number is None else f"line {number} is `null` and no JSON object"
+    except RecursionError:
+        return "it is nested too deeply"
+    except (EOFError, OSError, ValueError, zlib.error):
+        return None  # the reader says what is wrong
+
+
+def _bad_element(rows: Any) -> str | None:
+    if not isinstance(rows, list) or all(isinstance(each, str) for each in rows):  # texts are rows of `text`
+        return None
+    number = next((at for at, each in enumerate(rows) if not isinstance(each, dict)), None)
+    return None if number is None else f"row {number} of its list is not a JSON object"
+
+
+def _opened(file: Path) -> Any:
+    return (gzip.open if file.name.lower().endswith(".gz") else open)(file, "rt", encoding="utf-8")
 
 
 def _one_line(error: BaseException) -> str:
@@ -129,7 +168,7 @@ def _one_line(error: BaseException) -> str:
 
 def _json_problem(file: Path) -> str | None:
     try:
-        with (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
+        with _opened(file) as lines:
             if _suffix(file.name) == ".json" and lines.read(1) == "[":
                 lines.seek(0)
                 return _text_problem(lines.read(), "")
@@ -157,4 +196,6 @@ def _text_problem(text: str, where: str) -> str | None:
     except json.JSONDecodeError as error:
         place = f"{where}column {error.colno}" if where else f"line {error.lineno} column {error.colno}"
         return f"it is not valid JSON: {error.msg} ({place})"
+    except RecursionError:
+        return f"{where}{'is' if where else 'it is'} nested too deeply"
     return f"{where}is not a JSON object" if where and not isinstance(value, dict) else None

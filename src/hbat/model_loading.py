@@ -19,6 +19,10 @@ _TOKENIZER_FILE = "tokenizer_config.json"
 _SHARED_INIT_KWARGS = (
     "cache_dir", "code_revision", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
 )  # fmt: skip
+#: Left out, the host asks at the terminal whether code that lies beside the weights may run.
+_NO_REMOTE_CODE = {"trust_remote_code": False}
+#: What the host raises where it says itself what is wrong, or where nothing is wrong with the weights.
+_CLEAR = (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError)
 _TWO_ADAPTERS = (
     "The model has an adapter already and `peft_config` asks for another. Leave `peft_config` out to train the one "
     "that is there, or merge it first."
@@ -86,8 +90,34 @@ def shared_init_kwargs(config: HBATConfig) -> dict[str, Any]:
     Returns:
         Part of `model_init_kwargs`.
     """
-    given = config.model_init_kwargs or {}
+    given = {**_NO_REMOTE_CODE, **(config.model_init_kwargs or {})}
     return {key: given[key] for key in _SHARED_INIT_KWARGS if key in given}
+
+
+def load_pretrained(auto_class: Any, name: str | Path, *, called: str = "model", **options: Any) -> Any:
+    """Load weights that lie in a folder or on the Hub. Code beside them does not run unless the options say so.
+
+    Args:
+        auto_class: The host's class that loads them.
+        name: Name or path.
+        called: How the user knows the model, for messages.
+        options: Arguments of `from_pretrained`.
+
+    Returns:
+        What the host returns.
+
+    Raises:
+        ValueError: If the weights are damaged, or hold more than tensors, which the host refuses.
+    """
+    try:
+        return auto_class.from_pretrained(str(name), **{**_NO_REMOTE_CODE, **options})
+    except _CLEAR:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(
+            f"`{called}` {str(name)!r}: its weights cannot be loaded ({type(error).__name__}: {reason})."
+        ) from error
 
 
 def load_tokenizer(processing_class: Any, model: Any, config: HBATConfig | None = None, origin: Any = None) -> Any:
@@ -106,7 +136,7 @@ def load_tokenizer(processing_class: Any, model: Any, config: HBATConfig | None 
         ValueError: If there is none, or it has no token to pad with.
     """
     if processing_class is None:
-        options = {} if config is None else shared_init_kwargs(config)
+        options = dict(_NO_REMOTE_CODE) if config is None else shared_init_kwargs(config)
         name = model.config._name_or_path  # noqa: SLF001 - the host's own place for it
         if is_adapter(origin) and (Path(origin) / _TOKENIZER_FILE).is_file():
             name = str(origin)
@@ -153,7 +183,7 @@ def _from_pretrained(name: str | Path, config: HBATConfig) -> Any:
         # float32 weights, as TRL loads them: with `bf16` the host computes in bfloat16 but keeps these.
         options.setdefault("dtype", "float32")
     if not is_adapter(name):
-        return AutoModelForCausalLM.from_pretrained(name, **options)
+        return load_pretrained(AutoModelForCausalLM, name, **options)
     try:
         from peft import AutoPeftModelForCausalLM  # noqa: PLC0415 - an optional extra
     except ImportError as error:
@@ -161,7 +191,7 @@ def _from_pretrained(name: str | Path, config: HBATConfig) -> Any:
             f"`model` {str(name)!r} is an adapter's folder and needs PEFT. Install it with "
             "`pip install 'hbat-trl[peft]'`."
         ) from error
-    return AutoPeftModelForCausalLM.from_pretrained(str(name), is_trainable=True, **options)
+    return load_pretrained(AutoPeftModelForCausalLM, name, is_trainable=True, **options)
 
 
 def _add_adapter(model: Any, peft_config: Any, seed: int) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hbat.host_columns import OF_THE_REFERENCE, argument_faults, companion_faults, reserved_faults
 from hbat.row_parts import ASKING, MISSING_COLUMN, Fault, in_messages, in_text, prompted_faults, value_faults
 from hbat.rows import preference_faults
 from hbat.turns import text_turns, turn_faults
@@ -24,6 +25,7 @@ def prompt_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(MISSING_COLUMN, "prompt", PROMPT_FORMAT)
         return
     found = list(value_faults(row, ("prompt",)))
+    yield from argument_faults(row)
     yield from found
     if found:
         return
@@ -46,12 +48,17 @@ def kto_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
     """
     if "chosen" in row and "rejected" in row:
         yield from preference_faults(row)
+        # TRL takes the pair apart into these columns, but those of the pair's row win.
+        yield from reserved_faults(row, ("completion", "label"))
         return
     missing = [field for field in ("prompt", "completion", "label") if field not in row]
     if missing:
         yield Fault(MISSING_COLUMN, missing[0], KTO_FORMATS)
         return
+    yield from argument_faults(row)
     yield from prompted_faults(row, ("completion",))
+    yield from companion_faults(row, ("prompt", "completion"))
+    yield from reserved_faults(row, OF_THE_REFERENCE)
     label = row["label"]
     if label is None:
         yield Fault("missing value", "label", "there is no value")

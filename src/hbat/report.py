@@ -92,7 +92,7 @@ def write_model_card(folder: Path, config: HBATConfig, model: Any, matrix: Forge
         matrix: Its scores.
     """
     base = getattr(model.config, "_name_or_path", "")
-    origin = base or "a model given in memory"
+    origin = (base if _is_hub_name(base) else re.split(r"[/\\]", base.rstrip("/\\"))[-1]) or "a model given in memory"
     is_adapter = hasattr(model, "peft_config")
     front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers"}
     if _is_hub_name(base):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hbat.host_columns import OF_THE_REFERENCE, RESERVED, argument_faults, companion_faults, reserved_faults
 from hbat.row_parts import (
     ASSISTANT,
     MISSING_COLUMN,
@@ -22,6 +23,7 @@ PREFERENCE_FORMATS = "`prompt`, `chosen`, `rejected`; or `chosen`, `rejected` th
 FIELDS = ("text", "messages", "conversations", "prompt", "completion", "chosen", "rejected", "input_ids", "label")
 
 _PER_TOKEN = ("labels", "completion_mask", "assistant_masks", "attention_mask")
+_IGNORED = -100  # a label that counts for nothing
 
 
 def sft_faults(row: Mapping[str, Any], *, text_field: str = "text") -> Iterator[Fault]:
@@ -36,18 +38,20 @@ def sft_faults(row: Mapping[str, Any], *, text_field: str = "text") -> Iterator[
     """
     if "input_ids" in row:
         yield from _token_faults(row)
-    elif "prompt" in row:
-        if "completion" in row:
-            yield from prompted_faults(row, ("completion",))
-        else:
-            reason = "`prompt` needs it; remove `prompt` if another column holds the whole text"
-            yield Fault(MISSING_COLUMN, "completion", f"{reason}. SFT data has {SFT_FORMATS.format(text=text_field)}")
+        return
+    yield from reserved_faults(row, RESERVED)
+    yield from argument_faults(row)
+    if "prompt" in row:
+        yield from _answered_faults(row, text_field)
     elif "conversations" in row:
         yield from _dialogue_faults(row, "conversations", ("from", "value"))
+        yield from companion_faults(row, ("conversations",))
     elif "messages" in row:
         yield from _dialogue_faults(row, "messages", ("role", "content"))
+        yield from companion_faults(row, ("messages",))
     elif text_field in row:
         yield from _text_faults(row, text_field)
+        yield from companion_faults(row, (text_field,))
     else:
         yield Fault(MISSING_COLUMN, text_field, f"SFT data has {SFT_FORMATS.format(text=text_field)}")
 
@@ -68,10 +72,25 @@ def preference_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(MISSING_COLUMN, missing[0], f"{reason}preference data has {PREFERENCE_FORMATS}")
         return
     check = prompted_faults if "prompt" in row else _unprompted_faults
-    found = list(check(row, ("chosen", "rejected")))
+    found = [*check(row, ("chosen", "rejected")), *argument_faults(row)]
+    found += companion_faults(row, ("chosen", "rejected", "prompt"))
+    found += reserved_faults(row, OF_THE_REFERENCE)
     yield from found
     if not any(fault.kind in UNREADABLE for fault in found):
         yield from _pair_faults(row["chosen"], row["rejected"])
+
+
+def _answered_faults(row: Mapping[str, Any], text_field: str) -> Iterator[Fault]:
+    if "completion" not in row:
+        reason = "`prompt` needs it; remove `prompt` if another column holds the whole text"
+        yield Fault(MISSING_COLUMN, "completion", f"{reason}. SFT data has {SFT_FORMATS.format(text=text_field)}")
+        return
+    yield from prompted_faults(row, ("completion",))
+    yield from companion_faults(row, ("prompt", "completion"))
+    if isinstance(row.get("conversations"), list | tuple):
+        yield Fault("mixed formats", "conversations", "TRL takes it for the messages; rename or remove this column")
+    if isinstance(row["prompt"], str):  # TRL would put the end token there and not behind the completion
+        yield from reserved_faults(row, (text_field,))
 
 
 def _text_faults(row: Mapping[str, Any], field: str) -> Iterator[Fault]:
@@ -141,7 +160,7 @@ def _remainder_faults(chosen: str, rejected: str) -> Iterator[Fault]:
 
 def _prompt_faults(chosen: Sequence[Turn], rejected: Sequence[Turn], *, indexed: bool = True) -> Iterator[Fault]:
     prompt, other = chosen[: answer_start(chosen)], rejected[: answer_start(rejected)]
-    if not any(turn["role"] == "user" for turn in prompt):
+    if not any(turn.get("role") == "user" for turn in prompt):
         yield Fault("no prompt", "chosen", "no user turn stands before the answer, and there is no column `prompt`")
         return
     if prompt == other:
@@ -166,9 +185,13 @@ def _pair_faults(chosen: Any, rejected: Any) -> Iterator[Fault]:
 def _folded(side: Any) -> Any:
     if isinstance(side, str):
         return "".join(side.casefold().split())
-    if all(isinstance(turn["content"], str) and not turn.get("tool_calls") for turn in side if "content" in turn):
+    if all(_is_text_turn(turn) for turn in side):
         return [(turn.get("role"), _folded(turn.get("content"))) for turn in side]
     return side
+
+
+def _is_text_turn(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and isinstance(turn.get("content"), str) and not turn.get("tool_calls")
 
 
 def _token_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
@@ -176,9 +199,36 @@ def _token_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
     if not isinstance(ids, list | tuple) or not ids:
         yield Fault("bad token ids", "input_ids", "there are no token ids")
         return
-    if set(map(type, ids)) != {int}:
-        index = next(at for at, token in enumerate(ids) if type(token) is not int)
-        yield Fault("bad token ids", f"input_ids[{index}]", f"{ids[index]!r:.60} is not a whole number")
+    for index, token in _unfit(ids, {int}, lowest=0):
+        yield Fault("bad token ids", f"input_ids[{index}]", f"{token!r:.60} is not a whole number of at least 0")
     for field in _PER_TOKEN:
-        if isinstance(row.get(field), list | tuple) and len(row[field]) != len(ids):
-            yield Fault("bad token ids", field, f"it has {len(row[field])} entries for {len(ids)} token ids")
+        if field in row:
+            yield from _per_token_faults(field, row[field], len(ids))
+    if "seq_lengths" in row:
+        yield from _packing_faults(row["seq_lengths"], len(ids))
+
+
+def _per_token_faults(field: str, values: Any, count: int) -> Iterator[Fault]:
+    if not isinstance(values, list | tuple):
+        yield Fault("bad token ids", field, "there is no list; leave the column out, or give an entry for every token")
+    elif len(values) != count:
+        yield Fault("bad token ids", field, f"it has {len(values)} entries for {count} token ids")
+    elif field == "labels" and all(each == _IGNORED for each in values):
+        yield Fault("bad token ids", field, f"every entry is {_IGNORED}, so there is nothing to learn")
+    else:
+        for index, value in _unfit(values, {int} if field == "labels" else {int, bool}, lowest=_IGNORED):
+            yield Fault(
+                "bad token ids", f"{field}[{index}]", f"{value!r:.60} is not a whole number or below {_IGNORED}"
+            )
+
+
+def _packing_faults(lengths: Any, count: int) -> Iterator[Fault]:
+    whole = isinstance(lengths, list | tuple) and all(type(each) is int and each > 0 for each in lengths)
+    if not whole or sum(lengths) != count:
+        yield Fault("bad token ids", "seq_lengths", f"it does not cut the {count} token ids into sequences")
+
+
+def _unfit(values: Sequence[Any], kinds: set[type], *, lowest: int) -> Iterator[tuple[int, Any]]:
+    if set(map(type, values)) <= kinds and min(values) >= lowest:
+        return
+    yield next((at, each) for at, each in enumerate(values) if type(each) not in kinds or each < lowest)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hbat.config import HBATConfig
 from hbat.plain_yaml import PlainYAMLError, load_yaml, read_yaml
-from hbat.sections import build_section, nearest
+from hbat.sections import build_section, nearest, shown
 
 #: Keys that hold the fields of another configuration.
 SECTIONS = ("sft", "dpo", "kto", "ppo", "grpo", "rloo", "ewc")
@@ -64,7 +64,7 @@ class RunFile:
             raise ValueError(f"`datasets.{missing[0]}` is missing: the objective {missing[0]!r} has no rows.")
         for key, value in (self.env or {}).items():
             if isinstance(value, Mapping | list) or value is None:
-                raise ValueError(f"`env.{key}` is {value!r}; it must be a text or a number.")
+                raise ValueError(f"`env.{key}` is {shown(value)}; it must be a text or a number.")
 
     def set_environment(self) -> None:
         """Set the variables of `env`. The hosts read most of them when they are imported."""
@@ -97,7 +97,7 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> RunFil
             raise ValueError(f"`{key}` is missing: set it in {path}, or on the command line as `--{key}`.")
     for key in SECTIONS:
         if not isinstance(values.get(key), Mapping | None):
-            raise TypeError(f"`{key}` is {values[key]!r}; it must be a mapping or null.")
+            raise TypeError(f"`{key}` is {shown(values[key])}; it must be a mapping or null.")
     own = {each.name for each in dataclasses.fields(RunFile)}
     config = build_section("", HBATConfig, {key: value for key, value in values.items() if key not in own})
     rest = {key: value for key, value in values.items() if key in own}
@@ -151,7 +151,9 @@ def _value(key: str, text: str) -> Any:
     try:
         return load_yaml(text)
     except PlainYAMLError as problem:
-        raise ValueError(f"`--{key}` is {text!r}, which is no YAML value ({problem}). Put it in quotes.") from None
+        raise ValueError(
+            f"`--{key}` is {shown(text)}, which is no YAML value ({problem}). Put it in quotes."
+        ) from None
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
@@ -162,7 +164,7 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
             place[name] = {}
         if not isinstance(place[name], dict):
             where = ".".join(path[: depth + 1])
-            raise TypeError(f"`--{key}` cannot be set: `{where}` is {place[name]!r}, which is not a mapping.")
+            raise TypeError(f"`--{key}` cannot be set: `{where}` is {shown(place[name])}, which is not a mapping.")
         place = place[name]
     place[last] = value
 

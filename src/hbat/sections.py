@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
+_SHOWN = 100  # characters of a value in a message
+
 
 def nearest(key: str, valid: Iterable[str]) -> str:
     """Say which of the `valid` names is closest to an unknown one, as the tail of an error message.
@@ -56,10 +58,37 @@ def build_section(
         converted[key] = convert(value, hints.get(key, Any), f"{prefix}{key}")
     try:
         return config_class(**converted)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        if str(error).startswith(f"`{prefix}"):
-            raise ValueError(str(error)) from error
-        raise ValueError(f"`{section}`: {error}") from error
+    except Exception as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+        if problem.startswith(f"`{prefix}"):
+            raise ValueError(problem) from error
+        culprit = None if f"`{prefix}" in problem else _culprit(config_class, converted)
+        raise ValueError(f"`{prefix}{culprit}`: {problem}" if culprit else f"`{section}`: {problem}") from error
+
+
+def _culprit(config_class: type, values: Mapping[str, Any]) -> str | None:
+    # The one key without which the configuration can be built.
+    found = []
+    for key in values:
+        try:
+            config_class(**{other: value for other, value in values.items() if other != key})
+        except Exception:  # noqa: BLE001, S112 - the host raises anything
+            continue
+        found.append(key)
+    return found[0] if len(found) == 1 else None
+
+
+def shown(value: object) -> str:
+    """Write a value for a message.
+
+    Args:
+        value: What was given.
+
+    Returns:
+        Its `repr`, cut where it is long.
+    """
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def convert(value: object, hint: Any, name: str) -> Any:
@@ -79,14 +108,21 @@ def convert(value: object, hint: Any, name: str) -> Any:
     choices = _choices(hint)
     for choice in choices:
         if _fits(value, choice):
-            return float(value) if choice is float and isinstance(value, int) else value
+            return _as_float(value, name) if choice is float and isinstance(value, int) else value
     if isinstance(value, str):
         for choice in choices:
             number = _number(value, choice)
             if number is not None:
                 return number
     kinds = " or ".join(_kind(choice) for choice in choices)
-    raise TypeError(f"`{name}` is {value!r}; it must be {kinds}.")
+    raise TypeError(f"`{name}` is {shown(value)}; it must be {kinds}.")
+
+
+def _as_float(value: int, name: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise TypeError(f"`{name}` is {shown(value)}, which is too large for a number with a fraction.") from None
 
 
 def _type_hints(config_class: type) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hbat.checkpoint_loading import named_checkpoint
 from hbat.checkpoints import last_checkpoint
 from hbat.config import HBATConfig
 from hbat.consolidation import Consolidation
@@ -24,6 +25,7 @@ from hbat.ewc.importance import displacement
 from hbat.ewc.parameters import trainable_parameters
 from hbat.interruption import StopAtStep, StopRequest
 from hbat.learning_rate import extend_schedule
+from hbat.left_out import report_left_out
 from hbat.lifecycle import HookLimit
 from hbat.nonfinite import StopOnNonFinite, require_finite_importance, require_finite_weights
 from hbat.objectives.objective import Objective
@@ -141,6 +143,7 @@ class StageRunner:
             ],
             frozen=consolidation.frozen(stage) if consolidation is not None else (),
         ) as trainer:
+            report_left_out(trainer, stage, len(part))
             trainer.args.learning_rate *= _STEP_BACK ** run.rollbacks(stage)
             self._start.share_adapter()
             extend_schedule(
@@ -155,8 +158,9 @@ class StageRunner:
             if kept and objective.restores is not None:
                 objective.restores(trainer, kept)
             resumes_at = functools.partial(objective.resumes_at, trainer.args, len(part))
-            with written_by_the_host(folder):
-                trainer.train(resume_from_checkpoint=last_checkpoint(folder, trainer.args.max_steps, resumes_at))
+            checkpoint = last_checkpoint(folder, trainer.args.max_steps, resumes_at)
+            with written_by_the_host(folder), named_checkpoint(trainer, checkpoint):
+                trainer.train(resume_from_checkpoint=checkpoint)
             if interruption.stopped:
                 self._request.raise_if_agreed()
             steps = trainer.state.global_step

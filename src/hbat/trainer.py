@@ -15,7 +15,7 @@ from hbat.evaluator import Evaluator
 from hbat.ewc.parameters import snapshot, trainable_parameters
 from hbat.fingerprint import fingerprint
 from hbat.hub import upload
-from hbat.inputs import checked_inputs
+from hbat.inputs import checked_inputs, fitting_inputs
 from hbat.interruption import StopRequest
 from hbat.lifecycle import cheap_garbage_collection
 from hbat.model_loading import load_model, load_tokenizer, require_adapter_parameters
@@ -85,9 +85,7 @@ class HBATTrainer:
         objectives = with_rewards(resolve(args), reward_funcs, reward_processing_classes)
         self._objectives = {each.name: each for each in objectives}
         self._sections = build_sections(objectives, args)
-        self._train_dataset, self._eval_dataset = checked_inputs(
-            args, self._objectives, self._sections, train_dataset, eval_dataset
-        )
+        checked = checked_inputs(args, self._objectives, self._sections, train_dataset, eval_dataset)
         takes_reference = any(each.uses_reference for each in objectives)
         self.model = load_model(model, args, peft_config, takes_reference=takes_reference)
         for section in self._sections.values():
@@ -95,6 +93,9 @@ class HBATTrainer:
         if takes_reference:
             require_adapter_parameters(self.model)
         self.processing_class = load_tokenizer(processing_class, self.model, args, model)
+        self._train_dataset, self._eval_dataset = fitting_inputs(
+            args, self._objectives, self._sections, checked, self.model, self.processing_class
+        )
         self.state = TrainerState()
         self.matrix = ForgettingMatrix(
             {each.name: each.metric for each in objectives},

@@ -51,7 +51,9 @@ def turn_faults(
         yield from _role_faults(index, turn, role_key)
         if role == before and role in ("user", "assistant"):
             yield index, role_key, "repeated role", f"two turns of the {role} stand in a row"
-        if role not in (None, "tool"):  # a tool may have nothing to say
+        if role == "tool" and turn.get(content_key) is None:
+            yield index, content_key, "message without content", f"the message has no `{content_key}`; give it a text"
+        elif role not in (None, "tool"):  # a tool may have nothing to say
             yield from _content_faults(index, turn, str(role), content_key)
         before = role
     yield from _end_faults(turns, first, last, role_key)

@@ -1,6 +1,7 @@
 """The contract between a run and what its stages minimise: how one objective's trainer is built."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ _OWNED_BY_THE_RUN = {
     "cast_lm_head_to_fp32": "it changes the model for all stages after this one. Load the model in float32.",
     "sync_ref_model": "the reference policy is the model at the stage's start. More rounds renew it more often.",
 }
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,49}")
 _NO_LAMBDA_SCHEDULE = {"reduce_lr_on_plateau", "greedy"}
 
 
@@ -84,6 +86,13 @@ class Objective:
     rehearses_all_rows: bool = False
     derived: Collection[str] = ()
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise ValueError(
+                f"`Objective(name={self.name!r})`: the name becomes part of file names and keys of the log, so it is "
+                "made of letters, digits, `_` and `-`, begins with a letter, and has at most 50 of them."
+            )
 
     def rows_of_a_stage(self, args: TrainingArguments) -> int:
         """Say how many rows a stage needs at least.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from hbat.lifecycle import unpatched_copy
+from hbat.model_loading import load_pretrained
 from hbat.ppo.token_model import TokenModel
 
 
@@ -96,7 +97,13 @@ def build_critic(kind: str, policy: Any, name_or_path: str | None) -> SharedCrit
         for name, each in trunk.named_parameters():
             each.requires_grad_(wanted[name])
         return SeparateCritic(trunk, SharedCritic(own.width).head).to(policy.device)
-    model = AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, dtype=torch.float32)
+    model = load_pretrained(
+        AutoModelForSequenceClassification,
+        name_or_path,
+        called="critic_model_name_or_path",
+        num_labels=1,
+        dtype=torch.float32,
+    )
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < own.vocabulary:
         raise ValueError(

@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hbat.model_loading import load_tokenizer
+from hbat.model_loading import load_pretrained, load_tokenizer
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.prompts import TOKENS, check_lengths, context_length, tokenise
 from hbat.unsupported import refuse_adapters, refuse_arguments, refuse_model, refuse_trainer
@@ -84,7 +84,7 @@ def load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:
         raise TypeError(f"`args` is a {type(args).__name__}; give a `PPOConfig`.")
     refuse_arguments(args)
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+        model = load_pretrained(AutoModelForCausalLM, model, dtype="float32")
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a {type(model).__name__}; give a name, a path or a model.")
     if peft_config is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hbat.model_loading import is_adapter
+from hbat.model_loading import is_adapter, load_pretrained
 
 
 class RewardWarning(UserWarning):
@@ -155,8 +155,14 @@ def load_reward_model(name: str | Path) -> Any:
     Raises:
         ValueError: If what lies there has no trained head with one output; the host would make up a random one.
     """
-    model, found = AutoModelForSequenceClassification.from_pretrained(
-        name, num_labels=1, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
+    model, found = load_pretrained(
+        AutoModelForSequenceClassification,
+        name,
+        called="reward_funcs",
+        num_labels=1,
+        dtype="auto",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
     mismatched = [each if isinstance(each, str) else each[0] for each in found["mismatched_keys"]]  # 4.57: names only
     made_up = sorted({*found["missing_keys"], *mismatched})
@@ -185,7 +191,7 @@ def load_reward_tokenizer(model: Any, name: str | Path) -> Any:
     if not str(name):
         raise ValueError(f"The reward model, a {type(model).__name__}, does not know where it came from. {advice}")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"There is no tokenizer for the reward model {str(name)!r}. {advice}") from error
 
