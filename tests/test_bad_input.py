@@ -33,7 +33,9 @@ SECTIONS = {
     "ppo": {"rollout_batch_size": 2, "max_completion_length": 2},
     "grpo": {"num_generations": 2, "max_completion_length": 2},
 }
-OBJECTIVES = ["sft", "dpo", "ppo", "grpo", *(["kto"] if hasattr(trl, "KTOTrainer") else [])]
+OBJECTIVES = ["sft", "dpo", "ppo", "grpo"]
+if not any(each.__module__.startswith("trl.experimental") for each in trl.KTOTrainer.__mro__):
+    OBJECTIVES.append("kto")
 
 
 def of_rows(*rows):
