@@ -109,8 +109,8 @@ The last message is of a tokenizer whose template knows no system turn.
 
 * The same row or pair twice.
 * A cycle of preferences (a over b, b over c, c over a); only a pair against its own reverse is found.
-* A text longer than `max_length`: TRL cuts it. A row of which nothing is left to learn is left out by TRL; the run
-  counts such rows in a warning, and a stage of which no row is left is an error.
+* A text longer than `max_length`: TRL cuts it. A row of which nothing is left to learn is left out by newer TRL;
+  the run counts such rows in a warning, and a stage of which no row is left is an error.
 * A tie: a pair must have a better side, so leave ties out.
 
 ## Files

@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 FORMS = ("pickle", "torch")
+REFUSED = "(UnpicklingError|OSError)"  # the latter from transformers 4.57
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ LOADERS = {
 def test_a_planted_pytorch_model_is_refused_with_the_models_name(called, form, model_folder, marker):
     (model_folder / "model.safetensors").unlink()
     malice.plant(model_folder / "pytorch_model.bin", marker, form)
-    with pytest.raises(ValueError, match=rf"^`{called}` '.*model': its weights cannot be loaded \(UnpicklingError"):
+    with pytest.raises(ValueError, match=rf"^`{called}` '.*model': its weights cannot be loaded \({REFUSED}"):
         LOADERS[called](model_folder)
     assert not marker.exists()
 
@@ -89,7 +90,7 @@ def test_a_planted_adapter_is_refused(form, model_folder, tmp_path, marker):
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(model_folder)}))
     (folder / "adapter_model.safetensors").unlink()
     malice.plant(folder / "adapter_model.bin", marker, form)
-    with pytest.raises(ValueError, match=r"its weights cannot be loaded \(UnpicklingError"):
+    with pytest.raises(ValueError, match=rf"its weights cannot be loaded \({REFUSED}"):
         load(folder)
     assert not marker.exists()
 

@@ -111,9 +111,10 @@ def load_pretrained(auto_class: Any, name: str | Path, *, called: str = "model",
     """
     try:
         return auto_class.from_pretrained(str(name), **{**_NO_REMOTE_CODE, **options})
-    except _CLEAR:
-        raise
     except Exception as error:
+        # transformers 4.57 makes an `OSError` about files of TensorFlow out of whatever went wrong.
+        if isinstance(error, _CLEAR) and "Unable to load weights" not in str(error):
+            raise
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(
             f"`{called}` {str(name)!r}: its weights cannot be loaded ({type(error).__name__}: {reason})."
