@@ -25,8 +25,8 @@ BLOCKS = {
     "mathematics: tensors in, tensors out": (
         {"torch"},
         [
-            "ewc/__init__", "ewc/parameters", "ewc/importance", "ewc/blocks", "ewc/foreach", "ewc/statistics",
-            "ewc/penalty", "ewc/fisher", "ppo/returns", "ppo/losses", "ppo/log_probs",
+            "ewc/__init__", "ewc/shards", "ewc/parameters", "ewc/importance", "ewc/blocks", "ewc/foreach",
+            "ewc/statistics", "ewc/penalty", "ewc/fisher", "ppo/returns", "ppo/losses", "ppo/log_probs",
         ],
     ),
     "plan and state: plain data, imports no trainer": (
@@ -40,19 +40,22 @@ BLOCKS = {
         ],
     ),
     "adapters: the files that know the host": (
-        {"torch", "safetensors", "datasets", "transformers", "trl", "peft", "tqdm", "matplotlib", "huggingface_hub"},
+        {
+            "torch", "safetensors", "datasets", "transformers", "trl", "peft", "accelerate", "tqdm", "matplotlib",
+            "huggingface_hub",
+        },
         [
             "ewc/backward", "ewc/callback", "lifecycle", "objectives/__init__", "objectives/objective",
             "objectives/rewards", "objectives/builtin", "objectives/sft", "objectives/dpo",
             "objectives/kto", "objectives/online", "objectives/grpo", "objectives/rloo", "stage_start",
             "optimizer_state", "interruption", "data_order", "learning_rate", "nonfinite", "hub", "inputs",
             "model_loading", "adapter_checkpoints", "unsupported",
-            "run_log", "reporting", "sealing",
+            "run_log", "reporting", "sealing", "sharding",
             "trainer_builder", "rehearsal", "evaluator", "stage_runner", "plots", "report", "run_scores", "trainer",
             "ppo/__init__", "ppo/awaiting", "ppo/callable_reward", "ppo/reward_model", "ppo/rewards",
             "reference_adapter", "ppo/config", "ppo/requirements", "ppo/prompts", "ppo/generation", "ppo/token_model",
             "ppo/critic", "ppo/policy", "ppo/reference", "ppo/rollout", "ppo/scored", "ppo/collector", "ppo/update",
-            "ppo/evaluation", "ppo/progress", "ppo/checkpoints", "ppo/trainer", "objectives/ppo",
+            "ppo/evaluation", "ppo/progress", "ppo/checkpoints", "ppo/sharded", "ppo/trainer", "objectives/ppo",
             "objectives/trl_ppo", "objectives/trl_ppo_models", "objectives/trl_ppo_options",
             "objectives/trl_ppo_trainer",
         ],
@@ -381,6 +384,7 @@ TESTED_ELSEWHERE = {
     "ppo/progress.py": "ppo/test_resume.py",
     "ppo/reference.py": "ppo/test_trainer.py",
     "ppo/scored.py": "ppo/test_trainer.py",
+    "ppo/sharded.py": "distributed/test_fsdp2.py",
     "ppo/update.py": "ppo/test_trainer.py",
     "reference_adapter.py": "test_stage_start.py",
     "rehearsal.py": "test_trainer_construction.py",

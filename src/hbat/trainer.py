@@ -13,6 +13,7 @@ from hbat.config import HBATConfig
 from hbat.evaluation import ForgettingMatrix
 from hbat.evaluator import Evaluator
 from hbat.ewc.parameters import snapshot, trainable_parameters
+from hbat.ewc.shards import is_sharded, whole_state
 from hbat.fingerprint import fingerprint
 from hbat.hub import upload
 from hbat.inputs import checked_inputs
@@ -22,6 +23,7 @@ from hbat.model_loading import load_model, load_tokenizer, require_adapter_param
 from hbat.objectives.builtin import build_sections, resolve
 from hbat.objectives.rewards import reward_names, with_rewards
 from hbat.processes import is_main_process
+from hbat.reference_adapter import ADAPTER
 from hbat.rehearsal import rehearse
 from hbat.report import write_model_card
 from hbat.reporting import RunReporter, mean_loss
@@ -31,6 +33,7 @@ from hbat.run import Run
 from hbat.run_log import load_log
 from hbat.run_scores import RunScores
 from hbat.run_state import RunFolder
+from hbat.sharding import sharding
 from hbat.stage_runner import StageRunner, estimated_steps
 from hbat.stage_start import StageStart
 from hbat.trainer_builder import TrainerBuilder
@@ -91,6 +94,7 @@ class HBATTrainer:
         self.model = load_model(model, args, peft_config, takes_reference=takes_reference)
         for section in self._sections.values():
             refuse_trainer(section, self.model)
+        shard = sharding(args, objectives, self._sections)
         if takes_reference:
             require_adapter_parameters(self.model)
         self.processing_class = load_tokenizer(processing_class, self.model, args, model)
@@ -102,7 +106,7 @@ class HBATTrainer:
         self._plan = plan(args.num_rounds, args.objective_names)
         self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.save_total_limit)
         self._scores = RunScores(self.matrix, self._plan, self._folder)
-        self._start = StageStart(self.model, needs_reference=takes_reference)
+        self._start = StageStart(self.model, needs_reference=takes_reference, shard=shard)
         builder = TrainerBuilder(self.model, self._sections, self.processing_class, self._start)
         self._request = StopRequest()
         self._runner = StageRunner(
@@ -258,15 +262,20 @@ class HBATTrainer:
         return self._evaluator.evaluate(self._run.weights("initial"))
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Save model or adapter, tokenizer and model card.
+        """Save model or adapter, tokenizer and model card. Every process has to call it; the main one writes.
 
         Args:
             output_dir: Folder; the run's where left out.
         """
+        options: dict[str, Any] = {}
+        if is_sharded(self.model):
+            options["state_dict"] = whole_state(self.model, keep=is_main_process())
         if not is_main_process():
             return
+        if hasattr(self.model, "peft_config"):
+            options["selected_adapters"] = [ADAPTER]  # under FSDP the reference adapter lies beside it
         folder = Path(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, **options)
         self.processing_class.save_pretrained(folder)
         write_model_card(folder, self.args, self.model, self.matrix)
 
