@@ -89,14 +89,14 @@ def tiny_llama(seed=0, *, tied=False, dtype=torch.float32, dropout=0.0, hidden=3
         return LlamaForCausalLM(config).to(dtype)
 
 
-def lora_llama(seed=0, *, nonzero_b=True, dropout=0.0, **kwargs):
+def lora_llama(seed=0, *, nonzero_b=True, dropout=0.0, rank=4, **kwargs):
     """The same with a LoRA adapter; `nonzero_b` sets B to random numbers, so that gradients flow to A."""
     from peft import LoraConfig, get_peft_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         adapter = LoraConfig(
-            r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+            r=rank, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         )
         model = get_peft_model(tiny_llama(seed, **kwargs), adapter)
         if nonzero_b:

@@ -36,7 +36,8 @@ def start(path, **options):
 def resume(path, described=DESCRIBED, *, allow_changed=(), needs_initial=False, **options):
     made = config(path, **options)
     folder = RunFolder(path, keeps=made.save_total_limit)
-    return Run.resume(made, folder, folder.read(), described, allow_changed=allow_changed, needs_initial=needs_initial)
+    changes = {"allow_changed": allow_changed, "needs_initial": needs_initial}
+    return Run.resume(made, folder, folder.read(), described, tensors(0), **changes)
 
 
 def finish(run, stage, *, steps=5, importance=True, moments=True, kept=None):

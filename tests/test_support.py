@@ -63,12 +63,12 @@ def test_pytest_finds_what_the_table_names(name, collected):
 
 
 def test_a_refused_cell_becomes_a_tested_one_by_its_line_in_the_table(monkeypatch):
-    assert refusal("FSDP2") is REFUSALS["FSDP2"]
+    assert refusal("FSDP1") is REFUSALS["FSDP1"]
     assert refusal("one process") is None
-    monkeypatch.setattr(support, "ENGINES", ENGINES | {"FSDP2": (Shown("x"), Shown("x"), "FSDP2", "FSDP2")})
-    assert refusal("FSDP2") is None  # it depends on the model
-    assert refusal("FSDP2", "LoRA") is None
-    assert refusal("FSDP2", "QLoRA, 4-bit") is REFUSALS["FSDP2"]
+    monkeypatch.setattr(support, "ENGINES", ENGINES | {"FSDP1": (Shown("x"), Shown("x"), "FSDP1", "FSDP1")})
+    assert refusal("FSDP1") is None  # it depends on the model
+    assert refusal("FSDP1", "LoRA") is None
+    assert refusal("FSDP1", "QLoRA, 4-bit") is REFUSALS["FSDP1"]
 
 
 def test_a_message_shows_the_values_seen():

@@ -7,6 +7,7 @@ import cases
 import ppo_cases
 import pytest
 import runs
+import test_sharding
 import torch
 import trl
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -98,7 +99,7 @@ def virtual():
 FSDP2 = {"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}
 #: By refusal: a model, or what makes one; and fields of the host's arguments.
 REFUSED = {
-    "FSDP2": (cases.tiny_llama, FSDP2),
+    "FSDP2": (lambda: get_peft_model(quantised(), LORA), FSDP2),
     "FSDP1": (cases.tiny_llama, {"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 1}}),
     "FSDP with offload": (cases.tiny_llama, FSDP2 | {"fsdp_plugin_args": {"fsdp_version": 2, "cpu_offload": True}}),
     "DeepSpeed": (cases.tiny_llama, {"deepspeed": {"zero_optimization": {"stage": 2}}}),
@@ -143,7 +144,8 @@ def test_an_adapter_on_the_head_is_refused_by_the_host(tmp_path):
 
 
 def test_every_refusal_of_the_table_is_among_them():
-    assert {*REFUSED, "adapter on the head"} == {*REFUSALS}
+    under_fsdp = {*test_sharding.REFUSED, *test_sharding.PLUGINS, *test_sharding.OTHERS}
+    assert {*REFUSED, *under_fsdp, "adapter on the head"} == {*REFUSALS}
     assert [name for name, each in REFUSALS.items() if each.by_host] == ["adapter on the head"]
 
 
@@ -151,7 +153,6 @@ def test_every_refusal_of_the_table_is_among_them():
 
 LAUNCHES = {
     "FSDP1": {"ACCELERATE_USE_FSDP": "true"},
-    "FSDP2": {"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2"},
     "FSDP2 with offload": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
     "DeepSpeed": {"ACCELERATE_USE_DEEPSPEED": "true"},
     "parallelism_config": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from hbat.ewc.shards import is_sharded
 from hbat.reference_adapter import ADAPTER
 
 _CONFIG = "adapter_config.json"
@@ -31,7 +32,8 @@ def load_adapter_as_it_was(trainer: Trainer) -> None:
     def loading(checkpoint: str, *args: Any, **kwargs: Any) -> None:
         with kept_form(model):
             load(checkpoint, *args, **kwargs)
-            if len(model.peft_config) > 1 and (Path(checkpoint) / _CONFIG).is_file():
+            # Of a sharded one the host's files of FSDP hold the adapter that is trained.
+            if not is_sharded(model) and len(model.peft_config) > 1 and (Path(checkpoint) / _CONFIG).is_file():
                 model.load_adapter(checkpoint, ADAPTER, is_trainable=True)
                 model.set_adapter(ADAPTER)
 

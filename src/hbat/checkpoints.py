@@ -14,7 +14,9 @@ logger = logging.getLogger(__name__)
 
 SEAL = "hbat_checksums.json"
 # The host writes the optimizer before the state; `save_only_model` leaves nothing to go on from exactly.
-_NEEDED = ("optimizer.pt", "trainer_state.json")
+_STATE = "trainer_state.json"
+#: The optimizer in one process and under DDP, and under FSDP as a whole or in shards.
+_OPTIMIZER = {"optimizer.pt", "optimizer.bin", "optimizer_0/.metadata"}
 
 
 def seal(folder: Path) -> None:
@@ -57,9 +59,7 @@ def last_checkpoint(folder: Path, max_steps: int, resumes_at: Callable[[int], bo
 def _steps(folder: Path) -> list[int]:
     numbers = [(each, each.name.removeprefix("checkpoint-")) for each in folder.glob("checkpoint-*")]
     return [
-        int(number)
-        for each, number in numbers
-        if number.isdigit() and ((each / SEAL).exists() or all((each / name).exists() for name in _NEEDED))
+        int(number) for each, number in numbers if number.isdigit() and ((each / SEAL).exists() or _is_complete(each))
     ]
 
 
@@ -83,4 +83,8 @@ def _is_whole(checkpoint: Path) -> bool:
             "%s is not gone on from: %s. The stage goes on from an older checkpoint or starts anew.", checkpoint, wrong
         )
         return False
-    return all(name in recorded for name in _NEEDED)
+    return _STATE in recorded and not _OPTIMIZER.isdisjoint(recorded)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    return (checkpoint / _STATE).exists() and any((checkpoint / name).exists() for name in _OPTIMIZER)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hbat.ewc.importance import accumulate, effective_tensors, most_important, normalize
+from hbat.ewc.shards import shared_as
 from hbat.ewc_config import EWCConfig
 from hbat.rounds import Stage
 
@@ -60,7 +61,8 @@ class Consolidation:
         if self.config.source == "uniform":
             return {name: torch.ones(()) for name in shapes}
         generator = torch.Generator().manual_seed(self._seed + stage.index)
-        return {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+        drawn = ((name, torch.rand(shape, generator=generator)) for name, shape in shapes.items())
+        return {name: shared_as(each, parameters[name]).cpu() for name, each in drawn}
 
     def importance(self, stage: Stage) -> dict[str, Tensor] | None:
         """Normalised importance that holds a stage back.

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from hbat.config import HBATConfig
 from hbat.data_digest import data_digest
 from hbat.ewc.parameters import canonical_name
+from hbat.ewc.shards import whole_of
 from hbat.processes import process_count
 
 _SAMPLED_VALUES = 64
 #: Fields of a stage's configuration that say where and how much is logged, kept or evaluated and how rows are brought
-#: to the device, not what is trained; and the options of FSDP, under which no run starts.
+#: to the device, not what is trained; and the options of FSDP, which say where the weights lie.
 _INCIDENTAL = {
     "batch_eval_metrics", "dataloader_multiprocessing_context", "dataloader_num_workers",
     "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "disable_tqdm", "do_eval",
@@ -107,7 +108,7 @@ def _frozen(model: nn.Module) -> str:
             continue
         digest.update(f"{canonical_name(name)} {list(each.shape)} {each.dtype} ".encode())
         if not each.is_meta:  # offloaded by the host
-            values = each.detach().reshape(-1)[:_SAMPLED_VALUES]
+            values = whole_of(each.detach()).reshape(-1)[:_SAMPLED_VALUES]
             digest.update(values.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -16,6 +16,8 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hbat.ewc.shards import give_back
+
 #: Instance attributes that trainers, accelerate and the checkpointing switch set on modules. `forward` is not simply
 #: removed: a model placed by `device_map` carries accelerate's own.
 _PATCHED = (
@@ -30,9 +32,11 @@ _PATCHED = (
     "p",  # of dropout layers
     "model_tags",
     "_output_capturing_hooks_installed",  # with the hooks gone, `output_hidden_states` would give nothing
+    "generate",  # under FSDP2
+    "add_adapter",
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_ENVIRONMENT = "ACCELERATE_"  # transformers < 5 leaks precision and engine of any configuration through these
+_ENVIRONMENT = ("ACCELERATE_", "FSDP_")  # transformers < 5 leaks precision and engine of any configuration here
 
 
 class StageGuard:
@@ -107,6 +111,7 @@ class _ModelRecord:
 
     def restore(self) -> None:
         model = self._model
+        give_back(model)
         for adapter in set(getattr(model, "peft_config", {})) - self._adapters:
             model.delete_adapter(adapter)
         for name, module in model.named_modules():
@@ -223,7 +228,7 @@ def unpatched_copy(model: nn.Module) -> nn.Module:
 
 
 def _dismantle(trainer: Trainer) -> None:
-    for name in ("backward", "clip_grad_norm_"):
+    for name in ("backward", "clip_grad_norm_", "prepare"):
         trainer.accelerator.__dict__.pop(name, None)
     for name in ("model_wrapped", "optimizer", "lr_scheduler", "ref_model"):
         if hasattr(trainer, name):

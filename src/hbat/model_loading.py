@@ -1,5 +1,6 @@
 """Model, tokenizer and adapter of a run: loaded once, checked once."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hbat.config import HBATConfig
 from hbat.ewc.parameters import trainable_parameters
+from hbat.processes import is_main_process
 from hbat.reference_adapter import ADAPTER
 from hbat.unsupported import refuse_adapters, refuse_model
 
@@ -65,8 +67,15 @@ def load_model(model: Any, config: HBATConfig, peft_config: Any, *, takes_refere
         model = _add_adapter(model, peft_config, config.seed)
     refuse_adapters(model, takes_reference=takes_reference)
     _require_trainable(model)
-    _check_weights(model)
+    if not _is_filled_later():
+        _check_weights(model)
     return model
+
+
+def _is_filled_later() -> bool:
+    # Under FSDP the host can load the weights on the main process alone, which hands them out when it shards.
+    asked = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in {"1", "true", "yes", "on", "y", "t"}
+    return asked and not is_main_process()
 
 
 def is_adapter(name: Any) -> bool:

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hbat.ewc.backward import after_backward
 from hbat.ewc.parameters import canonical_name
+from hbat.ewc.shards import first_not_finite, whole_of
 from hbat.rounds import Stage
 
 
@@ -48,7 +49,7 @@ class StopOnNonFinite(TrainerCallback):
 
     def _finite_norm(self, parameters: list[nn.Parameter], norm_type: float = 2.0) -> Tensor:
         gradients = [each.grad for each in parameters if each.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, norm_type=norm_type)
+        norm = whole_of(torch.nn.utils.get_total_norm(gradients, norm_type=norm_type))
         if not bool(torch.isfinite(norm)):
             raise FloatingPointError(
                 f"The gradient of {self._offender()} is not finite in {self._stage} at its step "
@@ -58,10 +59,9 @@ class StopOnNonFinite(TrainerCallback):
 
     def _offender(self) -> str:
         model: Any = self._trainer.model
-        for name, each in model.named_parameters():
-            if each.grad is not None and not bool(torch.isfinite(each.grad).all()):
-                return repr(canonical_name(name))
-        return "all parameters together (each alone is finite)"
+        gradients = {canonical_name(name): each.grad for name, each in model.named_parameters()}
+        name = first_not_finite({name: each for name, each in gradients.items() if each is not None})
+        return "all parameters together (each alone is finite)" if name is None else repr(name)
 
     def _require_finite_loss(self) -> None:
         bad, self._bad = self._bad, None
@@ -96,9 +96,9 @@ def require_finite_importance(importance: Mapping[str, Tensor], stage: Stage) ->
     Raises:
         FloatingPointError: If one is not finite.
     """
-    for name, each in importance.items():
-        if not bool(torch.isfinite(each).all()):
-            raise FloatingPointError(f"The importance of {name!r} from {stage} is not finite.{_advice(stage)}")
+    name = first_not_finite(importance)
+    if name is not None:
+        raise FloatingPointError(f"The importance of {name!r} from {stage} is not finite.{_advice(stage)}")
 
 
 def require_finite_weights(parameters: Mapping[str, Tensor], stage: Stage) -> None:
@@ -111,9 +111,9 @@ def require_finite_weights(parameters: Mapping[str, Tensor], stage: Stage) -> No
     Raises:
         FloatingPointError: If one is not finite.
     """
-    for name, each in parameters.items():
-        if not bool(torch.isfinite(each).all()):
-            raise FloatingPointError(f"The weight {name!r} is not finite at the end of {stage}.{_advice(stage)}")
+    name = first_not_finite(parameters)
+    if name is not None:
+        raise FloatingPointError(f"The weight {name!r} is not finite at the end of {stage}.{_advice(stage)}")
 
 
 def _anywhere(bad: Tensor) -> bool:

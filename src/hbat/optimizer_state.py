@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hbat.ewc.parameters import trainable_parameters
+from hbat.ewc.shards import shared_as
 
 _SEPARATOR = "::"  # between parameter and entry; no parameter name holds it
 
@@ -44,7 +45,10 @@ def load_moments(optimizer: Any, parameters: Mapping[str, nn.Parameter], saved: 
     for key, value in saved.items():
         name, entry = key.rsplit(_SEPARATOR, 1)
         plain = value.dtype in {torch.int64, torch.float64} and value.dim() == 0
-        by_parameter.setdefault(name, {})[entry] = value.item() if plain else value
+        if plain:
+            by_parameter.setdefault(name, {})[entry] = value.item()
+        elif name in parameters:  # from disk it comes as a whole
+            by_parameter.setdefault(name, {})[entry] = shared_as(value, parameters[name])
     state = inner.state_dict()
     order = [each for group in inner.param_groups for each in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]

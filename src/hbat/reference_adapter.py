@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hbat.ewc.parameters import canonical_name
+from hbat.ewc.shards import part_of
 
 #: Name that the host gives to the adapter it copies for the reference policy.
 REFERENCE_ADAPTER = "ref"
@@ -76,7 +77,7 @@ def match_reference_adapter(model: Any) -> None:
         copy = parameters[_reference_name(name)]
         if copy.dtype != each.dtype:
             copy.data = copy.data.to(each.dtype)
-        if not torch.equal(copy, each):
+        if not torch.equal(part_of(copy), part_of(each)):
             copy.copy_(each)
 
 

@@ -10,6 +10,7 @@ from hbat.changes import accepted
 from hbat.config import HBATConfig
 from hbat.consolidation import Consolidation
 from hbat.ewc.parameters import require_counterparts
+from hbat.ewc.shards import shared_as
 from hbat.manifest import RunState, RunStateError
 from hbat.processes import wait_for_everyone
 from hbat.resuming import take_over
@@ -64,6 +65,7 @@ class Run:
         folder: RunFolder,
         state: RunState,
         described: dict[str, Any],
+        parameters: Mapping[str, Tensor],
         *,
         allow_changed: Sequence[str] = (),
         needs_initial: bool = False,
@@ -75,6 +77,7 @@ class Run:
             folder: The run's folder.
             state: Its manifest.
             described: Fingerprint of the present configuration and data.
+            parameters: The model's trainable parameters by name.
             allow_changed: What of it may differ from the run on disk.
             needs_initial: Whether the weights of the run's start will be asked for.
 
@@ -89,7 +92,8 @@ class Run:
         for objective in config.objective_names:
             importance = folder.read_tensors(state, f"importance-{objective}")
             if importance and run.consolidation is not None:
-                run.consolidation.accumulated[objective] = importance
+                own = {name: shared_as(each, parameters[name]).cpu() for name, each in importance.items()}
+                run.consolidation.accumulated[objective] = own
             run.read_carried(objective)
         if needs_initial:
             folder.require_whole(state, "initial")
@@ -170,7 +174,9 @@ class Run:
         wait_for_everyone()  # before a process makes the folder a run's
         if found is None:
             return cls.start(config, folder, described, weights)
-        return cls.resume(config, folder, found, described, allow_changed=allow_changed, needs_initial=needs_initial)
+        return cls.resume(
+            config, folder, found, described, weights, allow_changed=allow_changed, needs_initial=needs_initial
+        )
 
     def weights(self, kind: str = "weights") -> dict[str, Tensor]:
         """Read trainable weights.
@@ -196,7 +202,7 @@ class Run:
         weights = self.weights()
         require_counterparts(parameters, weights, "weight on disk")
         for name, each in parameters.items():
-            each.copy_(weights[name])
+            each.copy_(shared_as(weights[name], each))
 
     def commit_stage(
         self,

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hbat.checksums import checksum, fault
+from hbat.ewc.shards import whole_tensors
 from hbat.kept_states import TENSORS, KeptStates
 from hbat.manifest import STATE_FILE, DamagedStateError, RunState, RunStateError, decode
 from hbat.processes import decided_by_main, wait_for_everyone
@@ -182,6 +183,8 @@ class RunFolder:
     def write_tensors(self, state: RunState, kind: str, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors under a new name and note it in `state`, which is not yet committed.
 
+        Those that processes share are put together first, which all have to take part in.
+
         Args:
             state: The state that will name the file.
             kind: What the tensors are, such as `weights` or `importance-sft`.
@@ -190,9 +193,10 @@ class RunFolder:
         """
         name = f"{kind}-{number:03d}.safetensors"
         state.checksums.pop(name, None)
+        whole = whole_tensors(tensors, keep=self._writes)
         if self._writes:
             file = self.path / TENSORS / name
-            write_tensors(file, tensors)
+            write_tensors(file, whole)
             state.checksums[name] = checksum(file)
         state.files[kind] = name
         self._seen_whole.discard(name)

@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+#: Fields that take more than their type says: transformers 5 documents `fsdp=True` and annotates a text.
+_WIDER = {"fsdp": bool}
 
 _SHOWN = 100  # characters of a value in a message
 
@@ -55,7 +57,7 @@ def build_section(
             raise ValueError(f"`{prefix}{key}` is not an option.{nearest(str(key), valid)}")
         if owned and key in owned:
             raise ValueError(f"`{prefix}{key}` cannot be set here: {owned[key]}")
-        converted[key] = convert(value, hints.get(key, Any), f"{prefix}{key}")
+        converted[key] = convert(value, _hint(key, hints), f"{prefix}{key}")
     try:
         return config_class(**converted)
     except Exception as error:
@@ -123,6 +125,11 @@ def _as_float(value: int, name: str) -> float:
         return float(value)
     except OverflowError:
         raise TypeError(f"`{name}` is {shown(value)}, which is too large for a number with a fraction.") from None
+
+
+def _hint(key: str, hints: Mapping[str, Any]) -> Any:
+    hint = hints.get(key, Any)
+    return Union[hint, _WIDER[key]] if key in _WIDER else hint  # noqa: UP007 - of two values
 
 
 def _type_hints(config_class: type) -> dict[str, Any]:

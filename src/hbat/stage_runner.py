@@ -196,11 +196,8 @@ class StageRunner:
             return None
         config, parameters = consolidation.config, trainable_parameters(self._model)
         if config.source == "displacement":
-            # One tensor at a time, so that an accelerator never holds a float32 copy of the whole model.
-            return {
-                name: displacement({name: each}, self._start.anchor, config.granularity)[name].cpu()
-                for name, each in parameters.items()
-            }
+            # To the CPU one by one, so that an accelerator never holds a float32 copy of the whole model.
+            return displacement(parameters, self._start.anchor, config.granularity, device="cpu")
         if config.source == "fisher":
             return diagonal_fisher(
                 self._model,

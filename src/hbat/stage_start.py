@@ -1,14 +1,20 @@
 """The weights at a stage's start: anchor of the penalty and reference policy of DPO, in one set of tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hbat.ewc.parameters import canonical_name, snapshot, trainable_parameters
+from hbat.ewc.shards import part_of, shared_as
 from hbat.lifecycle import unpatched_copy
-from hbat.reference_adapter import REFERENCE_ADAPTER, match_reference_adapter, reference_parameters
+from hbat.reference_adapter import (
+    REFERENCE_ADAPTER,
+    add_reference_adapter,
+    match_reference_adapter,
+    reference_parameters,
+)
 
 
 class StageStart:
@@ -21,15 +27,26 @@ class StageStart:
     Args:
         model: The model.
         needs_reference: Whether an objective of the run takes a reference policy.
+        shard: Shards a model in place, where the engine does. Nothing can be copied or added afterwards: the reference
+            policy, or the reference adapter, is there from then on and sharded like the model.
     """
 
-    def __init__(self, model: nn.Module, *, needs_reference: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, needs_reference: bool, shard: Callable[[nn.Module], None] | None = None
+    ) -> None:
         self._model = model
         self.reference: Any = None
         self._anchor: dict[str, Tensor] = {}
         self._shares_adapter = False
         if needs_reference and not hasattr(model, "peft_config"):
             self.reference = unpatched_copy(model)
+        if shard is not None:
+            if needs_reference and self.reference is None:
+                add_reference_adapter(model)
+            shard(model)
+            if self.reference is not None:
+                shard(self.reference)
+        if self.reference is not None:
             own = {canonical_name(name): each for name, each in self.reference.named_parameters()}
             self._anchor = {name: own[name] for name in trainable_parameters(model)}
 
@@ -50,7 +67,7 @@ class StageStart:
             self._anchor = snapshot(current)
             self._shares_adapter = False
         for name, each in self._anchor.items():
-            each.copy_(current[name] if weights is None else weights[name])
+            each.copy_(current[name] if weights is None else shared_as(weights[name], each))
 
     def _is_beside(self, parameters: Mapping[str, Tensor]) -> bool:
         # The first trainer moves the model to its device; on a quantised base TRL's cast the adapter to bfloat16.
@@ -71,7 +88,8 @@ class StageStart:
             return
         copies = reference_parameters(self._model, self._anchor)
         if all(
-            torch.equal(copies[name], each) and copies[name].dtype == each.dtype for name, each in self._anchor.items()
+            torch.equal(part_of(copies[name]), part_of(each)) and copies[name].dtype == each.dtype
+            for name, each in self._anchor.items()
         ):
             self._anchor = copies
             self._shares_adapter = True
@@ -87,4 +105,4 @@ class StageStart:
             self.take(weights)
         elif REFERENCE_ADAPTER in getattr(self._model, "peft_config", {}):
             for name, each in reference_parameters(self._model, self._anchor).items():
-                each.copy_(weights[name])
+                each.copy_(shared_as(weights[name], each))

@@ -51,7 +51,8 @@ class Shown:
 
 
 _INSTEAD = (
-    "Train in one process or with DDP (`accelerate launch --multi_gpu`), with LoRA or QLoRA where memory is short."
+    "Train in one process, with DDP (`accelerate launch --multi_gpu`) or with FSDP2 (`fsdp_version: 2`), with LoRA or "
+    "QLoRA where memory is short."
 )
 _SHARDED = (
     "Parameters sharded by {engine} ({where}) are not supported: neither the penalty nor the hand-over between "
@@ -62,8 +63,57 @@ _CUT = (
     f"each weight. Load the model without it. {_INSTEAD}"
 )
 
+
+def _under_fsdp(says: str) -> Refusal:
+    return Refusal(says, at=(HBAT,), kind=NotImplementedError)
+
+
 REFUSALS: Mapping[str, Refusal] = {
-    "FSDP2": Refusal(_SHARDED, kind=NotImplementedError),
+    "FSDP2": Refusal(
+        "A model in 4 or 8 bits is not supported under {engine} ({where}). Train it in one process or with DDP "
+        "(`accelerate launch --multi_gpu`), or load it in float32, computing in bfloat16 (`bf16: true`).",
+        kind=NotImplementedError,
+    ),
+    "FSDP2 in one process": _under_fsdp(
+        "`fsdp` is set, but there is a single process, and nothing to share a model with. Start several with "
+        "`accelerate launch` or `torchrun`, or leave `fsdp` out."
+    ),
+    "FSDP2 left aside": _under_fsdp(
+        "`fsdp` is set, but accelerate trains with {engine} here: on a CPU it leaves FSDP aside without a word. Leave "
+        "`fsdp` out."
+    ),
+    "FSDP2 on a mesh": _under_fsdp(
+        "FSDP on a mesh of several dimensions is not supported. Shard over all processes alike, without "
+        "`parallelism_config`."
+    ),
+    "FSDP2 with activation checkpointing": _under_fsdp(
+        "FSDP's own activation checkpointing is not supported. Set `gradient_checkpointing: true` in the sections, "
+        "which saves as much."
+    ),
+    "FSDP2 with compilation": _under_fsdp("`torch_compile` is not supported under FSDP. Leave it out."),
+    "FSDP2 with an optimizer without state": _under_fsdp(
+        "`optim: sgd` is not supported with FSDP's `state_dict_type: FULL_STATE_DICT`: torch cannot load the state of "
+        "an optimizer that has none in this way. Set `SHARDED_STATE_DICT`."
+    ),
+    "8-bit optimizers under FSDP2": _under_fsdp(
+        "`{objective}.optim` is {name!r}, whose state does not go with sharded parameters. Take 'adamw_torch', of "
+        "which FSDP holds a part on each process."
+    ),
+    "objective under FSDP2": _under_fsdp(
+        "The objective {objective!r} cannot be trained under FSDP. Train it with DDP, or take `ppo` or `dpo`."
+    ),
+    "precomputed reference under FSDP2": _under_fsdp(
+        "`{objective}.precompute_ref_log_probs` is not supported under FSDP: the host cannot take a checksum of a "
+        "sharded model. Leave it out."
+    ),
+    "separate critic under FSDP2": _under_fsdp(
+        "`critic: separate` is not supported under FSDP: a model of its own cannot be copied from a sharded policy. "
+        "Set `critic: shared`."
+    ),
+    "Fisher of samples under FSDP2": _under_fsdp(
+        "`ewc.estimator: empirical` takes the gradients of samples one by one, and FSDP gives their mean over the "
+        "processes. Set `ewc.estimator: gnb`."
+    ),
     "FSDP1": Refusal(_SHARDED, kind=NotImplementedError),
     "FSDP with offload": Refusal(_SHARDED, kind=NotImplementedError),
     "DeepSpeed": Refusal(_SHARDED, kind=NotImplementedError),
@@ -133,6 +183,7 @@ Cell = Shown | str  # a string is a key of REFUSALS
 _PLAIN = "test_trainer.py::test_a_run_without_a_penalty_equals_plain_trainers"
 _QLORA = "test_qlora.py::test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone"
 _DDP = "distributed/test_ddp.py::test_two_processes_end_with_the_weights_of_one"
+_FSDP = "distributed/test_fsdp2.py::test_two_processes_end_with_the_weights_of_one"
 _QLORA_DDP = "distributed/test_qlora_ddp.py::test_two_processes_train_one_adapter"
 
 #: How a run is launched and where its weights lie, by what is trained.
@@ -149,7 +200,7 @@ ENGINES: Mapping[str, tuple[Cell, ...]] = {
         Shown(f"{_QLORA_DDP}[4-bit]"),
         Shown(f"{_QLORA_DDP}[8-bit]"),
     ),
-    "FSDP2": ("FSDP2",) * 4,
+    "FSDP2": (Shown(f"{_FSDP}[sft and dpo]"), Shown(f"{_FSDP}[lora]"), "FSDP2", "FSDP2"),
     "FSDP2 by the model (`distributed_config`)": ("FSDP2 by the model",) * 4,
     "FSDP1": ("FSDP1",) * 4,
     "FSDP with offload to the CPU": ("FSDP with offload",) * 4,
@@ -166,6 +217,26 @@ FEATURES: Mapping[str, Cell] = {
     "PPO in one process, full": Shown("ppo/test_learning.py"),
     "PPO in DDP, full": Shown(f"{_DDP}[ppo]"),
     "PPO in DDP, LoRA": Shown(f"{_DDP}[ppo with lora and a separate critic]"),
+    "PPO in FSDP2, full": Shown(f"{_FSDP}[ppo]"),
+    "PPO in FSDP2, LoRA": Shown(f"{_FSDP}[adam, ppo and lora]"),
+    "PPO with `critic: separate`, FSDP2": "separate critic under FSDP2",
+    "KTO, FSDP2": Shown(f"{_FSDP}[kto]"),
+    "GRPO, RLOO and TRL's PPO, FSDP2": "objective under FSDP2",
+    "going on inside a stage, FSDP2": Shown(
+        "distributed/test_fsdp2.py::test_two_processes_that_were_killed_go_on_to_the_last_bit"
+    ),
+    "gradient checkpointing, FSDP2": Shown(f"{_FSDP}[checkpointing]"),
+    "FSDP's own activation checkpointing": "FSDP2 with activation checkpointing",
+    "`precompute_ref_log_probs`, FSDP2": "precomputed reference under FSDP2",
+    "8-bit and paged optimizers, FSDP2": "8-bit optimizers under FSDP2",
+    "plain SGD with `FULL_STATE_DICT`, FSDP2": "FSDP2 with an optimizer without state",
+    "`torch_compile`, FSDP2": "FSDP2 with compilation",
+    "FSDP2 over a mesh of several dimensions (HSDP)": "FSDP2 on a mesh",
+    "FSDP2 in one process": "FSDP2 in one process",
+    "FSDP2 on a CPU": "FSDP2 left aside",
+    "EWCCallback and PPOTrainer alone, FSDP2": Shown(
+        "distributed/test_fsdp2.py::test_callback_and_ppo_trainer_alone_train_what_they_train_in_one_process"
+    ),
     "PPO on a 4-bit base": Shown(f"{_QLORA}[ppo-4-bit]"),
     "PPO on an 8-bit base": Shown(f"{_QLORA}[ppo-8-bit]"),
     "PPO on a 4-bit base in DDP": Shown(f"{_QLORA_DDP}[4-bit with ppo]"),
@@ -181,7 +252,8 @@ FEATURES: Mapping[str, Cell] = {
     "LOMO, AdaLOMO, layer-wise GaLore and APOLLO": "optimizer",
     "Fisher with `estimator: gnb`, DDP": Shown(f"{_DDP}[fisher]"),
     "Fisher with `estimator: empirical` (per sample), DDP": Shown(f"{_DDP}[fisher of samples]"),
-    "Fisher with `estimator: empirical` (per sample), FSDP2": "FSDP2",
+    "Fisher with `estimator: gnb`, FSDP2": Shown(f"{_FSDP}[fisher]"),
+    "Fisher with `estimator: empirical` (per sample), FSDP2": "Fisher of samples under FSDP2",
     "Fisher with `estimator: empirical` (per sample), ZeRO": "DeepSpeed",
     "bfloat16 by autocast": Shown("test_trainer.py::test_every_stage_computes_in_bfloat16_when_asked"),
     "LoRA on `lm_head`, SFT and DPO (TRL 1.16)": "adapter on the head",

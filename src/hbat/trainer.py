@@ -19,6 +19,7 @@ from hbat.inputs import checked_inputs, fitting_inputs
 from hbat.interruption import StopRequest
 from hbat.lifecycle import cheap_garbage_collection
 from hbat.model_loading import load_model, load_tokenizer, require_adapter_parameters
+from hbat.model_saving import save
 from hbat.objectives.builtin import build_sections, resolve
 from hbat.objectives.rewards import reward_names, with_rewards
 from hbat.processes import is_main_process
@@ -31,9 +32,9 @@ from hbat.run import Run
 from hbat.run_log import load_log
 from hbat.run_scores import RunScores
 from hbat.run_state import RunFolder
+from hbat.sharding import sharding
 from hbat.stage_runner import StageRunner, estimated_steps
 from hbat.stage_start import StageStart
-from hbat.storage import written_by_the_host
 from hbat.trainer_builder import TrainerBuilder
 from hbat.unsupported import refuse_trainer
 
@@ -90,6 +91,7 @@ class HBATTrainer:
         self.model = load_model(model, args, peft_config, takes_reference=takes_reference)
         for section in self._sections.values():
             refuse_trainer(section, self.model)
+        shard = sharding(args, objectives, self._sections)
         if takes_reference:
             require_adapter_parameters(self.model)
         self.processing_class = load_tokenizer(processing_class, self.model, args, model)
@@ -104,7 +106,7 @@ class HBATTrainer:
         self._plan = plan(args.num_rounds, args.objective_names)
         self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.save_total_limit)
         self._scores = RunScores(self.matrix, self._plan, self._folder)
-        self._start = StageStart(self.model, needs_reference=takes_reference)
+        self._start = StageStart(self.model, needs_reference=takes_reference, shard=shard)
         builder = TrainerBuilder(self.model, self._sections, self.processing_class, self._start)
         self._request = StopRequest()
         self._runner = StageRunner(
@@ -260,7 +262,7 @@ class HBATTrainer:
         return self._evaluator.evaluate(self._run.weights("initial"))
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Save model or adapter, tokenizer and model card.
+        """Save model or adapter, tokenizer and model card. Every process has to call it; the main one writes.
 
         Args:
             output_dir: Folder; the run's where left out.
@@ -268,12 +270,9 @@ class HBATTrainer:
         Raises:
             StorageError: If the disk is full or may not be written to.
         """
-        if not is_main_process():
-            return
         folder = Path(output_dir or self.args.output_dir)
-        with written_by_the_host(folder):
-            self.model.save_pretrained(folder)
-            self.processing_class.save_pretrained(folder)
+        save(folder, self.model, self.processing_class)
+        if is_main_process():
             write_model_card(folder, self.args, self.model, self.matrix)
 
     def push_to_hub(self, repo_id: str | None = None, *, private: bool | None = None) -> str:

@@ -12,8 +12,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hbat.adapter_checkpoints import load_adapter_as_it_was
 from hbat.ewc.backward import after_backward
 from hbat.ewc.parameters import trainable_parameters
+from hbat.ewc.shards import is_sharded
 from hbat.lifecycle import StageGuard
 from hbat.objectives.objective import Objective
+from hbat.reference_adapter import REFERENCE_ADAPTER
+from hbat.sharding import keep_sharded
 from hbat.stage_start import StageStart
 
 
@@ -71,6 +74,9 @@ class TrainerBuilder:
             parameters = trainable_parameters(self._model)
             for name in frozen:
                 parameters[name].requires_grad_(False)
+            if REFERENCE_ADAPTER in getattr(self._model, "peft_config", {}):
+                # It is there for the whole run, and the host has only to fill it. The guard takes this back.
+                self._model.add_adapter = _nothing
             with _quiet_datasets():
                 args = objective.stage_args(self._sections[objective.name], str(folder), seed_offset)
                 if for_evaluation and hasattr(args, "precompute_ref_log_probs"):
@@ -84,6 +90,8 @@ class TrainerBuilder:
                     reference=self._start.reference,
                     callbacks=list(callbacks),
                 )
+            if is_sharded(self._model):
+                keep_sharded(trainer)
             self._start.complete_adapter()
             load_adapter_as_it_was(trainer)
             self._hold_frozen(trainer, [parameters[name] for name in frozen])
@@ -101,6 +109,10 @@ class TrainerBuilder:
 
         if frozen:
             after_backward(trainer.accelerator, drop)
+
+
+def _nothing(*_: object, **__: object) -> None:
+    pass
 
 
 @contextmanager

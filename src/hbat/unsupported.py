@@ -154,7 +154,8 @@ def _refuse_cut(model: Any, *, shards: bool) -> None:
         return
     name, weight = cut
     where, row = "`distributed_config`", "FSDP2" if shards else "FSDP2 by the model (`distributed_config`)"
-    if "tp" in (weight.device_mesh.mesh_dim_names or ("tp",)):
+    # FSDP2 names no dimension of a mesh that it makes by itself.
+    if "tp" in (weight.device_mesh.mesh_dim_names or (() if shards else ("tp",))):
         where, row = "`tp_plan`", "tensor parallelism by the model (`tp_plan`)"
     if (refused := refusal(row, _column(model))) is not None:
         raise refused.error(name=name, where=where, engine=row)

@@ -24,7 +24,20 @@ from hbat.trainer import HBATTrainer
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 #: Rows of an optimizer step, over all processes.
 BATCH = 4
-MODELS = {"full": cases.tiny_llama, "lora": cases.lora_llama, "tied": lambda seed: cases.tiny_llama(seed, tied=True)}
+#: What `fsdp_runs` sets: options of the sections, more callbacks, functions of a run and its folder with more results.
+ENGINE = {}
+CALLBACKS = []
+MORE_RESULTS = []
+#: Step at which each stage that was trained began; not 0 where it went on from a checkpoint.
+BEGAN_AT = []
+MODELS = {
+    "full": cases.tiny_llama,
+    "lora": cases.lora_llama,
+    "lora of rank one": lambda seed: cases.lora_llama(seed, rank=1),  # shared by two, one part is empty
+    "tied": lambda seed: cases.tiny_llama(seed, tied=True),
+}
+#: Adam whose steps are not blown up where gradients are zero but for rounding.
+ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 0.003}
 
 
 def section(**options):
@@ -33,6 +46,7 @@ def section(**options):
         **{
             "per_device_train_batch_size": BATCH // PROCESSES,
             **({"ddp_backend": "gloo"} if PROCESSES > 1 else {}),
+            **ENGINE,
             "per_device_eval_batch_size": 1,  # the host takes the mean of the batches' means
             "learning_rate": 0.05,
             "max_steps": 3,
@@ -64,9 +78,19 @@ RUNS = {
         "objectives": ["sft", "dpo"],
         "ewc": {"f_max": 5.0, "source": "fisher", "estimator": "empirical", "fisher_samples": 8},
     },
+    "adam and lora of rank one": {"objectives": ["sft", "dpo"], "model": "lora of rank one", "section": ADAM},
+    "adam, freeze, average, random importance": {
+        "objectives": ["sft", "dpo"], "ewc": {"f_max": 5.0, "source": "random", "freeze": 0.3}, "average": 0.5,
+        "section": ADAM,
+    },
+    "checkpointing": {"objectives": ["sft", "dpo"], "section": {runs.CHECKPOINTING: True}},
+    "kto": {"objectives": ["sft", "kto"]},
     "ppo": {"objectives": ["sft", "ppo"]},
+    "adam, ppo and lora": {"objectives": ["sft", "ppo"], "model": "lora", "section": ADAM},
     "ppo with lora and a separate critic": {"objectives": ["sft", "ppo"], "model": "lora", "critic": "separate"},
 }  # fmt: skip
+#: Where the host's score in several processes is another one: KTO's loss of a row depends on those beside it.
+OTHER_TABLES = {"kto"}
 
 
 def model_of(name):
@@ -77,7 +101,10 @@ def build(name, folder, *, callbacks=None, save_steps=None):
     options = dict(RUNS[name])
     model = model_of(name)
     steps = options.get("accumulate", 1)
-    more = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": BATCH // PROCESSES // steps}
+    more = options.get("section", {}) | {
+        "gradient_accumulation_steps": steps,
+        "per_device_train_batch_size": BATCH // PROCESSES // steps,
+    }
     saves = {"save_strategy": "steps", "save_steps": save_steps} if save_steps else {}
     critic = {"critic": options.get("critic", "shared")}
     config = HBATConfig(
@@ -86,13 +113,16 @@ def build(name, folder, *, callbacks=None, save_steps=None):
         objectives=options["objectives"],
         sft=section(**more | saves),
         dpo=section(**more | saves),
-        ppo=ppo_section(**critic | saves),
+        kto=section(**more | saves),
+        ppo=ppo_section(**options.get("section", {}) | critic | saves),
         ewc=options.get("ewc", {"f_max": 5.0}),
+        average=options.get("average", 1.0),
         disable_tqdm=True,
         seed=runs.SEED,
     )
-    data = {"sft": cases.sft_rows(24, 3), "dpo": cases.preference_rows(24, 3), "ppo": prompts()}
-    held_out = {"sft": cases.sft_rows(6, 4), "dpo": cases.preference_rows(6, 4), "ppo": prompts(5)}
+    make = {"sft": cases.sft_rows, "dpo": cases.preference_rows, "kto": runs.kto_rows}
+    data = {name: rows(24, 3) for name, rows in make.items()} | {"ppo": prompts()}
+    held_out = {name: rows(6, 4) for name, rows in make.items()} | {"ppo": prompts(5)}
     return HBATTrainer(
         model,
         config,
@@ -100,7 +130,7 @@ def build(name, folder, *, callbacks=None, save_steps=None):
         {each: held_out[each] for each in options["objectives"]},
         processing_class=cases.tiny_tokenizer(),
         reward_funcs=ppo_cases.letters if "ppo" in options["objectives"] else None,
-        callbacks=callbacks,
+        callbacks=[Began(), *(each() for each in CALLBACKS), *(callbacks or [])],
     )
 
 
@@ -113,13 +143,28 @@ def result(run):
     ]
     # The host's other metrics are means over batches, weighted otherwise in several processes.
     table = {name: run.matrix.series(name) for name in run.args.objective_names}
-    return {"log": log, "table": table, "transfer": run.matrix.backward_transfer(), "processes": PROCESSES}
+    first = [each for each in run.state.log_history if "dpo/rewards/chosen" in each]
+    first = {each["hbat/stage"]: each for each in reversed(first)}
+    first = {str(stage): [each["dpo/rewards/chosen"], each["dpo/rewards/rejected"]] for stage, each in first.items()}
+    transfer = run.matrix.backward_transfer()
+    return {"log": log, "table": table, "transfer": transfer, "first rewards": first}
 
 
 def train(name, folder, *, resume=None, **options):
     run = build(name, folder, **options)
     run.train(resume_from_checkpoint=resume)
     return run
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class Began(TrainerCallback):
+    """Notes at which step stages begin."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        BEGAN_AT.append(state.global_step)
 
 
 class Gone(TrainerCallback):
@@ -141,14 +186,18 @@ def main(folder, names, mode):
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     for name in names:
+        BEGAN_AT.clear()
         place = folder / name.replace(" ", "-")
         if mode == "kill":
             train(name, place / "run", callbacks=[Gone()], save_steps=1)
         run = train(name, place / "run", resume=mode == "resume", save_steps=1 if mode == "resume" else None)
         assert torch.distributed.get_world_size() == PROCESSES == 2
-        weights = {key: each.contiguous() for key, each in cases.weights(run.model).items()}
+        weights = {key: whole(each).contiguous() for key, each in cases.weights(run.model).items()}
         save_file(weights, place / f"weights-{rank}.safetensors")
-        (place / f"result-{rank}.json").write_text(json.dumps(result(run)), encoding="utf-8")
+        found = result(run) | {"began at": BEGAN_AT.copy(), "processes": PROCESSES}
+        for each in MORE_RESULTS:
+            found |= each(run, place)
+        (place / f"result-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 

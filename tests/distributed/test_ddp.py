@@ -96,7 +96,8 @@ def test_both_processes_hold_the_same_weights(name, two):
 def test_importance_tables_and_logs_are_those_of_one_process(name, two, one):
     _, found = read(two(name), name)
     expected = json.loads(json.dumps(ddp_runs.result(one(name))))
-    assert_close(found["table"], expected["table"], 2e-4)
+    if name not in ddp_runs.OTHER_TABLES:
+        assert_close(found["table"], expected["table"], 2e-4)
     assert_close(found["transfer"], expected["transfer"], 2e-3)
     assert_close(found["log"], expected["log"], 2e-3)
     for objective in ddp_runs.RUNS[name]["objectives"]:

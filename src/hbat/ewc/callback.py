@@ -5,12 +5,14 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hbat.ewc.backward import after_backward
 from hbat.ewc.parameters import policy_of, require_counterparts, snapshot, trainable_parameters
 from hbat.ewc.penalty import add_penalty_gradient_, proximal_step_
+from hbat.ewc.shards import shared_as
 from hbat.ewc.statistics import PenaltyStatistics, measure_penalty
 from hbat.ewc_config import Method
 from hbat.unsupported import refuse_arguments, refuse_trainer
@@ -122,7 +124,9 @@ class EWCCallback(TrainerCallback):
         require_counterparts(parameters, anchor, "anchor")
         require_counterparts(parameters, self.importance, "importance")
         self._parameters = parameters
-        self._anchor = {name: anchor[name].detach().to(each.device) for name, each in parameters.items()}
+        self._anchor = {
+            name: shared_as(anchor[name].detach(), each).to(each.device) for name, each in parameters.items()
+        }
         self._importance = {name: _beside(self.importance[name], each) for name, each in parameters.items()}
         if self.method == "gradient" and self._trainer is not None:
             self._undo = after_backward(self._trainer.accelerator, self._after_backward)
@@ -150,7 +154,7 @@ class EWCCallback(TrainerCallback):
         if self.method != "gradient" or self._trainer is not None or not self._parameters:
             return
         for each in self._parameters.values():
-            each.grad = each.new_zeros(each.shape) if each.grad is None else each.grad
+            each.grad = torch.zeros_like(each) if each.grad is None else each.grad
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         add_penalty_gradient_(self._parameters, self._anchor, self._importance, strength=self.f_max, scale=scale)
@@ -240,7 +244,7 @@ def _beside(value: Tensor | float, parameter: Tensor) -> Tensor | float:
     # A mapping from disk or CPU is brought to the parameter's device once, not at every step.
     if not isinstance(value, Tensor):
         return value
-    return float(value) if value.dim() == 0 else value.detach().to(parameter.device)
+    return float(value) if value.dim() == 0 else shared_as(value.detach(), parameter).to(parameter.device)
 
 
 def _task_norm(measured: PenaltyStatistics, total_norm: float | None) -> float:

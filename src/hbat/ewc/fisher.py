@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hbat.ewc.importance import tensor_means
 from hbat.ewc.parameters import trainable_parameters
+from hbat.ewc.shards import is_shared
 
 #: Label of positions that are no target, as the host's collators set it.
 IGNORED = -100
@@ -47,7 +49,8 @@ def diagonal_fisher(
     `gnb` (Gauss-Newton-Bartlett) draws the target tokens from the model: per-sequence gradients are then independent
     with mean zero, so the squared gradient of a batch's *sum* is unbiased for the sum of squares, with one backward
     pass a batch. `empirical` uses the data's own tokens with one backward pass a sequence; it differs from the Fisher
-    by a factor that varies in training. The model runs in evaluation mode and is left in the mode it was in.
+    by a factor that varies in training. The model runs in evaluation mode and is left in the mode it was in. Where
+    processes share its parameters, each has to give the same examples and an equal generator.
 
     Args:
         model: Called as `model(input_ids=..., attention_mask=...)` with an output that has `logits`.
@@ -74,7 +77,7 @@ def diagonal_fisher(
         for batch in _batches(usable, batch_size if estimator == "gnb" else 1):
             logits, labels = _run(model, batch)
             slope = _log_likelihood_slope(logits.detach(), labels, sampled=estimator == "gnb", generator=generator)
-            gradients = torch.autograd.grad(logits, list(parameters.values()), slope, allow_unused=True)
+            gradients = _gradients(logits, slope, list(parameters.values()))
             for each, gradient in zip(total.values(), gradients, strict=True):
                 if gradient is not None:
                     each.add_(gradient.float().square_())
@@ -82,7 +85,21 @@ def diagonal_fisher(
         model.train(was_training)
     for each in total.values():
         each.div_(len(usable))
-    return total if granularity == "element" else {name: each.mean() for name, each in total.items()}
+    if granularity == "element":
+        return total
+    means = tensor_means(total).float()
+    return {name: mean.to(each.device) for (name, each), mean in zip(total.items(), means, strict=True)}
+
+
+def _gradients(logits: Tensor, slope: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    if not any(map(is_shared, parameters)):
+        return list(torch.autograd.grad(logits, parameters, slope, allow_unused=True))
+    # FSDP2 brings gradients to `.grad` alone, as their mean over the processes, which all run the same batch here.
+    logits.backward(slope)
+    gradients = [each.grad for each in parameters]
+    for each in parameters:
+        each.grad = None
+    return gradients
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

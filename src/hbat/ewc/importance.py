@@ -5,12 +5,13 @@ takes. Both are float32, finite and non-negative, of shape `()` for a tensor as 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hbat.ewc.parameters import require_counterparts
+from hbat.ewc.shards import as_part, part_of, smallest, summed
 
 #: Elements that are summed in float64 at a time.
 _BLOCK = 1 << 22
@@ -18,7 +19,11 @@ _BLOCK = 1 << 22
 
 @torch.no_grad()
 def displacement(
-    parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor], granularity: str = "element"
+    parameters: Mapping[str, Tensor],
+    anchor: Mapping[str, Tensor],
+    granularity: str = "element",
+    *,
+    device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     r"""Squared change of each parameter over a stage: $d_i = (\theta_i - \theta^*_i)^2$.
 
@@ -26,20 +31,28 @@ def displacement(
         parameters: Weights at the stage's end, by name.
         anchor: Weights at its start, same names and shapes.
         granularity: `element`, or `tensor` for the mean of $d$ over each tensor's elements.
+        device: Where the result shall lie; each tensor's goes there before the next one is worked on.
 
     Returns:
-        Raw importance in float32, on the device of the parameters.
+        Raw importance in float32, on the device of the parameters where no other is asked for.
 
     Raises:
         ValueError: If a change is not finite.
     """
     require_counterparts(parameters, anchor, "anchor")
-    result = {}
+    result, extremes, sums = {}, [], []
     for name, each in parameters.items():
-        squared = (each.float() - anchor[name].to(each.device).float()).square_()
-        result[name] = squared if granularity == "element" else squared.mean()
-    _require_finite(result, "displacement")
-    return result
+        squared = (part_of(each).float() - part_of(anchor[name]).to(each.device).float()).square_()
+        extremes.append(_extremes(squared))
+        if granularity == "element":
+            result[name] = as_part(squared, each).to(device or each.device)
+        else:
+            sums.append(_sum(squared))
+    _require_valid(parameters, extremes, "displacement")
+    if granularity == "element":
+        return result
+    means = _means(parameters, sums).float()
+    return {name: mean.to(device or each.device) for (name, each), mean in zip(parameters.items(), means, strict=True)}
 
 
 @torch.no_grad()
@@ -78,16 +91,17 @@ def normalize(raw: Mapping[str, Tensor], normalization: str = "mean", scale: flo
     Raises:
         ValueError: If an entry is negative or not finite, or the softmax is asked for over elements.
     """
-    _require_finite(raw, "importance")
+    extremes = _require_valid(raw, [_extremes(part_of(each)) for each in raw.values()], "importance")
     if not raw:
         return {}
     if normalization == "softmax":
         return _softmax(raw, scale)
     if normalization == "max":
-        divisor = max(float(each.max()) for each in raw.values())
+        divisor = -float(extremes[:, 1].min())
     else:
         entries = sum(each.numel() for each in raw.values())
-        divisor = math.fsum(_sum(each) for each in raw.values()) / entries * len(raw)
+        sums = torch.tensor([_sum(part_of(each)) for each in raw.values()], dtype=torch.float64)
+        divisor = math.fsum(summed(sums, raw.values()).tolist()) / entries * len(raw)
     if divisor == 0.0:
         return {name: torch.zeros_like(each) for name, each in raw.items()}
     return {name: _divided(each, divisor) for name, each in raw.items()}
@@ -102,7 +116,7 @@ def effective_tensors(importance: Mapping[str, Tensor]) -> float:
     Returns:
         Between 1 (a single tensor holds it all) and the number of tensors; 0 where all importance is zero.
     """
-    means = _tensor_means(importance)
+    means = tensor_means(importance)
     total = float(means.sum())
     return 0.0 if total == 0.0 else float(1.0 / (means / total).square().sum())
 
@@ -118,13 +132,26 @@ def most_important(raw: Mapping[str, Tensor], fraction: float) -> set[str]:
         Their names; never those of all tensors.
     """
     count = max(0, min(int(fraction * len(raw)), len(raw) - 1))
-    order = torch.argsort(_tensor_means(raw), descending=True, stable=True)[:count].tolist()
+    order = torch.argsort(tensor_means(raw), descending=True, stable=True)[:count].tolist()
     names = list(raw)
     return {names[index] for index in order}
 
 
-def _tensor_means(importance: Mapping[str, Tensor]) -> Tensor:
-    return torch.tensor([_sum(each) / each.numel() for each in importance.values()], dtype=torch.float64)
+def tensor_means(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Average each tensor over all its elements, wherever they lie: one collective.
+
+    Args:
+        tensors: Tensors by name.
+
+    Returns:
+        Means in float64 on the CPU, in the same order.
+    """
+    return _means(tensors, [_sum(part_of(each)) for each in tensors.values()])
+
+
+def _means(tensors: Mapping[str, Tensor], sums: Sequence[float]) -> Tensor:
+    counts = torch.tensor([each.numel() for each in tensors.values()], dtype=torch.float64)
+    return summed(torch.tensor(sums, dtype=torch.float64), tensors.values()) / counts
 
 
 def _sum(tensor: Tensor) -> float:
@@ -148,11 +175,23 @@ def _softmax(raw: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     return {name: share.to(each.device) for (name, each), share in zip(raw.items(), shares, strict=True)}
 
 
-def _require_finite(values: Mapping[str, Tensor], what: str) -> None:
-    for name, each in values.items():
-        low, high = each.aminmax()
-        if not (low >= 0 and torch.isfinite(high)):  # NaN fails the first comparison
-            raise ValueError(
-                f"The {what} of {name!r} is not finite and non-negative (smallest {float(low)}, largest "
-                f"{float(high)}). The weights have diverged: lower the learning rate."
-            )
+def _extremes(part: Tensor) -> Tensor:
+    # Smallest and negated largest entry, so that both are minima. A part may be empty; zero changes no verdict.
+    if part.numel() == 0:
+        return part.new_zeros(2, dtype=torch.float32)
+    low, high = part.aminmax()
+    return torch.stack([low, -high]).float()
+
+
+def _require_valid(tensors: Mapping[str, Tensor], extremes: Sequence[Tensor], what: str) -> Tensor:
+    if not tensors:
+        return torch.empty(0, 2)
+    found = smallest(torch.stack([each.to(extremes[0].device) for each in extremes]), tensors.values())
+    valid = (found[:, 0] >= 0) & torch.isfinite(found[:, 1])  # NaN fails the first comparison
+    for index in (~valid).nonzero().flatten().tolist():
+        low, high = found[index].tolist()
+        raise ValueError(
+            f"The {what} of {list(tensors)[index]!r} is not finite and non-negative (smallest {low}, largest "
+            f"{-high}). The weights have diverged: lower the learning rate."
+        )
+    return found

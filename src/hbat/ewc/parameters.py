@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hbat.ewc.shards import give_back
+
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module"}
 
 
@@ -27,7 +29,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """List the parameters that training changes, each once.
 
     Tied tensors appear under their first name only; buffers, frozen parameters and frozen adapters (such as the
-    reference adapter of DPO) not at all.
+    reference adapter of DPO) not at all. Not to be called between forward and backward pass: see `give_back`.
 
     Args:
         model: The model, wrapped or not.
@@ -35,6 +37,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Returns:
         Parameters by canonical name, in the model's order.
     """
+    give_back(model)
     return {canonical_name(name): each for name, each in model.named_parameters() if each.requires_grad}
 
 

@@ -6,6 +6,8 @@ factor 1/2, as in the authors' code:
 $$\Omega(\theta) = \sum_k \sum_i F_{ki} (\theta_{ki} - \theta^*_{ki})^2$$
 $$\partial\Omega / \partial\theta_{ki} = 2 F_{ki} (\theta_{ki} - \theta^*_{ki})$$
 
+It is a sum over elements: of a tensor that processes share, each adds the pull on its own part, and none communicates.
+
 All arithmetic subtracts first and is done in float32, whatever the dtype of the weights: `grad + parameter - anchor`
 in bfloat16 is wrong by a quarter.
 """
@@ -18,6 +20,7 @@ from torch import Tensor
 from hbat.ewc.blocks import Block, walk_blocks
 from hbat.ewc.foreach import add_small_pulls_
 from hbat.ewc.parameters import require_counterparts
+from hbat.ewc.shards import parts_of
 from hbat.ewc.statistics import PenaltyStatistics, measure_penalty
 
 
@@ -80,8 +83,9 @@ def add_penalty_gradient_(
         measure_penalty(parameters, anchor, importance, strength=strength, gradient_scale=scale) if measure else None
     )
     factor = 2.0 * scale * strength
-    large = add_small_pulls_(parameters, anchor, importance, factor)
-    for block in walk_blocks(large, anchor, importance, with_gradient=True):
+    own, start, weight = parts_of(parameters), parts_of(anchor), parts_of(importance)
+    large = add_small_pulls_(own, start, weight, factor)
+    for block in walk_blocks(large, start, weight, with_gradient=True):
         _add_pull_(block, factor)
     return measured
 
@@ -108,8 +112,8 @@ def proximal_step_(
         strength: Factor of the penalty.
         learning_rates: $\eta$ of the step just taken, by name; parameters without one stay as they are.
     """
-    moved = {name: each for name, each in parameters.items() if name in learning_rates}
-    for block in walk_blocks(moved, anchor, importance, with_gradient=False):
+    moved = parts_of({name: each for name, each in parameters.items() if name in learning_rates})
+    for block in walk_blocks(moved, parts_of(anchor), parts_of(importance), with_gradient=False):
         shrink = 1.0 + 2.0 * learning_rates[block.name] * strength * block.importance
         block.parameter.copy_(block.difference.div_(shrink).add_(block.anchor))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hbat.ewc.blocks import Block, walk_blocks
+from hbat.ewc.shards import parts_of, summed
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def measure_penalty(
     strength: float = 1.0,
     gradient_scale: float | None = None,
 ) -> PenaltyStatistics:
-    r"""Read off the penalty's statistics without changing anything.
+    r"""Read off the penalty's statistics without changing anything. With shared parameters: one collective.
 
     Args:
         parameters: Parameters by name.
@@ -57,9 +58,10 @@ def measure_penalty(
         The statistics.
     """
     tally = _Tally()
-    for block in walk_blocks(parameters, anchor, importance, with_gradient=gradient_scale is not None):
+    own, start, weight = parts_of(parameters), parts_of(anchor), parts_of(importance)
+    for block in walk_blocks(own, start, weight, with_gradient=gradient_scale is not None):
         tally.add(block, gradient_scale)
-    return tally.result(strength)
+    return tally.result(strength, parameters)
 
 
 class _Tally:
@@ -83,13 +85,14 @@ class _Tally:
         self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
         self._count += block.parameter.numel()
 
-    def result(self, strength: float) -> PenaltyStatistics:
+    def result(self, strength: float, parameters: Mapping[str, Tensor]) -> PenaltyStatistics:
         sums = torch.zeros(5, dtype=torch.float64) if self._sums is None else self._sums
+        sums = summed(torch.cat([sums, sums.new_tensor([self._count])]), parameters.values())
         return PenaltyStatistics(
             penalty=strength * sums[0],
             squared_drift=sums[1],
             gradient_norm=2.0 * strength * sums[2].sqrt(),
             task_gradient_norm=sums[3].sqrt(),
             inner_product=2.0 * strength * sums[4],
-            count=self._count,
+            count=int(sums[5]),
         )

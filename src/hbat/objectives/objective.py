@@ -64,6 +64,7 @@ class Objective:
             anew where going on would not end in the same weights.
         rehearses_all_rows: Whether the trainer finds faults in rows when it is built that `faults` cannot see, such as
             prompts that are too long for the model: before the first stage it is then built on all of them.
+        trains_shards: Whether the trainer can train a model that is sharded (FSDP2).
         derived: Fields that the configuration works out of others; they are worked out again for each stage.
         trainer_kwargs: More arguments for the trainer's constructor.
     """
@@ -84,6 +85,7 @@ class Objective:
     restores: Callable[[Any, Mapping[str, Tensor]], None] | None = None
     resumes_inside: Callable[[Any, int, int], bool] | bool = True
     rehearses_all_rows: bool = False
+    trains_shards: bool = True
     derived: Collection[str] = ()
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
 

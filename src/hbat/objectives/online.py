@@ -87,6 +87,7 @@ def online_objective(
         minimum_rows=prompts_of_a_rollout,
         epoch_steps=epoch_steps,
         resumes_inside=is_between_rollouts,
+        trains_shards=False,
         derived=("generation_batch_size",),
     )
 

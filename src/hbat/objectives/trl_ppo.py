@@ -61,6 +61,7 @@ def ppo(config: Any) -> Objective:
         metric="reward",
         greater_is_better=True,
         takes_rewards=True,
+        trains_shards=False,
         minimum_rows=_rollout_size,
         epoch_steps=_rollouts,
         keeps=trl_ppo_trainer.critic_of,

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from hbat.adapter_checkpoints import kept_form
+from hbat.ewc.shards import give_back, is_sharded, shared_as
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.policy import PolicyAndCritic
 from hbat.ppo.progress import Progress
@@ -37,6 +38,7 @@ class PolicyCheckpoints(Trainer):
         Returns:
             The critic's trained tensors (not copied) and the KL coefficient, by name.
         """
+        give_back(self.model.critic)
         critic = {
             f"{_CRITIC}{name}": each for name, each in self.model.critic.named_parameters() if each.requires_grad
         }
@@ -63,7 +65,7 @@ class PolicyCheckpoints(Trainer):
                 "Set `critic` to what it was."
             )
         for name, each in own.items():
-            each.copy_(state[name])
+            each.copy_(shared_as(state[name], each))
         self._progress.kl_coef = float(state[_KL_COEF])
 
     @contextmanager
@@ -80,8 +82,15 @@ class PolicyCheckpoints(Trainer):
         if not self.args.should_save:
             return
         folder, policy = Path(str(output_dir or self.args.output_dir)), self.model.policy
+        if is_sharded(policy):  # the host has put the whole together, and writes its own files of the shards besides
+            own = {
+                name.removeprefix("policy."): each for name, each in state_dict.items() if name.startswith("policy.")
+            }
+            policy.save_pretrained(folder, state_dict=own, **_adapter_alone(policy))
+            self.processing_class.save_pretrained(folder)
+            return
         # Not the reference adapter: transformers 4.57 would then leave out the other one when it resumes.
-        adapter = {"selected_adapters": [ADAPTER]} if hasattr(policy, "peft_config") else {}
+        adapter = _adapter_alone(policy)
         policy.save_pretrained(folder, **adapter)
         self.processing_class.save_pretrained(folder)
         if adapter and REFERENCE_ADAPTER in policy.peft_config:
@@ -96,9 +105,13 @@ class PolicyCheckpoints(Trainer):
         super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if is_sharded(self.model):  # the host's files hold critic and reference adapter too
+            super()._load_from_checkpoint(resume_from_checkpoint, model=self.model)
+            self._progress.load(folder, self.args.process_index, self.args.device)
+            return
         with self._policy_as_model() as policy, kept_form(policy):
             super()._load_from_checkpoint(resume_from_checkpoint, model=policy)
-        folder = Path(resume_from_checkpoint)
         if (folder / _REFERENCE_FILE).exists():
             with torch.no_grad():
                 for name, each in load_file(folder / _REFERENCE_FILE).items():
@@ -128,3 +141,7 @@ class PolicyCheckpoints(Trainer):
             if critic:
                 optimizer.add_param_group({**group, "params": critic, "lr": rate})
         return optimizer
+
+
+def _adapter_alone(policy: Any) -> dict[str, list[str]]:
+    return {"selected_adapters": [ADAPTER]} if hasattr(policy, "peft_config") else {}

@@ -1,5 +1,6 @@
 """Evaluation of a policy: the rewards of its greedy completions."""
 
+import math
 from typing import Any
 
 import torch
@@ -34,10 +35,11 @@ def evaluate_policy(
         raise ValueError("There are no rows to evaluate on. Give `eval_dataset`, to the trainer or to `evaluate`.")
     prompts = prepare_rows(rows, policy, tokenizer, args)
     size = args.per_device_eval_batch_size
-    # With fewer rows than processes some take the first row, which does not count for them.
     own = list(range(args.process_index, len(prompts), args.world_size))
+    # Sharded models need all processes in every batch: those that have no row left take the first, and count it not.
+    most = math.ceil(len(prompts) / args.world_size)
     entries: dict[str, list[torch.Tensor]] = {}
-    for start in range(0, max(len(own), 1), size):
+    for start in range(0, most, size):
         part = own[start : start + size]
         batch = [prompts[index] for index in part or [0]]
         scored = collector.score(batch, seed=None, trainer_state=state)

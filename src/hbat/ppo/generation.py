@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
+from hbat.ewc.shards import is_sharded
 from hbat.ppo.prompts import pad_left
 
 
@@ -112,6 +113,7 @@ class CompletionSampler:
             attention_mask=mask,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([ends]),
+            synced_gpus=is_sharded(self._policy),  # each step takes all processes
         )
         prompt_length = ids.shape[1]
         lengths = ends.lengths.tolist()

@@ -74,6 +74,16 @@ class PolicyAndCritic(nn.Module):
         for each in self._networks():
             each.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
 
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
+        """Say whether the next backward pass brings the gradients of all processes together, under FSDP2.
+
+        Args:
+            requires_gradient_sync: Whether it does.
+        """
+        parts: tuple[Any, Any] = (self.policy, self.critic)
+        for each in parts:
+            each.set_requires_gradient_sync(requires_gradient_sync)
+
     def get_input_embeddings(self) -> nn.Module:
         """Embeddings of the policy.
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hbat.ewc.shards import is_sharded
 from hbat.ppo.log_probs import token_statistics
 
 _PROBE = 4  # tokens
@@ -83,7 +84,7 @@ class TokenModel:
             states = hidden = self.hidden_states(input_ids, attention_mask, tokens)
             head: Any = self._logits
         else:
-            output = self._causal(**self._arguments(input_ids, attention_mask), output_hidden_states=True)
+            output = self.model(**self._arguments(input_ids, attention_mask), output_hidden_states=True)
             hidden, states = output.hidden_states[-1][:, -tokens - 1 : -1], output.logits[:, -tokens - 1 : -1]
             head = _as_it_is
         mask = attention_mask[:, -tokens:].bool()
@@ -101,7 +102,12 @@ class TokenModel:
 
     @torch.no_grad()
     def verify(self) -> None:
-        """Compare hidden states and head apart with the model's own logits, and call it as it is if they differ."""
+        """Compare hidden states and head apart with the model's own logits, and call it as it is if they differ.
+
+        So is a sharded model, whose parameters FSDP puts together where the model as a whole is called.
+        """
+        if is_sharded(self.model):
+            self._splits = False
         if not self._splits:
             return
         was_training = self._causal.training

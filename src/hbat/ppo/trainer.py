@@ -24,6 +24,7 @@ from hbat.ppo.reference import Reference
 from hbat.ppo.requirements import prepare, prepare_rows
 from hbat.ppo.rewards import Rewards
 from hbat.ppo.schedule import Position, RolloutSchedule
+from hbat.ppo.sharded import shard_policy_and_critic
 from hbat.ppo.update import APPROX_KL, update_loss
 
 
@@ -91,6 +92,8 @@ class PPOTrainer(PolicyCheckpoints):
         rewards.to(args.device)
         reference = Reference(policy, ref_model) if args.kl_coef > 0 else None
         self.ref_model = None if reference is None else reference.model
+        if self.is_fsdp_enabled:
+            shard_policy_and_critic(self, reference)
         for each in (self.model.tokens, reference):
             if each is not None:
                 each.verify()

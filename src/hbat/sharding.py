@@ -1,0 +1,155 @@
+"""FSDP2: a run's models are sharded once, by the host's own function, and stay so from stage to stage.
+
+Every trainer would shard the model that it is given. The second one fails on it (accelerate 1.10-1.15 looks for the
+decoder layers by the names of their classes, which are others then), so from the first stage on trainers are given a
+model that is sharded already, and take it as it is.
+"""
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from accelerate.utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import Trainer, TrainingArguments
+
+from hbat.config import HBATConfig
+from hbat.ewc.shards import is_sharded
+from hbat.lifecycle import kept_environment
+from hbat.objectives.objective import Objective
+from hbat.processes import process_count
+from hbat.support import REFUSALS
+from hbat.unsupported import fsdp_version
+
+Shard = Callable[[nn.Module], None]
+#: Options of a section that say how its trainer would shard: one model has one sharding.
+_SHARED_OPTIONS = ("fsdp", "fsdp_config", "bf16", "fp16")
+
+
+def sharding(
+    config: HBATConfig, objectives: Iterable[Objective], sections: Mapping[str, TrainingArguments]
+) -> Shard | None:
+    """Find out how the trainers of a run would shard its model.
+
+    Args:
+        config: The run's configuration.
+        objectives: Its objectives.
+        sections: Configuration of each objective.
+
+    Returns:
+        What shards a model in place as they would; None where they would not.
+
+    Raises:
+        NotImplementedError: If they would in a way in which no run can train.
+        ValueError: If they would in different ways.
+    """
+    asked = [name for name, each in sections.items() if fsdp_version(each) is not None]
+    if not asked:
+        return None
+    for each in objectives:
+        _require_trainable(each, sections[each.name])
+    _require_agreement(sections)
+    if config.ewc is not None and config.ewc.source == "fisher" and config.ewc.estimator == "empirical":
+        raise REFUSALS["Fisher of samples under FSDP2"].error()
+    if process_count() == 1:
+        raise REFUSALS["FSDP2 in one process"].error()
+    with kept_environment(), tempfile.TemporaryDirectory() as folder:
+        args = dataclasses.replace(sections[asked[0]], output_dir=folder, report_to="none")
+        trainer = Trainer(nn.Linear(1, 1), args)  # for its accelerator alone, made as in every stage
+    require_supported(trainer)
+    return functools.partial(_shard, trainer.accelerator)
+
+
+def _require_agreement(sections: Mapping[str, TrainingArguments]) -> None:
+    for option in _SHARED_OPTIONS:
+        values = {name: getattr(each, option, None) for name, each in sections.items()}
+        if any(each != next(iter(values.values())) for each in values.values()):
+            raise ValueError(
+                f"`{option}` differs between the sections: {values}. The model is sharded once for all stages, so set "
+                "it to the same in all of them."
+            )
+
+
+def _require_trainable(objective: Objective, args: TrainingArguments) -> None:
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    refused = {
+        "objective under FSDP2": not objective.trains_shards,
+        "precomputed reference under FSDP2": getattr(args, "precompute_ref_log_probs", False),
+        "8-bit optimizers under FSDP2": "bit" in optimizer or "paged" in optimizer,
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise REFUSALS[what].error(objective=objective.name, name=optimizer)
+
+
+def require_supported(trainer: Trainer) -> None:
+    """Check how a trainer shards.
+
+    Args:
+        trainer: A trainer that is asked to.
+
+    Raises:
+        NotImplementedError: If it does in a way that is not supported.
+    """
+    accelerator, args = trainer.accelerator, trainer.args
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        raise REFUSALS["FSDP2 left aside"].error(engine=str(accelerator.distributed_type))
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    in_one_file = "FULL" in str(plugin.state_dict_type)
+    where = "accelerate's plug-in"
+    refused = {
+        "FSDP1": plugin.fsdp_version == 1,
+        "FSDP with offload": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "FSDP2 with activation checkpointing": plugin.activation_checkpointing,
+        "FSDP2 on a mesh": mesh is not None and mesh.ndim > 1,
+        "FSDP2 with an optimizer without state": in_one_file and getattr(args.optim, "value", args.optim) == "sgd",
+        "FSDP2 with compilation": args.torch_compile,
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise REFUSALS[what].error(engine=what, where=where)
+
+
+def _shard(accelerator: Any, model: nn.Module) -> None:
+    if is_sharded(model):
+        name = next(iter(dict(model.named_parameters())))
+        raise REFUSALS["FSDP2 by the model"].error(name=name, where="`distributed_config`")
+    fsdp2_prepare_model(accelerator, model)  # in place
+
+
+def shard_with(trainer: Trainer, model: nn.Module) -> None:
+    """Shard a model as a trainer would, unless it is.
+
+    Args:
+        trainer: The trainer.
+        model: The model; changed in place.
+    """
+    if not is_sharded(model):
+        _shard(trainer.accelerator, model)
+
+
+def keep_sharded(trainer: Trainer) -> None:
+    """Let a trainer take a model as it is that is sharded already, or that holds one.
+
+    Args:
+        trainer: The trainer; a `StageGuard` takes this back.
+
+    Raises:
+        NotImplementedError: If it would shard in a way that is not supported.
+    """
+    require_supported(trainer)
+    accelerator: Any = trainer.accelerator
+    prepare = accelerator.prepare
+
+    def keeping(*objects: Any, **options: Any) -> Any:
+        if not any(isinstance(each, nn.Module) and is_sharded(each) for each in objects):
+            return prepare(*objects, **options)
+        # An optimizer made of sharded parameters needs no others in their stead, as accelerate's own way gives it.
+        kept = [each if isinstance(each, nn.Module) else accelerator.prepare_optimizer(each) for each in objects]
+        return tuple(kept) if len(kept) > 1 else kept[0]
+
+    accelerator.prepare = keeping
