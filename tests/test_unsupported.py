@@ -152,7 +152,7 @@ def test_every_refusal_of_the_table_is_among_them():
 # --- as engines are asked for ----------------------------------------------------------------------------------------
 
 LAUNCHES = {
-    "FSDP1": {"ACCELERATE_USE_FSDP": "true"},
+    "FSDP1": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
     "FSDP2 with offload": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
     "DeepSpeed": {"ACCELERATE_USE_DEEPSPEED": "true"},
     "parallelism_config": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
@@ -194,6 +194,7 @@ def test_an_engine_in_a_section_is_refused_before_the_host_asks_for_its_packages
     [
         (None, None),
         (SimpleNamespace(fsdp=""), None),
+        (SimpleNamespace(deepspeed=None), None),
         (SimpleNamespace(fsdp=[], fsdp_plugin_args={}), None),
         (SimpleNamespace(fsdp="full_shard"), 1),
         (SimpleNamespace(fsdp=True, fsdp_plugin_args={"fsdp_version": 2}), 2),
@@ -224,3 +225,11 @@ def test_a_base_that_gets_an_adapter_may_be_quantised():
 def test_the_policy_beside_a_critic_is_looked_at():
     with pytest.raises(ValueError, match="4 bits and has no adapter"):
         refuse_trainer(None, torch.nn.ModuleDict({"policy": quantised(), "critic": torch.nn.Linear(1, 1)}))
+
+
+def test_what_an_earlier_trainer_of_the_process_left_is_no_launch(monkeypatch):
+    """accelerate says in the environment that a trainer used FSDP; which, the trainer's arguments said."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert fsdp_version() is None
+    assert fsdp_version(SimpleNamespace(fsdp=True, fsdp_plugin_args={"fsdp_version": 2})) == 2
+    assert fsdp_version(SimpleNamespace(fsdp=None)) == 1  # from which the host would make one of the first version

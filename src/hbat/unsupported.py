@@ -108,6 +108,8 @@ def fsdp_version(args: Any = None) -> int | None:
     """
     if not getattr(args, "fsdp", None) and not _is_set("ACCELERATE_USE_FSDP"):
         return None
+    if not hasattr(args, "fsdp") and "FSDP_VERSION" not in os.environ:
+        return None  # not `accelerate launch`, but an earlier trainer of this process has left it
     of_args = (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version")  # transformers < 5 has none
     return int(of_args or os.environ.get("FSDP_VERSION", "1"))
 
