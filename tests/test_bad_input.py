@@ -197,25 +197,25 @@ def fields(config_class, but=()):
     return st.sampled_from([each.name for each in dataclasses.fields(config_class) if each.name not in but])
 
 
-def refused_or_taken(key, build):
-    message = key
+def refused_or_taken(names, build):
+    message = names[0]
     try:
         build()
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         message = one_line(error, "")
-    assert key in message
+    assert any(each in message for each in names), message
 
 
 @fixed(max_examples=300)
 @given(fields(HBATConfig), JUNK)
 def test_any_value_of_the_runs_fields_is_taken_or_refused_by_name(key, value):
-    refused_or_taken(key, lambda: HBATConfig(**{"output_dir": "unused", key: value}))
+    refused_or_taken([key], lambda: HBATConfig(**{"output_dir": "unused", key: value}))
 
 
 @fixed(max_examples=300)
 @given(fields(EWCConfig), JUNK)
 def test_any_value_of_a_field_of_ewc_is_taken_or_refused_by_name(key, value):
-    refused_or_taken(f"ewc.{key}", lambda: HBATConfig(output_dir="unused", ewc={key: value}))
+    refused_or_taken([f"ewc.{key}"], lambda: HBATConfig(output_dir="unused", ewc={key: value}))
 
 
 @pytest.mark.filterwarnings("ignore")  # the host's, about values that it takes
@@ -225,7 +225,8 @@ def test_any_value_of_a_field_of_the_host_is_taken_or_refused_by_name(objective)
     @given(fields(getattr(trl, f"{objective.upper()}Config")), JUNK)
     def check(key, value):
         config = HBATConfig(output_dir="unused", objectives=[objective], **{objective: runs.section() | {key: value}})
-        refused_or_taken(objective, lambda: build_sections(resolve(config), config))
+        # What cuts a model over devices is named by its key alone; a host seldom names the key itself.
+        refused_or_taken([objective, key], lambda: build_sections(resolve(config), config))
 
     check()
 
