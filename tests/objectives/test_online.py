@@ -258,9 +258,21 @@ CUTS = {
 }
 
 
-@each_objective
+#: Each cut and each model once with one of the two, which differ in their loss alone; the rest is slow.
+QUICK = {
+    ("grpo", "full", "inside, between rollouts"), ("grpo", "lora", "inside a rollout"),
+    ("rloo", "full", "in the second epoch"), ("rloo", "lora", "between stages"),
+}  # fmt: skip
+RESUMED = [("full", each) for each in CUTS] + [("lora", "between stages"), ("lora", "inside a rollout")]
+
+
 @pytest.mark.parametrize(
-    ("case", "cut"), [("full", each) for each in CUTS] + [("lora", "between stages"), ("lora", "inside a rollout")]
+    ("name", "case", "cut"),
+    [
+        pytest.param(name, *each, marks=[] if (name, *each) in QUICK else pytest.mark.slow)
+        for name in ("grpo", "rloo")
+        for each in RESUMED
+    ],
 )
 def test_a_run_that_was_cut_off_ends_as_if_it_was_not(case, cut, name, tmp_path):
     killer, options, goes_on_at = CUTS[cut]
