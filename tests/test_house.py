@@ -396,7 +396,6 @@ TESTED_ELSEWHERE = {
     "objectives/grpo.py": "objectives/test_online.py",
     "objectives/rloo.py": "objectives/test_online.py",
     "run_scores.py": "test_trainer_reports.py",
-    "checkpoint_loading.py": "test_planted_files.py",
     "host_columns.py": "test_rows.py",
     "row_parts.py": "test_rows.py",
     "row_search.py": "test_datasets.py",

@@ -159,7 +159,7 @@ class StageRunner:
                 objective.restores(trainer, kept)
             resumes_at = functools.partial(objective.resumes_at, trainer.args, len(part))
             checkpoint = last_checkpoint(folder, trainer.args.max_steps, resumes_at)
-            with written_by_the_host(folder), named_checkpoint(trainer, checkpoint):
+            with written_by_the_host(folder), named_checkpoint(checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint)
             if interruption.stopped:
                 self._request.raise_if_agreed()
