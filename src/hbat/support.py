@@ -68,6 +68,10 @@ def _under_fsdp(says: str) -> Refusal:
     return Refusal(says, at=(HBAT,), kind=NotImplementedError)
 
 
+def _under_deepspeed(says: str) -> Refusal:
+    return Refusal(says, at=(HBAT,), kind=NotImplementedError)
+
+
 REFUSALS: Mapping[str, Refusal] = {
     "FSDP2": Refusal(
         "A model in 4 or 8 bits is not supported under {engine} ({where}). Train it in one process or with DDP "
@@ -116,7 +120,55 @@ REFUSALS: Mapping[str, Refusal] = {
     ),
     "FSDP1": Refusal(_SHARDED, kind=NotImplementedError),
     "FSDP with offload": Refusal(_SHARDED, kind=NotImplementedError),
-    "DeepSpeed": Refusal(_SHARDED, kind=NotImplementedError),
+    "DeepSpeed": Refusal(
+        "{engine} ({where}) is not supported with ZeRO-3, without ZeRO, with offload, or with a model in 4 or 8 bits. "
+        "Set `zero_optimization.stage` to 1 or 2 without offload, or train with DDP (`accelerate launch --multi_gpu`) "
+        "or, where the model does not fit on one device, with FSDP2 (`fsdp_version: 2`).",
+        kind=NotImplementedError,
+    ),
+    "EWCCallback alone under DeepSpeed": Refusal(
+        "`EWCCallback` in `callbacks=[...]` cannot reach the gradients under DeepSpeed. Call `callback.bind(trainer)` "
+        "before `trainer.train()`.",
+        at=(EWC,),
+        kind=NotImplementedError,
+    ),
+    "PPOTrainer under DeepSpeed": Refusal(
+        "PPO is not supported under DeepSpeed. Train it with DDP (`accelerate launch --multi_gpu`) or FSDP2 "
+        "(`fsdp_version: 2`).",
+        at=(HBAT, PPO),
+        kind=NotImplementedError,
+    ),
+    "objective under DeepSpeed": _under_deepspeed(
+        "The objective {objective!r} is not supported under DeepSpeed. Train it with DDP, or take `sft`, `dpo` or "
+        "`kto`."
+    ),
+    "half precision under DeepSpeed": _under_deepspeed(
+        "`{objective}` computes in half precision, {half}, under DeepSpeed, which would round the run's weights. Set "
+        "`bf16: false` and `fp16: false` in the sections and leave `torch_autocast` out, or train with DDP."
+    ),
+    "optimizer by DeepSpeed": _under_deepspeed(
+        "DeepSpeed's configuration has {owned}, which a run sets for each stage anew. Leave it out: `optim`, "
+        "`learning_rate` and `lr_scheduler_type` of the sections say the same."
+    ),
+    "optimizer under DeepSpeed": _under_deepspeed(
+        "`{objective}.optim` is {name!r}, whose state was not tested in DeepSpeed's hands. Take 'adamw_torch'."
+    ),
+    "precomputed reference under DeepSpeed": _under_deepspeed(
+        "`{objective}.precompute_ref_log_probs` is not supported under DeepSpeed. Leave it out."
+    ),
+    "compilation under DeepSpeed": _under_deepspeed(
+        "`torch_compile` is not supported under DeepSpeed. Leave it out of `{objective}`."
+    ),
+    "DeepSpeed for some objectives": _under_deepspeed(
+        "`deepspeed` is set for {names} alone. Set it to the same in all sections."
+    ),
+    "proximal steps under DeepSpeed": _under_deepspeed(
+        "`ewc.method: proximal` is not supported under DeepSpeed, which takes its own weights back after the step. "
+        "Set `ewc.method: gradient`."
+    ),
+    "frozen tensors under DeepSpeed": _under_deepspeed(
+        "`ewc.freeze` is not supported under DeepSpeed. Set it to 0, or train with DDP."
+    ),
     "parallelism": Refusal(
         "Layers cut over devices by {engine} ({where}) are not supported: the penalty would see a part of each "
         f"weight. {_INSTEAD}",
@@ -184,6 +236,7 @@ _PLAIN = "test_trainer.py::test_a_run_without_a_penalty_equals_plain_trainers"
 _QLORA = "test_qlora.py::test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone"
 _DDP = "distributed/test_ddp.py::test_two_processes_end_with_the_weights_of_one"
 _FSDP = "distributed/test_fsdp2.py::test_two_processes_end_with_the_weights_of_one"
+_ZERO = "distributed/test_deepspeed.py::test_two_processes_end_with_the_weights_of_one"
 _QLORA_DDP = "distributed/test_qlora_ddp.py::test_two_processes_train_one_adapter"
 
 #: How a run is launched and where its weights lie, by what is trained.
@@ -204,7 +257,10 @@ ENGINES: Mapping[str, tuple[Cell, ...]] = {
     "FSDP2 by the model (`distributed_config`)": ("FSDP2 by the model",) * 4,
     "FSDP1": ("FSDP1",) * 4,
     "FSDP with offload to the CPU": ("FSDP with offload",) * 4,
-    "DeepSpeed ZeRO-1, -2, -3, also with offload": ("DeepSpeed",) * 4,
+    "DeepSpeed ZeRO-1": (Shown(f"{_ZERO}[1-sft and dpo]"), Shown(f"{_ZERO}[1-lora]"), "DeepSpeed", "DeepSpeed"),
+    "DeepSpeed ZeRO-2": (Shown(f"{_ZERO}[2-sft and dpo]"), Shown(f"{_ZERO}[2-lora]"), "DeepSpeed", "DeepSpeed"),
+    "DeepSpeed ZeRO-3, or without ZeRO": ("DeepSpeed",) * 4,
+    "DeepSpeed with offload": ("DeepSpeed",) * 4,
     "tensor, context or sequence parallelism (`parallelism_config`), Megatron-LM": ("parallelism",) * 4,
     "tensor parallelism by the model (`tp_plan`)": ("tensor parallelism by the model",) * 4,
     "`device_map` over several devices": ("several devices",) * 4,

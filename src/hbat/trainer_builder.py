@@ -1,7 +1,7 @@
 """Builds an objective's trainer on the run's model, and leaves the model clean afterwards."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hbat.objectives.objective import Objective
 from hbat.reference_adapter import REFERENCE_ADAPTER
 from hbat.sharding import keep_sharded
 from hbat.stage_start import StageStart
+from hbat.zero import left_aside
 
 
 class TrainerBuilder:
@@ -77,8 +78,10 @@ class TrainerBuilder:
             if REFERENCE_ADAPTER in getattr(self._model, "peft_config", {}):
                 # It is there for the whole run, and the host has only to fill it. The guard takes this back.
                 self._model.add_adapter = _nothing
-            with _quiet_datasets():
-                args = objective.stage_args(self._sections[objective.name], str(folder), seed_offset)
+            with _quiet_datasets(), left_aside() if for_evaluation else nullcontext():
+                # Every process has the whole model under ZeRO-1 and -2, which the host evaluates in training alone.
+                changes = {"deepspeed": None} if for_evaluation else {}
+                args = objective.stage_args(self._sections[objective.name], str(folder), seed_offset, **changes)
                 if for_evaluation and hasattr(args, "precompute_ref_log_probs"):
                     args.precompute_ref_log_probs = False
                 trainer = objective.build_trainer(

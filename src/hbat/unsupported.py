@@ -7,9 +7,9 @@ from typing import Any
 from hbat.ewc.parameters import policy_of
 from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
 from hbat.support import COLUMNS, REFUSALS, refusal
+from hbat.zero import zero_row
 
 _PARALLELISM = "tensor, context or sequence parallelism (`parallelism_config`), Megatron-LM"
-_DEEPSPEED = "DeepSpeed ZeRO-1, -2, -3, also with offload"
 _OFFLOADED = {"cpu", "disk"}
 _INSIDE_BACKWARD = {"lomo", "adalomo"}
 _QUANTISATION = "bitsandbytes"
@@ -116,8 +116,9 @@ def fsdp_version(args: Any = None) -> int | None:
 
 def _engines(args: Any) -> Iterator[tuple[str, str, str]]:
     # Row of the table, name of the engine, and where it was asked for.
+    if where := _asked(args, "deepspeed"):
+        yield (row := zero_row(args)), row, where
     for engine, name, row in (
-        ("DeepSpeed", "deepspeed", _DEEPSPEED),
         ("parallelism_config", "parallelism_config", _PARALLELISM),
         ("Megatron-LM", "megatron_lm", _PARALLELISM),
     ):
