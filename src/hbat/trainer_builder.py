@@ -78,10 +78,9 @@ class TrainerBuilder:
             if REFERENCE_ADAPTER in getattr(self._model, "peft_config", {}):
                 # It is there for the whole run, and the host has only to fill it. The guard takes this back.
                 self._model.add_adapter = _nothing
-            with _quiet_datasets(), left_aside() if for_evaluation else nullcontext():
-                # Every process has the whole model under ZeRO-1 and -2, which the host evaluates in training alone.
-                changes = {"deepspeed": None} if for_evaluation else {}
-                args = objective.stage_args(self._sections[objective.name], str(folder), seed_offset, **changes)
+            base = self._sections[objective.name]
+            with _quiet_datasets(), left_aside(base) if for_evaluation else nullcontext({}) as changes:
+                args = objective.stage_args(base, str(folder), seed_offset, **changes)
                 if for_evaluation and hasattr(args, "precompute_ref_log_probs"):
                     args.precompute_ref_log_probs = False
                 trainer = objective.build_trainer(

@@ -45,18 +45,27 @@ def is_asked(args: Any = None) -> bool:
 
 
 @contextmanager
-def left_aside() -> Iterator[None]:
-    """Let trainers that are built in the block do without DeepSpeed, whatever the environment says.
+def left_aside(args: Any) -> Iterator[dict[str, Any]]:
+    """Let a trainer that is built in the block do without DeepSpeed.
+
+    Every process holds the whole model under ZeRO-1 and -2, and the host evaluates with them in training alone.
+
+    Args:
+        args: The host's arguments as they were given.
 
     Yields:
-        Nothing.
+        Changes of the arguments.
     """
-    asked = os.environ.pop(_VARIABLE, None)
+    if not is_asked(args):
+        yield {}
+        return
+    launched = os.environ.pop(_VARIABLE, None)
     try:
-        yield
+        # Without DeepSpeed accelerate takes processes on a CPU for strangers, unless it is told of the CPU.
+        yield {"deepspeed": None} | ({"use_cpu": True} if args.device.type == "cpu" else {})
     finally:
-        if asked is not None:
-            os.environ[_VARIABLE] = asked
+        if launched is not None:
+            os.environ[_VARIABLE] = launched
 
 
 def require_trainable(config: Any, objectives: Iterable[Any], sections: Mapping[str, Any]) -> None:

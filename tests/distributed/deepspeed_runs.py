@@ -27,9 +27,8 @@ def engine(stage, clip="auto"):
 
 
 def main(folder, stage, names):
-    config = folder / "deepspeed.json"
-    if os.environ["RANK"] == "0":
-        config.write_text(json.dumps(engine(stage)))
+    config = folder / f"deepspeed-{os.environ['RANK']}.json"
+    config.write_text(json.dumps(engine(stage)))
     os.environ |= {
         "DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config),
