@@ -121,9 +121,15 @@ REFUSALS: Mapping[str, Refusal] = {
     "FSDP1": Refusal(_SHARDED, kind=NotImplementedError),
     "FSDP with offload": Refusal(_SHARDED, kind=NotImplementedError),
     "DeepSpeed": Refusal(
-        "{engine} ({where}) is not supported with ZeRO-3, without ZeRO, with offload, or with a model in 4 or 8 bits. "
-        "Set `zero_optimization.stage` to 1 or 2 without offload, or train with DDP (`accelerate launch --multi_gpu`) "
-        "or, where the model does not fit on one device, with FSDP2 (`fsdp_version: 2`).",
+        "Training by {engine} ({where}) is not supported with this model. Full models and LoRA train with ZeRO-1 and "
+        "ZeRO-2 without offload (`zero_optimization.stage: 2`), with DDP (`accelerate launch --multi_gpu`) and, where "
+        "they do not fit on one device, with FSDP2 (`fsdp_version: 2`); QLoRA in one process and with DDP.",
+        kind=NotImplementedError,
+    ),
+    "half precision under DeepSpeed": Refusal(
+        "Computing in half precision under DeepSpeed ({where}) is not supported: it would round the weights that "
+        "stages hand over. Set `bf16: false` and `fp16: false` and leave `torch_autocast` out, or train with DDP "
+        "(`accelerate launch --multi_gpu`), which keeps float32 weights.",
         kind=NotImplementedError,
     ),
     "EWCCallback alone under DeepSpeed": Refusal(
@@ -135,16 +141,12 @@ REFUSALS: Mapping[str, Refusal] = {
     "PPOTrainer under DeepSpeed": Refusal(
         "PPO is not supported under DeepSpeed. Train it with DDP (`accelerate launch --multi_gpu`) or FSDP2 "
         "(`fsdp_version: 2`).",
-        at=(HBAT, PPO),
+        at=(PPO,),
         kind=NotImplementedError,
     ),
     "objective under DeepSpeed": _under_deepspeed(
         "The objective {objective!r} is not supported under DeepSpeed. Train it with DDP, or take `sft`, `dpo` or "
-        "`kto`."
-    ),
-    "half precision under DeepSpeed": _under_deepspeed(
-        "`{objective}` computes in half precision, {half}, under DeepSpeed, which would round the run's weights. Set "
-        "`bf16: false` and `fp16: false` in the sections and leave `torch_autocast` out, or train with DDP."
+        "`kto`, or an `Objective` of your own with `trains_zero=True`."
     ),
     "optimizer by DeepSpeed": _under_deepspeed(
         "DeepSpeed's configuration has {owned}, which a run sets for each stage anew. Leave it out: `optim`, "
@@ -293,6 +295,26 @@ FEATURES: Mapping[str, Cell] = {
     "EWCCallback and PPOTrainer alone, FSDP2": Shown(
         "distributed/test_fsdp2.py::test_callback_and_ppo_trainer_alone_train_what_they_train_in_one_process"
     ),
+    "KTO, ZeRO-2": Shown(f"{_ZERO}[2-kto]"),
+    "gradient checkpointing, ZeRO-2": Shown(f"{_ZERO}[2-checkpointing]"),
+    "a stage that was cut off begins anew, ZeRO-2": Shown(
+        "distributed/test_deepspeed.py::"
+        "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not"
+    ),
+    "EWCCallback bound to a trainer, ZeRO-2": Shown(
+        "distributed/test_deepspeed.py::test_a_bound_callback_trains_what_it_trains_in_one_process[2]"
+    ),
+    "EWCCallback in `callbacks` alone, ZeRO": "EWCCallback alone under DeepSpeed",
+    "PPO, GRPO and RLOO, ZeRO": "objective under DeepSpeed",
+    "PPOTrainer alone, ZeRO": "PPOTrainer under DeepSpeed",
+    "bf16, fp16 or `torch_autocast`, ZeRO": "half precision under DeepSpeed",
+    "`optimizer` or `scheduler` in DeepSpeed's configuration": "optimizer by DeepSpeed",
+    "8-bit, paged and other optimizers, ZeRO": "optimizer under DeepSpeed",
+    "`precompute_ref_log_probs`, ZeRO": "precomputed reference under DeepSpeed",
+    "`torch_compile`, ZeRO": "compilation under DeepSpeed",
+    "DeepSpeed in some sections alone": "DeepSpeed for some objectives",
+    "`ewc.method: proximal`, ZeRO": "proximal steps under DeepSpeed",
+    "`ewc.freeze`, ZeRO": "frozen tensors under DeepSpeed",
     "PPO on a 4-bit base": Shown(f"{_QLORA}[ppo-4-bit]"),
     "PPO on an 8-bit base": Shown(f"{_QLORA}[ppo-8-bit]"),
     "PPO on a 4-bit base in DDP": Shown(f"{_QLORA_DDP}[4-bit with ppo]"),
@@ -310,7 +332,8 @@ FEATURES: Mapping[str, Cell] = {
     "Fisher with `estimator: empirical` (per sample), DDP": Shown(f"{_DDP}[fisher of samples]"),
     "Fisher with `estimator: gnb`, FSDP2": Shown(f"{_FSDP}[fisher]"),
     "Fisher with `estimator: empirical` (per sample), FSDP2": "Fisher of samples under FSDP2",
-    "Fisher with `estimator: empirical` (per sample), ZeRO": "DeepSpeed",
+    "Fisher with `estimator: gnb`, ZeRO-2": Shown(f"{_ZERO}[2-fisher]"),
+    "Fisher with `estimator: empirical` (per sample), ZeRO-2": Shown(f"{_ZERO}[2-fisher of samples]"),
     "bfloat16 by autocast": Shown("test_trainer.py::test_every_stage_computes_in_bfloat16_when_asked"),
     "LoRA on `lm_head`, SFT and DPO (TRL 1.16)": "adapter on the head",
     "LoRA on `lm_head`, PPO alone": Shown(

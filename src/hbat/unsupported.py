@@ -7,7 +7,7 @@ from typing import Any
 from hbat.ewc.parameters import policy_of
 from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
 from hbat.support import COLUMNS, REFUSALS, refusal
-from hbat.zero import zero_row
+from hbat.zero import refuse_zero, zero_row
 
 _PARALLELISM = "tensor, context or sequence parallelism (`parallelism_config`), Megatron-LM"
 _OFFLOADED = {"cpu", "disk"}
@@ -29,6 +29,7 @@ def refuse_arguments(args: Any = None, column: str | None = None) -> None:
     for row, engine, where in _engines(args):
         if (refused := refusal(row, column)) is not None:
             raise refused.error(engine=engine, where=where)
+    refuse_zero(args)
     optimizer = getattr(args, "optim", "")
     optimizer = str(getattr(optimizer, "value", optimizer))
     if optimizer in _INSIDE_BACKWARD or optimizer.endswith("_layerwise"):

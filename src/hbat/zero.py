@@ -44,6 +44,23 @@ def is_asked(args: Any = None) -> bool:
     return bool(getattr(args, "deepspeed", None)) or os.environ.get(_VARIABLE, "").lower() in {"1", "true"}
 
 
+def refuse_zero(args: Any) -> None:
+    """Refuse what nothing can do under DeepSpeed, where it is asked for.
+
+    Args:
+        args: The host's arguments, or None.
+
+    Raises:
+        NotImplementedError: If they compute in half precision.
+    """
+    if not is_asked(args):
+        return
+    config = _config(args)
+    for key in ("bf16", "fp16", "torch_autocast"):
+        if getattr(args, key, False) or _section(config, key).get("enabled") is True:
+            raise REFUSALS["half precision under DeepSpeed"].error(where=f"`{key}`")
+
+
 @contextmanager
 def left_aside(args: Any) -> Iterator[dict[str, Any]]:
     """Let a trainer that is built in the block do without DeepSpeed.
@@ -96,11 +113,9 @@ def require_trainable(config: Any, objectives: Iterable[Any], sections: Mapping[
 def _require_trainable(objective: Any, args: Any) -> None:
     config = _config(args)
     optimizer = str(getattr(args.optim, "value", args.optim))
-    half = [key for key in ("bf16", "fp16") if getattr(args, key) or _section(config, key).get("enabled") is True]
     owned = [key for key in ("optimizer", "scheduler") if config.get(key)]
     refused = {
         "objective under DeepSpeed": not objective.trains_zero,
-        "half precision under DeepSpeed": bool(half) or bool(_section(config, "torch_autocast").get("enabled")),
         "optimizer by DeepSpeed": bool(owned),
         "optimizer under DeepSpeed": optimizer not in _OPTIMIZERS,
         "precomputed reference under DeepSpeed": bool(getattr(args, "precompute_ref_log_probs", False)),
@@ -108,7 +123,7 @@ def _require_trainable(objective: Any, args: Any) -> None:
     }
     for what, asked in refused.items():
         if asked:
-            raise REFUSALS[what].error(objective=objective.name, name=optimizer, half=half, owned=owned)
+            raise REFUSALS[what].error(objective=objective.name, name=optimizer, owned=owned)
 
 
 def _config(args: Any) -> Mapping[str, Any]:

@@ -16,7 +16,9 @@ from hbat.ewc.penalty import add_penalty_gradient_, proximal_step_
 from hbat.ewc.shards import shared_as
 from hbat.ewc.statistics import PenaltyStatistics, measure_penalty
 from hbat.ewc_config import Method
+from hbat.support import REFUSALS
 from hbat.unsupported import refuse_arguments, refuse_trainer
+from hbat.zero import is_asked
 
 #: Largest ratio of the penalty's gradient norm to the task's in a stage, below which the penalty is called dead.
 _DEAD_RATIO = 1e-4
@@ -116,6 +118,8 @@ class EWCCallback(TrainerCallback):
         if model is None or self.f_max == 0:
             return
         refuse_trainer(args, model)
+        if self._trainer is None and is_asked(args):
+            raise REFUSALS["EWCCallback alone under DeepSpeed"].error()
         if self.anchor is None and state.global_step > 0:
             raise ValueError(
                 f"`EWCCallback` has no `anchor` and training resumes at step {state.global_step}: the weights are no "

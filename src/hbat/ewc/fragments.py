@@ -91,7 +91,7 @@ class Fragments:
         return {name: self._cut(tensors[name], each) for name, each in self._parameters.items()}
 
     def take_gradients(self) -> None:
-        """Give each fragment of the weights its gradient. Between the backward pass and the step, when there is one."""
+        """Give each fragment of the weights its gradient, which is there between backward pass and step alone."""
         for name, each in self._parameters.items():
             own = _mapping(each)
             gradient = _nothing(each) if own is None else _gradient(each, own)
