@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState
 
 from hbat.config import HBATConfig
 from hbat.ewc.callback import EWCCallback
-from hbat.support import EWC, HBAT, PPO, REFUSALS, Refusal
+from hbat.refusals import EWC, HBAT, PPO, REFUSALS, Refusal
 from hbat.trainer import HBATTrainer
 from hbat.unsupported import fsdp_version, refuse_arguments, refuse_model, refuse_trainer
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from hbat.ewc.parameters import policy_of
 from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
-from hbat.support import COLUMNS, REFUSALS, refusal
+from hbat.refusals import REFUSALS
+from hbat.support import COLUMNS, refusal
 from hbat.zero import refuse_zero, zero_row
 
 _PARALLELISM = "tensor, context or sequence parallelism (`parallelism_config`), Megatron-LM"

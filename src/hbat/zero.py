@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hbat.support import REFUSALS
+from hbat.refusals import REFUSALS
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _VARIABLE = "ACCELERATE_USE_DEEPSPEED"

@@ -16,7 +16,7 @@ from hbat.ewc.penalty import add_penalty_gradient_, proximal_step_
 from hbat.ewc.shards import shared_as
 from hbat.ewc.statistics import PenaltyStatistics, measure_penalty
 from hbat.ewc_config import Method
-from hbat.support import REFUSALS
+from hbat.refusals import REFUSALS
 from hbat.unsupported import refuse_arguments, refuse_trainer
 from hbat.zero import is_asked
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from hbat.model_loading import load_pretrained, load_tokenizer
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.prompts import TOKENS, check_lengths, context_length, tokenise
-from hbat.support import REFUSALS
+from hbat.refusals import REFUSALS
 from hbat.unsupported import refuse_adapters, refuse_arguments, refuse_model, refuse_trainer
 from hbat.zero import is_asked
 
