@@ -114,8 +114,9 @@ REFUSALS: Mapping[str, Refusal] = {
     ),
     "half precision under DeepSpeed": Refusal(
         "Computing in half precision under DeepSpeed ({where}) is not supported: it would round the weights that "
-        "stages hand over. Set `bf16: false` and `fp16: false` and leave `torch_autocast` out, or train with DDP "
-        "(`accelerate launch --multi_gpu`), which keeps float32 weights.",
+        "stages hand over. Set `bf16: false` and `fp16: false` in the sections, `mixed_precision: 'no'` for "
+        "`accelerate launch`, and leave `torch_autocast` out, or train with DDP (`accelerate launch --multi_gpu`), "
+        "which keeps float32 weights.",
         kind=NotImplementedError,
     ),
     "EWCCallback alone under DeepSpeed": Refusal(

@@ -11,6 +11,7 @@ from hbat.refusals import REFUSALS
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _VARIABLE = "ACCELERATE_USE_DEEPSPEED"
+_TRUE = {"1", "true", "yes", "on", "y", "t"}
 #: Optimizers whose state is a tensor like the weights, or a number: what a stage hands to its objective's next one.
 _OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "sgd", "rmsprop"}
 
@@ -41,7 +42,7 @@ def is_asked(args: Any = None) -> bool:
     Returns:
         True if they do, or the environment does.
     """
-    return bool(getattr(args, "deepspeed", None)) or os.environ.get(_VARIABLE, "").lower() in {"1", "true"}
+    return bool(getattr(args, "deepspeed", None)) or os.environ.get(_VARIABLE, "").lower() in _TRUE
 
 
 def refuse_zero(args: Any) -> None:

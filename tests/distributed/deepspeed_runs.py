@@ -64,9 +64,10 @@ class Poison(TrainerCallback):
 def clean(run, folder):
     """That no stage left the engine's marks on the model, nor its memory."""
     parameters = list(run.model.parameters())
-    marked = [each for each in parameters if any("hp" in key or "dp" in key for key in each.__dict__)]
+    own = {key for each in ddp_runs.model_of(folder.name.replace("-", " ")).parameters() for key in each.__dict__}
+    marks = {key for each in parameters for key in each.__dict__} - own
     views = [each for each in parameters if each.untyped_storage().nbytes() > each.numel() * each.element_size()]
-    return {"marked": len(marked), "views": len(views)}
+    return {"marks": sorted(marks), "views": len(views)}
 
 
 def saved(run, folder):

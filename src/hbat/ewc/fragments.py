@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 #: What DeepSpeed leaves on parameters.
 _LEFT = (
     "_hp_mapping", "_index_in_param_group", "_dp_group", "_zero_optimizer", "get_full_hp_param", "get_full_hp_grad",
-    "set_full_hp_param", "set_full_hp_grad", "load_hp_checkpoint_state",
+    "set_full_hp_param", "set_full_hp_grad", "load_hp_checkpoint_state", "grad_accum", "param_idx_in_group",
 )  # fmt: skip
 
 
@@ -127,8 +127,8 @@ def release(model: nn.Module) -> None:
     """
     for each in _held(model.parameters()):
         each.data = each.data.clone()
-        for name in _LEFT:
-            each.__dict__.pop(name, None)
+        for name in [name for name in each.__dict__ if name in _LEFT or name.startswith("ds_")]:
+            del each.__dict__[name]
 
 
 def _held(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
