@@ -28,7 +28,7 @@ REFUSED = {
         {"dpo": {"precompute_ref_log_probs": True}}, r"`dpo\.precompute_ref_log_probs`.*Leave",
     ),
     "compilation under DeepSpeed": ({"dpo": {"torch_compile": True}}, r"`torch_compile` is not.*out of `dpo`"),
-    "proximal steps under DeepSpeed": ({"ewc": {"method": "proximal"}}, r"`ewc\.method: prox.*method: gradient`"),
+    "proximal steps under DeepSpeed": ({"ewc": {"method": "proximal"}}, r"`method: prox.*method: gradient`"),
     "frozen tensors under DeepSpeed": ({"ewc": {"freeze": 0.5}}, r"`ewc\.freeze` is not.*Set it to 0"),
 }  # fmt: skip
 #: What else is refused here, or in `distributed/test_deepspeed.py`.
@@ -101,6 +101,13 @@ def test_a_callback_that_is_not_bound_is_refused(launched):
     callback = EWCCallback(dict.fromkeys(dict(model.named_parameters()), 1.0))
     with pytest.raises(NotImplementedError, match=r"Call `callback\.bind\(trainer\)`"):
         callback.on_train_begin(SimpleNamespace(), SimpleNamespace(global_step=0), None, model=model)
+
+
+def test_a_proximal_callback_is_refused(launched):
+    launched()
+    trainer = SimpleNamespace(args=SimpleNamespace(), model=cases.tiny_llama())
+    with pytest.raises(NotImplementedError, match=r"Set `method: gradient`"):
+        EWCCallback({}, method="proximal").bind(trainer)
 
 
 @pytest.mark.parametrize(

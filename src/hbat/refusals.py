@@ -151,9 +151,11 @@ REFUSALS: Mapping[str, Refusal] = {
     "DeepSpeed for some objectives": _under_deepspeed(
         "`deepspeed` is set for {names} alone. Set it to the same in all sections."
     ),
-    "proximal steps under DeepSpeed": _under_deepspeed(
-        "`ewc.method: proximal` is not supported under DeepSpeed, which takes its own weights back after the step. "
-        "Set `ewc.method: gradient`."
+    "proximal steps under DeepSpeed": Refusal(
+        "`method: proximal` is not supported under DeepSpeed, which takes its own weights back after the step. Set "
+        "`method: gradient` (in YAML below `ewc:`).",
+        at=(HBAT, EWC),
+        kind=NotImplementedError,
     ),
     "frozen tensors under DeepSpeed": _under_deepspeed(
         "`ewc.freeze` is not supported under DeepSpeed. Set it to 0, or train with DDP."

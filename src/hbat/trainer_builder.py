@@ -1,7 +1,7 @@
 """Builds an objective's trainer on the run's model, and leaves the model clean afterwards."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class TrainerBuilder:
                 # It is there for the whole run, and the host has only to fill it. The guard takes this back.
                 self._model.add_adapter = _nothing
             base = self._sections[objective.name]
-            with _quiet_datasets(), left_aside(base) if for_evaluation else nullcontext({}) as changes:
+            with _quiet_datasets(), left_aside(base, wanted=for_evaluation) as changes:
                 args = objective.stage_args(base, str(folder), seed_offset, **changes)
                 if for_evaluation and hasattr(args, "precompute_ref_log_probs"):
                     args.precompute_ref_log_probs = False

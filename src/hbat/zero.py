@@ -63,18 +63,19 @@ def refuse_zero(args: Any) -> None:
 
 
 @contextmanager
-def left_aside(args: Any) -> Iterator[dict[str, Any]]:
+def left_aside(args: Any, *, wanted: bool = True) -> Iterator[dict[str, Any]]:
     """Let a trainer that is built in the block do without DeepSpeed.
 
     Every process holds the whole model under ZeRO-1 and -2, and the host evaluates with them in training alone.
 
     Args:
         args: The host's arguments as they were given.
+        wanted: Whether it shall.
 
     Yields:
         Changes of the arguments.
     """
-    if not is_asked(args):
+    if not (wanted and is_asked(args)):
         yield {}
         return
     launched = os.environ.pop(_VARIABLE, None)

@@ -34,9 +34,10 @@ def zero_state(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[s
     Returns:
         Entries by parameter name: whole tensors of the parameter's shape, and numbers as they are.
     """
+    state = optimizer.optimizer.state
     return {
-        name: {key: _whole(value, flat, each) for key, value in state.items()}
-        for name, each, flat, state in _pieces(optimizer, parameters)
+        name: {key: _whole(value, flat, each) for key, value in state.get(flat, {}).items()}
+        for name, each, _, flat in _placed(optimizer, parameters)
     }
 
 
@@ -51,24 +52,26 @@ def load_zero_state(
         parameters: Trained parameters by name.
         saved: What `zero_state` gave. Parameters not named start fresh, at the step of the others.
     """
-    for name, each, flat, state in _pieces(optimizer, parameters):
+    inner = optimizer.optimizer
+    pieces: dict[int, dict[str, Any]] = {}  # by the number that torch gives each group's flat tensor
+    for name, each, number, flat in _placed(optimizer, parameters):
+        own = pieces.setdefault(number, {})
         for key, value in saved.get(name, {}).items():
-            if not isinstance(value, Tensor) or value.shape != each.shape:
-                state[key] = value.clone() if isinstance(value, Tensor) else value
-                continue
-            piece = state.setdefault(key, torch.zeros_like(flat, dtype=value.dtype))
-            here, there = _addresses(each)
-            piece[there].copy_(value.reshape(-1)[here])
+            if isinstance(value, Tensor) and value.shape == each.shape:
+                here, there = _addresses(each)
+                own.setdefault(key, torch.zeros_like(flat))[there].copy_(value.reshape(-1)[here])
+            else:
+                own[key] = value
+    inner.load_state_dict(inner.state_dict() | {"state": {number: each for number, each in pieces.items() if each}})
 
 
-def _pieces(
-    optimizer: Any, parameters: Mapping[str, nn.Parameter]
-) -> Iterator[tuple[str, nn.Parameter, Tensor, dict[str, Any]]]:
+def _placed(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, nn.Parameter, int, Tensor]]:
     names = {id(each): name for name, each in parameters.items()}
-    for flat, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
+    flats = enumerate(optimizer.single_partition_of_fp32_groups)
+    for (number, flat), group in zip(flats, optimizer.bit16_groups, strict=True):
         for each in group:
             if id(each) in names:
-                yield names[id(each)], each, flat, optimizer.optimizer.state[flat]
+                yield names[id(each)], each, number, flat
 
 
 def _whole(value: Any, flat: Tensor, parameter: nn.Parameter) -> Any:

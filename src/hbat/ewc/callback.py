@@ -91,6 +91,8 @@ class EWCCallback(TrainerCallback):
             The callback itself.
         """
         refuse_trainer(trainer.args, trainer.model)
+        if self.method == "proximal" and is_asked(trainer.args):
+            raise REFUSALS["proximal steps under DeepSpeed"].error()
         callbacks = trainer.callback_handler.callbacks
         if self in callbacks:
             callbacks.remove(self)
