@@ -58,7 +58,7 @@ class Poison(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if (self.stage, state.global_step) == (1, 1) and torch.distributed.get_rank() == 1:
-            next(model.parameters()).data[0] = torch.nan
+            next(model.parameters()).data.fill_(torch.nan)
 
 
 def clean(run, folder):
