@@ -90,9 +90,13 @@ def test_deepspeed_in_some_sections_alone_is_refused(tmp_path):
 
 
 def test_ppo_alone_is_refused(tmp_path, launched):
+    args = ppo_cases.arguments(tmp_path)
     launched()
     with pytest.raises(NotImplementedError, match=r"PPO is not supported under DeepSpeed.*FSDP2"):
-        ppo_cases.build(cases.tiny_llama(), tmp_path)
+        ppo_cases.PPOTrainer(
+            cases.tiny_llama(), args, ppo_cases.prompts(), processing_class=cases.tiny_tokenizer(),
+            reward_funcs=ppo_cases.letters,
+        )  # fmt: skip
 
 
 def test_a_callback_that_is_not_bound_is_refused(launched):
