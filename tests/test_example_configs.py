@@ -132,11 +132,17 @@ EXPECTED = {
     "single_gpu": {"ACCELERATE_MIXED_PRECISION": "bf16"},
     "ddp": {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "2"},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "WORLD_SIZE": "2"},
-}
+    "zero2": {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "WORLD_SIZE": "2",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none", "ACCELERATE_MIXED_PRECISION": "no",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("file", LAUNCHERS, ids=lambda file: file.stem)
 def test_accelerate_starts_the_processes_that_a_launch_configuration_names(file, tmp_path):
+    if file.stem == "zero2":
+        pytest.importorskip("deepspeed", reason="accelerate looks for it")
     script = tmp_path / "seen.py"
     script.write_text(SEEN, encoding="utf-8")
     count = int(EXPECTED[file.stem].get("WORLD_SIZE", 1))

@@ -14,7 +14,8 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 
 from hbat import support
 from hbat.config import HBATConfig
-from hbat.support import COLUMNS, ENGINES, EVERYWHERE, REFUSALS, Refusal, Shown, cells, refusal
+from hbat.refusals import EVERYWHERE, REFUSALS, Refusal
+from hbat.support import COLUMNS, ENGINES, Shown, cells, refusal
 from hbat.support_page import main, page
 from hbat.trainer import HBATTrainer
 

@@ -8,6 +8,7 @@ import ppo_cases
 import pytest
 import runs
 import test_sharding
+import test_zero
 import torch
 import trl
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -15,7 +16,7 @@ from transformers import TrainerControl, TrainerState
 
 from hbat.config import HBATConfig
 from hbat.ewc.callback import EWCCallback
-from hbat.support import EWC, HBAT, PPO, REFUSALS, Refusal
+from hbat.refusals import EWC, HBAT, PPO, REFUSALS, Refusal
 from hbat.trainer import HBATTrainer
 from hbat.unsupported import fsdp_version, refuse_arguments, refuse_model, refuse_trainer
 
@@ -96,13 +97,15 @@ def virtual():
     return get_peft_model(cases.tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
+ZERO_2 = {"deepspeed": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}}
 FSDP2 = {"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}
 #: By refusal: a model, or what makes one; and fields of the host's arguments.
 REFUSED = {
     "FSDP2": (lambda: get_peft_model(quantised(), LORA), FSDP2),
     "FSDP1": (cases.tiny_llama, {"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 1}}),
     "FSDP with offload": (cases.tiny_llama, FSDP2 | {"fsdp_plugin_args": {"fsdp_version": 2, "cpu_offload": True}}),
-    "DeepSpeed": (cases.tiny_llama, {"deepspeed": {"zero_optimization": {"stage": 2}}}),
+    "DeepSpeed": (cases.tiny_llama, {"deepspeed": {"zero_optimization": {"stage": 3}}}),
+    "half precision under DeepSpeed": (cases.tiny_llama, ZERO_2 | {"bf16": True}),
     "parallelism": (cases.tiny_llama, {"parallelism_config": "configuration"}),
     "FSDP2 by the model": ("fsdp", {}),
     "tensor parallelism by the model": ("tp", {}),
@@ -145,7 +148,8 @@ def test_an_adapter_on_the_head_is_refused_by_the_host(tmp_path):
 
 def test_every_refusal_of_the_table_is_among_them():
     under_fsdp = {*test_sharding.REFUSED, *test_sharding.PLUGINS, *test_sharding.OTHERS}
-    assert {*REFUSED, *under_fsdp, "adapter on the head"} == {*REFUSALS}
+    under_deepspeed = {*test_zero.REFUSED, *test_zero.OTHERS}
+    assert {*REFUSED, *under_fsdp, *under_deepspeed, "adapter on the head"} == {*REFUSALS}
     assert [name for name, each in REFUSALS.items() if each.by_host] == ["adapter on the head"]
 
 
@@ -154,7 +158,14 @@ def test_every_refusal_of_the_table_is_among_them():
 LAUNCHES = {
     "FSDP1": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
     "FSDP2 with offload": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
-    "DeepSpeed": {"ACCELERATE_USE_DEEPSPEED": "true"},
+    "DeepSpeed ZeRO-3, or without ZeRO": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    },
+    "DeepSpeed with offload": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+    },
     "parallelism_config": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
     "Megatron-LM": {"ACCELERATE_USE_MEGATRON_LM": "true"},
 }
@@ -182,7 +193,8 @@ def test_an_engine_that_only_accelerate_launch_knows_of_is_refused(engine, place
 
 
 @pytest.mark.parametrize(
-    ("field", "engine"), [("deepspeed", "DeepSpeed"), ("parallelism_config", "parallelism_config")]
+    ("field", "engine"),
+    [("deepspeed", "DeepSpeed ZeRO-3, or without ZeRO"), ("parallelism_config", "parallelism_config")],
 )
 def test_an_engine_in_a_section_is_refused_before_the_host_asks_for_its_packages(field, engine, tmp_path):
     with pytest.raises(NotImplementedError, match=rf"by {engine} \(`{field}` is set\)"):

@@ -12,11 +12,11 @@ from hbat.loading import load
 from hbat.manifest import RunStateError
 from hbat.model_loading import is_adapter, shared_init_kwargs
 from hbat.objectives.builtin import resolve
+from hbat.refusals import REFUSALS
 from hbat.reward_functions import load_reward_functions
 from hbat.run_file import RunFile
 from hbat.run_state import RunFolder
 from hbat.sections import build_section, nearest
-from hbat.support import REFUSALS
 from hbat.trainer import HBATTrainer
 
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gz")

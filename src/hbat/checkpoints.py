@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 SEAL = "hbat_checksums.json"
 # The host writes the optimizer before the state; `save_only_model` leaves nothing to go on from exactly.
 _STATE = "trainer_state.json"
-#: The optimizer in one process and under DDP, and under FSDP as a whole or in shards.
+#: The optimizer in one process and under DDP, and under FSDP as a whole or in shards. DeepSpeed's is not among them:
+#: under it a stage that was cut off begins anew.
 _OPTIMIZER = {"optimizer.pt", "optimizer.bin", "optimizer_0/.metadata"}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hbat.ewc.fragments import release
 from hbat.ewc.shards import give_back
 
 #: Instance attributes that trainers, accelerate and the checkpointing switch set on modules. `forward` is not simply
@@ -61,6 +62,8 @@ class StageGuard:
         _restore_environment(self._environment)
         if trainer is not None:
             _dismantle(trainer)
+        for record in self._models:
+            release(record.model)
 
 
 @contextmanager
@@ -89,7 +92,7 @@ def _restore_environment(before: dict[str, str]) -> None:
 
 class _ModelRecord:
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.model = model
         for module in _wrapped(model):
             # A trainer of the user's own may have left it: accelerate would skip the model, and autocast with it.
             module.__dict__.pop("_is_accelerate_prepared", None)
@@ -110,7 +113,7 @@ class _ModelRecord:
         ]
 
     def restore(self) -> None:
-        model = self._model
+        model = self.model
         give_back(model)
         for adapter in set(getattr(model, "peft_config", {})) - self._adapters:
             model.delete_adapter(adapter)
@@ -230,7 +233,7 @@ def unpatched_copy(model: nn.Module) -> nn.Module:
 def _dismantle(trainer: Trainer) -> None:
     for name in ("backward", "clip_grad_norm_", "prepare"):
         trainer.accelerator.__dict__.pop(name, None)
-    for name in ("model_wrapped", "optimizer", "lr_scheduler", "ref_model"):
+    for name in ("model_wrapped", "deepspeed", "optimizer", "lr_scheduler", "ref_model"):
         if hasattr(trainer, name):
             setattr(trainer, name, None)
     for name in ("model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"):

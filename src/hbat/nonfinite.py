@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hbat.ewc.backward import after_backward
-from hbat.ewc.parameters import canonical_name
+from hbat.ewc.fragments import Fragments, before_step, engine_of
+from hbat.ewc.parameters import canonical_name, trainable_parameters
 from hbat.ewc.shards import first_not_finite, whole_of
 from hbat.rounds import Stage
 
@@ -31,8 +32,25 @@ class StopOnNonFinite(TrainerCallback):
         self._looked_at = -1  # step at which the gradient has been looked at
         trainer.add_callback(self)
         after_backward(trainer.accelerator, self._see)
-        if trainer.accelerator.scaler is None:
+        if trainer.accelerator.scaler is None and not trainer.is_deepspeed_enabled:
             trainer.accelerator.clip_grad_norm_ = self._clip
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Under DeepSpeed: look at the gradient before the engine's step, which would be left out without a word."""
+        engine = engine_of(self._trainer.accelerator)
+        if engine is not None:
+            model: Any = self._trainer.model
+            fragments = Fragments(trainable_parameters(model))
+            before_step(engine, lambda: self._require_finite_fragments(fragments))
+
+    def _require_finite_fragments(self, fragments: Fragments) -> None:
+        fragments.take_gradients()
+        name = first_not_finite({name: each.grad for name, each in fragments.weights.items() if each.grad is not None})
+        fragments.let_go()
+        if name is not None:
+            raise self._error(repr(name))
 
     def _see(self, loss: Tensor) -> None:
         bad = ~torch.isfinite(loss).all()
@@ -51,11 +69,14 @@ class StopOnNonFinite(TrainerCallback):
         gradients = [each.grad for each in parameters if each.grad is not None]
         norm = whole_of(torch.nn.utils.get_total_norm(gradients, norm_type=norm_type))
         if not bool(torch.isfinite(norm)):
-            raise FloatingPointError(
-                f"The gradient of {self._offender()} is not finite in {self._stage} at its step "
-                f"{self._trainer.state.global_step + 1}.{_advice(self._stage)}"
-            )
+            raise self._error(self._offender())
         return norm
+
+    def _error(self, offender: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"The gradient of {offender} is not finite in {self._stage} at its step "
+            f"{self._trainer.state.global_step + 1}.{_advice(self._stage)}"
+        )
 
     def _offender(self) -> str:
         model: Any = self._trainer.model
@@ -81,7 +102,8 @@ class StopOnNonFinite(TrainerCallback):
         """
         self._require_finite_loss()
         # transformers 4.57 asks for no norm where it does not clip.
-        if self._looked_at != state.global_step and self._trainer.accelerator.scaler is None:
+        looked_at = self._looked_at == state.global_step or engine_of(self._trainer.accelerator) is not None
+        if not looked_at and self._trainer.accelerator.scaler is None:
             model: Any = self._trainer.model
             self._finite_norm(list(model.parameters()))
 

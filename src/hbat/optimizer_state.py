@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hbat.ewc.parameters import trainable_parameters
 from hbat.ewc.shards import shared_as
+from hbat.zero_moments import is_zero, load_zero_state, zero_state
 
 _SEPARATOR = "::"  # between parameter and entry; no parameter name holds it
 
@@ -23,11 +24,15 @@ def moments(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str,
     Returns:
         Tensors by `parameter::entry`, not copied; plain numbers as int64 or float64 tensors of shape `()`.
     """
-    state = _inner(optimizer).state
+    inner = _inner(optimizer)
+    if is_zero(inner):
+        states = zero_state(inner, parameters)
+    else:
+        states = {name: inner.state.get(each, {}) for name, each in parameters.items()}
     return {
         f"{name}{_SEPARATOR}{key}": value if isinstance(value, Tensor) else _as_tensor(value)
-        for name, each in parameters.items()
-        for key, value in state.get(each, {}).items()
+        for name, state in states.items()
+        for key, value in state.items()
         if isinstance(value, Tensor | int | float)
     }
 
@@ -49,6 +54,9 @@ def load_moments(optimizer: Any, parameters: Mapping[str, nn.Parameter], saved: 
             by_parameter.setdefault(name, {})[entry] = value.item()
         elif name in parameters:  # from disk it comes as a whole
             by_parameter.setdefault(name, {})[entry] = shared_as(value, parameters[name])
+    if is_zero(inner):
+        load_zero_state(inner, parameters, by_parameter)
+        return
     state = inner.state_dict()
     order = [each for group in inner.param_groups for each in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]

@@ -21,7 +21,7 @@ from hbat.ewc.shards import is_sharded
 from hbat.lifecycle import kept_environment
 from hbat.objectives.objective import Objective
 from hbat.processes import process_count
-from hbat.support import REFUSALS
+from hbat.refusals import REFUSALS
 from hbat.unsupported import fsdp_version
 
 Shard = Callable[[nn.Module], None]

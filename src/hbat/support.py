@@ -6,37 +6,7 @@ The checks in `unsupported` raise these errors, and `docs/support.md` is written
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-#: Where a combination can be refused, always at construction.
-HBAT, PPO, EWC = "HBATTrainer", "PPOTrainer", "EWCCallback"
-EVERYWHERE = (HBAT, PPO, EWC)
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why something is refused, and what to use instead.
-
-    Attributes:
-        says: The message; names in braces are the values seen.
-        at: Where it is refused.
-        kind: The error's class.
-        by_host: Whether it is the host that refuses, when its trainer is built on trial.
-    """
-
-    says: str
-    at: tuple[str, ...] = EVERYWHERE
-    kind: type[Exception] = ValueError
-    by_host: bool = False
-
-    def error(self, **seen: object) -> Exception:
-        """Make the error.
-
-        Args:
-            **seen: The values seen.
-
-        Returns:
-            The error, to be raised.
-        """
-        return self.kind(self.says.format(**seen))
+from hbat.refusals import REFUSALS, Refusal
 
 
 @dataclass(frozen=True)
@@ -50,132 +20,6 @@ class Shown:
     by: str
 
 
-_INSTEAD = (
-    "Train in one process, with DDP (`accelerate launch --multi_gpu`) or with FSDP2 (`fsdp_version: 2`), with LoRA or "
-    "QLoRA where memory is short."
-)
-_SHARDED = (
-    "Parameters sharded by {engine} ({where}) are not supported: neither the penalty nor the hand-over between "
-    f"stages. {_INSTEAD}"
-)
-_CUT = (
-    "The weight {name!r} is a DTensor: {where} has cut the model over devices, and the penalty would see a part of "
-    f"each weight. Load the model without it. {_INSTEAD}"
-)
-
-
-def _under_fsdp(says: str) -> Refusal:
-    return Refusal(says, at=(HBAT,), kind=NotImplementedError)
-
-
-REFUSALS: Mapping[str, Refusal] = {
-    "FSDP2": Refusal(
-        "A model in 4 or 8 bits is not supported under {engine} ({where}). Train it in one process or with DDP "
-        "(`accelerate launch --multi_gpu`), or load it in float32, computing in bfloat16 (`bf16: true`).",
-        kind=NotImplementedError,
-    ),
-    "FSDP2 in one process": _under_fsdp(
-        "`fsdp` is set, but there is a single process, and nothing to share a model with. Start several with "
-        "`accelerate launch` or `torchrun`, or leave `fsdp` out."
-    ),
-    "FSDP2 left aside": _under_fsdp(
-        "`fsdp` is set, but accelerate trains with {engine} here: on a CPU it leaves FSDP aside without a word. Leave "
-        "`fsdp` out."
-    ),
-    "FSDP2 on a mesh": _under_fsdp(
-        "FSDP on a mesh of several dimensions is not supported. Shard over all processes alike, without "
-        "`parallelism_config`."
-    ),
-    "FSDP2 with activation checkpointing": _under_fsdp(
-        "FSDP's own activation checkpointing is not supported. Set `gradient_checkpointing: true` in the sections, "
-        "which saves as much."
-    ),
-    "FSDP2 with compilation": _under_fsdp("`torch_compile` is not supported under FSDP. Leave it out."),
-    "FSDP2 with an optimizer without state": _under_fsdp(
-        "`optim: sgd` is not supported with FSDP's `state_dict_type: FULL_STATE_DICT`: torch cannot load the state of "
-        "an optimizer that has none in this way. Set `SHARDED_STATE_DICT`."
-    ),
-    "8-bit optimizers under FSDP2": _under_fsdp(
-        "`{objective}.optim` is {name!r}, whose state does not go with sharded parameters. Take 'adamw_torch', of "
-        "which FSDP holds a part on each process."
-    ),
-    "objective under FSDP2": _under_fsdp(
-        "The objective {objective!r} cannot be trained under FSDP. Train it with DDP, or take `ppo` or `dpo`."
-    ),
-    "precomputed reference under FSDP2": _under_fsdp(
-        "`{objective}.precompute_ref_log_probs` is not supported under FSDP: the host cannot take a checksum of a "
-        "sharded model. Leave it out."
-    ),
-    "separate critic under FSDP2": _under_fsdp(
-        "`critic: separate` is not supported under FSDP: a model of its own cannot be copied from a sharded policy. "
-        "Set `critic: shared`."
-    ),
-    "Fisher of samples under FSDP2": _under_fsdp(
-        "`ewc.estimator: empirical` takes the gradients of samples one by one, and FSDP gives their mean over the "
-        "processes. Set `ewc.estimator: gnb`."
-    ),
-    "FSDP1": Refusal(_SHARDED, kind=NotImplementedError),
-    "FSDP with offload": Refusal(_SHARDED, kind=NotImplementedError),
-    "DeepSpeed": Refusal(_SHARDED, kind=NotImplementedError),
-    "parallelism": Refusal(
-        "Layers cut over devices by {engine} ({where}) are not supported: the penalty would see a part of each "
-        f"weight. {_INSTEAD}",
-        kind=NotImplementedError,
-    ),
-    "FSDP2 by the model": Refusal(_CUT, kind=NotImplementedError),
-    "tensor parallelism by the model": Refusal(_CUT, kind=NotImplementedError),
-    "several devices": Refusal(
-        "`device_map` has spread the model over {devices}, which is not supported. Load it onto one device "
-        f"(`device_map={{{{'': 0}}}}`), in 4 or 8 bits if it is too large. {_INSTEAD}",
-        kind=NotImplementedError,
-    ),
-    "offload": Refusal(
-        "`device_map` has put a part of the model on {devices}, from where it is fetched layer by layer, which is not "
-        "supported. Load it onto one device (`device_map={{'': 0}}`), in 4 or 8 bits if it is too large.",
-        kind=NotImplementedError,
-    ),
-    "several GPUs in one process": Refusal(
-        "One process sees {count} GPUs, and the host would copy the model to all of them at every step "
-        "(`torch.nn.DataParallel`). Start one process for each with `accelerate launch --multi_gpu`, or show it one "
-        "with CUDA_VISIBLE_DEVICES=0."
-    ),
-    "quantised base": Refusal(
-        "The model is quantised to {bits} bits and has no adapter: quantised weights cannot be trained, an adapter on "
-        "them can. Pass `peft_config=LoraConfig(...)` (in YAML `peft: {{}}`), or load the model without "
-        "`quantization_config` (in YAML `quantization`)."
-    ),
-    "quantisation method": Refusal(
-        "The model is quantised by {method!r}, but adapters are tested on bitsandbytes alone. Load the full model "
-        "with `quantization_config=BitsAndBytesConfig(load_in_4bit=True)` (in YAML `quantization`)."
-    ),
-    "optimizer": Refusal(
-        "`optim` is {name!r}, which changes the weights inside the backward pass: neither the penalty, nor the check "
-        "for NaN, nor the moments that stages carry see its gradients. Take 'adamw_torch', or 'adamw_bnb_8bit' or "
-        "'paged_adamw_8bit' where memory is short."
-    ),
-    "several adapters": Refusal(
-        "The PeftModel has the adapters {adapters}; the trainers only handle a single one named 'default'. Load it "
-        "with `PeftModel.from_pretrained(model, path, adapter_name='default', is_trainable=True)`.",
-        at=(HBAT, PPO),
-    ),
-    "adapter inside": Refusal(
-        "The model is a {model} with an adapter inside (`model.add_adapter`), which the host's trainers do not see as "
-        "one. Pass `get_peft_model(model, config)`, or the bare model and `peft_config=`.",
-        at=(HBAT, PPO),
-    ),
-    "virtual tokens": Refusal(
-        "The adapter is a {adapter}, which puts virtual tokens before each text, and cannot be copied as a reference "
-        "policy. Objectives with a reference policy take adapters inside the layers, such as LoRA; SFT alone takes "
-        "this one.",
-        at=(HBAT, PPO),
-    ),
-    "adapter on the head": Refusal(
-        "Applying a PEFT adapter to `lm_head` is not supported",
-        at=(HBAT,),
-        by_host=True,  # since TRL computes log-probabilities from the head's weight
-    ),
-}
-
 COLUMNS = ("full", "LoRA", "QLoRA, 4-bit", "QLoRA, 8-bit")
 
 Cell = Shown | str  # a string is a key of REFUSALS
@@ -184,6 +28,7 @@ _PLAIN = "test_trainer.py::test_a_run_without_a_penalty_equals_plain_trainers"
 _QLORA = "test_qlora.py::test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone"
 _DDP = "distributed/test_ddp.py::test_two_processes_end_with_the_weights_of_one"
 _FSDP = "distributed/test_fsdp2.py::test_two_processes_end_with_the_weights_of_one"
+_ZERO = "distributed/test_deepspeed.py::test_two_processes_end_with_the_weights_of_one"
 _QLORA_DDP = "distributed/test_qlora_ddp.py::test_two_processes_train_one_adapter"
 
 #: How a run is launched and where its weights lie, by what is trained.
@@ -204,7 +49,10 @@ ENGINES: Mapping[str, tuple[Cell, ...]] = {
     "FSDP2 by the model (`distributed_config`)": ("FSDP2 by the model",) * 4,
     "FSDP1": ("FSDP1",) * 4,
     "FSDP with offload to the CPU": ("FSDP with offload",) * 4,
-    "DeepSpeed ZeRO-1, -2, -3, also with offload": ("DeepSpeed",) * 4,
+    "DeepSpeed ZeRO-1": (Shown(f"{_ZERO}[1-sft and dpo]"), Shown(f"{_ZERO}[1-lora]"), "DeepSpeed", "DeepSpeed"),
+    "DeepSpeed ZeRO-2": (Shown(f"{_ZERO}[2-sft and dpo]"), Shown(f"{_ZERO}[2-lora]"), "DeepSpeed", "DeepSpeed"),
+    "DeepSpeed ZeRO-3, or without ZeRO": ("DeepSpeed",) * 4,
+    "DeepSpeed with offload": ("DeepSpeed",) * 4,
     "tensor, context or sequence parallelism (`parallelism_config`), Megatron-LM": ("parallelism",) * 4,
     "tensor parallelism by the model (`tp_plan`)": ("tensor parallelism by the model",) * 4,
     "`device_map` over several devices": ("several devices",) * 4,
@@ -237,6 +85,26 @@ FEATURES: Mapping[str, Cell] = {
     "EWCCallback and PPOTrainer alone, FSDP2": Shown(
         "distributed/test_fsdp2.py::test_callback_and_ppo_trainer_alone_train_what_they_train_in_one_process"
     ),
+    "KTO, ZeRO-2": Shown(f"{_ZERO}[2-kto]"),
+    "gradient checkpointing, ZeRO-2": Shown(f"{_ZERO}[2-checkpointing]"),
+    "a stage that was cut off begins anew, ZeRO-2": Shown(
+        "distributed/test_deepspeed.py::"
+        "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not"
+    ),
+    "EWCCallback bound to a trainer, ZeRO-2": Shown(
+        "distributed/test_deepspeed.py::test_a_bound_callback_trains_what_it_trains_in_one_process[2]"
+    ),
+    "EWCCallback in `callbacks` alone, ZeRO": "EWCCallback alone under DeepSpeed",
+    "PPO, GRPO and RLOO, ZeRO": "objective under DeepSpeed",
+    "PPOTrainer alone, ZeRO": "PPOTrainer under DeepSpeed",
+    "bf16, fp16 or `torch_autocast`, ZeRO": "half precision under DeepSpeed",
+    "`optimizer` or `scheduler` in DeepSpeed's configuration": "optimizer by DeepSpeed",
+    "8-bit, paged and other optimizers, ZeRO": "optimizer under DeepSpeed",
+    "`precompute_ref_log_probs`, ZeRO": "precomputed reference under DeepSpeed",
+    "`torch_compile`, ZeRO": "compilation under DeepSpeed",
+    "DeepSpeed in some sections alone": "DeepSpeed for some objectives",
+    "`ewc.method: proximal`, ZeRO": "proximal steps under DeepSpeed",
+    "`ewc.freeze`, ZeRO": "frozen tensors under DeepSpeed",
     "PPO on a 4-bit base": Shown(f"{_QLORA}[ppo-4-bit]"),
     "PPO on an 8-bit base": Shown(f"{_QLORA}[ppo-8-bit]"),
     "PPO on a 4-bit base in DDP": Shown(f"{_QLORA_DDP}[4-bit with ppo]"),
@@ -254,7 +122,8 @@ FEATURES: Mapping[str, Cell] = {
     "Fisher with `estimator: empirical` (per sample), DDP": Shown(f"{_DDP}[fisher of samples]"),
     "Fisher with `estimator: gnb`, FSDP2": Shown(f"{_FSDP}[fisher]"),
     "Fisher with `estimator: empirical` (per sample), FSDP2": "Fisher of samples under FSDP2",
-    "Fisher with `estimator: empirical` (per sample), ZeRO": "DeepSpeed",
+    "Fisher with `estimator: gnb`, ZeRO-2": Shown(f"{_ZERO}[2-fisher]"),
+    "Fisher with `estimator: empirical` (per sample), ZeRO-2": Shown(f"{_ZERO}[2-fisher of samples]"),
     "bfloat16 by autocast": Shown("test_trainer.py::test_every_stage_computes_in_bfloat16_when_asked"),
     "LoRA on `lm_head`, SFT and DPO (TRL 1.16)": "adapter on the head",
     "LoRA on `lm_head`, PPO alone": Shown(

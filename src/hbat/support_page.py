@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hbat.support import COLUMNS, ENGINES, FEATURES, REFUSALS, Cell, Shown, cells
+from hbat.refusals import REFUSALS
+from hbat.support import COLUMNS, ENGINES, FEATURES, Cell, Shown, cells
 
 _HEAD = """# What runs with what
 

@@ -37,6 +37,7 @@ from hbat.stage_runner import StageRunner, estimated_steps
 from hbat.stage_start import StageStart
 from hbat.trainer_builder import TrainerBuilder
 from hbat.unsupported import refuse_trainer
+from hbat.zero import require_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class HBATTrainer:
         self.model = load_model(model, args, peft_config, takes_reference=takes_reference)
         for section in self._sections.values():
             refuse_trainer(section, self.model)
+        require_trainable(args, objectives, self._sections)
         shard = sharding(args, objectives, self._sections)
         if takes_reference:
             require_adapter_parameters(self.model)

@@ -18,6 +18,7 @@ from hbat.objectives.objective import Objective
 from hbat.reference_adapter import REFERENCE_ADAPTER
 from hbat.sharding import keep_sharded
 from hbat.stage_start import StageStart
+from hbat.zero import left_aside
 
 
 class TrainerBuilder:
@@ -77,8 +78,9 @@ class TrainerBuilder:
             if REFERENCE_ADAPTER in getattr(self._model, "peft_config", {}):
                 # It is there for the whole run, and the host has only to fill it. The guard takes this back.
                 self._model.add_adapter = _nothing
-            with _quiet_datasets():
-                args = objective.stage_args(self._sections[objective.name], str(folder), seed_offset)
+            base = self._sections[objective.name]
+            with _quiet_datasets(), left_aside(base, wanted=for_evaluation) as changes:
+                args = objective.stage_args(base, str(folder), seed_offset, **changes)
                 if for_evaluation and hasattr(args, "precompute_ref_log_probs"):
                     args.precompute_ref_log_probs = False
                 trainer = objective.build_trainer(

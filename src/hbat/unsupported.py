@@ -6,10 +6,11 @@ from typing import Any
 
 from hbat.ewc.parameters import policy_of
 from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
-from hbat.support import COLUMNS, REFUSALS, refusal
+from hbat.refusals import REFUSALS
+from hbat.support import COLUMNS, refusal
+from hbat.zero import refuse_zero, zero_row
 
 _PARALLELISM = "tensor, context or sequence parallelism (`parallelism_config`), Megatron-LM"
-_DEEPSPEED = "DeepSpeed ZeRO-1, -2, -3, also with offload"
 _OFFLOADED = {"cpu", "disk"}
 _INSIDE_BACKWARD = {"lomo", "adalomo"}
 _QUANTISATION = "bitsandbytes"
@@ -29,6 +30,7 @@ def refuse_arguments(args: Any = None, column: str | None = None) -> None:
     for row, engine, where in _engines(args):
         if (refused := refusal(row, column)) is not None:
             raise refused.error(engine=engine, where=where)
+    refuse_zero(args)
     optimizer = getattr(args, "optim", "")
     optimizer = str(getattr(optimizer, "value", optimizer))
     if optimizer in _INSIDE_BACKWARD or optimizer.endswith("_layerwise"):
@@ -116,8 +118,9 @@ def fsdp_version(args: Any = None) -> int | None:
 
 def _engines(args: Any) -> Iterator[tuple[str, str, str]]:
     # Row of the table, name of the engine, and where it was asked for.
+    if where := _asked(args, "deepspeed"):
+        yield (row := zero_row(args)), row, where
     for engine, name, row in (
-        ("DeepSpeed", "deepspeed", _DEEPSPEED),
         ("parallelism_config", "parallelism_config", _PARALLELISM),
         ("Megatron-LM", "megatron_lm", _PARALLELISM),
     ):

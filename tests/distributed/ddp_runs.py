@@ -78,6 +78,7 @@ RUNS = {
         "objectives": ["sft", "dpo"],
         "ewc": {"f_max": 5.0, "source": "fisher", "estimator": "empirical", "fisher_samples": 8},
     },
+    "adam": {"objectives": ["sft", "dpo"], "section": ADAM},
     "adam and lora of rank one": {"objectives": ["sft", "dpo"], "model": "lora of rank one", "section": ADAM},
     "adam, freeze, average, random importance": {
         "objectives": ["sft", "dpo"], "ewc": {"f_max": 5.0, "source": "random", "freeze": 0.3}, "average": 0.5,

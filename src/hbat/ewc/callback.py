@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hbat.ewc.backward import after_backward
+from hbat.ewc.fragments import Fragments, before_step, engine_of
 from hbat.ewc.parameters import policy_of, require_counterparts, snapshot, trainable_parameters
 from hbat.ewc.penalty import add_penalty_gradient_, proximal_step_
 from hbat.ewc.shards import shared_as
 from hbat.ewc.statistics import PenaltyStatistics, measure_penalty
 from hbat.ewc_config import Method
+from hbat.refusals import REFUSALS
 from hbat.unsupported import refuse_arguments, refuse_trainer
+from hbat.zero import is_asked
 
 #: Largest ratio of the penalty's gradient norm to the task's in a stage, below which the penalty is called dead.
 _DEAD_RATIO = 1e-4
@@ -70,7 +73,8 @@ class EWCCallback(TrainerCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self._parameters: dict[str, nn.Parameter] = {}
+        self._parameters: Mapping[str, Tensor] = {}
+        self._fragments: Fragments | None = None
         self._anchor: Mapping[str, Tensor] = {}
         self._importance: dict[str, Tensor | float] = {}
         self._undo: Callable[[], None] | None = None
@@ -87,6 +91,8 @@ class EWCCallback(TrainerCallback):
             The callback itself.
         """
         refuse_trainer(trainer.args, trainer.model)
+        if self.method == "proximal" and is_asked(trainer.args):
+            raise REFUSALS["proximal steps under DeepSpeed"].error()
         callbacks = trainer.callback_handler.callbacks
         if self in callbacks:
             callbacks.remove(self)
@@ -114,6 +120,8 @@ class EWCCallback(TrainerCallback):
         if model is None or self.f_max == 0:
             return
         refuse_trainer(args, model)
+        if self._trainer is None and is_asked(args):
+            raise REFUSALS["EWCCallback alone under DeepSpeed"].error()
         if self.anchor is None and state.global_step > 0:
             raise ValueError(
                 f"`EWCCallback` has no `anchor` and training resumes at step {state.global_step}: the weights are no "
@@ -128,12 +136,31 @@ class EWCCallback(TrainerCallback):
             name: shared_as(anchor[name].detach(), each).to(each.device) for name, each in parameters.items()
         }
         self._importance = {name: _beside(self.importance[name], each) for name, each in parameters.items()}
-        if self.method == "gradient" and self._trainer is not None:
+        engine = None if self._trainer is None else engine_of(self._trainer.accelerator)
+        if engine is not None:
+            self._take_fragments(parameters)
+            self._undo = before_step(engine, self._before_step)
+        elif self.method == "gradient" and self._trainer is not None:
             self._undo = after_backward(self._trainer.accelerator, self._after_backward)
 
+    def _take_fragments(self, parameters: dict[str, nn.Parameter]) -> None:
+        self._fragments = Fragments(parameters)
+        self._anchor, self._importance = self._fragments.of(self._anchor), self._fragments.of(self._importance)
+        self._parameters = self._fragments.weights
+
+    def _before_step(self) -> None:
+        if self._fragments is not None:
+            self._fragments.take_gradients()
+            self._add_pull()
+            self._fragments.let_go()
+
     def _after_backward(self, loss: Tensor) -> None:
+        if self._trainer is not None and self._trainer.accelerator.sync_gradients:
+            self._add_pull()
+
+    def _add_pull(self) -> None:
         trainer = self._trainer
-        if trainer is None or not trainer.accelerator.sync_gradients:
+        if trainer is None:
             return
         scaler = trainer.accelerator.scaler
         measured = add_penalty_gradient_(

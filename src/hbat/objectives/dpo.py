@@ -37,6 +37,7 @@ def dpo(config: Any) -> Objective:
         trainer_class=DPOTrainer,
         config_class=DPOConfig,
         config=config,
+        trains_zero=True,
         uses_reference=True,
         faults=preference_faults,
         examples=chosen_sequences,

@@ -46,6 +46,7 @@ def kto(config: Any) -> Objective:
         trainer_class=KTOTrainer,
         config_class=KTOConfig,
         config=config,
+        trains_zero=True,
         uses_reference=True,
         faults=kto_faults,
         examples=desirable_sequences,

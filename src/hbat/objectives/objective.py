@@ -65,6 +65,7 @@ class Objective:
         rehearses_all_rows: Whether the trainer finds faults in rows when it is built that `faults` cannot see, such as
             prompts that are too long for the model: before the first stage it is then built on all of them.
         trains_shards: Whether the trainer can train a model that is sharded (FSDP2).
+        trains_zero: Whether the trainer was tested under DeepSpeed's ZeRO.
         derived: Fields that the configuration works out of others; they are worked out again for each stage.
         trainer_kwargs: More arguments for the trainer's constructor.
     """
@@ -86,6 +87,7 @@ class Objective:
     resumes_inside: Callable[[Any, int, int], bool] | bool = True
     rehearses_all_rows: bool = False
     trains_shards: bool = True
+    trains_zero: bool = False
     derived: Collection[str] = ()
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -155,7 +157,9 @@ class Objective:
             )
         return args
 
-    def stage_args(self, base: TrainingArguments, output_dir: str, seed_offset: int) -> TrainingArguments:
+    def stage_args(
+        self, base: TrainingArguments, output_dir: str, seed_offset: int, **changes: Any
+    ) -> TrainingArguments:
         """Make the configuration of one stage. Must directly precede the trainer's construction.
 
         Building a configuration resets accelerate's global state, which breaks a trainer that is alive.
@@ -164,6 +168,7 @@ class Objective:
             base: The objective's configuration.
             output_dir: The stage's folder.
             seed_offset: Added to the seed, so that stages do not replay one shuffle.
+            **changes: Other values of further fields.
 
         Returns:
             A new configuration.
@@ -179,7 +184,7 @@ class Objective:
             logging_nan_inf_filter=False,  # a stage stops at such a loss, so the host need not look for it as well
             push_to_hub=False,
             save_total_limit=base.save_total_limit or 1,
-            **worked_out_again,
+            **(worked_out_again | changes),
         )
 
     def build_trainer(

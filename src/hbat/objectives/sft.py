@@ -50,6 +50,7 @@ def sft(config: Any) -> Objective:
         trainer_class=SFTTrainer,
         config_class=SFTConfig,
         config=config,
+        trains_zero=True,
         faults=functools.partial(sft_faults, text_field=given.get("dataset_text_field", "text")),
         examples=functools.partial(
             tokenised_sequences, completion_only=given.get("completion_only_loss") is not False

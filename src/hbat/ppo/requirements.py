@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 from hbat.model_loading import load_pretrained, load_tokenizer
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.prompts import TOKENS, check_lengths, context_length, tokenise
+from hbat.refusals import REFUSALS
 from hbat.unsupported import refuse_adapters, refuse_arguments, refuse_model, refuse_trainer
+from hbat.zero import is_asked
 
 
 def prepare(
@@ -83,6 +85,8 @@ def load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:
     if not isinstance(args, PPOConfig):
         raise TypeError(f"`args` is a {type(args).__name__}; give a `PPOConfig`.")
     refuse_arguments(args)
+    if is_asked(args):
+        raise REFUSALS["PPOTrainer under DeepSpeed"].error()
     if isinstance(model, str):
         model = load_pretrained(AutoModelForCausalLM, model, dtype="float32")
     if not isinstance(model, nn.Module):

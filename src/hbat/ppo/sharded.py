@@ -6,8 +6,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from hbat.ppo.critic import SeparateCritic
 from hbat.ppo.reference import Reference
+from hbat.refusals import REFUSALS
 from hbat.sharding import keep_sharded, require_supported, shard_with
-from hbat.support import REFUSALS
 
 
 def shard_policy_and_critic(trainer: Any, reference: Reference | None) -> None:

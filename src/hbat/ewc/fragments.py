@@ -1,0 +1,155 @@
+"""What of a model lies on this process under DeepSpeed's ZeRO-1 and -2: fragments of weights and gradients.
+
+Each process holds the whole model to compute with, and of one long row of all trained weights a piece, which its
+optimizer steps. A fragment is what the piece has of a parameter: possibly a part, possibly nothing. Between stages
+nothing of this is left. `_hp_mapping` and `_index_in_param_group` are private names of DeepSpeed's (0.19); its public
+functions move each tensor as a whole between the processes, twice a step.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+#: What DeepSpeed leaves on parameters.
+_LEFT = (
+    "_hp_mapping", "_index_in_param_group", "_dp_group", "_zero_optimizer", "get_full_hp_param", "get_full_hp_grad",
+    "set_full_hp_param", "set_full_hp_grad", "load_hp_checkpoint_state", "grad_accum", "param_idx_in_group",
+)  # fmt: skip
+
+
+def engine_of(accelerator: Any) -> Any:
+    """Find the engine that a trainer trains with.
+
+    Args:
+        accelerator: The trainer's accelerator, once it has prepared the model.
+
+    Returns:
+        DeepSpeed's engine; None under any other.
+    """
+    return getattr(getattr(accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+
+
+def before_step(engine: Any, action: Callable[[], None]) -> Callable[[], None]:
+    """Run `action` before each optimizer step of an engine, on complete gradients and before they are clipped.
+
+    `accelerator.backward` takes the step already, so that nothing can be done after it, or on
+    `on_pre_optimizer_step`.
+
+    Args:
+        engine: DeepSpeed's engine.
+        action: Called at the end of the last micro-step.
+
+    Returns:
+        A function that takes the action out again; calling it twice does no harm.
+    """
+    take_step, active = engine.step, True
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        if active and engine.is_gradient_accumulation_boundary():
+            action()
+        return take_step(*args, **kwargs)
+
+    def undo() -> None:
+        nonlocal active
+        active = False  # the engine goes with its trainer, and this link with it
+
+    engine.step = step
+    return undo
+
+
+class Fragments:
+    """The fragments of parameters on this process, as flat tensors that all processes share.
+
+    Args:
+        parameters: Parameters by name, in an engine's hands.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = dict(parameters)
+        device = next(iter(self._parameters.values())).device.type
+        self._mesh: DeviceMesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+        #: In the memory that the optimizer steps; without gradients until `take_gradients`.
+        self.weights: dict[str, Tensor] = {
+            name: self._shared(each, _nothing(each) if (own := _mapping(each)) is None else own.hp_fragment)
+            for name, each in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def of(self, tensors: Mapping[str, Tensor | float]) -> dict[str, Any]:
+        """Cut tensors that are whole on every process as the parameters are.
+
+        Args:
+            tensors: Tensors of the parameters' shapes by name, or of shape `()`, or numbers.
+
+        Returns:
+            Their fragments; numbers and tensors of shape `()` as they are.
+        """
+        return {name: self._cut(tensors[name], each) for name, each in self._parameters.items()}
+
+    def take_gradients(self) -> None:
+        """Give each fragment of the weights its gradient, which is there between backward pass and step alone."""
+        for name, each in self._parameters.items():
+            own = _mapping(each)
+            gradient = _nothing(each) if own is None else _gradient(each, own)
+            self.weights[name].grad = self._shared(each, gradient)
+
+    def let_go(self) -> None:
+        """Forget the gradients: the engine frees them in its step."""
+        for each in self.weights.values():
+            each.grad = None
+
+    def _cut(self, tensor: Tensor | float, parameter: nn.Parameter) -> Tensor | float:
+        if not isinstance(tensor, Tensor) or tensor.dim() == 0:
+            return tensor
+        own = _mapping(parameter)
+        if own is None:
+            return self._shared(parameter, _nothing(tensor))
+        address = own.lp_fragment_address
+        return self._shared(parameter, tensor.detach().reshape(-1)[address.start : address.start + address.numel])
+
+    def _shared(self, parameter: nn.Parameter, fragment: Tensor) -> Tensor:
+        shape = torch.Size([parameter.numel()])
+        return DTensor.from_local(fragment.detach(), self._mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,))
+
+
+@torch.no_grad()
+def release(model: nn.Module) -> None:
+    """Give a model's parameters memory of their own again, after their engine was destroyed.
+
+    Until then they are views of the row that it made of them.
+
+    Args:
+        model: The model; one that was in no engine's hands stays as it is.
+    """
+    for each in _held(model.parameters()):
+        each.data = each.data.clone()
+        for name in [name for name in each.__dict__ if name in _LEFT or name.startswith("ds_")]:
+            del each.__dict__[name]
+
+
+def _held(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [each for each in parameters if "_hp_mapping" in each.__dict__]
+
+
+def _mapping(parameter: nn.Parameter) -> Any:
+    try:
+        return parameter._hp_mapping  # noqa: SLF001 - see above
+    except AttributeError:
+        raise RuntimeError(
+            f"A trained parameter of shape {tuple(parameter.shape)} is not in DeepSpeed's hands, as with no release "
+            "that was tested (0.19). Train with DDP or FSDP2, or with that release."
+        ) from None
+
+
+def _gradient(parameter: nn.Parameter, own: Any) -> Tensor:
+    gradient = own.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)  # noqa: SLF001 - see above
+    address = own.lp_fragment_address
+    return gradient if gradient.numel() == address.numel else gradient.narrow(0, address.start, address.numel)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return like.detach().new_empty(0)
