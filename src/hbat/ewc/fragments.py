@@ -135,7 +135,7 @@ def _held(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return [each for each in parameters if "_hp_mapping" in each.__dict__]
 
 
-def _mapping(parameter: nn.Parameter) -> Any:
+def _mapping(parameter: Any) -> Any:  # which has attributes of DeepSpeed's
     try:
         return parameter._hp_mapping  # noqa: SLF001 - see above
     except AttributeError:
@@ -145,8 +145,8 @@ def _mapping(parameter: nn.Parameter) -> Any:
         ) from None
 
 
-def _gradient(parameter: nn.Parameter, own: Any) -> Tensor:
-    gradient = own.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)  # noqa: SLF001 - see above
+def _gradient(parameter: Any, own: Any) -> Tensor:
+    gradient: Tensor = own.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)  # noqa: SLF001 - see above
     address = own.lp_fragment_address
     return gradient if gradient.numel() == address.numel else gradient.narrow(0, address.start, address.numel)
 
