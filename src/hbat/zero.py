@@ -132,7 +132,9 @@ def _config(args: Any) -> Mapping[str, Any]:
     plugin = getattr(args, "deepspeed_plugin", None)  # made by the host of all three that follow
     if plugin is not None:
         return dict(plugin.deepspeed_config)
-    given = getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    given = getattr(args, "deepspeed", None)
+    if given is None:
+        given = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if isinstance(given, Mapping):
         return given
     if given and given != "none":
