@@ -4,9 +4,11 @@
 """
 
 import json
+import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -183,6 +185,20 @@ class Gone(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Told(Gone):
+    """The launcher is told to end, as schedulers do it, and hands that on to its processes."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stage != 3 or state.global_step != 1:
+            return
+        heard, handler = threading.Event(), logging.Handler()
+        handler.emit = lambda record: heard.set()
+        logging.getLogger("hbat.interruption").addHandler(handler)
+        if args.process_index == 0:
+            os.kill(os.getppid(), signal.SIGTERM)
+        assert heard.wait(60)
+
+
 def main(folder, names, mode):
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
@@ -191,6 +207,8 @@ def main(folder, names, mode):
         place = folder / name.replace(" ", "-")
         if mode == "kill":
             train(name, place / "run", callbacks=[Gone()], save_steps=1)
+        if mode == "end":
+            train(name, place / "run", callbacks=[Told()])
         run = train(name, place / "run", resume=mode == "resume", save_steps=1 if mode == "resume" else None)
         assert torch.distributed.get_world_size() == PROCESSES == 2
         weights = {key: whole(each).contiguous() for key, each in cases.weights(run.model).items()}

@@ -17,18 +17,24 @@ pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
 TIMEOUT = 600  # seconds; a process that is lost leaves the other waiting
 
 
-def launch(folder, mode, *names):
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [
+    "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+]  # fmt: skip
+
+
+def launch(folder, mode, *names, launcher=TORCHRUN):
     """Run two processes; `accelerate launch --cpu` would start one, silently."""
     worker = Path(ddp_runs.__file__)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "ACCELERATE"))}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.run(
-        [*torchrun, str(worker), str(folder), mode, *names],
+        [sys.executable, "-m", *launcher, str(worker), str(folder), mode, *names],
         capture_output=True,
         text=True,
         check=False,
         timeout=TIMEOUT,
-        env=environment | {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"},
+        env=environment | {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
 
 
@@ -118,6 +124,19 @@ def test_two_processes_that_were_killed_go_on_to_the_last_bit(name, two, tmp_pat
     assert done.returncode == 0, done.stderr[-4000:]
     assert runs.same(read(tmp_path, name)[0], read(two(name), name)[0])
     assert read(tmp_path, name)[1]["table"] == read(two(name), name)[1]["table"]
+
+
+def test_accelerate_launch_that_is_told_to_end_saves_and_goes_on(two, tmp_path):
+    name = "sft and dpo"
+    ended = launch(tmp_path, "end", name, launcher=ACCELERATE)
+    assert ended.returncode != 0
+    run = tmp_path / name.replace(" ", "-") / "run"
+    assert [each.name for each in run.glob("stage-*/checkpoint-*")] == ["checkpoint-1"], ended.stderr[-4000:]
+    done = launch(tmp_path, "resume", name, launcher=ACCELERATE)
+    assert done.returncode == 0, done.stderr[-4000:]
+    weights, found = read(tmp_path, name)
+    assert (found["processes"], found["began at"]) == (2, [1])
+    assert runs.same(weights, read(two(name), name)[0])
 
 
 @pytest.mark.slow
