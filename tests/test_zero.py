@@ -159,3 +159,13 @@ def test_deepspeed_is_left_aside_in_a_block(device, changes, launched):
 def test_nothing_is_left_aside_where_nobody_asks_for_it():
     with left_aside(SimpleNamespace(deepspeed=None)) as changes:
         assert changes == {}
+
+
+@pytest.mark.parametrize("content", [None, "[1, 2]", "{", "1"])
+def test_a_configuration_that_cannot_be_read_is_named(content, tmp_path):
+    file = tmp_path / "deepspeed.json"
+    if content is not None:
+        file.write_text(content)
+    for given in (str(file), True):
+        with pytest.raises(ValueError, match=r"`deepspeed` is .* is no configuration of DeepSpeed's"):
+            zero_row(SimpleNamespace(deepspeed=given))

@@ -138,9 +138,20 @@ def _config(args: Any) -> Mapping[str, Any]:
     if isinstance(given, Mapping):
         return given
     if given and given != "none":
-        return dict(json.loads(Path(given).read_text(encoding="utf-8")))
+        return _read(given)
     launched = {each: {"device": os.environ.get(f"ACCELERATE_DEEPSPEED_{each.upper()}_DEVICE")} for each in _OFFLOADS}
     return {"zero_optimization": {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), **launched}}
+
+
+def _read(file: Any) -> dict[str, Any]:
+    try:
+        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"`deepspeed` is {file!r:.80}, which is no configuration of DeepSpeed's ({reason}). Give a mapping, or "
+            "the path of a JSON file that holds one."
+        ) from error
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
