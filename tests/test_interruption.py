@@ -1,5 +1,6 @@
 """A run that gets a signal saves at the next step and ends with a status; a second signal ends it at once."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -81,6 +82,26 @@ def test_in_another_thread_nobody_listens():
     thread.start()
     thread.join()
     assert found == [before]
+
+
+def test_a_signal_that_comes_while_a_lock_of_logging_is_held_waits_for_nothing(monkeypatch):
+    lock, said, handler = threading.Lock(), threading.Event(), logging.Handler()
+
+    def emit(record):
+        with lock:
+            said.set()
+
+    monkeypatch.setattr(handler, "emit", emit)
+    logger = logging.getLogger("hbat.interruption")
+    logger.addHandler(handler)
+    request = StopRequest()
+    try:
+        with request.listening(), lock:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert request.agreed() == signal.SIGTERM
+        assert said.wait(30)
+    finally:
+        logger.removeHandler(handler)
 
 
 SCRIPT = """

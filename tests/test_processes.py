@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from accelerate.utils import parse_flag_from_env
 
 import hbat
-from hbat.processes import decided_by_main, is_main_process, process_count, wait_for_everyone
+from hbat.processes import decided_by_main, is_launched_with, is_main_process, process_count, wait_for_everyone
 
 PROGRAM = """
 import pathlib, sys, time
@@ -50,6 +51,15 @@ def test_a_single_process_is_the_main_one_and_waits_for_nobody(monkeypatch):
 def test_rank_zero_is_the_main_process(monkeypatch, rank, main):
     monkeypatch.setenv("RANK", rank)
     assert is_main_process() is main
+
+
+@pytest.mark.parametrize("word", ["1", "true", "True", "YES", "on", "y", "t", "0", "false", "off", "no", "", None])
+def test_the_launchers_words_are_read_as_the_launcher_reads_them(monkeypatch, word):
+    monkeypatch.delenv("ACCELERATE_USE_X", raising=False)
+    if word is not None:
+        monkeypatch.setenv("ACCELERATE_USE_X", word)
+    expected = parse_flag_from_env("ACCELERATE_USE_X") if word else False  # it raises at an empty word
+    assert is_launched_with("ACCELERATE_USE_X") == expected
 
 
 def test_two_processes_wait_for_what_the_main_one_writes(tmp_path):

@@ -37,7 +37,7 @@ def load_adapter_as_it_was(trainer: Trainer) -> None:
                 model.load_adapter(checkpoint, ADAPTER, is_trainable=True)
                 model.set_adapter(ADAPTER)
 
-    trainer._load_from_checkpoint = loading  # type: ignore[assignment, method-assign] # noqa: SLF001
+    trainer._load_from_checkpoint = loading  # type: ignore[assignment, method-assign] # noqa: SLF001 - as above
 
 
 @contextmanager

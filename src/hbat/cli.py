@@ -46,20 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = options.run(options, rest)
     except KeyboardInterrupt:
         hint = "; `--resume` goes on" if words[0] == "train" else ""
-        print(f"hbat: interrupted{hint}", file=sys.stderr)  # noqa: T201 - what a command line is for
+        print(f"hbat: interrupted{hint}", file=sys.stderr)
         return 130
     except SystemExit as ending:
         ended_by = getattr(ending, "signal", None)
         if ended_by is None:  # `--help` and the like
             raise
-        print(f"hbat: ended by {ended_by.name}, everything is saved; `--resume` goes on", file=sys.stderr)  # noqa: T201
+        print(f"hbat: ended by {ended_by.name}, everything is saved; `--resume` goes on", file=sys.stderr)
         return int(ending.code or 0)
     except Exception as error:  # noqa: BLE001 - the host raises anything; the user gets one line
         cause = (error.__cause__ or error) if isinstance(error, _TrainingError) else error
         by_user = cause is error and isinstance(error, _USER_ERRORS)
         if "--traceback" in words:
             traceback.print_exception(cause)
-        print(f"hbat: error: {_one_line(cause, by_user=by_user)}", file=sys.stderr)  # noqa: T201
+        print(f"hbat: error: {_one_line(cause, by_user=by_user)}", file=sys.stderr)
         return 2 if by_user else 1
     return status
 

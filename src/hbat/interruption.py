@@ -1,5 +1,6 @@
 """Ending a run at a signal: save at the next step boundary, and leave with a status that says why."""
 
+import _thread
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_MESSAGE = "%s: saving at the next step boundary, then ending. A second signal ends at once."
 _STATUS = 128  # plus the signal's number, as shells give it
 
 
@@ -60,10 +62,8 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._number = number
-        logger.warning(
-            "%s: saving at the next step boundary, then ending. A second signal ends at once.",
-            signal.Signals(number).name,
-        )
+        # The handler runs between two instructions of the main thread, which may hold a lock that logging wants.
+        _thread.start_new_thread(logger.warning, (_MESSAGE, signal.Signals(number).name))
 
     def agreed(self) -> int:
         """Ask all processes, each of which has to ask at the same place.

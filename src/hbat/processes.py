@@ -8,6 +8,18 @@ import torch
 _FAILED = -(1 << 62)
 
 
+def is_launched_with(variable: str) -> bool:
+    """Whether `accelerate launch` was told to use something.
+
+    Args:
+        variable: The variable of the environment in which it says so.
+
+    Returns:
+        True for the words that accelerate takes for yes. (Its own reader raises at words that it does not know.)
+    """
+    return os.environ.get(variable, "").lower() in {"1", "true", "yes", "on", "y", "t"}
+
+
 def is_main_process() -> bool:
     """Whether this process writes for all.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hbat.ewc.parameters import policy_of
+from hbat.processes import is_launched_with
 from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
 from hbat.refusals import REFUSALS
 from hbat.support import COLUMNS, refusal
@@ -108,7 +109,7 @@ def fsdp_version(args: Any = None) -> int | None:
     Returns:
         1 or 2; None where it is not asked for.
     """
-    if not getattr(args, "fsdp", None) and not _is_set("ACCELERATE_USE_FSDP"):
+    if not getattr(args, "fsdp", None) and not is_launched_with("ACCELERATE_USE_FSDP"):
         return None
     if not hasattr(args, "fsdp") and "FSDP_VERSION" not in os.environ:
         return None  # not `accelerate launch`, but an earlier trainer of this process has left it
@@ -137,7 +138,7 @@ def _asked(args: Any, name: str) -> str:
     if getattr(args, name, None):
         return f"`{name}` is set"
     variable = f"ACCELERATE_USE_{name.upper()}"  # `accelerate launch` leaves the arguments empty and says it here
-    return f"{variable}={os.environ[variable]}" if _is_set(variable) else ""
+    return f"{variable}={os.environ[variable]}" if is_launched_with(variable) else ""
 
 
 def _offloads(args: Any) -> bool:
@@ -145,12 +146,10 @@ def _offloads(args: Any) -> bool:
     named = asked.split() if isinstance(asked, str) else asked if isinstance(asked, list) else []
     of_args = bool((getattr(args, "fsdp_plugin_args", None) or {}).get("cpu_offload"))
     return (
-        of_args or "offload" in {str(getattr(each, "value", each)) for each in named} or _is_set("FSDP_OFFLOAD_PARAMS")
+        of_args
+        or "offload" in {str(getattr(each, "value", each)) for each in named}
+        or is_launched_with("FSDP_OFFLOAD_PARAMS")
     )
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in {"1", "true", "yes", "on", "y", "t"}
 
 
 def _refuse_cut(model: Any, *, shards: bool) -> None:

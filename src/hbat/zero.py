@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hbat.processes import is_launched_with
 from hbat.refusals import REFUSALS
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _VARIABLE = "ACCELERATE_USE_DEEPSPEED"
-_TRUE = {"1", "true", "yes", "on", "y", "t"}
 #: Optimizers whose state is a tensor like the weights, or a number: what a stage hands to its objective's next one.
 _OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "sgd", "rmsprop"}
 
@@ -42,7 +42,7 @@ def is_asked(args: Any = None) -> bool:
     Returns:
         True if they do, or the environment does.
     """
-    return bool(getattr(args, "deepspeed", None)) or os.environ.get(_VARIABLE, "").lower() in _TRUE
+    return bool(getattr(args, "deepspeed", None)) or is_launched_with(_VARIABLE)
 
 
 def refuse_zero(args: Any) -> None:
