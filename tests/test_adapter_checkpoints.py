@@ -39,7 +39,7 @@ def test_what_is_frozen_stays_frozen():
     assert model.weight.requires_grad
 
 
-@pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+@pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 @pytest.mark.parametrize("freeze", [0.0, 0.5])
 @pytest.mark.parametrize("stage", [2, 3], ids=["in SFT", "in DPO"])
 def test_an_adapter_goes_on_from_a_checkpoint(stage, freeze, tmp_path):

@@ -42,6 +42,7 @@ def test_every_option_has_a_help_text(config_class):
         ({"freeze": 1.0}, r"`ewc\.freeze` is 1\.0; it must be below 1"),
         ({"freeze": 1}, r"`ewc\.freeze` is 1; it must be below 1"),
         ({"fisher_samples": 0}, r"`ewc\.fisher_samples` is 0; it must be a .*number.* at least 1"),
+        ({"anchor_device": "cuda"}, r"`ewc\.anchor_device` is 'cuda', which is not one of 'model', 'cpu'"),
         ({"fisher_batch_size": 0}, r"`ewc\.fisher_batch_size` is 0"),
         ({"normalization": "softmax"}, r"softmax` runs over tensors but `ewc\.granularity` is 'element'"),
         (

@@ -30,7 +30,7 @@ def test_stages_are_measured_beside_plain_trl(tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     result = result_of("stages.py", tmp_path, monkeypatch, "--precision", "qlora")
     variants = result["precisions"]["qlora"]
-    assert [*variants] == ["plain TRL", "hbat, no EWC", "hbat, EWC"]
+    assert [*variants] == ["plain TRL", "hbat, no EWC", "hbat, EWC", "hbat, EWC, anchor on the CPU"]
     for each in variants.values():
         (measured,) = each["runs"]
         assert [stage["objective"] for stage in measured["sft"]["stages"]] == ["sft", "sft"]
@@ -43,8 +43,8 @@ def test_stages_are_measured_beside_plain_trl(tmp_path, monkeypatch):
 def test_the_penalty_is_measured_against_a_copy(tmp_path, monkeypatch):
     result = result_of("penalty.py", tmp_path, monkeypatch)
     assert result["copy_bandwidth"] > 0
-    assert len(result["sets"]) == 6
+    assert len(result["sets"]) == 12
     for name, each in result["sets"].items():
-        bytes_an_element = (8 if "bfloat16" in name else 16) + (4 if name.endswith("element") else 0)
+        bytes_an_element = (8 if "bfloat16" in name else 16) + (4 if "by element" in name else 0)
         assert each["bytes"] == bytes_an_element * each["elements"]
         assert each["of_a_copy"] == pytest.approx(each["bytes"] / each["seconds"] / result["copy_bandwidth"])

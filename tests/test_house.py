@@ -25,8 +25,9 @@ BLOCKS = {
     "mathematics: tensors in, tensors out": (
         {"torch"},
         [
-            "ewc/__init__", "ewc/shards", "ewc/parameters", "ewc/importance", "ewc/blocks", "ewc/foreach",
-            "ewc/statistics", "ewc/penalty", "ewc/fisher", "ppo/returns", "ppo/losses", "ppo/log_probs",
+            "ewc/__init__", "ewc/shards", "ewc/parameters", "ewc/importance", "ewc/offload", "ewc/blocks",
+            "ewc/foreach", "ewc/statistics", "ewc/penalty", "ewc/placement", "ewc/fisher", "ppo/returns",
+            "ppo/losses", "ppo/log_probs",
         ],
     ),
     "plan and state: plain data, imports no trainer": (
@@ -46,7 +47,7 @@ BLOCKS = {
             "huggingface_hub",
         },
         [
-            "ewc/backward", "ewc/fragments", "ewc/callback", "lifecycle",
+            "ewc/backward", "ewc/fragments", "ewc/penalty_log", "ewc/callback", "lifecycle",
             "objectives/__init__", "objectives/objective",
             "objectives/rewards", "objectives/builtin", "objectives/sft", "objectives/dpo",
             "objectives/kto", "objectives/online", "objectives/grpo", "objectives/rloo", "stage_start",
@@ -371,6 +372,7 @@ TESTED_ELSEWHERE = {
     "assembly.py": "test_cli.py",
     "demo/settings.py": "demo/test_base_model.py",
     "ewc/blocks.py": "ewc/test_penalty.py",
+    "ewc/penalty_log.py": "ewc/test_callback.py",
     "ewc/fragments.py": "distributed/test_deepspeed.py",
     "ewc/statistics.py": "ewc/test_penalty.py",
     "ewc_config.py": "test_config.py",

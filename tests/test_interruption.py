@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hbat.interruption import RunInterrupted, StopRequest
 
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "cosine", "max_steps": 4}
 OPTIONS = {"sft": ADAM, "dpo": ADAM, "optimizer_state": "carry", "ewc": {"f_max": 1.0}}
 

@@ -20,7 +20,7 @@ from hbat.run_file import parse
 from hbat.run_state import RunStateError
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning"),
+    pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning"),
     pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning"),
 ]
 

@@ -18,7 +18,7 @@ from hbat.ppo.critic import build_critic
 from hbat.ppo.reward_model import load_reward_model
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning"),
+    pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning"),
     pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning"),
 ]
 

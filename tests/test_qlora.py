@@ -22,7 +22,7 @@ from hbat.manifest import RunStateError
 from hbat.stage_start import StageStart
 
 pytest.importorskip("bitsandbytes")
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 
 each_kind = pytest.mark.parametrize("kind", qlora_cases.KINDS)
 each_preference = pytest.mark.parametrize("preference", ["dpo", "ppo"])

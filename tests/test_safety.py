@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from hbat.objectives.objective import Objective
 from hbat.plain_yaml import PlainYAMLError, load_yaml, read_yaml
 
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 
 
 # --- paths -----------------------------------------------------------------------------------------------------------

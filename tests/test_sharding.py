@@ -28,6 +28,7 @@ REFUSED = {
     "8-bit optimizers under FSDP2": (
         {"sft": {"optim": "adamw_bnb_8bit"}}, r"`sft\.optim` is 'adamw_bnb_8bit'.*Take 'adamw_torch'",
     ),
+    "anchor on the CPU": ({"ewc": {"anchor_device": "cpu"}}, r"`anchor_device: cpu` is not.*under FSDP2.*DDP"),
     "Fisher of samples under FSDP2": (
         {"ewc": {"source": "fisher", "estimator": "empirical"}}, r"`ewc\.estimator: emp.*Set `ewc\.estimator: gnb`",
     ),

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from hbat.objectives.objective import Objective
 from hbat.stage_runner import estimated_steps
 
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 
 SLOW = {"learning_rate": 0.05, "max_steps": 3}
 SECTIONS = {"sft": SLOW, "dpo": SLOW}

@@ -84,7 +84,7 @@ def test_a_reference_adapter_that_differs_does_not_become_the_anchor(weights):
     assert all(start.anchor[name] is each for name, each in taken.items())
 
 
-@pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+@pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 @pytest.mark.parametrize("case", ["full", "lora"])
 def test_a_preference_stage_with_a_penalty_holds_no_second_copy_of_the_start(case, tmp_path):
     """The reference policy is the anchor: no other tensor of the run equals a weight at the stage's start."""

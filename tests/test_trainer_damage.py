@@ -26,7 +26,7 @@ from hbat.manifest import RunStateError
 from hbat.objectives.sft import sft
 from hbat.storage import StorageError
 
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 
 SAVES = ADAM | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
 

@@ -36,7 +36,7 @@ class Seen(TrainerCallback):
             setattr(self, event, lambda args, state, control, action=action, **kwargs: action(state, **kwargs))
 
 
-@pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+@pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 def test_evaluation_leaves_an_adapter_on_the_embeddings_as_it_is(tmp_path):
     evaluated = runs.train(embedding_lora(), tmp_path / "a", evaluation=EVALUATION, ewc={"f_max": 1.0})
     plain = runs.train(embedding_lora(), tmp_path / "b", ewc={"f_max": 1.0})
@@ -102,7 +102,7 @@ def test_the_fisher_of_an_objective_without_sequences_is_refused_at_construction
         )  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+@pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 def test_frozen_adapter_tensors_do_not_count_for_clipping(tmp_path):
     found = []
 

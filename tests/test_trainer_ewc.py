@@ -6,12 +6,12 @@ import pytest
 import runs
 import torch
 
-from hbat.ewc.callback import EWCWarning
+from hbat.ewc.penalty_log import EWCWarning
 from hbat.objectives.objective import Objective
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::hbat.consolidation.SaturationWarning"),
-    pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning"),
+    pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning"),
 ]
 
 SLOW = {"learning_rate": 0.05, "max_steps": 3}
@@ -69,6 +69,17 @@ def test_a_run_equals_plain_trainers_with_the_penalty_in_their_loss(case, tmp_pa
     without = runs.by_hand(build, tmp_path / "by-hand", sections=SECTIONS)[-1]
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
     assert cases.largest_difference(expected, without) > 1e-4
+
+
+@pytest.mark.parametrize("case", ["full", "lora"])
+def test_where_the_anchor_lies_changes_nothing(case, tmp_path):
+    """On a CPU nothing moves; that pieces are fetched rightly is shown in `ewc/test_offload.py`."""
+    build = cases.MODEL_CASES[case]
+    ends = {}
+    for where in ("model", "cpu"):
+        ewc = {"f_max": F_MAX, "anchor_device": where}
+        ends[where] = cases.weights(runs.train(build(0), tmp_path / where, ewc=ewc, **SECTIONS).model)
+    assert runs.same(ends["model"], ends["cpu"])
 
 
 def test_the_authors_preset_equals_their_softmax_in_the_loss(tmp_path):
@@ -147,7 +158,7 @@ def test_the_penalty_is_logged_from_the_second_stage_on(tmp_path):
         assert all(each["ewc/penalty"] > 0 and each["ewc/grad_norm_ratio"] > 0 for each in later)
 
 
-@pytest.mark.filterwarnings("error::hbat.ewc.callback.EWCWarning")
+@pytest.mark.filterwarnings("error::hbat.ewc.penalty_log.EWCWarning")
 def test_a_penalty_too_weak_to_act_warns(tmp_path):
     with pytest.warns(EWCWarning, match="did nothing"):
         runs.train(cases.tiny_llama(), tmp_path, num_rounds=1, ewc={"f_max": 1e-9}, **SECTIONS)

@@ -154,7 +154,7 @@ def test_evaluation_alone_before_training_changes_nothing(case, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+@pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 @pytest.mark.parametrize("case", ["full", "lora"])
 def test_evaluation_between_stages_does_not_change_what_is_trained(case, tmp_path):
     build = cases.MODEL_CASES[case]

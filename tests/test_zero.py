@@ -29,6 +29,7 @@ REFUSED = {
     ),
     "compilation under DeepSpeed": ({"dpo": {"torch_compile": True}}, r"`torch_compile` is not.*out of `dpo`"),
     "proximal steps under DeepSpeed": ({"ewc": {"method": "proximal"}}, r"`method: prox.*method: gradient`"),
+    "anchor on the CPU": ({"ewc": {"anchor_device": "cpu"}}, r"`anchor_device: cpu` is not.*under DeepSpeed.*DDP"),
     "frozen tensors under DeepSpeed": ({"ewc": {"freeze": 0.5}}, r"`ewc\.freeze` is not.*Set it to 0"),
 }  # fmt: skip
 #: What else is refused here, or in `distributed/test_deepspeed.py`.

@@ -3,11 +3,13 @@
 Two sets of trained weights in the shape of a model of 7B parameters: all weights of some of its blocks in float32, and
 a LoRA adapter of all its blocks in float32 and in bfloat16 (what QLoRA trains). With importance by tensor, parameter,
 anchor and gradient are read and the gradient is written; by element, importance is read as well. An adapter is small:
-there the launches of kernels count, and milliseconds say more than bandwidth. Without a GPU: toy size on the CPU.
+there the launches of kernels count, and milliseconds say more than bandwidth. `from the CPU` is `anchor_device: cpu`,
+where the link to the main memory is the limit. Without a GPU: toy size on the CPU.
 
     python benchmarks/gpu/penalty.py [--toy] [--repeats 20]
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from peft import LoraConfig, get_peft_model
 from scale import SCALES, Scale, device, fastest, hardware, parser_of, random_llama, release, scale_name
 from workload import save
 
-from hbat import add_penalty_gradient_, snapshot, trainable_parameters
+from hbat import add_penalty_gradient_, trainable_parameters
+from hbat.ewc.placement import in_main_memory, let_go, on_device, snapshot_in_main_memory
 
 STRENGTH = 10.0
 #: Name of a set of weights: whether it is an adapter, and the type of its weights.
@@ -63,24 +66,29 @@ def copy_bandwidth(size: int, repeats: int) -> float:
     return 2 * 4 * source.numel() / fastest(lambda: target.copy_(source), repeats)
 
 
-def measure(parameters: dict[str, torch.nn.Parameter], *, element: bool, repeats: int) -> dict[str, Any]:
+def measure(
+    parameters: dict[str, torch.nn.Parameter], *, element: bool, offloaded: bool, repeats: int
+) -> dict[str, Any]:
     """Time the penalty's gradient.
 
     Args:
         parameters: Parameters with gradients.
         element: Whether importance is given by element.
+        offloaded: Whether anchor and importance lie in the main memory (`anchor_device: cpu`).
         repeats: How often.
 
     Returns:
         Least seconds, and the bytes that any implementation moves.
     """
-    anchor = snapshot(parameters)
-    importance = {
-        name: torch.rand(each.shape if element else (), device=each.device) for name, each in parameters.items()
-    }
+    place = in_main_memory if offloaded else on_device
+    anchor = place(snapshot_in_main_memory(parameters), parameters)
+    importance = place(
+        {name: torch.rand(each.shape if element else ()) for name, each in parameters.items()}, parameters
+    )
     seconds = fastest(
         lambda: add_penalty_gradient_(parameters, anchor, importance, strength=STRENGTH), repeats
     )  # fmt: skip
+    let_go(anchor, importance)
     moved = sum(each.numel() * (4 * each.element_size() + 4 * element) for each in parameters.values())
     return {"seconds": seconds, "bytes": moved}
 
@@ -93,19 +101,19 @@ def main() -> None:
     name = scale_name(toy=given.toy)
     bandwidth = copy_bandwidth(2**31 if name == "7b" else 2**20, given.repeats)
     print(f"{hardware()['device']}: a copy moves {bandwidth / 1e9:.1f} GB/s (read and written)")
-    print(f"{'':34}{'tensors':>9}{'elements':>12}{'ms':>9}{'GB/s':>9}{'of a copy':>11}")
+    print(f"{'':48}{'tensors':>9}{'elements':>12}{'ms':>9}{'GB/s':>9}{'of a copy':>11}")
     result = {}
     for label, (lora, dtype) in SETS.items():
         release()
         parameters = trained(SCALES[name], lora=lora, dtype=dtype)
         count = sum(each.numel() for each in parameters.values())
-        for element in (False, True):
-            each = measure(parameters, element=element, repeats=given.repeats)
+        for element, offloaded in itertools.product((False, True), repeat=2):
+            each = measure(parameters, element=element, offloaded=offloaded, repeats=given.repeats)
             speed = each["bytes"] / each["seconds"]
-            key = f"{label}, by {'element' if element else 'tensor'}"
+            key = f"{label}, by {'element' if element else 'tensor'}{', from the CPU' if offloaded else ''}"
             result[key] = each | {"elements": count, "tensors": len(parameters), "of_a_copy": speed / bandwidth}
             print(
-                f"{key:34}{len(parameters):9}{count:12}{1e3 * each['seconds']:9.3f}{speed / 1e9:9.1f}"
+                f"{key:48}{len(parameters):9}{count:12}{1e3 * each['seconds']:9.3f}{speed / 1e9:9.1f}"
                 f"{speed / bandwidth:11.2f}"
             )
         del parameters

@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "plain TRL": None,
     "hbat, no EWC": {"ewc": None, "optimizer_state": "reset"},
     "hbat, EWC": {},
+    "hbat, EWC, anchor on the CPU": {"ewc": {"anchor_device": "cpu"}},
 }
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hbat.config import HBATConfig
     from hbat.evaluation import ForgettingMatrix
-    from hbat.ewc.callback import EWCCallback, EWCWarning
+    from hbat.ewc.callback import EWCCallback
     from hbat.ewc.fisher import Example, diagonal_fisher
     from hbat.ewc.importance import accumulate, displacement, effective_tensors, normalize
     from hbat.ewc.parameters import snapshot, trainable_parameters
     from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, proximal_step_
+    from hbat.ewc.penalty_log import EWCWarning
     from hbat.ewc_config import EWCConfig
     from hbat.objectives.objective import Objective
     from hbat.ppo.config import PPOConfig
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "EWCCallback": "hbat.ewc.callback",
     "EWCConfig": "hbat.ewc_config",
-    "EWCWarning": "hbat.ewc.callback",
+    "EWCWarning": "hbat.ewc.penalty_log",
     "Example": "hbat.ewc.fisher",
     "ForgettingMatrix": "hbat.evaluation",
     "HBATConfig": "hbat.config",

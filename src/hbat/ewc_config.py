@@ -9,6 +9,7 @@ Source = Literal["displacement", "fisher", "uniform", "random"]
 Granularity = Literal["tensor", "element"]
 Normalization = Literal["mean", "max", "softmax"]
 Method = Literal["gradient", "proximal"]
+AnchorDevice = Literal["model", "cpu"]
 Estimator = Literal["gnb", "empirical"]
 
 #: The scale that the authors' code applies to a displacement before it squares it.
@@ -72,6 +73,16 @@ class EWCConfig:
             "independent of Adam's scaling, stable for any strength, and needs a larger `f_max`."
         },
     )
+    anchor_device: AnchorDevice = field(
+        default="model",
+        metadata={
+            "help": "Where anchor and importance lie during a stage: on the device of the `model`, or on the `cpu`, "
+            "from where a GPU fetches them piece by piece at each optimizer step, two pieces ahead. `cpu` saves at "
+            "most a copy of the weights for each of the two and costs the time of the transfer. Little is gained with "
+            "an adapter, and nothing for the anchor in a preference stage of a full model, where it is the reference "
+            "policy. Changes no result."
+        },
+    )
     freeze: float = field(
         default=0.0,
         metadata={
@@ -103,6 +114,7 @@ class EWCConfig:
         check_choice("ewc.granularity", self.granularity, Granularity)
         check_choice("ewc.normalization", self.normalization, Normalization)
         check_choice("ewc.method", self.method, Method)
+        check_choice("ewc.anchor_device", self.anchor_device, AnchorDevice)
         check_choice("ewc.estimator", self.estimator, Estimator)
         check_number("ewc.f_max", self.f_max, 0)
         check_number("ewc.importance_scale", self.importance_scale, 0)

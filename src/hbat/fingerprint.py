@@ -14,6 +14,7 @@ from hbat.config import HBATConfig
 from hbat.data_digest import data_digest
 from hbat.ewc.parameters import canonical_name
 from hbat.ewc.shards import whole_of
+from hbat.ewc_config import EWCConfig
 from hbat.processes import process_count
 
 _SAMPLED_VALUES = 64
@@ -68,7 +69,7 @@ def fingerprint(
             "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
             "average": {name: config.average_of(name) for name in config.objective_names},
         },
-        "ewc": None if config.ewc is None else asdict(config.ewc),
+        "ewc": None if config.ewc is None else _plain_ewc(config.ewc),
         "data": {
             name: {
                 "rows": len(each),
@@ -94,6 +95,11 @@ def fingerprint(
         described[name] = {key: value for key, value in args.to_dict().items() if not _is_incidental(key)}
     plain: dict[str, Any] = json.loads(json.dumps(described, default=str))
     return plain
+
+
+def _plain_ewc(config: EWCConfig) -> dict[str, Any]:
+    # Not where the anchor lies, which changes no result.
+    return {key: value for key, value in asdict(config).items() if key != "anchor_device"}
 
 
 def _is_incidental(key: str) -> bool:

@@ -157,6 +157,12 @@ REFUSALS: Mapping[str, Refusal] = {
         at=(HBAT, EWC),
         kind=NotImplementedError,
     ),
+    "anchor on the CPU": Refusal(
+        "`anchor_device: cpu` is not supported under {engine}, where each process has a part of the anchor alone. "
+        "Leave it at `model` (in YAML below `ewc:`), or train with DDP.",
+        at=(HBAT, EWC),
+        kind=NotImplementedError,
+    ),
     "frozen tensors under DeepSpeed": _under_deepspeed(
         "`ewc.freeze` is not supported under DeepSpeed. Set it to 0, or train with DDP."
     ),

@@ -52,6 +52,8 @@ def sharding(
     for each in objectives:
         _require_trainable(each, sections[each.name])
     _require_agreement(sections)
+    if config.ewc is not None and config.ewc.anchor_device == "cpu":
+        raise REFUSALS["anchor on the CPU"].error(engine="FSDP2")
     if config.ewc is not None and config.ewc.source == "fisher" and config.ewc.estimator == "empirical":
         raise REFUSALS["Fisher of samples under FSDP2"].error()
     if process_count() == 1:

@@ -126,6 +126,8 @@ class StageRunner:
         carries = self._config.optimizer_state == "carry"
         evaluates = str(getattr(self._sections[stage.objective].eval_strategy, "value", "no")) != "no"
         part = dataset.select(part_indices(len(dataset), stage.num_rounds, stage.round, self._config.seed))
+        if not objective.uses_reference:
+            self._start.set_aside()
         with self._builder.building(
             objective,
             folder,
@@ -178,7 +180,13 @@ class StageRunner:
         importance = consolidation.importance(stage)
         if importance is not None:
             config = consolidation.config
-            callback = EWCCallback(importance, self._start.anchor, f_max=config.f_max, method=config.method)
+            callback = EWCCallback(
+                importance,
+                self._start.anchor,
+                f_max=config.f_max,
+                method=config.method,
+                anchor_device=config.anchor_device,
+            )
             callback.bind(trainer)
 
     @torch.no_grad()

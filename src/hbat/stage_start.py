@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hbat.ewc.offload import page_locked
 from hbat.ewc.parameters import canonical_name, snapshot, trainable_parameters
+from hbat.ewc.placement import snapshot_in_main_memory
 from hbat.ewc.shards import part_of, shared_as
+from hbat.ewc_config import AnchorDevice
 from hbat.lifecycle import unpatched_copy
 from hbat.reference_adapter import (
     REFERENCE_ADAPTER,
@@ -29,12 +32,19 @@ class StageStart:
         needs_reference: Whether an objective of the run takes a reference policy.
         shard: Shards a model in place, where the engine does. Nothing can be copied or added afterwards: the reference
             policy, or the reference adapter, is there from then on and sharded like the model.
+        anchor_device: `model`, or `cpu` for an anchor in the main memory where it is no reference policy's.
     """
 
     def __init__(
-        self, model: nn.Module, *, needs_reference: bool, shard: Callable[[nn.Module], None] | None = None
+        self,
+        model: nn.Module,
+        *,
+        needs_reference: bool,
+        shard: Callable[[nn.Module], None] | None = None,
+        anchor_device: AnchorDevice = "model",
     ) -> None:
         self._model = model
+        self._offloads = anchor_device == "cpu"
         self.reference: Any = None
         self._anchor: dict[str, Tensor] = {}
         self._shares_adapter = False
@@ -64,7 +74,7 @@ class StageStart:
         """
         current = trainable_parameters(self._model)
         if self.reference is None and (self._shares_adapter or not self._is_beside(current)):
-            self._anchor = snapshot(current)
+            self._anchor = snapshot_in_main_memory(current) if self._offloads else snapshot(current)
             self._shares_adapter = False
         for name, each in self._anchor.items():
             each.copy_(current[name] if weights is None else shared_as(weights[name], each))
@@ -72,9 +82,17 @@ class StageStart:
     def _is_beside(self, parameters: Mapping[str, Tensor]) -> bool:
         # The first trainer moves the model to its device; on a quantised base TRL's cast the adapter to bfloat16.
         return self._anchor.keys() == parameters.keys() and all(
-            (each.device, each.dtype) == (parameters[name].device, parameters[name].dtype)
+            each.dtype == parameters[name].dtype and (self._offloads or each.device == parameters[name].device)
             for name, each in self._anchor.items()
         )
+
+    def set_aside(self) -> None:
+        """Before a stage that takes no reference policy: make room on the device, where the configuration asks so."""
+        if not self._offloads or self.reference is None:
+            return
+        device = next(self._model.parameters()).device
+        for each in self.reference.parameters():  # the next preference stage's trainer moves them to the device
+            each.data = page_locked(each.data, device)
 
     def complete_adapter(self) -> None:
         """Make the host's new reference adapter compute what the adapter computes."""
@@ -88,7 +106,8 @@ class StageStart:
             return
         copies = reference_parameters(self._model, self._anchor)
         if all(
-            torch.equal(part_of(copies[name]), part_of(each)) and copies[name].dtype == each.dtype
+            torch.equal(part_of(copies[name]), part_of(each).to(copies[name].device))
+            and copies[name].dtype == each.dtype
             for name, each in self._anchor.items()
         ):
             self._anchor = copies

@@ -105,6 +105,7 @@ FEATURES: Mapping[str, Cell] = {
     "DeepSpeed in some sections alone": "DeepSpeed for some objectives",
     "`ewc.method: proximal`, ZeRO": "proximal steps under DeepSpeed",
     "`ewc.freeze`, ZeRO": "frozen tensors under DeepSpeed",
+    "`ewc.anchor_device: cpu`, FSDP2 and ZeRO": "anchor on the CPU",
     "PPO on a 4-bit base": Shown(f"{_QLORA}[ppo-4-bit]"),
     "PPO on an 8-bit base": Shown(f"{_QLORA}[ppo-8-bit]"),
     "PPO on a 4-bit base in DDP": Shown(f"{_QLORA_DDP}[4-bit with ppo]"),

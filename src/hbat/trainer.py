@@ -108,7 +108,12 @@ class HBATTrainer:
         self._plan = plan(args.num_rounds, args.objective_names)
         self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.save_total_limit)
         self._scores = RunScores(self.matrix, self._plan, self._folder)
-        self._start = StageStart(self.model, needs_reference=takes_reference, shard=shard)
+        self._start = StageStart(
+            self.model,
+            needs_reference=takes_reference,
+            shard=shard,
+            anchor_device="model" if args.ewc is None else args.ewc.anchor_device,
+        )
         builder = TrainerBuilder(self.model, self._sections, self.processing_class, self._start)
         self._request = StopRequest()
         self._runner = StageRunner(

@@ -110,6 +110,8 @@ def require_trainable(config: Any, objectives: Iterable[Any], sections: Mapping[
         raise REFUSALS["proximal steps under DeepSpeed"].error()
     if config.ewc is not None and config.ewc.freeze:
         raise REFUSALS["frozen tensors under DeepSpeed"].error()
+    if config.ewc is not None and config.ewc.anchor_device == "cpu":
+        raise REFUSALS["anchor on the CPU"].error(engine="DeepSpeed")
 
 
 def _require_trainable(objective: Any, args: Any) -> None:

@@ -13,7 +13,7 @@ import runs
 from distributed import ddp_runs
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 TIMEOUT = 600  # seconds; a process that is lost leaves the other waiting
 
 

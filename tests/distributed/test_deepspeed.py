@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra `deepspeed`"),
-    pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning"),
+    pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning"),
 ]
 TIMEOUT = 1200  # seconds; DeepSpeed compiles its communication on CPUs once, which takes minutes
 

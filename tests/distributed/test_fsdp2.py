@@ -16,7 +16,7 @@ from distributed import ddp_runs, fsdp_runs, test_ddp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 #: transformers 4.57 takes the version of FSDP from `accelerate launch` alone.
 BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 SHARDED = {"STATE_DICT_TYPE": "SHARDED_STATE_DICT"}

@@ -15,7 +15,7 @@ from distributed import qlora_runs
 from safetensors.torch import load_file
 
 pytest.importorskip("bitsandbytes")
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 TIMEOUT = 600  # seconds; a process that is lost leaves the other waiting
 
 

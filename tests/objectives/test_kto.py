@@ -37,7 +37,7 @@ ROWS = {"judged answers": runs.kto_rows(8), "pairs": cases.preference_rows(4)}
 
 
 @needs_kto
-@pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+@pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("case", ["full", "lora"])
 def test_every_stage_starts_at_its_reference(case, rows, tmp_path):
@@ -61,7 +61,7 @@ def test_it_is_scored_by_its_loss(tmp_path):
 
 
 @needs_kto
-@pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+@pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 def test_the_fisher_looks_at_good_answers(tmp_path):
     ewc = {"f_max": 1.0, "source": "fisher", "fisher_samples": 4}
     train(cases.tiny_llama(), tmp_path, ROWS["judged answers"], ewc=ewc)

@@ -14,7 +14,7 @@ from transformers import LlamaForSequenceClassification
 from hbat.objectives import grpo, online, rloo
 from hbat.stage_runner import estimated_steps
 
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 
 each_objective = pytest.mark.parametrize("name", ["grpo", "rloo"])
 each_model = pytest.mark.parametrize("case", ["full", "lora"])

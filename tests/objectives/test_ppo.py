@@ -18,7 +18,7 @@ from hbat.config import HBATConfig
 from hbat.manifest import RunStateError
 from hbat.trainer import HBATTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 
 MODELS = {"full": cases.tiny_llama, "lora": functools.partial(cases.lora_llama, dropout=0.1)}
 each_model = pytest.mark.parametrize("case", MODELS)

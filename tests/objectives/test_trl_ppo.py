@@ -15,7 +15,7 @@ from hbat.trainer import HBATTrainer
 
 with_trl = pytest.mark.skipif(not is_available(), reason="TRL has no PPOTrainer since 1.13")
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning"),
+    pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning"),
     # TRL hands its own generation configuration over in two ways.
     pytest.mark.filterwarnings("ignore:Passing `generation_config` together with generation-related arguments"),
 ]

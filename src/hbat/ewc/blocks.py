@@ -1,10 +1,14 @@
 """Walking through parameters a block at a time, with the difference from the anchor in float32. Owns no formula."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from hbat.ewc.offload import Offloaded
 
 #: Elements handled at a time. On a CPU the scratch block (1 MiB of float32) stays in the cache, which brings the step
 #: near the memory bandwidth; a GPU wants few, large kernels.
@@ -22,6 +26,18 @@ class Block:
     gradient: Tensor  # the parameter itself where no gradient was asked for
     importance: Tensor | float  # of shape () or (n,)
     difference: Tensor  # parameter - anchor
+
+
+def block_elements(device: torch.device) -> int:
+    """Give the size of a block.
+
+    Args:
+        device: Where the parameters are.
+
+    Returns:
+        Its elements at most.
+    """
+    return _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
 
 
 def walk_blocks(
@@ -47,20 +63,33 @@ def walk_blocks(
         gradient = each.grad if with_gradient else each
         if gradient is None:
             continue
-        size = max(1, min(each.numel(), _CPU_BLOCK if each.device.type == "cpu" else _GPU_BLOCK))
+        size = max(1, min(each.numel(), block_elements(each.device)))
         if scratch.numel() < size or scratch.device != each.device:
             scratch = torch.empty(size, dtype=torch.float32, device=each.device)
-        own = importance[name]
-        if isinstance(own, Tensor) and own.dim() == 0 and own.device.type == "cpu":
-            own = float(own)
-        own_pieces = own.reshape(-1).split(size) if isinstance(own, Tensor) and own.dim() > 0 else None
-        pieces = zip(
-            _flat(each).split(size), anchor[name].reshape(-1).split(size), _flat(gradient).split(size), strict=True
-        )
-        for index, (parameter, start, gradient_piece) in enumerate(pieces):
-            difference = _subtract(parameter, start, scratch[: parameter.numel()])
-            weight = own if own_pieces is None else own_pieces[index]
-            yield Block(name, parameter, start, gradient_piece, weight, difference)
+        own = _flat(each).split(size)
+        starts, weights = _pieces(anchor, name, size), _weights(importance, name, size, len(own))
+        for piece, start, gradient_piece, weight in zip(
+            own, starts, _flat(gradient).split(size), weights, strict=True
+        ):
+            yield Block(name, piece, start, gradient_piece, weight, _subtract(piece, start, scratch[: piece.numel()]))
+
+
+def _weights(
+    importance: Mapping[str, Tensor | float], name: str, size: int, count: int
+) -> Iterable[Tensor] | Iterable[Tensor | float]:
+    own = importance[name]
+    if not isinstance(own, Tensor):
+        return itertools.repeat(own, count)
+    if own.dim() == 0:
+        return itertools.repeat(float(own) if own.device.type == "cpu" else own, count)
+    return _pieces(importance, name, size)
+
+
+def _pieces(tensors: Mapping[str, Any], name: str, size: int) -> Iterable[Tensor]:
+    if isinstance(tensors, Offloaded):
+        return tensors.pieces(name)
+    pieces: tuple[Tensor, ...] = tensors[name].reshape(-1).split(size)
+    return pieces
 
 
 def _subtract(parameter: Tensor, anchor: Tensor, out: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """EWCCallback: when the penalty acts in a `transformers.Trainer`, and what it logs. The formulas are in `penalty`."""
 
-import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,23 +11,14 @@ from hbat.ewc.backward import after_backward
 from hbat.ewc.fragments import Fragments, before_step, engine_of
 from hbat.ewc.parameters import policy_of, require_counterparts, snapshot, trainable_parameters
 from hbat.ewc.penalty import add_penalty_gradient_, proximal_step_
-from hbat.ewc.shards import shared_as
+from hbat.ewc.penalty_log import PenaltyLog, is_logged, unclipped_task_norm
+from hbat.ewc.placement import in_main_memory, let_go, on_device, snapshot_in_main_memory
+from hbat.ewc.shards import is_shared
 from hbat.ewc.statistics import PenaltyStatistics, measure_penalty
-from hbat.ewc_config import Method
+from hbat.ewc_config import AnchorDevice, Method
 from hbat.refusals import REFUSALS
 from hbat.unsupported import refuse_arguments, refuse_trainer
 from hbat.zero import is_asked
-
-#: Largest ratio of the penalty's gradient norm to the task's in a stage, below which the penalty is called dead.
-_DEAD_RATIO = 1e-4
-#: Mean ratio above which the penalty is said to dominate the task.
-_DOMINATING_RATIO = 10.0
-#: A verdict needs this many measured steps; at the first step of a stage the penalty is zero by definition.
-_MEASURED_STEPS = 3
-
-
-class EWCWarning(UserWarning):
-    """The penalty does nothing, or nothing but the penalty does. Silence it with `warnings.filterwarnings`."""
 
 
 class EWCCallback(TrainerCallback):
@@ -51,6 +40,9 @@ class EWCCallback(TrainerCallback):
         anchor: Weights to pull to, by parameter name. None: the weights at the start of each `train()`.
         f_max: Strength of the penalty.
         method: `gradient` or `proximal`.
+        anchor_device: Where anchor and importance lie during training. `model`: on the model's device. `cpu`: in the
+            main memory, from where a GPU fetches them piece by piece at each step; what lies on the GPU already stays
+            there. Changes no result.
     """
 
     def __init__(
@@ -60,26 +52,30 @@ class EWCCallback(TrainerCallback):
         *,
         f_max: float = 1.0,
         method: Method = "gradient",
+        anchor_device: AnchorDevice = "model",
     ) -> None:
         if not f_max >= 0:  # NaN is not
             raise ValueError(f"`f_max` is {f_max}; it must be at least 0.")
         if method not in {"gradient", "proximal"}:
             raise ValueError(f"`method` is {method!r}; it must be 'gradient' or 'proximal'.")
+        if anchor_device not in {"model", "cpu"}:
+            raise ValueError(f"`anchor_device` is {anchor_device!r}; it must be 'model' or 'cpu'.")
         self.importance = importance
         self.anchor = anchor
         self.f_max = f_max
         self.method = method
+        self.anchor_device = anchor_device
         self._trainer: Trainer | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._parameters: Mapping[str, Tensor] = {}
         self._fragments: Fragments | None = None
-        self._anchor: Mapping[str, Tensor] = {}
-        self._importance: dict[str, Tensor | float] = {}
+        self._anchor: Mapping[str, Any] = {}
+        self._importance: Mapping[str, Tensor | float] = {}
         self._undo: Callable[[], None] | None = None
         self._measured: PenaltyStatistics | None = None
-        self._ratios: list[float] = []
+        self._log = PenaltyLog()
 
     def bind(self, trainer: Trainer) -> "EWCCallback":
         """Attach to a trainer, as its first callback, so that every reporter sees the added log entries.
@@ -91,14 +87,20 @@ class EWCCallback(TrainerCallback):
             The callback itself.
         """
         refuse_trainer(trainer.args, trainer.model)
-        if self.method == "proximal" and is_asked(trainer.args):
-            raise REFUSALS["proximal steps under DeepSpeed"].error()
+        if is_asked(trainer.args):
+            self._refuse_under_deepspeed()
         callbacks = trainer.callback_handler.callbacks
         if self in callbacks:
             callbacks.remove(self)
         callbacks.insert(0, self)
         self._trainer = trainer
         return self
+
+    def _refuse_under_deepspeed(self) -> None:
+        if self.method == "proximal":
+            raise REFUSALS["proximal steps under DeepSpeed"].error()
+        if self.anchor_device == "cpu":
+            raise REFUSALS["anchor on the CPU"].error(engine="DeepSpeed")
 
     def on_train_begin(
         self,
@@ -122,26 +124,35 @@ class EWCCallback(TrainerCallback):
         refuse_trainer(args, model)
         if self._trainer is None and is_asked(args):
             raise REFUSALS["EWCCallback alone under DeepSpeed"].error()
-        if self.anchor is None and state.global_step > 0:
-            raise ValueError(
-                f"`EWCCallback` has no `anchor` and training resumes at step {state.global_step}: the weights are no "
-                "longer those of the start. Save `snapshot(...)` of the start and pass it as `anchor`."
-            )
         parameters = trainable_parameters(policy_of(model))
-        anchor = snapshot(parameters) if self.anchor is None else self.anchor
-        require_counterparts(parameters, anchor, "anchor")
-        require_counterparts(parameters, self.importance, "importance")
-        self._parameters = parameters
-        self._anchor = {
-            name: shared_as(anchor[name].detach(), each).to(each.device) for name, each in parameters.items()
-        }
-        self._importance = {name: _beside(self.importance[name], each) for name, each in parameters.items()}
+        self._require_usable(parameters, state.global_step)
+        self._take(parameters)
         engine = None if self._trainer is None else engine_of(self._trainer.accelerator)
         if engine is not None:
             self._take_fragments(parameters)
             self._undo = before_step(engine, self._before_step)
         elif self.method == "gradient" and self._trainer is not None:
             self._undo = after_backward(self._trainer.accelerator, self._after_backward)
+
+    def _require_usable(self, parameters: Mapping[str, Tensor], step: int) -> None:
+        if self.anchor is None and step > 0:
+            raise ValueError(
+                f"`EWCCallback` has no `anchor` and training resumes at step {step}: the weights are no longer those "
+                "of the start. Save `snapshot(...)` of the start and pass it as `anchor`."
+            )
+        if self.anchor_device == "cpu" and any(map(is_shared, parameters.values())):
+            raise REFUSALS["anchor on the CPU"].error(engine="FSDP2")
+        if self.anchor is not None:
+            require_counterparts(parameters, self.anchor, "anchor")
+        require_counterparts(parameters, self.importance, "importance")
+
+    def _take(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        offloads = self.anchor_device == "cpu"
+        copied = snapshot_in_main_memory if offloads else snapshot
+        place = in_main_memory if offloads else on_device
+        self._anchor = place(copied(parameters) if self.anchor is None else self.anchor, parameters)
+        self._importance = place(self.importance, parameters)
 
     def _take_fragments(self, parameters: dict[str, nn.Parameter]) -> None:
         self._fragments = Fragments(parameters)
@@ -169,7 +180,7 @@ class EWCCallback(TrainerCallback):
             self._importance,
             strength=self.f_max,
             scale=1.0 if scaler is None else scaler.get_scale(),
-            measure=_is_logged(trainer.args, trainer.state),
+            measure=is_logged(trainer.args, trainer.state),
         )
         if measured is not None:
             self._measured = measured
@@ -190,7 +201,7 @@ class EWCCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Without a trainer: measure, where the sum of both gradients lies clipped."""
-        if self.method == "gradient" and self._trainer is None and self._parameters and _is_logged(args, state):
+        if self.method == "gradient" and self._trainer is None and self._parameters and is_logged(args, state):
             self._measured = measure_penalty(
                 self._parameters, self._anchor, self._importance, strength=self.f_max, gradient_scale=1.0
             )
@@ -227,65 +238,21 @@ class EWCCallback(TrainerCallback):
     def _entry(self, total_norm: float | None) -> dict[str, float]:
         measured, self._measured = self._measured, None
         if measured is None:
-            measured = measure_penalty(self._parameters, self._anchor, self._importance, strength=self.f_max)
-            ratio = {}
-        else:
-            task = float(measured.task_gradient_norm)
-            if self._trainer is None:
-                task = _task_norm(measured, total_norm)
-            ratio = {"ewc/grad_norm_ratio": float(measured.gradient_norm) / task if task > 0 else 0.0}
-            self._ratios.extend(ratio.values())
-        return {"ewc/penalty": float(measured.penalty), "ewc/drift": float(measured.drift)} | ratio
+            unread = measure_penalty(self._parameters, self._anchor, self._importance, strength=self.f_max)
+            return self._log.entry(unread)
+        alone = self._trainer is None
+        task = unclipped_task_norm(measured, total_norm) if alone else float(measured.task_gradient_norm)
+        return self._log.entry(measured, task)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say if the penalty was dead or dominated, and let go of the trainer's tensors."""
-        if len(self._ratios) >= _MEASURED_STEPS:
-            self._judge(max(self._ratios), sum(self._ratios) / len(self._ratios))
+        self._log.judge(self.f_max)
         self._detach()
-
-    def _judge(self, largest: float, mean: float) -> None:
-        if largest < _DEAD_RATIO:
-            warnings.warn(
-                f"The EWC penalty did nothing: its gradient reached at most {largest:.1e} of the task's. "
-                f"Raise `f_max` (now {self.f_max:g}), or set `ewc=None`.",
-                EWCWarning,
-                stacklevel=2,
-            )
-        elif mean > _DOMINATING_RATIO:
-            warnings.warn(
-                f"The EWC penalty dominated: its gradient was {mean:.1f} times the task's on average. "
-                f"Lower `f_max` (now {self.f_max:g}).",
-                EWCWarning,
-                stacklevel=2,
-            )
 
     def _detach(self) -> None:
         if self._undo is not None:
             self._undo()
+        let_go(self._anchor, self._importance)
         self._reset()
-
-
-def _beside(value: Tensor | float, parameter: Tensor) -> Tensor | float:
-    # A mapping from disk or CPU is brought to the parameter's device once, not at every step.
-    if not isinstance(value, Tensor):
-        return value
-    return float(value) if value.dim() == 0 else shared_as(value.detach(), parameter).to(parameter.device)
-
-
-def _task_norm(measured: PenaltyStatistics, total_norm: float | None) -> float:
-    # The measured gradient is s (task + penalty) with s the clipping factor, and `total_norm` |task + penalty|.
-    clipped = float(measured.task_gradient_norm)
-    total = clipped if total_norm is None else float(total_norm)
-    if clipped == 0.0:
-        return 0.0
-    inner = float(measured.inner_product) * total / clipped
-    return math.sqrt(max(total**2 - 2.0 * inner + float(measured.gradient_norm) ** 2, 0.0))
-
-
-def _is_logged(args: TrainingArguments, state: TrainerState) -> bool:
-    step = state.global_step + 1  # the step under way
-    if step == 1 and args.logging_first_step:
-        return True
-    return args.logging_strategy == "steps" and state.logging_steps > 0 and step % state.logging_steps == 0

@@ -66,7 +66,7 @@ def part_of(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def parts_of(tensors: Mapping[str, _TensorOrNumber]) -> dict[str, _TensorOrNumber]:
+def parts_of(tensors: Mapping[str, _TensorOrNumber]) -> Mapping[str, _TensorOrNumber]:
     """Give the parts on this process of several tensors, with the parts of their gradients.
 
     Args:
@@ -74,8 +74,10 @@ def parts_of(tensors: Mapping[str, _TensorOrNumber]) -> dict[str, _TensorOrNumbe
 
     Returns:
         The parts by name, in the same memory: what is done to them and their gradients in place is done to the
-        tensors.
+        tensors. `tensors` itself where all are whole.
     """
+    if not any(isinstance(each, DTensor) for each in tensors.values()):
+        return tensors
     return {name: _with_gradient(each) if isinstance(each, DTensor) else each for name, each in tensors.items()}
 
 
