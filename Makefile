@@ -41,6 +41,7 @@ support: $(VENV)/.installed
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/stages.py
+	$(BIN)/torchrun --standalone --nproc_per_node 2 benchmarks/stages.py
 	$(BIN)/python benchmarks/penalty.py
 	$(BIN)/python benchmarks/startup.py
 

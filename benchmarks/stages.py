@@ -4,13 +4,20 @@ Both build a fresh trainer a stage, train the same rows with the same seeds on o
 model with the weights of its stage's start. The run also cuts the data, guards the model, and writes its state.
 
     python benchmarks/stages.py [--repeats 3] [--steps 12]
+    torchrun --standalone --nproc_per_node 2 benchmarks/stages.py [--repeats 3] [--steps 12]
+
+In several processes, each with its batches, the times are those of the slowest.
 """
 
 import argparse
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import disable_progress_bars
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -22,6 +29,36 @@ from hbat.rounds import part_indices
 
 ROUNDS = 4
 BATCH = 8
+
+
+@contextmanager
+def shared_folder() -> Iterator[str]:
+    """Make a folder for a run, the same in all processes.
+
+    Yields:
+        Its path; it is gone afterwards.
+    """
+    with tempfile.TemporaryDirectory() as own:
+        yield broadcast_object_list([own])[0]
+        PartialState().wait_for_everyone()
+
+
+def slowest(times: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
+    """Take the longest of what the processes measured.
+
+    Args:
+        times: What this process measured: seconds by variant and clock.
+
+    Returns:
+        The same of the slowest process, repeat by repeat.
+    """
+    everyone = gather_object([times])
+    return {
+        name: {
+            clock: [max(each) for each in zip(*(one[name][clock] for one in everyone), strict=True)] for clock in of
+        }
+        for name, of in times.items()
+    }
 
 
 def section(steps: int) -> dict[str, object]:
@@ -79,7 +116,7 @@ def hybrid(data: dict, tokenizer: object, steps: int, **options: object) -> None
         steps: Steps of a stage.
         options: More fields of the run's configuration.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with shared_folder() as folder:
         config = HBATConfig(
             output_dir=folder, num_rounds=ROUNDS, sft=section(steps), dpo=section(steps), disable_tqdm=True, **options
         )
@@ -95,10 +132,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     disable_progress_bars()
+    processes = PartialState(cpu=True)
     tokenizer = byte_tokenizer()
+    count = BATCH * given.steps * ROUNDS * processes.num_processes
     data = {
-        "sft": rows(BATCH * given.steps * ROUNDS, 60, preference=False, seed=1),
-        "dpo": rows(BATCH * given.steps * ROUNDS, 60, preference=True, seed=2),
+        "sft": rows(count, 60, preference=False, seed=1),
+        "dpo": rows(count, 60, preference=True, seed=2),
     }
     bare = {"ewc": None, "optimizer_state": "reset"}
     times = in_turn(
@@ -109,13 +148,17 @@ def main() -> None:
         },
         given.repeats,
     )
+    times = slowest(times)
+    if not processes.is_main_process:
+        return
     print(f"{'8 stages':16}{'wall s (min)':>14}{'wall ratio':>12}{'cpu ratio':>12}")
     result = {}
     for name, each in times.items():
         ratios = {clock: ratio(times, name, "plain TRL", clock) for clock in ("wall", "cpu")}
         result[name] = {"wall_s": each["wall"], "cpu_s": each["cpu"], "ratio": ratios}
         print(f"{name:16}{min(each['wall']):14.2f}{ratios['wall']:12.3f}{ratios['cpu']:12.3f}")
-    save("stages", {"steps_per_stage": given.steps, "variants": result})
+    name = "stages" if processes.num_processes == 1 else f"stages-{processes.num_processes}-processes"
+    save(name, {"steps_per_stage": given.steps, "variants": result})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,13 @@ def test_what_is_on_the_device_stays_where_it_is_and_scalars_become_numbers(plac
     assert found["b"].data_ptr() == given["b"].data_ptr()
 
 
+@pytest.mark.parametrize("place", [on_device, in_main_memory])
+def test_the_anchor_of_a_parameter_of_shape_nothing_stays_a_tensor(place):
+    found = place({"a": torch.tensor(2.0)}, {"a": torch.tensor(1.0)})
+    assert torch.equal(found["a"], torch.tensor(2.0))
+    assert isinstance(found["a"], torch.Tensor)
+
+
 def test_a_snapshot_is_a_copy():
     parameter = torch.nn.Parameter(torch.ones(3))
     copies = snapshot_in_main_memory({"a": parameter})

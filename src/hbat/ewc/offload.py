@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,13 +40,13 @@ class Offloaded(Mapping[str, Tensor | float]):
     mapping's order; others are right, but wait for their pieces.
 
     Args:
-        tensors: Tensors by name; numbers and tensors of shape `()` stay as and where they are.
+        tensors: Tensors by name; numbers stay numbers.
         device: Where their pieces are used.
         piece: Elements of a piece at most.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor | float], device: torch.device, piece: int) -> None:
-        kept = {name: page_locked(each, device) for name, each in tensors.items() if _has_elements(each)}
+        kept = {name: page_locked(each, device) for name, each in tensors.items() if isinstance(each, Tensor)}
         self._tensors: dict[str, Tensor | float] = {**tensors, **kept}
         self._pieces: dict[str, tuple[Tensor, ...]] = {
             name: each.reshape(-1).split(max(1, min(each.numel(), piece))) for name, each in kept.items()
@@ -122,7 +122,3 @@ class Offloaded(Mapping[str, Tensor | float]):
         piece = self._piece(key)
         view: Tensor = slot.memory[: piece.nbytes].view(piece.dtype)
         return view
-
-
-def _has_elements(value: Tensor | float) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.dim() > 0

@@ -1,7 +1,7 @@
 """Where anchor and importance lie while a trainer trains. Owns no formula."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,9 +19,13 @@ def on_device(tensors: Mapping[str, Tensor | float], parameters: Mapping[str, Te
         parameters: Parameters by name.
 
     Returns:
-        Tensors by name; of shape `()` they become numbers, once and not at every step.
+        Tensors by name, those of shape `()` for a larger parameter as numbers.
     """
-    return {name: _beside(tensors[name], each) for name, each in parameters.items()}
+    values = _with_numbers(tensors, parameters)
+    return {
+        name: shared_as(each.detach(), parameters[name]).to(parameters[name].device) if _is_tensor(each) else each
+        for name, each in values.items()
+    }
 
 
 def in_main_memory(
@@ -36,14 +40,11 @@ def in_main_memory(
     Returns:
         What the penalty's functions take. `tensors` that are on the parameters' device already stay there.
     """
-    own = {name: tensors[name] for name in parameters}
+    values = _with_numbers(tensors, parameters)
     device = next((each.device for each in parameters.values()), torch.device("cpu"))
-    small = [each for each in own.values() if isinstance(each, Tensor) and each.dim() > 0]
-    if all(each.device == device for each in small):
-        return on_device(own, parameters)
-    return Offloaded(
-        {name: float(each) if _is_scalar(each) else each for name, each in own.items()}, device, block_elements(device)
-    )
+    if all(each.device == device for each in values.values() if _is_tensor(each)):
+        return on_device(values, parameters)
+    return Offloaded(values, device, block_elements(device))
 
 
 def snapshot_in_main_memory(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,11 +70,19 @@ def let_go(*mappings: Mapping[str, Tensor | float]) -> None:
             each.close()
 
 
-def _beside(value: Tensor | float, parameter: Tensor) -> Tensor | float:
-    if not isinstance(value, Tensor):
-        return value
-    return float(value) if _is_scalar(value) else shared_as(value.detach(), parameter).to(parameter.device)
+def _with_numbers(
+    tensors: Mapping[str, Tensor | float], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor | float]:
+    # One value for a whole tensor is read once, and not from a device at every step.
+    return {
+        name: float(tensors[name]) if each.dim() > 0 and _is_scalar(tensors[name]) else tensors[name]
+        for name, each in parameters.items()
+    }
 
 
 def _is_scalar(value: Tensor | float) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _is_tensor(value: Tensor | float) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor)
