@@ -46,9 +46,7 @@ class StopOnNonFinite(TrainerCallback):
             before_step(engine, lambda: self._require_finite_fragments(fragments))
 
     def _require_finite_fragments(self, fragments: Fragments) -> None:
-        fragments.take_gradients()
-        name = first_not_finite({name: each.grad for name, each in fragments.weights.items() if each.grad is not None})
-        fragments.let_go()
+        name = first_not_finite(fragments.gradients())
         if name is not None:
             raise self._error(repr(name))
 

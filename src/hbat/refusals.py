@@ -113,10 +113,13 @@ REFUSALS: Mapping[str, Refusal] = {
         kind=NotImplementedError,
     ),
     "half precision under DeepSpeed": Refusal(
-        "Computing in half precision under DeepSpeed ({where}) is not supported: it would round the weights that "
-        "stages hand over. Set `bf16: false` and `fp16: false` in the sections, `mixed_precision: 'no'` for "
-        "`accelerate launch`, and leave `torch_autocast` out, or train with DDP (`accelerate launch --multi_gpu`), "
-        "which keeps float32 weights.",
+        "Half precision by {where} is not supported under DeepSpeed. Take `bf16` with ZeRO-1 or ZeRO-2: `bf16: true` "
+        "and `fp16: false` in the sections, `mixed_precision: bf16` for `accelerate launch`, without `torch_autocast`.",
+        kind=NotImplementedError,
+    ),
+    "bfloat16 options under DeepSpeed": Refusal(
+        "DeepSpeed's configuration has {owned} beside `bf16`, with which its optimizer does not step float32 weights, "
+        "or not in a way that was tested. Leave them out, or take ZeRO-2 for `grad_accum_dtype`.",
         kind=NotImplementedError,
     ),
     "EWCCallback alone under DeepSpeed": Refusal(

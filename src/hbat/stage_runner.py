@@ -37,6 +37,7 @@ from hbat.sealing import SealCheckpoints
 from hbat.stage_start import StageStart
 from hbat.storage import written_by_the_host
 from hbat.trainer_builder import TrainerBuilder
+from hbat.zero_precision import rounds_weights
 
 _STEP_BACK = 0.5  # learning rate of a stage that was rolled back, over what it was
 
@@ -147,7 +148,8 @@ class StageRunner:
         ) as trainer:
             report_left_out(trainer, stage, len(part))
             trainer.args.learning_rate *= _STEP_BACK ** run.rollbacks(stage)
-            self._start.share_adapter()
+            if not rounds_weights(trainer):
+                self._start.share_adapter()
             extend_schedule(
                 trainer,
                 self._config.lr_schedule_of(stage.objective),
@@ -182,7 +184,8 @@ class StageRunner:
             config = consolidation.config
             callback = EWCCallback(
                 importance,
-                self._start.anchor,
+                # The engine's own weights begin with the stage's start, which the reference policy is rounded from.
+                None if rounds_weights(trainer) else self._start.anchor,
                 f_max=config.f_max,
                 method=config.method,
                 anchor_device=config.anchor_device,

@@ -18,7 +18,8 @@ from hbat.objectives.objective import Objective
 from hbat.reference_adapter import REFERENCE_ADAPTER
 from hbat.sharding import keep_sharded
 from hbat.stage_start import StageStart
-from hbat.zero import left_aside
+from hbat.zero import is_asked, left_aside
+from hbat.zero_precision import FullPrecision
 
 
 class TrainerBuilder:
@@ -71,6 +72,7 @@ class TrainerBuilder:
         candidates = [self._model, self._start.reference, *(rewards if isinstance(rewards, list) else [rewards])]
         models = [each for each in candidates if isinstance(each, nn.Module)]
         guard, trainer = StageGuard(*models), None
+        precision = FullPrecision(*(models if is_asked(self._sections[objective.name]) else ()))
         try:
             parameters = trainable_parameters(self._model)
             for name in frozen:
@@ -94,12 +96,14 @@ class TrainerBuilder:
                 )
             if is_sharded(self._model):
                 keep_sharded(trainer)
+            precision.attach(trainer)
             self._start.complete_adapter()
             load_adapter_as_it_was(trainer)
             self._hold_frozen(trainer, [parameters[name] for name in frozen])
             yield trainer
         finally:
             guard.restore(trainer)
+            precision.give_back()
 
     @staticmethod
     def _hold_frozen(trainer: Trainer, frozen: list[nn.Parameter]) -> None:

@@ -12,6 +12,10 @@ from hbat.refusals import REFUSALS
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _VARIABLE = "ACCELERATE_USE_DEEPSPEED"
+_HALVES = ("bf16", "fp16", "torch_autocast")
+#: Where the weights that the optimizer steps are float32 ones, a piece on each process.
+_IN_BFLOAT16 = {"DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2"}
+_COARSE = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
 #: Optimizers whose state is a tensor like the weights, or a number: what a stage hands to its objective's next one.
 _OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "sgd", "rmsprop"}
 
@@ -52,14 +56,24 @@ def refuse_zero(args: Any) -> None:
         args: The host's arguments, or None.
 
     Raises:
-        NotImplementedError: If they compute in half precision.
+        NotImplementedError: If they compute in half precision in a way that was not tested.
     """
     if not is_asked(args):
         return
     config = _config(args)
-    for key in ("bf16", "fp16", "torch_autocast"):
-        if getattr(args, key, False) or _section(config, key).get("enabled") is True:
+    asked = [key for key in _HALVES if getattr(args, key, False) or _section(config, key).get("enabled") is True]
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in {"no", *asked}:
+        asked.append(launched)
+    row = zero_row(args)
+    for key in asked:
+        if key != "bf16" or row not in _IN_BFLOAT16:
             raise REFUSALS["half precision under DeepSpeed"].error(where=f"`{key}`")
+    coarse = {key for key in _COARSE if _section(config, "bf16").get(key)}
+    if row == "DeepSpeed ZeRO-1" and _section(config, "data_types").get("grad_accum_dtype") not in {None, "bf16"}:
+        coarse.add("grad_accum_dtype")  # by which DeepSpeed takes another optimizer at this stage, without pieces
+    if "bf16" in asked and coarse:
+        raise REFUSALS["bfloat16 options under DeepSpeed"].error(owned=sorted(coarse))
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def alone(folder):
         (folder / f"unbound-{torch.distributed.get_rank()}.txt").write_text(str(error))
 
 
-def main(folder, stage, mode, names):
+def main(folder, stage, mode, names, *, before):
     config = folder / f"deepspeed-{os.environ['RANK']}.json"
     config.write_text(json.dumps(engine(stage)))
     os.environ |= {
@@ -122,10 +122,10 @@ def main(folder, stage, mode, names):
     ddp_runs.CALLBACKS.append(Engaged)
     ddp_runs.MORE_RESULTS.extend([clean, saved])
     if mode == "train":
-        poison(folder)
-        alone(folder)
+        for each in before:
+            each(folder)
     ddp_runs.main(folder, names, mode)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:], before=[poison, alone])

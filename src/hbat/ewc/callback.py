@@ -156,8 +156,9 @@ class EWCCallback(TrainerCallback):
 
     def _take_fragments(self, parameters: dict[str, nn.Parameter]) -> None:
         self._fragments = Fragments(parameters)
-        self._anchor, self._importance = self._fragments.of(self._anchor), self._fragments.of(self._importance)
-        self._parameters = self._fragments.weights
+        self._parameters, self._importance = self._fragments.weights, self._fragments.of(self._importance)
+        # In half precision those weights may be more precise than the model's own.
+        self._anchor = snapshot(self._parameters) if self.anchor is None else self._fragments.of(self._anchor)
 
     def _before_step(self) -> None:
         if self._fragments is not None:

@@ -91,11 +91,28 @@ class Fragments:
         return {name: self._cut(tensors[name], each) for name, each in self._parameters.items()}
 
     def take_gradients(self) -> None:
-        """Give each fragment of the weights its gradient, which is there between backward pass and step alone."""
+        """Give each fragment of the weights its gradient, which is there between backward pass and step alone.
+
+        An engine that computes in half precision steps float32 weights with gradients that it rounded. What is added
+        to these has to be as precise as the weights, so the engine is given float32 ones of the same value.
+        """
+        for each in self._parameters.values():
+            if (own := _mapping(each)) is not None:
+                _widen(own.gradient_dict, own.param_group_index, own.hp_fragment.dtype)
+        for name, each in self.gradients().items():
+            self.weights[name].grad = each
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Give the fragments of the gradients as the engine has them, between backward pass and step alone.
+
+        Returns:
+            Flat tensors that all processes share, by name.
+        """
+        found = {}
         for name, each in self._parameters.items():
             own = _mapping(each)
-            gradient = _nothing(each) if own is None else _gradient(each, own)
-            self.weights[name].grad = self._shared(each, gradient)
+            found[name] = self._shared(each, _nothing(each) if own is None else _gradient(each, own))
+        return found
 
     def let_go(self) -> None:
         """Forget the gradients: the engine frees them in its step."""
@@ -149,6 +166,15 @@ def _gradient(parameter: Any, own: Any) -> Tensor:
     gradient: Tensor = own.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)  # noqa: SLF001 - see above
     address = own.lp_fragment_address
     return gradient if gradient.numel() == address.numel else gradient.narrow(0, address.start, address.numel)
+
+
+def _widen(gradients: dict[int, Any], group: int, dtype: torch.dtype) -> None:
+    if all(each.dtype == dtype for each in gradients[group]):
+        return
+    widened = [each.to(dtype) for each in gradients[group]]
+    for before, each in zip(gradients[group], widened, strict=True):
+        each._zero_padding = getattr(before, "_zero_padding", False)  # noqa: SLF001 - of no parameter: not in the norm
+    gradients[group] = widened
 
 
 def _nothing(like: Tensor) -> Tensor:
