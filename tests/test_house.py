@@ -56,7 +56,7 @@ BLOCKS = {
             "row_fit", "left_out", "checkpoint_loading",
             "model_loading", "model_saving", "adapter_checkpoints", "unsupported",
             "run_log", "reporting", "sealing", "sharding",
-            "trainer_builder", "rehearsal", "evaluator", "stage_runner", "plots", "report", "run_scores", "trainer",
+            "zero_precision", "trainer_builder", "rehearsal", "evaluator", "stage_runner", "plots", "report", "run_scores", "trainer",
             "ppo/__init__", "ppo/awaiting", "ppo/callable_reward", "ppo/reward_model", "ppo/rewards",
             "reference_adapter", "ppo/config", "ppo/requirements", "ppo/prompts", "ppo/generation", "ppo/token_model",
             "ppo/critic", "ppo/policy", "ppo/reference", "ppo/rollout", "ppo/scored", "ppo/collector", "ppo/update",

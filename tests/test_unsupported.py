@@ -97,7 +97,8 @@ def virtual():
     return get_peft_model(cases.tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
-ZERO_2 = {"deepspeed": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}}
+ZERO_2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
+IN_BFLOAT16 = {"bf16": {"enabled": True, "bf16_optimizer_states": True}}
 FSDP2 = {"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}
 #: By refusal: a model, or what makes one; and fields of the host's arguments.
 REFUSED = {
@@ -105,7 +106,8 @@ REFUSED = {
     "FSDP1": (cases.tiny_llama, {"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 1}}),
     "FSDP with offload": (cases.tiny_llama, FSDP2 | {"fsdp_plugin_args": {"fsdp_version": 2, "cpu_offload": True}}),
     "DeepSpeed": (cases.tiny_llama, {"deepspeed": {"zero_optimization": {"stage": 3}}}),
-    "half precision under DeepSpeed": (cases.tiny_llama, ZERO_2 | {"bf16": True}),
+    "half precision under DeepSpeed": (cases.tiny_llama, ZERO_2 | {"fp16": True}),
+    "bfloat16 options under DeepSpeed": (cases.tiny_llama, {"deepspeed": ZERO_2["deepspeed"] | IN_BFLOAT16}),
     "parallelism": (cases.tiny_llama, {"parallelism_config": "configuration"}),
     "FSDP2 by the model": ("fsdp", {}),
     "tensor parallelism by the model": ("tp", {}),

@@ -14,7 +14,7 @@ from hbat import EWCCallback
 from hbat.objectives.builtin import build_sections, resolve
 from hbat.support import ENGINES
 from hbat.unsupported import refuse_arguments
-from hbat.zero import is_asked, left_aside, require_trainable, zero_row
+from hbat.zero import is_asked, left_aside, refuse_zero, require_trainable, zero_row
 
 LAUNCHED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 CPU = {"use_cpu": True, "bf16": False}
@@ -144,6 +144,56 @@ def test_the_row_of_a_launch_is_what_it_was_told(launched):
     assert zero_row(None) == "DeepSpeed ZeRO-1"
     launched(ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE="cpu")
     assert zero_row(None) == "DeepSpeed with offload"
+
+
+def asked(stage=2, **config):
+    return SimpleNamespace(deepspeed={"zero_optimization": {"stage": stage}} | config)
+
+
+BFLOAT16 = {"enabled": True}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bfloat16_is_taken_where_the_optimizer_steps_float32_weights(stage, launched):
+    refuse_zero(asked(stage, bf16=BFLOAT16))
+    refuse_zero(asked(stage, bf16=BFLOAT16, data_types={"grad_accum_dtype": "bf16"}))
+    refuse_zero(SimpleNamespace(**vars(asked(stage, bf16={"enabled": "auto"})), bf16=True))
+    launched(ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage), ACCELERATE_MIXED_PRECISION="bf16")
+    refuse_zero(None)
+
+
+def test_gradients_in_float32_are_taken_at_stage_2():
+    refuse_zero(asked(2, bf16=BFLOAT16, data_types={"grad_accum_dtype": "fp32"}))
+    with pytest.raises(NotImplementedError, match=r"has \['grad_accum_dtype'\] beside `bf16`.*ZeRO-2"):
+        refuse_zero(asked(1, bf16=BFLOAT16, data_types={"grad_accum_dtype": "fp32"}))
+    refuse_zero(asked(1, data_types={"grad_accum_dtype": "fp32"}))
+
+
+@pytest.mark.parametrize("key", ["bf16_master_weights_and_grads", "bf16_optimizer_states"])
+def test_an_optimizer_that_steps_no_float32_weights_is_refused(key):
+    with pytest.raises(NotImplementedError, match=rf"has \['{key}'\] beside `bf16`.*Leave"):
+        refuse_zero(asked(bf16=BFLOAT16 | {key: True}))
+
+
+@pytest.mark.parametrize(
+    ("args", "key"),
+    [
+        (asked(fp16={"enabled": True}), "fp16"),
+        (asked(torch_autocast={"enabled": True}), "torch_autocast"),
+        (SimpleNamespace(**vars(asked()), fp16=True), "fp16"),
+        (asked(0, bf16=BFLOAT16), "bf16"),
+    ],
+)
+def test_other_half_precision_is_refused(args, key):
+    with pytest.raises(NotImplementedError, match=rf"by `{key}` is not supported.*`bf16: true`"):
+        refuse_zero(args)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_other_half_precision_of_a_launch_is_refused(precision, launched):
+    launched(ACCELERATE_MIXED_PRECISION=precision)
+    with pytest.raises(NotImplementedError, match=rf"by `{precision}` is not supported"):
+        refuse_zero(None)
 
 
 @pytest.mark.parametrize(("device", "changes"), [("cpu", {"use_cpu": True}), ("meta", {})])

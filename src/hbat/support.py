@@ -29,6 +29,10 @@ _QLORA = "test_qlora.py::test_every_stage_starts_at_its_reference_and_trains_the
 _DDP = "distributed/test_ddp.py::test_two_processes_end_with_the_weights_of_one"
 _FSDP = "distributed/test_fsdp2.py::test_two_processes_end_with_the_weights_of_one"
 _ZERO = "distributed/test_deepspeed.py::test_two_processes_end_with_the_weights_of_one"
+_BFLOAT16 = (
+    "distributed/test_deepspeed_bf16.py::"
+    "test_without_a_penalty_weights_are_those_of_plain_trainers_that_hand_over"
+)
 _QLORA_DDP = "distributed/test_qlora_ddp.py::test_two_processes_train_one_adapter"
 
 #: How a run is launched and where its weights lie, by what is trained.
@@ -97,7 +101,15 @@ FEATURES: Mapping[str, Cell] = {
     "EWCCallback in `callbacks` alone, ZeRO": "EWCCallback alone under DeepSpeed",
     "PPO, GRPO and RLOO, ZeRO": "objective under DeepSpeed",
     "PPOTrainer alone, ZeRO": "PPOTrainer under DeepSpeed",
-    "bf16, fp16 or `torch_autocast`, ZeRO": "half precision under DeepSpeed",
+    "bf16, full, ZeRO-1": Shown(f"{_BFLOAT16}[1-full]"),
+    "bf16, full, ZeRO-2": Shown(f"{_BFLOAT16}[2-full]"),
+    "bf16, LoRA, ZeRO-2": Shown(f"{_BFLOAT16}[2-lora]"),
+    "bf16 with a model loaded in bfloat16, ZeRO-2": Shown(f"{_BFLOAT16}[2-coarse]"),
+    "the penalty in bf16, ZeRO-2": Shown(
+        "distributed/test_deepspeed_bf16.py::test_the_penalty_joins_the_gradients_in_float32[2]"
+    ),
+    "fp16 or `torch_autocast`, ZeRO": "half precision under DeepSpeed",
+    "`bf16_master_weights_and_grads`, `bf16_optimizer_states`, ZeRO": "bfloat16 options under DeepSpeed",
     "`optimizer` or `scheduler` in DeepSpeed's configuration": "optimizer by DeepSpeed",
     "8-bit, paged and other optimizers, ZeRO": "optimizer under DeepSpeed",
     "`precompute_ref_log_probs`, ZeRO": "precomputed reference under DeepSpeed",

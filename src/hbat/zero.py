@@ -70,7 +70,7 @@ def refuse_zero(args: Any) -> None:
         if key != "bf16" or row not in _IN_BFLOAT16:
             raise REFUSALS["half precision under DeepSpeed"].error(where=f"`{key}`")
     coarse = {key for key in _COARSE if _section(config, "bf16").get(key)}
-    if row == "DeepSpeed ZeRO-1" and _section(config, "data_types").get("grad_accum_dtype") not in {None, "bf16"}:
+    if row == "DeepSpeed ZeRO-1" and _section(config, "data_types").get("grad_accum_dtype") not in {None, "bf16", "bfloat16"}:
         coarse.add("grad_accum_dtype")  # by which DeepSpeed takes another optimizer at this stage, without pieces
     if "bf16" in asked and coarse:
         raise REFUSALS["bfloat16 options under DeepSpeed"].error(owned=sorted(coarse))

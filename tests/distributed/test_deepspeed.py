@@ -33,13 +33,13 @@ each_run = pytest.mark.parametrize(
 each_stage = pytest.mark.parametrize("stage", STAGES)
 
 
-def launch(folder, stage, mode, *names):
+def launch(folder, stage, mode, *names, worker=Path(deepspeed_runs.__file__)):
     """Run two processes."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "ACCELERATE"))}
     tools = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"  # ninja, which compiles
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.run(
-        [*torchrun, str(Path(deepspeed_runs.__file__)), str(folder), str(stage), mode, *names],
+        [*torchrun, str(worker), str(folder), str(stage), mode, *names],
         capture_output=True,
         text=True,
         check=False,
