@@ -114,7 +114,7 @@ REFUSALS: Mapping[str, Refusal] = {
     ),
     "half precision under DeepSpeed": Refusal(
         "Half precision by {where} is not supported under DeepSpeed. Take `bf16` with ZeRO-1 or ZeRO-2: `bf16: true` "
-        "and `fp16: false` in the sections, `mixed_precision: bf16` for `accelerate launch`, without `torch_autocast`.",
+        "and `fp16: false` in the sections, `mixed_precision: bf16` for `accelerate launch`, no `torch_autocast`.",
         kind=NotImplementedError,
     ),
     "bfloat16 options under DeepSpeed": Refusal(

@@ -30,8 +30,7 @@ _DDP = "distributed/test_ddp.py::test_two_processes_end_with_the_weights_of_one"
 _FSDP = "distributed/test_fsdp2.py::test_two_processes_end_with_the_weights_of_one"
 _ZERO = "distributed/test_deepspeed.py::test_two_processes_end_with_the_weights_of_one"
 _BFLOAT16 = (
-    "distributed/test_deepspeed_bf16.py::"
-    "test_without_a_penalty_weights_are_those_of_plain_trainers_that_hand_over"
+    "distributed/test_deepspeed_bf16.py::test_without_a_penalty_weights_are_those_of_plain_trainers_that_hand_over"
 )
 _QLORA_DDP = "distributed/test_qlora_ddp.py::test_two_processes_train_one_adapter"
 

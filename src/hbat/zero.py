@@ -60,20 +60,23 @@ def refuse_zero(args: Any) -> None:
     """
     if not is_asked(args):
         return
-    config = _config(args)
-    asked = [key for key in _HALVES if getattr(args, key, False) or _section(config, key).get("enabled") is True]
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in {"no", *asked}:
-        asked.append(launched)
-    row = zero_row(args)
-    for key in asked:
+    config, row = _config(args), zero_row(args)
+    halves = _halves(args, config)
+    for key in halves:
         if key != "bf16" or row not in _IN_BFLOAT16:
             raise REFUSALS["half precision under DeepSpeed"].error(where=f"`{key}`")
-    coarse = {key for key in _COARSE if _section(config, "bf16").get(key)}
-    if row == "DeepSpeed ZeRO-1" and _section(config, "data_types").get("grad_accum_dtype") not in {None, "bf16", "bfloat16"}:
-        coarse.add("grad_accum_dtype")  # by which DeepSpeed takes another optimizer at this stage, without pieces
-    if "bf16" in asked and coarse:
-        raise REFUSALS["bfloat16 options under DeepSpeed"].error(owned=sorted(coarse))
+    owned = [key for key in _COARSE if _section(config, "bf16").get(key)]
+    gradients = _section(config, "data_types").get("grad_accum_dtype") or "bf16"
+    if row == "DeepSpeed ZeRO-1" and gradients not in {"bf16", "bfloat16"}:
+        owned.append("grad_accum_dtype")  # with which DeepSpeed takes another optimizer at this stage
+    if halves and owned:
+        raise REFUSALS["bfloat16 options under DeepSpeed"].error(owned=owned)
+
+
+def _halves(args: Any, config: Mapping[str, Any]) -> list[str]:
+    asked = [key for key in _HALVES if getattr(args, key, False) or _section(config, key).get("enabled") is True]
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return asked if launched in {"no", *asked} else [*asked, launched]
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def first_drifts(run):
 
 
 class Rows:
-    """The rows that the engine made of a model's trained weights, one a group, of which each process steps its half."""
+    """The rows that the engine made of trained weights, one a group, of which each process steps its half."""
 
     def __init__(self, model, optimizer):
         self.zero = optimizer.optimizer

@@ -99,8 +99,8 @@ class Fragments:
         for each in self._parameters.values():
             if (own := _mapping(each)) is not None:
                 _widen(own.gradient_dict, own.param_group_index, own.hp_fragment.dtype)
-        for name, each in self.gradients().items():
-            self.weights[name].grad = each
+        for name, gradient in self.gradients().items():
+            self.weights[name].grad = gradient
 
     def gradients(self) -> dict[str, Tensor]:
         """Give the fragments of the gradients as the engine has them, between backward pass and step alone.
