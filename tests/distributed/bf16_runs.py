@@ -29,8 +29,20 @@ def coarse(seed):
     return cases.tiny_llama(seed).to(torch.bfloat16)
 
 
+def lora_on_coarse(seed):
+    """An adapter in float32, as PEFT makes it, on a base in bfloat16."""
+    model = cases.lora_llama(seed)
+    for each in model.parameters():
+        if not each.requires_grad:
+            each.data = each.data.bfloat16()
+    return model
+
+
 #: By name: a model, and whether plain trainers are given the weights of the last one's optimizer.
-PLAIN = {"full": (cases.tiny_llama, True), "lora": (cases.lora_llama, True), "coarse": (coarse, False)}
+PLAIN = {
+    "full": (cases.tiny_llama, True), "lora": (cases.lora_llama, True), "coarse": (coarse, False),
+    "lora on coarse": (lora_on_coarse, True),
+}  # fmt: skip
 
 
 def precise(run, folder):
