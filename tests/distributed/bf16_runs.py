@@ -198,7 +198,7 @@ def main(folder, stage, mode, names):
     ddp_runs.ENGINE["bf16"] = True
     ddp_runs.RUNS |= {name: each | {"section": {"learning_rate": 0.0}} for name, each in STILL.items()}
     ddp_runs.MORE_RESULTS.append(precise)
-    deepspeed_runs.main(folder, stage, mode, names, before=[penalty, plain])
+    deepspeed_runs.main(folder, stage, mode, names, before=[penalty, plain, deepspeed_runs.poison])
 
 
 if __name__ == "__main__":

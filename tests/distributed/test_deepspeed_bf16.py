@@ -132,6 +132,13 @@ def test_what_is_saved_is_the_float32_model(stage, two):
     assert not runs.same(weights, {key: each.bfloat16().float() for key, each in weights.items()})
 
 
+@each_stage
+def test_a_gradient_that_is_not_finite_on_one_process_stops_all(stage, two):
+    messages = {(two(stage) / f"poison-{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(messages) == 1
+    assert "The gradient of " in messages.pop()
+
+
 @pytest.mark.parametrize("name", ["sft and dpo", "adam"])
 def test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not(name, two, tmp_path):
     killed = test_deepspeed.launch(tmp_path, 2, "kill", name, worker=WORKER)
