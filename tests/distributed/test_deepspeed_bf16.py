@@ -16,16 +16,19 @@ from transformers import AutoModelForCausalLM
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra `deepspeed`"),
-    pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning"),
+    pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning"),
 ]
 WORKER = Path(bf16_runs.__file__)
 NAMES = ["sft and dpo", "lora", "tied", "accumulation", "adam", "kto", "fisher"]
-each_run = pytest.mark.parametrize(
-    ("stage", "name"),
-    [pytest.param(stage, name, id=f"{stage}-{name}") for stage in test_deepspeed.STAGES for name in NAMES],
-)
-each_still = pytest.mark.parametrize("name", bf16_runs.STILL)
 each_stage = test_deepspeed.each_stage
+
+
+def each_of(names):
+    pairs = [(stage, name) for stage in test_deepspeed.STAGES for name in names]
+    return pytest.mark.parametrize(("stage", "name"), pairs, ids=[f"{stage}-{name}" for stage, name in pairs])
+
+
+each_run = each_of(NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +81,7 @@ def test_every_stage_starts_at_its_anchor_and_its_reference(stage, name, two):
     assert len(found["first rewards"]) == (2 if name != "kto" else 0)
 
 
-@each_stage
-@each_still
+@each_of(bf16_runs.STILL)
 def test_stages_without_a_learning_rate_leave_every_bit(stage, name, two):
     """The float32 weights pass through bfloat16 in every stage, and are no numbers of it."""
     options = bf16_runs.STILL[name]
@@ -91,8 +93,7 @@ def test_stages_without_a_learning_rate_leave_every_bit(stage, name, two):
         assert found["dtypes"] == ["torch.float32"]
 
 
-@each_stage
-@pytest.mark.parametrize("name", bf16_runs.PLAIN)
+@each_of(bf16_runs.PLAIN)
 def test_without_a_penalty_weights_are_those_of_plain_trainers_that_hand_over(stage, name, two):
     """Bit for bit; of a model in bfloat16, those of plain trainers as they are."""
     weights = load_file(two(stage) / f"plain-{name}.safetensors")
