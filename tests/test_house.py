@@ -47,7 +47,7 @@ BLOCKS = {
             "huggingface_hub",
         },
         [
-            "ewc/backward", "ewc/fragments", "ewc/penalty_log", "ewc/callback", "lifecycle",
+            "ewc/backward", "ewc/fragments", "ewc/penalty_log", "ewc/callback", "lifecycle", "loaded_shards",
             "objectives/__init__", "objectives/objective",
             "objectives/rewards", "objectives/builtin", "objectives/sft", "objectives/dpo",
             "objectives/kto", "objectives/online", "objectives/grpo", "objectives/rloo", "stage_start",
@@ -380,6 +380,7 @@ TESTED_ELSEWHERE = {
     "field_checks.py": "test_config.py",
     "evaluator.py": "test_trainer_reports.py",
     "inputs.py": "test_trainer_construction.py",
+    "loaded_shards.py": "distributed/test_fsdp2_native.py",
     "model_saving.py": "test_trainer_reports.py",
     "objectives/trl_ppo_models.py": "objectives/test_trl_ppo.py",
     "objectives/trl_ppo_options.py": "objectives/test_trl_ppo.py",

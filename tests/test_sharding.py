@@ -6,6 +6,7 @@ import cases
 import pytest
 import runs
 from accelerate import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import Linear
 
 from hbat.objectives.builtin import build_sections, resolve
@@ -44,6 +45,35 @@ def test_what_does_not_go_with_shards_is_refused(options, message, tmp_path, mon
         monkeypatch.setenv(key, value)
     with pytest.raises(NotImplementedError, match=message):
         sharding(config, objectives, sections)
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_go_with_shards_is_refused_for_a_model_that_came_in_shards(options, message, tmp_path):
+    config = runs.config(tmp_path, **options)
+    objectives = resolve(config)
+    with pytest.raises(NotImplementedError, match=message):
+        sharding(config, objectives, build_sections(objectives, config), in_shards())
+
+
+def test_a_model_that_came_in_shards_is_not_compiled(tmp_path):
+    config = runs.config(tmp_path, sft={"torch_compile": True})
+    objectives = resolve(config)
+    with pytest.raises(NotImplementedError, match=r"`torch_compile` is not supported.*Leave it out"):
+        sharding(config, objectives, build_sections(objectives, config), in_shards())
+
+
+def test_a_model_that_came_in_shards_is_not_sharded_again_and_its_stages_begin_anew(tmp_path, caplog):
+    config = runs.config(tmp_path)
+    objectives = resolve(config)
+    assert sharding(config, objectives, build_sections(objectives, config), in_shards()) is None
+    assert "one that is cut off begins anew" in caplog.text
+
+
+def in_shards():
+    """What is asked of a model that transformers loaded in shards."""
+    model = SimpleNamespace(is_distributed_loading_by_transformers=True)
+    model.modules = lambda: [object.__new__(FSDPModule)]
+    return model
 
 
 def test_a_single_process_is_told_that_it_is_alone(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ import test_zero
 import torch
 import trl
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import TrainerControl, TrainerState
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel, TrainerControl, TrainerState
 
 from hbat.config import HBATConfig
 from hbat.ewc.callback import EWCCallback
@@ -77,6 +78,8 @@ def cut():
 
     def make(dimension):
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        if dimension in LOADED:
+            return loaded(**LOADED[dimension])
         mesh = init_device_mesh("cpu", (1,), mesh_dim_names=(dimension,))
         model = cases.tiny_llama()
         model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh, [Shard(0)]))
@@ -85,6 +88,25 @@ def cut():
     yield make
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+#: Models as transformers 5 loads them in shards, by what they are besides.
+LOADED = {
+    "untied": {},
+    "replicas, offload": {"dp_replicate_size": 2, "fsdp_cpu_offload": True},
+    "tied": {"tied": True},
+}
+
+
+def loaded(*, tied=False, **options):
+    """A model as transformers marks one that it has loaded in shards; all lie on this process."""
+    if not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"):
+        pytest.skip("this transformers loads no model in shards")
+    model = cases.tiny_llama(tied=tied)
+    fully_shard(model)
+    model._is_distributed_loading_by_transformers = True  # noqa: SLF001 - what is public is read-only
+    model.config.distributed_config = SimpleNamespace(fsdp_size=2, tp_size=1, pp_size=1, ep_size=1, **options)
+    return model
 
 
 def inside():
@@ -110,6 +132,9 @@ REFUSED = {
     "bfloat16 options under DeepSpeed": (cases.tiny_llama, {"deepspeed": ZERO_2["deepspeed"] | IN_BFLOAT16}),
     "parallelism": (cases.tiny_llama, {"parallelism_config": "configuration"}),
     "FSDP2 by the model": ("fsdp", {}),
+    "FSDP2 twice": ("untied", FSDP2),
+    "FSDP2 by the model in other ways": ("replicas, offload", {}),
+    "tied weights by the model": ("tied", {}),
     "tensor parallelism by the model": ("tp", {}),
     "several devices": (lambda: placed(0, 1), {}),
     "offload": (lambda: placed(0, "disk"), {}),
@@ -234,6 +259,25 @@ def test_a_base_that_gets_an_adapter_may_be_quantised():
     refuse_model(quantised(), gets_adapter=True)
     with pytest.raises(ValueError, match="4 bits and has no adapter"):
         refuse_model(quantised())
+
+
+def test_ways_to_load_in_shards_are_named(cut):
+    with pytest.raises(
+        NotImplementedError, match="dp_replicate_size=2, fsdp_cpu_offload=True, which is not supported"
+    ):
+        refuse_model(cut("replicas, offload"))
+
+
+def test_tied_weights_in_shards_are_taken_below_an_adapter(cut):
+    model = cut("tied")
+    refuse_model(model, gets_adapter=True)
+    with pytest.raises(NotImplementedError, match=r"lm_head\.weight.*Set `fsdp` in the sections"):
+        refuse_model(model)
+
+
+def test_a_separate_critic_of_a_policy_in_shards_is_refused(cut, tmp_path):
+    with pytest.raises(NotImplementedError, match="Set `critic: shared`"):
+        at_ppo(tmp_path, cut("untied"), {"critic": "separate"})
 
 
 def test_the_policy_beside_a_critic_is_looked_at():

@@ -95,10 +95,12 @@ class StopAtStep(TrainerCallback):
 
     Args:
         request: Where signals are remembered.
+        saves: Whether the host can write a checkpoint; otherwise the run goes on from the stage's start.
     """
 
-    def __init__(self, request: StopRequest) -> None:
+    def __init__(self, request: StopRequest, *, saves: bool = True) -> None:
         self._request = request
+        self._saves = saves
         self.stopped = False
 
     def on_step_end(
@@ -106,5 +108,6 @@ class StopAtStep(TrainerCallback):
     ) -> None:
         """Ask the host to save and stop, unless the stage is over anyway."""
         if self._request.agreed() and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            control.should_save = self._saves
             self.stopped = True

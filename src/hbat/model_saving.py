@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hbat.ewc.shards import is_sharded, whole_state
+from hbat.loaded_shards import written_as_whole
 from hbat.processes import is_main_process
 from hbat.reference_adapter import ADAPTER
 from hbat.storage import written_by_the_host
@@ -29,6 +30,6 @@ def save(folder: Path, model: Any, tokenizer: Any) -> None:
         return
     if hasattr(model, "peft_config"):
         options["selected_adapters"] = [ADAPTER]  # under FSDP the reference adapter lies beside it
-    with written_by_the_host(folder):
+    with written_by_the_host(folder), written_as_whole(model):
         model.save_pretrained(folder, **options)
         tokenizer.save_pretrained(folder)

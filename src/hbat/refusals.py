@@ -175,6 +175,22 @@ REFUSALS: Mapping[str, Refusal] = {
         kind=NotImplementedError,
     ),
     "FSDP2 by the model": Refusal(_CUT, kind=NotImplementedError),
+    "FSDP2 by the model in other ways": Refusal(
+        "The model was loaded with `distributed_config` of {ways}, which is not supported. Give it `fsdp_size` alone, "
+        "the number of processes.",
+        kind=NotImplementedError,
+    ),
+    # Its own groups of FSDP2 hold both, so that after a step they differ (seen in transformers 5.23).
+    "tied weights by the model": Refusal(
+        "The model was loaded with `distributed_config` and has tied weights ({names}), which transformers shards as "
+        "two: trained, they would drift apart. Set `fsdp` in the sections instead (`fsdp_config: {{version: 2}}`), or "
+        "train an adapter (`peft_config=LoraConfig(...)`, in YAML `peft: {{}}`).",
+        kind=NotImplementedError,
+    ),
+    "FSDP2 twice": Refusal(
+        "`fsdp` is set, and `distributed_config` has sharded the model already when it was loaded. Leave `fsdp` out, "
+        "or load the model without `distributed_config`."
+    ),
     "tensor parallelism by the model": Refusal(_CUT, kind=NotImplementedError),
     "several devices": Refusal(
         "`device_map` has spread the model over {devices}, which is not supported. Load it onto one device "

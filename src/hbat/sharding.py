@@ -1,4 +1,4 @@
-"""FSDP2: a run's models are sharded once, by the host's own function, and stay so from stage to stage.
+"""FSDP2: a run's models are sharded once, by the host's own functions, and stay so from stage to stage.
 
 Every trainer would shard the model that it is given. The second one fails on it (accelerate 1.10-1.15 looks for the
 decoder layers by the names of their classes, which are others then), so from the first stage on trainers are given a
@@ -7,6 +7,7 @@ model that is sharded already, and take it as it is.
 
 import dataclasses
 import functools
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,10 +20,13 @@ from transformers import Trainer, TrainingArguments
 from hbat.config import HBATConfig
 from hbat.ewc.shards import is_sharded
 from hbat.lifecycle import kept_environment
+from hbat.loaded_shards import is_loaded_in_shards
 from hbat.objectives.objective import Objective
-from hbat.processes import process_count
+from hbat.processes import is_main_process, process_count
 from hbat.refusals import REFUSALS
 from hbat.unsupported import fsdp_version
+
+logger = logging.getLogger(__name__)
 
 Shard = Callable[[nn.Module], None]
 #: Options of a section that say how its trainer would shard: one model has one sharding.
@@ -30,7 +34,7 @@ _SHARED_OPTIONS = ("fsdp", "fsdp_config", "bf16", "fp16")
 
 
 def sharding(
-    config: HBATConfig, objectives: Iterable[Objective], sections: Mapping[str, TrainingArguments]
+    config: HBATConfig, objectives: Iterable[Objective], sections: Mapping[str, TrainingArguments], model: Any = None
 ) -> Shard | None:
     """Find out how the trainers of a run would shard its model.
 
@@ -38,6 +42,7 @@ def sharding(
         config: The run's configuration.
         objectives: Its objectives.
         sections: Configuration of each objective.
+        model: The model, which can have been sharded when it was loaded.
 
     Returns:
         What shards a model in place as they would; None where they would not.
@@ -47,15 +52,19 @@ def sharding(
         ValueError: If they would in different ways.
     """
     asked = [name for name, each in sections.items() if fsdp_version(each) is not None]
-    if not asked:
+    loaded = is_loaded_in_shards(model)
+    if not asked and not loaded:
         return None
     for each in objectives:
         _require_trainable(each, sections[each.name])
-    _require_agreement(sections)
     if config.ewc is not None and config.ewc.anchor_device == "cpu":
         raise REFUSALS["anchor on the CPU"].error(engine="FSDP2")
     if config.ewc is not None and config.ewc.source == "fisher" and config.ewc.estimator == "empirical":
         raise REFUSALS["Fisher of samples under FSDP2"].error()
+    if loaded:
+        _require_trainable_as_loaded(sections)
+        return None
+    _require_agreement(sections)
     if process_count() == 1:
         raise REFUSALS["FSDP2 in one process"].error()
     with kept_environment(), tempfile.TemporaryDirectory() as folder:
@@ -85,6 +94,16 @@ def _require_trainable(objective: Objective, args: TrainingArguments) -> None:
     for what, asked in refused.items():
         if asked:
             raise REFUSALS[what].error(objective=objective.name, name=optimizer)
+
+
+def _require_trainable_as_loaded(sections: Mapping[str, TrainingArguments]) -> None:
+    if any(each.torch_compile for each in sections.values()):
+        raise REFUSALS["FSDP2 with compilation"].error()
+    if is_main_process():
+        logger.warning(
+            "A model that was loaded in shards (`distributed_config`) gets no checkpoints inside a stage: one that is "
+            "cut off begins anew. With more rounds (`num_rounds`) stages are shorter."
+        )
 
 
 def require_supported(trainer: Trainer) -> None:
@@ -119,7 +138,7 @@ def require_supported(trainer: Trainer) -> None:
 def _shard(accelerator: Any, model: nn.Module) -> None:
     if is_sharded(model):
         name = next(iter(dict(model.named_parameters())))
-        raise REFUSALS["FSDP2 by the model"].error(name=name, where="`distributed_config`")
+        raise REFUSALS["FSDP2 by the model"].error(name=name, where="its own code")
     fsdp2_prepare_model(accelerator, model)  # in place
 
 

@@ -27,6 +27,7 @@ from hbat.interruption import StopAtStep, StopRequest
 from hbat.learning_rate import extend_schedule
 from hbat.left_out import report_left_out
 from hbat.lifecycle import HookLimit
+from hbat.loaded_shards import is_loaded_in_shards
 from hbat.nonfinite import StopOnNonFinite, require_finite_importance, require_finite_weights
 from hbat.objectives.objective import Objective
 from hbat.optimizer_state import CarryMoments
@@ -123,7 +124,8 @@ class StageRunner:
         consolidation = run.consolidation
         carry = CarryMoments(run.moments.pop(stage.objective, {}))
         kept = run.kept.pop(stage.objective, {})
-        interruption = StopAtStep(self._request)
+        begins_anew = is_loaded_in_shards(self._model)
+        interruption = StopAtStep(self._request, saves=not begins_anew)
         carries = self._config.optimizer_state == "carry"
         evaluates = str(getattr(self._sections[stage.objective].eval_strategy, "value", "no")) != "no"
         part = dataset.select(part_indices(len(dataset), stage.num_rounds, stage.round, self._config.seed))
@@ -162,7 +164,7 @@ class StageRunner:
             if kept and objective.restores is not None:
                 objective.restores(trainer, kept)
             resumes_at = functools.partial(objective.resumes_at, trainer.args, len(part))
-            checkpoint = last_checkpoint(folder, trainer.args.max_steps, resumes_at)
+            checkpoint = None if begins_anew else last_checkpoint(folder, trainer.args.max_steps, resumes_at)
             with written_by_the_host(folder), named_checkpoint(checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint)
             if interruption.stopped:

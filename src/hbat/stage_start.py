@@ -11,7 +11,7 @@ from hbat.ewc.parameters import canonical_name, snapshot, trainable_parameters
 from hbat.ewc.placement import snapshot_in_main_memory
 from hbat.ewc.shards import part_of, shared_as
 from hbat.ewc_config import AnchorDevice
-from hbat.lifecycle import unpatched_copy
+from hbat.loaded_shards import frozen_copy
 from hbat.reference_adapter import (
     REFERENCE_ADAPTER,
     add_reference_adapter,
@@ -49,7 +49,7 @@ class StageStart:
         self._anchor: dict[str, Tensor] = {}
         self._shares_adapter = False
         if needs_reference and not hasattr(model, "peft_config"):
-            self.reference = unpatched_copy(model)
+            self.reference = frozen_copy(model)
         if shard is not None:
             if needs_reference and self.reference is None:
                 add_reference_adapter(model)

@@ -28,6 +28,7 @@ _PLAIN = "test_trainer.py::test_a_run_without_a_penalty_equals_plain_trainers"
 _QLORA = "test_qlora.py::test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone"
 _DDP = "distributed/test_ddp.py::test_two_processes_end_with_the_weights_of_one"
 _FSDP = "distributed/test_fsdp2.py::test_two_processes_end_with_the_weights_of_one"
+_NATIVE = "distributed/test_fsdp2_native.py::test_two_processes_end_with_the_weights_of_one"
 _ZERO = "distributed/test_deepspeed.py::test_two_processes_end_with_the_weights_of_one"
 _BFLOAT16 = (
     "distributed/test_deepspeed_bf16.py::test_without_a_penalty_weights_are_those_of_plain_trainers_that_hand_over"
@@ -49,7 +50,13 @@ ENGINES: Mapping[str, tuple[Cell, ...]] = {
         Shown(f"{_QLORA_DDP}[8-bit]"),
     ),
     "FSDP2": (Shown(f"{_FSDP}[sft and dpo]"), Shown(f"{_FSDP}[lora]"), "FSDP2", "FSDP2"),
-    "FSDP2 by the model (`distributed_config`)": ("FSDP2 by the model",) * 4,
+    "FSDP2 by the model (`distributed_config`)": (
+        Shown(f"{_NATIVE}[sft and dpo]"),
+        Shown(f"{_NATIVE}[lora]"),
+        "FSDP2",
+        "FSDP2",
+    ),
+    "FSDP2 by the user's own code (`fully_shard`)": ("FSDP2 by the model",) * 4,
     "FSDP1": ("FSDP1",) * 4,
     "FSDP with offload to the CPU": ("FSDP with offload",) * 4,
     "DeepSpeed ZeRO-1": (Shown(f"{_ZERO}[1-sft and dpo]"), Shown(f"{_ZERO}[1-lora]"), "DeepSpeed", "DeepSpeed"),
@@ -88,6 +95,24 @@ FEATURES: Mapping[str, Cell] = {
     "EWCCallback and PPOTrainer alone, FSDP2": Shown(
         "distributed/test_fsdp2.py::test_callback_and_ppo_trainer_alone_train_what_they_train_in_one_process"
     ),
+    "KTO, FSDP2 by the model": Shown(f"{_NATIVE}[kto]"),
+    "Fisher with `estimator: gnb`, FSDP2 by the model": Shown(f"{_NATIVE}[fisher]"),
+    "gradient checkpointing, FSDP2 by the model": Shown(f"{_NATIVE}[checkpointing]"),
+    "a stage that was cut off begins anew, FSDP2 by the model": Shown(
+        "distributed/test_fsdp2_native.py::"
+        "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not"
+    ),
+    "EWCCallback and PPOTrainer alone, FSDP2 by the model": Shown(
+        "distributed/test_fsdp2_native.py::test_callback_and_ppo_trainer_alone_train_what_they_train_in_one_process"
+    ),
+    "FSDP2 by the model with replicas, offload, mixed precision or other parallelism": (
+        "FSDP2 by the model in other ways"
+    ),
+    "FSDP2 by the model with tied embeddings, full": "tied weights by the model",
+    "FSDP2 by the model with tied embeddings, LoRA": Shown(f"{_NATIVE}[tied, lora]"),
+    "PPO, FSDP2 by the model, full": Shown(f"{_NATIVE}[ppo]"),
+    "PPO, FSDP2 by the model, LoRA": Shown(f"{_NATIVE}[adam, ppo and lora]"),
+    "FSDP2 by the model, and `fsdp` in the sections": "FSDP2 twice",
     "KTO, ZeRO-2": Shown(f"{_ZERO}[2-kto]"),
     "gradient checkpointing, ZeRO-2": Shown(f"{_ZERO}[2-checkpointing]"),
     "a stage that was cut off begins anew, ZeRO-2": Shown(

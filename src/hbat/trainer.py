@@ -93,7 +93,7 @@ class HBATTrainer:
         for section in self._sections.values():
             refuse_trainer(section, self.model)
         require_trainable(args, objectives, self._sections)
-        shard = sharding(args, objectives, self._sections)
+        shard = sharding(args, objectives, self._sections, self.model)
         if takes_reference:
             require_adapter_parameters(self.model)
         self.processing_class = load_tokenizer(processing_class, self.model, args, model)

@@ -14,6 +14,7 @@ from hbat.ewc.backward import after_backward
 from hbat.ewc.parameters import trainable_parameters
 from hbat.ewc.shards import is_sharded
 from hbat.lifecycle import StageGuard
+from hbat.loaded_shards import is_loaded_in_shards, let_go, without_checkpoints
 from hbat.objectives.objective import Objective
 from hbat.reference_adapter import REFERENCE_ADAPTER
 from hbat.sharding import keep_sharded
@@ -73,6 +74,7 @@ class TrainerBuilder:
         models = [each for each in candidates if isinstance(each, nn.Module)]
         guard, trainer = StageGuard(*models), None
         precision = FullPrecision(*(models if is_asked(self._sections[objective.name]) else ()))
+        loaded_in_shards = is_loaded_in_shards(self._model)
         try:
             parameters = trainable_parameters(self._model)
             for name in frozen:
@@ -82,7 +84,8 @@ class TrainerBuilder:
                 self._model.add_adapter = _nothing
             base = self._sections[objective.name]
             with _quiet_datasets(), left_aside(base, wanted=for_evaluation) as changes:
-                args = objective.stage_args(base, str(folder), seed_offset, **changes)
+                unsaved = without_checkpoints(base) if loaded_in_shards else {}
+                args = objective.stage_args(base, str(folder), seed_offset, **changes, **unsaved)
                 if for_evaluation and hasattr(args, "precompute_ref_log_probs"):
                     args.precompute_ref_log_probs = False
                 trainer = objective.build_trainer(
@@ -94,7 +97,7 @@ class TrainerBuilder:
                     reference=self._start.reference,
                     callbacks=list(callbacks),
                 )
-            if is_sharded(self._model):
+            if is_sharded(self._model) and not loaded_in_shards:
                 keep_sharded(trainer)
             precision.attach(trainer)
             self._start.complete_adapter()
@@ -104,6 +107,8 @@ class TrainerBuilder:
         finally:
             guard.restore(trainer)
             precision.give_back()
+            if loaded_in_shards:
+                let_go(self._model)
 
     @staticmethod
     def _hold_frozen(trainer: Trainer, frozen: list[nn.Parameter]) -> None:

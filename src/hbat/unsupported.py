@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hbat.ewc.parameters import policy_of
+from hbat.loaded_shards import is_loaded_in_shards, unsupported_ways
 from hbat.processes import is_launched_with
 from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
 from hbat.refusals import REFUSALS
@@ -52,7 +53,7 @@ def refuse_model(model: Any, *, gets_adapter: bool = False, shards: bool = False
         NotImplementedError: If it is cut, spread or offloaded.
         ValueError: If it is quantised by another method than bitsandbytes', or has no adapter.
     """
-    _refuse_cut(model, shards=shards)
+    _refuse_cut(model, gets_adapter=gets_adapter, shards=shards)
     _refuse_placement(model)
     if getattr(model, "is_quantized", False):
         method = getattr(model, "quantization_method", None)
@@ -152,17 +153,29 @@ def _offloads(args: Any) -> bool:
     )
 
 
-def _refuse_cut(model: Any, *, shards: bool) -> None:
+def _refuse_cut(model: Any, *, gets_adapter: bool, shards: bool) -> None:
     cut = next(((name, each) for name, each in model.named_parameters() if hasattr(each, "placements")), None)
     if cut is None:
         return
     name, weight = cut
-    where, row = "`distributed_config`", "FSDP2" if shards else "FSDP2 by the model (`distributed_config`)"
+    where, row = "its own code", "FSDP2" if shards else "FSDP2 by the user's own code (`fully_shard`)"
+    if is_loaded_in_shards(model):
+        where, row = "`distributed_config`", "FSDP2 by the model (`distributed_config`)"
+        _refuse_loading(model, gets_adapter=gets_adapter, shards=shards)
     # FSDP2 names no dimension of a mesh that it makes by itself.
-    if "tp" in (weight.device_mesh.mesh_dim_names or (() if shards else ("tp",))):
+    elif "tp" in (weight.device_mesh.mesh_dim_names or (() if shards else ("tp",))):
         where, row = "`tp_plan`", "tensor parallelism by the model (`tp_plan`)"
     if (refused := refusal(row, _column(model))) is not None:
         raise refused.error(name=name, where=where, engine=row)
+
+
+def _refuse_loading(model: Any, *, gets_adapter: bool, shards: bool) -> None:
+    if shards:
+        raise REFUSALS["FSDP2 twice"].error()
+    if ways := unsupported_ways(model):
+        raise REFUSALS["FSDP2 by the model in other ways"].error(ways=", ".join(ways))
+    if not gets_adapter and not hasattr(model, "peft_config") and model.all_tied_weights_keys:
+        raise REFUSALS["tied weights by the model"].error(names=dict(model.all_tied_weights_keys))
 
 
 def _refuse_placement(model: Any) -> None:

@@ -37,6 +37,7 @@ MODELS = {
     "lora": cases.lora_llama,
     "lora of rank one": lambda seed: cases.lora_llama(seed, rank=1),  # shared by two, one part is empty
     "tied": lambda seed: cases.tiny_llama(seed, tied=True),
+    "tied, lora": lambda seed: cases.lora_llama(seed, tied=True),
 }
 #: Adam whose steps are not blown up where gradients are zero but for rounding.
 ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 0.003}
@@ -71,6 +72,7 @@ RUNS = {
     "sft and dpo": {"objectives": ["sft", "dpo"]},
     "lora": {"objectives": ["sft", "dpo"], "model": "lora"},
     "tied": {"objectives": ["sft", "dpo"], "model": "tied"},
+    "tied, lora": {"objectives": ["sft", "dpo"], "model": "tied, lora"},
     "accumulation": {"objectives": ["sft", "dpo"], "accumulate": 2},
     "tensor importance, proximal": {
         "objectives": ["sft", "dpo"], "ewc": {"f_max": 5.0, "granularity": "tensor", "method": "proximal"},

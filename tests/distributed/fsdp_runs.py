@@ -120,9 +120,9 @@ def poison(folder):
         (folder / f"poison-{torch.distributed.get_rank()}.txt").write_text(str(error))
 
 
-def callback_alone(folder, engine):
+def callback_alone(folder, engine, make=cases.tiny_llama):
     """EWC in TRL's trainer, by a callback that is given whole tensors and knows no trainer."""
-    model = cases.tiny_llama(0)
+    model = make(0)
     anchor = cases.weights(cases.tiny_llama(1))
     callback = EWCCallback(cases.random_like(anchor, 2), anchor, f_max=0.5)
     options = {key: value for key, value in ddp_runs.section().items() if key != "ddp_backend"} | engine
@@ -133,19 +133,19 @@ def callback_alone(folder, engine):
     return trainer
 
 
-def ppo_alone(folder, engine):
+def ppo_alone(folder, engine, make=cases.tiny_llama):
     """PPOTrainer without a run, which shards a model by itself; and an evaluation of five rows by two processes."""
     options = ddp_runs.ppo_section() | engine
     options.pop("ddp_backend", None)
-    trainer = ppo_cases.build(cases.tiny_llama(0), folder / "ppo alone", eval_dataset=ddp_runs.prompts(5), **options)
+    trainer = ppo_cases.build(make(0), folder / "ppo alone", eval_dataset=ddp_runs.prompts(5), **options)
     trainer.train()
     trainer.evaluate()
     return trainer
 
 
-def alone(folder):
+def alone(folder, make=cases.tiny_llama):
     for name, train in {"callback": callback_alone, "ppo": ppo_alone}.items():
-        trainer = train(folder, ddp_runs.ENGINE)
+        trainer = train(folder, ddp_runs.ENGINE, make)
         assert is_sharded(trainer.model)
         weights = {key: ddp_runs.whole(each).contiguous() for key, each in trainable_parameters(trainer.model).items()}
         if torch.distributed.get_rank() == 0:
@@ -160,7 +160,7 @@ def checks(folder):
     alone(folder)
 
 
-def command_line(folder):
+def command_line(folder, **more):
     """Train with the command, from a model on disk that the main process alone reads."""
     if torch.distributed.get_rank() == 0:
         cases.tiny_llama(0).save_pretrained(folder / "base")
@@ -172,7 +172,7 @@ def command_line(folder):
         config = {
             "model_name_or_path": str(folder / "base"), "output_dir": str(folder / "run"), "num_rounds": 2,
             "objectives": ["sft", "dpo"], "seed": 5, "disable_tqdm": True, "ewc": {"f_max": 5.0},
-            "datasets": {name: str(folder / f"{name}.jsonl") for name in rows}, **sections,
+            "datasets": {name: str(folder / f"{name}.jsonl") for name in rows}, **sections, **more,
         }  # fmt: skip
         (folder / "run.yaml").write_text(json.dumps(config))  # which is YAML
     torch.distributed.barrier()

@@ -83,35 +83,41 @@ def assert_close(first, second, tolerance, path=""):
         assert first == second, path
 
 
+def assert_weights_of_one(name, folder, one):
+    """That both processes end with the weights of a run in one, and that it trained."""
+    weights, found = read(folder, name)
+    assert found["processes"] == 2
+    expected = cases.weights(one.model)
+    assert cases.largest_difference(weights, expected) < 1e-6
+    assert cases.largest_difference(expected, cases.weights(ddp_runs.model_of(name))) > 1e-3
+    assert runs.same(weights, read(folder, name, 1)[0])
+
+
+def assert_numbers_of_one(name, folder, one, *, losses=True):
+    """That importance, tables and logs are those of a run in one process."""
+    _, found = read(folder, name)
+    expected = json.loads(json.dumps(ddp_runs.result(one)))
+    if losses:
+        if name not in ddp_runs.OTHER_TABLES:
+            assert_close(found["table"], expected["table"], 2e-4)
+        assert_close(found["transfer"], expected["transfer"], 2e-3)
+        assert_close(found["log"], expected["log"], 2e-3)
+    for objective in ddp_runs.RUNS[name]["objectives"]:
+        kind = f"importance-{objective}"
+        mine = runs.state_tensors(folder / name.replace(" ", "-") / "run", kind)
+        other = runs.state_tensors(Path(one.args.output_dir), kind)
+        scale = max(float(each.abs().max()) for each in other.values())
+        assert cases.largest_difference(mine, other) < 1e-3 * scale
+
+
 @each_run
 def test_two_processes_end_with_the_weights_of_one(name, two, one):
-    weights, found = read(two(name), name)
-    assert found["processes"] == 2
-    expected = cases.weights(one(name).model)
-    assert cases.largest_difference(weights, expected) < 1e-6
-    start = cases.weights(ddp_runs.model_of(name))
-    assert cases.largest_difference(expected, start) > 1e-3
-
-
-@each_run
-def test_both_processes_hold_the_same_weights(name, two):
-    assert runs.same(read(two(name), name, 0)[0], read(two(name), name, 1)[0])
+    assert_weights_of_one(name, two(name), one(name))
 
 
 @each_run
 def test_importance_tables_and_logs_are_those_of_one_process(name, two, one):
-    _, found = read(two(name), name)
-    expected = json.loads(json.dumps(ddp_runs.result(one(name))))
-    if name not in ddp_runs.OTHER_TABLES:
-        assert_close(found["table"], expected["table"], 2e-4)
-    assert_close(found["transfer"], expected["transfer"], 2e-3)
-    assert_close(found["log"], expected["log"], 2e-3)
-    for objective in ddp_runs.RUNS[name]["objectives"]:
-        kind = f"importance-{objective}"
-        mine = runs.state_tensors(two(name) / name.replace(" ", "-") / "run", kind)
-        other = runs.state_tensors(Path(one(name).args.output_dir), kind)
-        scale = max(float(each.abs().max()) for each in other.values())
-        assert cases.largest_difference(mine, other) < 1e-3 * scale
+    assert_numbers_of_one(name, two(name), one(name))
 
 
 @pytest.mark.parametrize("name", [pytest.param("sft and dpo", marks=pytest.mark.slow), "ppo"])

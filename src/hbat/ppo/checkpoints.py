@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from hbat.adapter_checkpoints import kept_form
-from hbat.ewc.shards import give_back, is_sharded, shared_as
+from hbat.ewc.shards import give_back, is_sharded, shared_as, whole_state, whole_tensors
+from hbat.loaded_shards import is_loaded_in_shards, written_as_whole
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.policy import PolicyAndCritic
 from hbat.ppo.progress import Progress
@@ -79,9 +80,12 @@ class PolicyCheckpoints(Trainer):
             self.model = whole
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder, policy = Path(str(output_dir or self.args.output_dir)), self.model.policy
+        if is_loaded_in_shards(policy):
+            self._save_loaded_in_shards(folder)
+            return
         if not self.args.should_save:
             return
-        folder, policy = Path(str(output_dir or self.args.output_dir)), self.model.policy
         if is_sharded(policy):  # the host has put the whole together, and writes its own files of the shards besides
             own = {
                 name.removeprefix("policy."): each for name, each in state_dict.items() if name.startswith("policy.")
@@ -96,6 +100,17 @@ class PolicyCheckpoints(Trainer):
         if adapter and REFERENCE_ADAPTER in policy.peft_config:
             write_tensors(folder / _REFERENCE_FILE, reference_tensors(policy))
         write_tensors(folder / _CRITIC_FILE, self.kept_state())
+
+    def _save_loaded_in_shards(self, folder: Path) -> None:
+        # Every process is here.
+        policy, saves = self.model.policy, self.args.should_save
+        whole = whole_state(policy, keep=saves)
+        critic = whole_tensors(self.kept_state(), keep=saves)
+        if saves:
+            with written_as_whole(policy):
+                policy.save_pretrained(folder, state_dict=whole, **_adapter_alone(policy))
+            self.processing_class.save_pretrained(folder)
+            write_tensors(folder / _CRITIC_FILE, critic)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # The last thing that every process writes to a checkpoint before the file that makes it whole.

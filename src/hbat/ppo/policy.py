@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hbat.loaded_shards import is_loaded_in_shards
 from hbat.ppo.critic import SeparateCritic, SharedCritic
 from hbat.ppo.token_model import TokenModel
 
@@ -51,6 +52,11 @@ class PolicyAndCritic(nn.Module):
     def device(self) -> Any:
         """Device of the policy."""
         return self.policy.device
+
+    @property
+    def is_distributed_loading_by_transformers(self) -> bool:
+        """Whether the host sharded the policy when it loaded it, and has to keep its hands off."""
+        return is_loaded_in_shards(self.policy)
 
     # Both names of the one thing: transformers 5.23 calls the new one, below it there is only the old one.
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbat.lifecycle import switch_off_dropout, unpatched_copy
+from hbat.lifecycle import switch_off_dropout
+from hbat.loaded_shards import frozen_copy
 from hbat.ppo.rollout import Sequences
 from hbat.ppo.token_model import TokenModel
 from hbat.reference_adapter import add_reference_adapter, using_reference_adapter
@@ -24,7 +25,7 @@ class Reference:
         self._has_adapter = hasattr(policy, "peft_config") and model is None
         if self._has_adapter:
             add_reference_adapter(policy)
-        self.model: nn.Module | None = None if self._has_adapter else (model or unpatched_copy(policy))
+        self.model: nn.Module | None = None if self._has_adapter else (model or frozen_copy(policy))
         if self.model is not None:
             self.model.eval()
             self.model.to(policy.device)

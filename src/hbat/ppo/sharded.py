@@ -4,10 +4,41 @@ from typing import Any
 
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from hbat.loaded_shards import is_loaded_in_shards
 from hbat.ppo.critic import SeparateCritic
 from hbat.ppo.reference import Reference
 from hbat.refusals import REFUSALS
 from hbat.sharding import keep_sharded, require_supported, shard_with
+
+
+def refuse_critic(kind: str, policy: Any) -> None:
+    """Refuse a critic that cannot be built beside a policy.
+
+    Args:
+        kind: `shared` or `separate`.
+        policy: The policy.
+
+    Raises:
+        NotImplementedError: If it would be a copy of a policy that was loaded in shards.
+    """
+    if kind == "separate" and is_loaded_in_shards(policy):
+        raise REFUSALS["separate critic under FSDP2"].error()
+
+
+def shard_critic(policy: Any, critic: Any) -> None:
+    """Shard a critic like its policy, if that was loaded in shards.
+
+    Beside an adapter, which is whole on every process, it stays whole as well: an optimizer takes one or the other.
+
+    Args:
+        policy: The policy.
+        critic: Its shared critic.
+    """
+    if not is_loaded_in_shards(policy):
+        return
+    register_fsdp_forward_method(policy, "generate")
+    if not hasattr(policy, "peft_config"):
+        fully_shard(critic, mesh=next(policy.parameters()).device_mesh)
 
 
 def shard_policy_and_critic(trainer: Any, reference: Reference | None) -> None:

@@ -24,7 +24,7 @@ from hbat.ppo.reference import Reference
 from hbat.ppo.requirements import prepare, prepare_rows
 from hbat.ppo.rewards import Rewards
 from hbat.ppo.schedule import Position, RolloutSchedule
-from hbat.ppo.sharded import shard_policy_and_critic
+from hbat.ppo.sharded import refuse_critic, shard_critic, shard_policy_and_critic
 from hbat.ppo.update import APPROX_KL, update_loss
 
 
@@ -74,6 +74,7 @@ class PPOTrainer(PolicyCheckpoints):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         policy, tokenizer, prompts = prepare(model, args, train_dataset, processing_class, peft_config)
+        refuse_critic(args.critic, policy)
         rewards = Rewards(reward_funcs, weights=args.reward_weights, processing_classes=reward_processing_classes)
         if not isinstance(prompts[0]["prompt"], str):
             rewards.require_template()
@@ -94,6 +95,7 @@ class PPOTrainer(PolicyCheckpoints):
         self.ref_model = None if reference is None else reference.model
         if self.is_fsdp_enabled:
             shard_policy_and_critic(self, reference)
+        shard_critic(policy, self.model.critic)
         for each in (self.model.tokens, reference):
             if each is not None:
                 each.verify()
