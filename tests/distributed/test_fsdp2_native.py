@@ -19,12 +19,19 @@ pytestmark = [
     ),
 ]
 
-#: What `make test` runs; the others take the minutes of `make test-all`.
-QUICK = ["sft and dpo"]
-SLOW = [
-    "lora", "tied, lora", "accumulation", "tensor importance, proximal", "fisher", "adam and lora of rank one",
-    "adam, freeze, average, random importance", "checkpointing", "kto", "ppo", "adam, ppo and lora",
-]  # fmt: skip
+#: Runs that share a start of the processes. `make test` runs the first; the others take the minutes of `make test-all`.
+GROUPS = [
+    ["sft and dpo"],
+    ["accumulation", "tensor importance, proximal", "fisher", "checkpointing", "kto", "ppo"],
+    [
+        "lora",
+        "tied, lora",
+        "adam and lora of rank one",
+        "adam, ppo and lora",
+        "adam, freeze, average, random importance",
+    ],
+]
+QUICK, SLOW = GROUPS[0], sum(GROUPS[1:], [])
 each_run = pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 some_runs = pytest.mark.parametrize("name", ["sft and dpo", pytest.param("lora", marks=pytest.mark.slow)])
 launch = functools.partial(test_fsdp2.launch, environment={}, worker=native_runs)
@@ -40,7 +47,8 @@ def two(tmp_path_factory):
         return folder, launch(folder, mode, *group)  # not raised here, or each test would try again
 
     def trained(name):
-        folder, done = train("alone") if name == "alone" else train("train", *(QUICK if name in QUICK else SLOW))
+        group = next((each for each in GROUPS if name in each), None)
+        folder, done = train("alone") if group is None else train("train", *group)
         assert done.returncode == 0, done.stderr[-4000:]
         return folder
 
