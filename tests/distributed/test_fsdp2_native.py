@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::hbat.ewc.callback.EWCWarning"),
+    pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning"),
     pytest.mark.skipif(
         not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"),
         reason="this transformers loads no model in shards",
     ),
 ]
 
-#: Runs that share a start of the processes. `make test` runs the first; the others take the minutes of `make test-all`.
+#: Runs that share a start of the processes. `make test` runs the first; the others take minutes (`make test-all`).
 GROUPS = [
     ["sft and dpo"],
     ["accumulation", "tensor importance, proximal", "fisher", "checkpointing", "kto", "ppo"],
@@ -31,7 +31,7 @@ GROUPS = [
         "adam, freeze, average, random importance",
     ],
 ]
-QUICK, SLOW = GROUPS[0], sum(GROUPS[1:], [])
+QUICK, SLOW = GROUPS[0], [*GROUPS[1], *GROUPS[2]]
 each_run = pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 some_runs = pytest.mark.parametrize("name", ["sft and dpo", pytest.param("lora", marks=pytest.mark.slow)])
 launch = functools.partial(test_fsdp2.launch, environment={}, worker=native_runs)
