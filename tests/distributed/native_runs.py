@@ -90,11 +90,10 @@ def alone(folder):
 
 def main(folder, mode, names):
     torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
     if mode == "command line":
-        # The host starts the processes' group itself, and a name in place of a model is what YAML has.
         fsdp_runs.command_line(folder, model_init_kwargs={"distributed_config": {"fsdp_size": 2}})
         return
-    torch.distributed.init_process_group("gloo")
     if mode == "alone":
         alone(folder)
         return
