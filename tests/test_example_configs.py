@@ -136,12 +136,16 @@ EXPECTED = {
         "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "WORLD_SIZE": "2",
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none", "ACCELERATE_MIXED_PRECISION": "bf16",
     },
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "WORLD_SIZE": "2",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none", "ACCELERATE_MIXED_PRECISION": "no",
+    },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("file", LAUNCHERS, ids=lambda file: file.stem)
 def test_accelerate_starts_the_processes_that_a_launch_configuration_names(file, tmp_path):
-    if file.stem == "zero2":
+    if file.stem.startswith("zero"):
         pytest.importorskip("deepspeed", reason="accelerate looks for it")
     script = tmp_path / "seen.py"
     script.write_text(SEEN, encoding="utf-8")

@@ -127,9 +127,13 @@ REFUSED = {
     "FSDP2": (lambda: get_peft_model(quantised(), LORA), FSDP2),
     "FSDP1": (cases.tiny_llama, {"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 1}}),
     "FSDP with offload": (cases.tiny_llama, FSDP2 | {"fsdp_plugin_args": {"fsdp_version": 2, "cpu_offload": True}}),
-    "DeepSpeed": (cases.tiny_llama, {"deepspeed": {"zero_optimization": {"stage": 3}}}),
+    "DeepSpeed": (cases.tiny_llama, {"deepspeed": {"zero_optimization": {"stage": 0}}}),
     "half precision under DeepSpeed": (cases.tiny_llama, ZERO_2 | {"fp16": True}),
     "bfloat16 options under DeepSpeed": (cases.tiny_llama, {"deepspeed": ZERO_2["deepspeed"] | IN_BFLOAT16}),
+    "quantised or grouped shares under DeepSpeed": (
+        cases.tiny_llama,
+        {"deepspeed": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}},
+    ),
     "parallelism": (cases.tiny_llama, {"parallelism_config": "configuration"}),
     "FSDP2 by the model": ("fsdp", {}),
     "FSDP2 twice": ("untied", FSDP2),
@@ -185,9 +189,9 @@ def test_every_refusal_of_the_table_is_among_them():
 LAUNCHES = {
     "FSDP1": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
     "FSDP2 with offload": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
-    "DeepSpeed ZeRO-3, or without ZeRO": {
+    "DeepSpeed without ZeRO": {
         "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0",
     },
     "DeepSpeed with offload": {
         "ACCELERATE_USE_DEEPSPEED": "true",
@@ -221,7 +225,7 @@ def test_an_engine_that_only_accelerate_launch_knows_of_is_refused(engine, place
 
 @pytest.mark.parametrize(
     ("field", "engine"),
-    [("deepspeed", "DeepSpeed ZeRO-3, or without ZeRO"), ("parallelism_config", "parallelism_config")],
+    [("deepspeed", "DeepSpeed without ZeRO"), ("parallelism_config", "parallelism_config")],
 )
 def test_an_engine_in_a_section_is_refused_before_the_host_asks_for_its_packages(field, engine, tmp_path):
     with pytest.raises(NotImplementedError, match=rf"by {engine} \(`{field}` is set\)"):
@@ -278,6 +282,11 @@ def test_tied_weights_in_shards_are_taken_below_an_adapter(cut):
 def test_a_separate_critic_of_a_policy_in_shards_is_refused(cut, tmp_path):
     with pytest.raises(NotImplementedError, match="Set `critic: shared`"):
         at_ppo(tmp_path, cut("untied"), {"critic": "separate"})
+
+
+def test_deepspeed_does_not_take_a_model_in_shards(cut):
+    with pytest.raises(ValueError, match="`deepspeed` is set, and `distributed_config` has sharded"):
+        refuse_trainer(SimpleNamespace(deepspeed={"zero_optimization": {"stage": 2}}, optim="sgd"), cut("untied"))
 
 
 def test_the_policy_beside_a_critic_is_looked_at():

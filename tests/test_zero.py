@@ -9,12 +9,13 @@ import ppo_cases
 import pytest
 import runs
 import torch
+from objectives.test_kto import needs_kto
 
 from hbat import EWCCallback
 from hbat.objectives.builtin import build_sections, resolve
 from hbat.support import ENGINES
 from hbat.unsupported import refuse_arguments
-from hbat.zero import is_asked, left_aside, refuse_zero, require_trainable, zero_row
+from hbat.zero import drop_empty_groups, is_asked, left_aside, refuse_zero, require_trainable, zero_row
 
 LAUNCHED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 CPU = {"use_cpu": True, "bf16": False}
@@ -65,7 +66,7 @@ def test_what_does_not_go_with_deepspeed_is_refused(options, message, tmp_path, 
         require_trainable(*asked)
 
 
-@pytest.mark.parametrize("objectives", [["sft", "dpo"], ["sft", "kto"]])
+@pytest.mark.parametrize("objectives", [["sft", "dpo"], pytest.param(["sft", "kto"], marks=needs_kto)])
 def test_what_is_left_goes_with_it(objectives, tmp_path, launched):
     asked = built(tmp_path, objectives=objectives, kto=runs.section(), ewc={})
     launched()
@@ -120,9 +121,9 @@ def test_a_proximal_callback_is_refused(launched):
     [
         ({"zero_optimization": {"stage": 1}}, "DeepSpeed ZeRO-1"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, "DeepSpeed ZeRO-2"),
-        ({"zero_optimization": {"stage": 3}}, "DeepSpeed ZeRO-3, or without ZeRO"),
-        ({"zero_optimization": {"stage": 0}}, "DeepSpeed ZeRO-3, or without ZeRO"),
-        ({}, "DeepSpeed ZeRO-3, or without ZeRO"),
+        ({"zero_optimization": {"stage": 3}}, "DeepSpeed ZeRO-3"),
+        ({"zero_optimization": {"stage": 0}}, "DeepSpeed without ZeRO"),
+        ({}, "DeepSpeed without ZeRO"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "DeepSpeed with offload"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "DeepSpeed with offload"),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "DeepSpeed with offload"),
@@ -220,3 +221,17 @@ def test_a_configuration_that_cannot_be_read_is_named(content, tmp_path):
     for given in (str(file), True):
         with pytest.raises(ValueError, match=r"`deepspeed` is .* is no configuration of DeepSpeed's"):
             zero_row(SimpleNamespace(deepspeed=given))
+
+
+def test_an_optimizer_in_deepspeeds_hands_has_no_empty_group():
+    weight = torch.nn.Parameter(torch.ones(1))
+
+    def made():
+        groups = [{"params": [weight]}, {"params": []}]
+        return SimpleNamespace(create_optimizer=lambda: torch.optim.SGD(groups, lr=0.1))
+
+    for engaged, count in ((True, 1), (False, 2)):
+        trainer = made()
+        trainer.is_deepspeed_enabled = engaged
+        drop_empty_groups(trainer)
+        assert len(trainer.create_optimizer().param_groups) == count

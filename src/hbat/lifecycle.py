@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hbat.ewc.fragments import release
+from hbat.ewc.partitions import gather
 from hbat.ewc.shards import give_back
 
 #: Instance attributes that trainers, accelerate and the checkpointing switch set on modules. `forward` is not simply
@@ -51,19 +53,32 @@ class StageGuard:
         self._models = [_ModelRecord(each) for each in models]
         self._environment = _environment()
 
-    def restore(self, trainer: Trainer | None = None) -> None:
+    def restore(self, trainer: Trainer | None = None, *, together: bool = True) -> None:
         """Undo what a stage left behind, and free what its trainer holds.
 
         Args:
             trainer: The stage's trainer; it cannot be used afterwards.
+            together: Whether all processes do this. One that does so alone, after an error of its own, leaves what
+                ZeRO-3 took apart in parts: the others would not come to put it together.
         """
         for record in self._models:
+            if together:
+                gather(record.model)
             record.restore()
         _restore_environment(self._environment)
+        forget_deepspeed()
         if trainer is not None:
             _dismantle(trainer)
         for record in self._models:
             release(record.model)
+
+
+def forget_deepspeed() -> None:
+    """Let the host forget the configuration of DeepSpeed that it saw last, until it sees the next one.
+
+    With one of ZeRO-3 it would make every model that it loads partitioned, and take every model for such a one.
+    """
+    unset_hf_deepspeed_config()
 
 
 @contextmanager

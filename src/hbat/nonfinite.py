@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hbat.ewc.backward import after_backward
 from hbat.ewc.fragments import Fragments, before_step, engine_of
 from hbat.ewc.parameters import canonical_name, trainable_parameters
+from hbat.ewc.partitions import Partitions, shares
 from hbat.ewc.shards import first_not_finite, whole_of
 from hbat.rounds import Stage
 
@@ -42,11 +43,11 @@ class StopOnNonFinite(TrainerCallback):
         engine = engine_of(self._trainer.accelerator)
         if engine is not None:
             model: Any = self._trainer.model
-            fragments = Fragments(trainable_parameters(model))
-            before_step(engine, lambda: self._require_finite_fragments(fragments))
+            own = shares(trainable_parameters(model))
+            before_step(engine, lambda: self._require_finite_shares(own))
 
-    def _require_finite_fragments(self, fragments: Fragments) -> None:
-        name = first_not_finite(fragments.gradients())
+    def _require_finite_shares(self, own: Fragments | Partitions) -> None:
+        name = first_not_finite(own.gradients())
         if name is not None:
             raise self._error(repr(name))
 

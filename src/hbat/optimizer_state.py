@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hbat.ewc.parameters import trainable_parameters
 from hbat.ewc.shards import shared_as
+from hbat.zero3_moments import is_zero3, load_zero3_state, zero3_state
 from hbat.zero_moments import is_zero, load_zero_state, zero_state
 
 _SEPARATOR = "::"  # between parameter and entry; no parameter name holds it
@@ -27,6 +28,8 @@ def moments(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str,
     inner = _inner(optimizer)
     if is_zero(inner):
         states = zero_state(inner, parameters)
+    elif is_zero3(inner):
+        states = zero3_state(inner, parameters)
     else:
         states = {name: inner.state.get(each, {}) for name, each in parameters.items()}
     return {
@@ -56,6 +59,9 @@ def load_moments(optimizer: Any, parameters: Mapping[str, nn.Parameter], saved: 
             by_parameter.setdefault(name, {})[entry] = shared_as(value, parameters[name])
     if is_zero(inner):
         load_zero_state(inner, parameters, by_parameter)
+        return
+    if is_zero3(inner):
+        load_zero3_state(inner, parameters, by_parameter)
         return
     state = inner.state_dict()
     order = [each for group in inner.param_groups for each in group["params"]]

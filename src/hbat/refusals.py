@@ -107,9 +107,9 @@ REFUSALS: Mapping[str, Refusal] = {
     "FSDP1": Refusal(_SHARDED, kind=NotImplementedError),
     "FSDP with offload": Refusal(_SHARDED, kind=NotImplementedError),
     "DeepSpeed": Refusal(
-        "Training by {engine} ({where}) is not supported with this model. Full models and LoRA train with ZeRO-1 and "
-        "ZeRO-2 without offload (`zero_optimization.stage: 2`), with DDP (`accelerate launch --multi_gpu`) and, where "
-        "they do not fit on one device, with FSDP2 (`fsdp_version: 2`); QLoRA in one process and with DDP.",
+        "Training by {engine} ({where}) is not supported with this model. Full models and LoRA train with ZeRO-1, "
+        "ZeRO-2 and ZeRO-3 without offload (`zero_optimization.stage: 3`), with DDP (`accelerate launch --multi_gpu`) "
+        "and, where they do not fit on one device, with FSDP2 (`fsdp_version: 2`); QLoRA in one process and with DDP.",
         kind=NotImplementedError,
     ),
     "half precision under DeepSpeed": Refusal(
@@ -120,6 +120,11 @@ REFUSALS: Mapping[str, Refusal] = {
     "bfloat16 options under DeepSpeed": Refusal(
         "DeepSpeed's configuration has {owned} beside `bf16`, with which its optimizer does not step float32 weights, "
         "or not in a way that was tested. Leave them out, or take ZeRO-2 for `grad_accum_dtype`.",
+        kind=NotImplementedError,
+    ),
+    "quantised or grouped shares under DeepSpeed": Refusal(
+        "`zero_optimization.{name}` is {value!r}, with which processes hold other shares of a weight than an even "
+        "split. Leave it out.",
         kind=NotImplementedError,
     ),
     "EWCCallback alone under DeepSpeed": Refusal(
@@ -188,8 +193,8 @@ REFUSALS: Mapping[str, Refusal] = {
         kind=NotImplementedError,
     ),
     "FSDP2 twice": Refusal(
-        "`fsdp` is set, and `distributed_config` has sharded the model already when it was loaded. Leave `fsdp` out, "
-        "or load the model without `distributed_config`."
+        "`{field}` is set, and `distributed_config` has sharded the model already when it was loaded. Leave `{field}` "
+        "out, or load the model without `distributed_config`."
     ),
     "tensor parallelism by the model": Refusal(_CUT, kind=NotImplementedError),
     "several devices": Refusal(

@@ -61,7 +61,8 @@ ENGINES: Mapping[str, tuple[Cell, ...]] = {
     "FSDP with offload to the CPU": ("FSDP with offload",) * 4,
     "DeepSpeed ZeRO-1": (Shown(f"{_ZERO}[1-sft and dpo]"), Shown(f"{_ZERO}[1-lora]"), "DeepSpeed", "DeepSpeed"),
     "DeepSpeed ZeRO-2": (Shown(f"{_ZERO}[2-sft and dpo]"), Shown(f"{_ZERO}[2-lora]"), "DeepSpeed", "DeepSpeed"),
-    "DeepSpeed ZeRO-3, or without ZeRO": ("DeepSpeed",) * 4,
+    "DeepSpeed ZeRO-3": (Shown(f"{_ZERO}[3-sft and dpo]"), Shown(f"{_ZERO}[3-lora]"), "DeepSpeed", "DeepSpeed"),
+    "DeepSpeed without ZeRO": ("DeepSpeed",) * 4,
     "DeepSpeed with offload": ("DeepSpeed",) * 4,
     "tensor, context or sequence parallelism (`parallelism_config`), Megatron-LM": ("parallelism",) * 4,
     "tensor parallelism by the model (`tp_plan`)": ("tensor parallelism by the model",) * 4,
@@ -112,16 +113,26 @@ FEATURES: Mapping[str, Cell] = {
     "FSDP2 by the model with tied embeddings, LoRA": Shown(f"{_NATIVE}[tied, lora]"),
     "PPO, FSDP2 by the model, full": Shown(f"{_NATIVE}[ppo]"),
     "PPO, FSDP2 by the model, LoRA": Shown(f"{_NATIVE}[adam, ppo and lora]"),
-    "FSDP2 by the model, and `fsdp` in the sections": "FSDP2 twice",
+    "FSDP2 by the model, and `fsdp` or `deepspeed` in the sections": "FSDP2 twice",
     "KTO, ZeRO-2": Shown(f"{_ZERO}[2-kto]"),
     "gradient checkpointing, ZeRO-2": Shown(f"{_ZERO}[2-checkpointing]"),
     "a stage that was cut off begins anew, ZeRO-2": Shown(
         "distributed/test_deepspeed.py::"
-        "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not"
+        "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not[2-sft and dpo]"
     ),
     "EWCCallback bound to a trainer, ZeRO-2": Shown(
         "distributed/test_deepspeed.py::test_a_bound_callback_trains_what_it_trains_in_one_process[2]"
     ),
+    "KTO, ZeRO-3": Shown(f"{_ZERO}[3-kto]"),
+    "gradient checkpointing, ZeRO-3": Shown(f"{_ZERO}[3-checkpointing]"),
+    "a stage that was cut off begins anew, ZeRO-3": Shown(
+        "distributed/test_deepspeed.py::"
+        "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not[3-adam]"
+    ),
+    "EWCCallback bound to a trainer, ZeRO-3": Shown(
+        "distributed/test_deepspeed.py::test_a_bound_callback_trains_what_it_trains_in_one_process[3]"
+    ),
+    "ZeRO++ and MiCS, ZeRO-3": "quantised or grouped shares under DeepSpeed",
     "EWCCallback in `callbacks` alone, ZeRO": "EWCCallback alone under DeepSpeed",
     "PPO, GRPO and RLOO, ZeRO": "objective under DeepSpeed",
     "PPOTrainer alone, ZeRO": "PPOTrainer under DeepSpeed",
@@ -161,6 +172,8 @@ FEATURES: Mapping[str, Cell] = {
     "Fisher with `estimator: empirical` (per sample), FSDP2": "Fisher of samples under FSDP2",
     "Fisher with `estimator: gnb`, ZeRO-2": Shown(f"{_ZERO}[2-fisher]"),
     "Fisher with `estimator: empirical` (per sample), ZeRO-2": Shown(f"{_ZERO}[2-fisher of samples]"),
+    "Fisher with `estimator: gnb`, ZeRO-3": Shown(f"{_ZERO}[3-fisher]"),
+    "Fisher with `estimator: empirical` (per sample), ZeRO-3": Shown(f"{_ZERO}[3-fisher of samples]"),
     "bfloat16 by autocast": Shown("test_trainer.py::test_every_stage_computes_in_bfloat16_when_asked"),
     "LoRA on `lm_head`, SFT and DPO (TRL 1.16)": "adapter on the head",
     "LoRA on `lm_head`, PPO alone": Shown(

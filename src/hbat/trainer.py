@@ -17,7 +17,7 @@ from hbat.fingerprint import fingerprint
 from hbat.hub import upload
 from hbat.inputs import checked_inputs, fitting_inputs
 from hbat.interruption import StopRequest
-from hbat.lifecycle import cheap_garbage_collection
+from hbat.lifecycle import cheap_garbage_collection, forget_deepspeed
 from hbat.model_loading import load_model, load_tokenizer, require_adapter_parameters
 from hbat.model_saving import save
 from hbat.objectives.builtin import build_sections, resolve
@@ -87,6 +87,7 @@ class HBATTrainer:
         objectives = with_rewards(resolve(args), reward_funcs, reward_processing_classes)
         self._objectives = {each.name: each for each in objectives}
         self._sections = build_sections(objectives, args)
+        forget_deepspeed()  # between stages every process has the whole model
         checked = checked_inputs(args, self._objectives, self._sections, train_dataset, eval_dataset)
         takes_reference = any(each.uses_reference for each in objectives)
         self.model = load_model(model, args, peft_config, takes_reference=takes_reference)

@@ -13,13 +13,14 @@ from hbat.adapter_checkpoints import load_adapter_as_it_was
 from hbat.ewc.backward import after_backward
 from hbat.ewc.parameters import trainable_parameters
 from hbat.ewc.shards import is_sharded
-from hbat.lifecycle import StageGuard
+from hbat.interruption import RunInterrupted
+from hbat.lifecycle import StageGuard, forget_deepspeed
 from hbat.loaded_shards import is_loaded_in_shards, let_go, without_checkpoints
 from hbat.objectives.objective import Objective
 from hbat.reference_adapter import REFERENCE_ADAPTER
 from hbat.sharding import keep_sharded
 from hbat.stage_start import StageStart
-from hbat.zero import is_asked, left_aside
+from hbat.zero import drop_empty_groups, is_asked, left_aside
 from hbat.zero_precision import FullPrecision
 
 
@@ -68,13 +69,16 @@ class TrainerBuilder:
 
         Yields:
             The trainer, the only one alive.
+
+        Raises:
+            FloatingPointError: If the block does, on all processes.
+            RunInterrupted: If the block does, on all processes.
         """
         rewards = objective.trainer_kwargs.get("reward_funcs")
         candidates = [self._model, self._start.reference, *(rewards if isinstance(rewards, list) else [rewards])]
         models = [each for each in candidates if isinstance(each, nn.Module)]
-        guard, trainer = StageGuard(*models), None
+        guard, trainer, together = StageGuard(*models), None, False
         precision = FullPrecision(*(models if is_asked(self._sections[objective.name]) else ()))
-        loaded_in_shards = is_loaded_in_shards(self._model)
         try:
             parameters = trainable_parameters(self._model)
             for name in frozen:
@@ -83,8 +87,9 @@ class TrainerBuilder:
                 # It is there for the whole run, and the host has only to fill it. The guard takes this back.
                 self._model.add_adapter = _nothing
             base = self._sections[objective.name]
+            forget_deepspeed()  # a configuration that is built for another purpose tells the host of it too
             with _quiet_datasets(), left_aside(base, wanted=for_evaluation) as changes:
-                unsaved = without_checkpoints(base) if loaded_in_shards else {}
+                unsaved = without_checkpoints(base) if is_loaded_in_shards(self._model) else {}
                 args = objective.stage_args(base, str(folder), seed_offset, **changes, **unsaved)
                 if for_evaluation and hasattr(args, "precompute_ref_log_probs"):
                     args.precompute_ref_log_probs = False
@@ -97,18 +102,26 @@ class TrainerBuilder:
                     reference=self._start.reference,
                     callbacks=list(callbacks),
                 )
-            if is_sharded(self._model) and not loaded_in_shards:
-                keep_sharded(trainer)
             precision.attach(trainer)
-            self._start.complete_adapter()
-            load_adapter_as_it_was(trainer)
+            self._complete(trainer)
             self._hold_frozen(trainer, [parameters[name] for name in frozen])
             yield trainer
+            together = True
+        except (FloatingPointError, RunInterrupted):  # which all processes agree on
+            together = True
+            raise
         finally:
-            guard.restore(trainer)
+            guard.restore(trainer, together=together)
             precision.give_back()
-            if loaded_in_shards:
+            if is_loaded_in_shards(self._model):
                 let_go(self._model)
+
+    def _complete(self, trainer: Trainer) -> None:
+        if is_sharded(self._model) and not is_loaded_in_shards(self._model):
+            keep_sharded(trainer)
+        drop_empty_groups(trainer)
+        self._start.complete_adapter()
+        load_adapter_as_it_was(trainer)
 
     @staticmethod
     def _hold_frozen(trainer: Trainer, frozen: list[nn.Parameter]) -> None:

@@ -10,7 +10,7 @@ from hbat.processes import is_launched_with
 from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER
 from hbat.refusals import REFUSALS
 from hbat.support import COLUMNS, refusal
-from hbat.zero import refuse_zero, zero_row
+from hbat.zero import is_asked, refuse_zero, zero_row
 
 _PARALLELISM = "tensor, context or sequence parallelism (`parallelism_config`), Megatron-LM"
 _OFFLOADED = {"cpu", "disk"}
@@ -76,6 +76,8 @@ def refuse_trainer(args: Any, model: Any) -> None:
     """
     policy = policy_of(model)  # what holds it says nothing of quantisation and placement
     refuse_arguments(args, _column(policy))
+    if is_asked(args) and is_loaded_in_shards(policy):
+        raise REFUSALS["FSDP2 twice"].error(field="deepspeed")
     refuse_model(policy, shards=fsdp_version(args) is not None)
 
 
@@ -171,7 +173,7 @@ def _refuse_cut(model: Any, *, gets_adapter: bool, shards: bool) -> None:
 
 def _refuse_loading(model: Any, *, gets_adapter: bool, shards: bool) -> None:
     if shards:
-        raise REFUSALS["FSDP2 twice"].error()
+        raise REFUSALS["FSDP2 twice"].error(field="fsdp")
     if ways := unsupported_ways(model):
         raise REFUSALS["FSDP2 by the model in other ways"].error(ways=", ".join(ways))
     if not gets_adapter and not hasattr(model, "peft_config") and model.all_tied_weights_keys:

@@ -16,6 +16,12 @@ _HALVES = ("bf16", "fp16", "torch_autocast")
 #: Where the weights that the optimizer steps are float32 ones, a piece on each process.
 _IN_BFLOAT16 = {"DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2"}
 _COARSE = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+#: Options of ZeRO-3 (ZeRO++, MiCS) with which the shares of a weight are no even split over all processes, and their
+#: values where they do nothing.
+_UNEVEN = {
+    "zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False,
+    "zero_quantized_gradients": False, "mics_shard_size": -1,
+}  # fmt: skip
 #: Optimizers whose state is a tensor like the weights, or a number: what a stage hands to its objective's next one.
 _OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "sgd", "rmsprop"}
 
@@ -34,7 +40,7 @@ def zero_row(args: Any) -> str:
     if devices - {None, "none"} or zero.get("cpu_offload"):
         return "DeepSpeed with offload"
     stage = zero.get("stage", 0)
-    return f"DeepSpeed ZeRO-{stage}" if stage in {1, 2} else "DeepSpeed ZeRO-3, or without ZeRO"
+    return f"DeepSpeed ZeRO-{stage}" if stage in {1, 2, 3} else "DeepSpeed without ZeRO"
 
 
 def is_asked(args: Any = None) -> bool:
@@ -56,7 +62,8 @@ def refuse_zero(args: Any) -> None:
         args: The host's arguments, or None.
 
     Raises:
-        NotImplementedError: If they compute in half precision in a way that was not tested.
+        NotImplementedError: If they compute in half precision in a way that was not tested, or ask for shares of
+            weights that are not even.
     """
     if not is_asked(args):
         return
@@ -71,6 +78,10 @@ def refuse_zero(args: Any) -> None:
         owned.append("grad_accum_dtype")  # with which DeepSpeed takes another optimizer at this stage
     if halves and owned:
         raise REFUSALS["bfloat16 options under DeepSpeed"].error(owned=owned)
+    zero = _section(config, "zero_optimization")
+    for key, off in _UNEVEN.items():
+        if zero.get(key, off) != off:
+            raise REFUSALS["quantised or grouped shares under DeepSpeed"].error(name=key, value=zero[key])
 
 
 def _halves(args: Any, config: Mapping[str, Any]) -> list[str]:
@@ -83,7 +94,7 @@ def _halves(args: Any, config: Mapping[str, Any]) -> list[str]:
 def left_aside(args: Any, *, wanted: bool = True) -> Iterator[dict[str, Any]]:
     """Let a trainer that is built in the block do without DeepSpeed.
 
-    Every process holds the whole model under ZeRO-1 and -2, and the host evaluates with them in training alone.
+    Outside of stages every process holds the whole model, and the host evaluates with ZeRO-1 and -2 in training alone.
 
     Args:
         args: The host's arguments as they were given.
@@ -102,6 +113,27 @@ def left_aside(args: Any, *, wanted: bool = True) -> Iterator[dict[str, Any]]:
     finally:
         if launched is not None:
             os.environ[_VARIABLE] = launched
+
+
+def drop_empty_groups(trainer: Any) -> None:
+    """Let a trainer's optimizer have no group without parameters, where the trainer trains with DeepSpeed.
+
+    transformers 4.57 makes one for an adapter, whose parameters all decay. ZeRO-3 (0.19) leaves it out of the groups
+    that it steps, so that the schedule has one learning rate too many.
+
+    Args:
+        trainer: The trainer, before its optimizer is made.
+    """
+    if not trainer.is_deepspeed_enabled:
+        return
+    make = trainer.create_optimizer
+
+    def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+        optimizer = make(*args, **kwargs)
+        optimizer.param_groups[:] = [each for each in optimizer.param_groups if each["params"]]
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
 
 
 def require_trainable(config: Any, objectives: Iterable[Any], sections: Mapping[str, Any]) -> None:

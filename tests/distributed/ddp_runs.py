@@ -32,12 +32,34 @@ CALLBACKS = []
 MORE_RESULTS = []
 #: Step at which each stage that was trained began; not 0 where it went on from a checkpoint.
 BEGAN_AT = []
+
+
+class Odd(torch.nn.Module):
+    """A layer with numbers of parameters that two processes cannot share evenly, or not at all."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.factor = torch.nn.Parameter(torch.full((1,), 0.9))
+        self.mix = torch.nn.Parameter(torch.linspace(-0.3, 0.3, 13 * 31).view(13, 31))
+
+    def forward(self, hidden):  # (B, T, 32)
+        return self.inner(hidden) * self.factor + torch.nn.functional.pad(hidden[..., :13] @ self.mix, (0, 1))
+
+
+def odd_llama(seed):
+    model = cases.tiny_llama(seed)
+    model.model.norm = Odd(model.model.norm)
+    return model
+
+
 MODELS = {
     "full": cases.tiny_llama,
     "lora": cases.lora_llama,
     "lora of rank one": lambda seed: cases.lora_llama(seed, rank=1),  # shared by two, one part is empty
     "tied": lambda seed: cases.tiny_llama(seed, tied=True),
     "tied, lora": lambda seed: cases.lora_llama(seed, tied=True),
+    "odd": odd_llama,  # shares of tensors end in padding, or are empty
 }
 #: Adam whose steps are not blown up where gradients are zero but for rounding.
 ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 0.003}
@@ -73,6 +95,7 @@ RUNS = {
     "lora": {"objectives": ["sft", "dpo"], "model": "lora"},
     "tied": {"objectives": ["sft", "dpo"], "model": "tied"},
     "tied, lora": {"objectives": ["sft", "dpo"], "model": "tied, lora"},
+    "odd sizes": {"objectives": ["sft", "dpo"], "model": "odd"},
     "accumulation": {"objectives": ["sft", "dpo"], "accumulate": 2},
     "tensor importance, proximal": {
         "objectives": ["sft", "dpo"], "ewc": {"f_max": 5.0, "granularity": "tensor", "method": "proximal"},
@@ -102,9 +125,9 @@ def model_of(name):
     return MODELS[RUNS[name].get("model", "full")](0)
 
 
-def build(name, folder, *, callbacks=None, save_steps=None):
+def build(name, folder, *, model=None, callbacks=None, save_steps=None):
     options = dict(RUNS[name])
-    model = model_of(name)
+    model = model_of(name) if model is None else model
     steps = options.get("accumulate", 1)
     more = options.get("section", {}) | {
         "gradient_accumulation_steps": steps,

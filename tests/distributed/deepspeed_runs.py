@@ -1,4 +1,4 @@
-"""The runs of `ddp_runs` under DeepSpeed's ZeRO-1 or -2, on CPUs.
+"""The runs of `ddp_runs` under DeepSpeed's ZeRO-1, -2 or -3, on CPUs.
 
 `torchrun --nproc_per_node 2 deepspeed_runs.py FOLDER STAGE MODE NAMES` leaves weights, logs and tables in FOLDER.
 """
@@ -15,17 +15,22 @@ import torch
 import trl
 from distributed import ddp_runs
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hbat import EWCCallback
 
 #: Small buckets, so that even tiny models fill several.
 BUCKETS = {"reduce_bucket_size": 4096, "allgather_bucket_size": 4096}
+#: Under ZeRO-3 the same of weights; only the norms stay whole between the passes, as they do in large models.
+PIECES = {
+    "sub_group_size": 4096, "stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 4096,
+    "stage3_max_live_parameters": 4096, "stage3_gather_16bit_weights_on_model_save": True,
+}  # fmt: skip
 
 
 def engine(stage):
     return {
-        "zero_optimization": {"stage": stage} | BUCKETS,
+        "zero_optimization": {"stage": stage} | BUCKETS | (PIECES if stage == 3 else {}),
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -40,10 +45,28 @@ class Engaged(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         zero = optimizer.optimizer
+        if args.deepspeed_plugin.zero_stage == 3:
+            self.see_pieces(model, zero)
+            return
         assert type(zero).__name__ == "DeepSpeedZeroOptimizer", zero
         assert zero.partition_gradients == (args.deepspeed_plugin.zero_stage == 2)
         trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
         piece = sum(each.numel() for each in zero.single_partition_of_fp32_groups)
+        assert 0.4 < piece / trained < 0.7, (piece, trained)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """The padding of ZeRO-3 is memory as it was found: it can hold anything."""
+        if args.deepspeed_plugin.zero_stage == 3:
+            for each in model.parameters():
+                own = each.ds_numel - torch.distributed.get_rank() * each.ds_tensor.numel()
+                each.ds_tensor[max(own, 0) :] = torch.nan
+
+    @staticmethod
+    def see_pieces(model, zero):
+        assert type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3", zero
+        assert all(each.numel() == 0 for each in model.parameters() if each.ds_numel > 100)
+        trained = sum(each.ds_numel for each in model.parameters() if each.requires_grad)
+        piece = sum(each.numel() for each in zero.fp32_partitioned_groups_flat)
         assert 0.4 < piece / trained < 0.7, (piece, trained)
 
 
@@ -58,7 +81,8 @@ class Poison(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if (self.stage, state.global_step) == (1, 1) and torch.distributed.get_rank() == 1:
-            next(model.parameters()).data.fill_(torch.nan)
+            weight = next(model.parameters())
+            getattr(weight, "ds_tensor", weight.data).fill_(torch.nan)
 
 
 def clean(run, folder):
@@ -99,15 +123,33 @@ def callback_alone(folder, *, bind=True):
 
 
 def alone(folder):
+    import deepspeed  # which looks into the environment that is set below
+
     trainer = callback_alone(folder)
+    with deepspeed.zero.GatheredParameters(list(trainer.model.parameters())):  # does nothing but with ZeRO-3
+        weights = {name: each.clone() for name, each in cases.weights(trainer.model).items()}
     if torch.distributed.get_rank() == 0:
-        save_file(cases.weights(trainer.model), folder / "callback.safetensors")
+        save_file(weights, folder / "callback.safetensors")
         (folder / "callback.json").write_text(json.dumps(trainer.state.log_history))
     trainer.accelerator.free_memory()
     try:
         callback_alone(folder, bind=False)
     except NotImplementedError as error:
         (folder / f"unbound-{torch.distributed.get_rank()}.txt").write_text(str(error))
+
+
+def loaded(folder):
+    """A run with a model that the host loads while it knows of the engine: under ZeRO-3, piece by piece."""
+    if torch.distributed.get_rank() == 0:
+        cases.tiny_llama(5).save_pretrained(folder / "loaded")
+    torch.distributed.barrier()
+    args = trl.SFTConfig(output_dir=str(folder / "unused"), report_to="none", **ddp_runs.section())
+    model = AutoModelForCausalLM.from_pretrained(folder / "loaded", dtype="float32")
+    if args.deepspeed_plugin.zero_stage == 3:
+        assert all(hasattr(each, "ds_tensor") for each in model.parameters())
+    for given in (model, str(folder / "loaded")):
+        run = ddp_runs.build("sft and dpo", folder / "loaded-run", model=given)
+        assert cases.largest_difference(cases.weights(run.model), cases.weights(cases.tiny_llama(5))) == 0
 
 
 def main(folder, stage, mode, names, *, before):
@@ -128,4 +170,4 @@ def main(folder, stage, mode, names, *, before):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:], before=[poison, alone])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:], before=[poison, alone, loaded])

@@ -1,4 +1,4 @@
-"""Two processes under DeepSpeed's ZeRO-1 and -2 train what one trains: weights, importance, tables and logs."""
+"""Two processes under DeepSpeed's ZeRO-1, -2 and -3 train what one trains: weights, importance, tables and logs."""
 
 import functools
 import importlib.util
@@ -22,10 +22,10 @@ pytestmark = [
 ]
 TIMEOUT = 1200  # seconds; DeepSpeed compiles its communication on CPUs once, which takes minutes
 
-STAGES = [1, 2]
+STAGES = [1, 2, 3]
 NAMES = [
     "sft and dpo", "lora", "tied", "accumulation", "adam", "adam and lora of rank one", "kto", "fisher",
-    "fisher of samples", "checkpointing",
+    "fisher of samples", "checkpointing", "odd sizes",
 ]  # fmt: skip
 each_run = pytest.mark.parametrize(
     ("stage", "name"), [pytest.param(stage, name, id=f"{stage}-{name}") for stage in STAGES for name in NAMES]
@@ -148,13 +148,13 @@ def test_a_callback_that_is_not_bound_is_refused(stage, two):
         assert "Call `callback.bind(trainer)`" in (two(stage) / f"unbound-{rank}.txt").read_text()
 
 
-@pytest.mark.parametrize("name", ["sft and dpo", "adam"])
-def test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not(name, two, tmp_path):
-    killed = launch(tmp_path, 2, "kill", name)
+@pytest.mark.parametrize(("stage", "name"), [(2, "sft and dpo"), (2, "adam"), (3, "adam")])
+def test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not(stage, name, two, tmp_path):
+    killed = launch(tmp_path, stage, "kill", name)
     assert killed.returncode != 0
-    done = launch(tmp_path, 2, "resume", name)
+    done = launch(tmp_path, stage, "resume", name)
     assert done.returncode == 0, done.stderr[-4000:]
     weights, found = test_ddp.read(tmp_path, name)
     assert found["began at"] == [0]  # the last stage alone, from its start: DeepSpeed's checkpoints are not read
-    assert runs.same(weights, test_ddp.read(two(2), name)[0])
-    assert found["table"] == test_ddp.read(two(2), name)[1]["table"]
+    assert runs.same(weights, test_ddp.read(two(stage), name)[0])
+    assert found["table"] == test_ddp.read(two(stage), name)[1]["table"]

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hbat.ewc.backward import after_backward
 from hbat.ewc.fragments import Fragments, before_step, engine_of
 from hbat.ewc.parameters import policy_of, require_counterparts, snapshot, trainable_parameters
+from hbat.ewc.partitions import Partitions, shares
 from hbat.ewc.penalty import add_penalty_gradient_, proximal_step_
 from hbat.ewc.penalty_log import PenaltyLog, is_logged, unclipped_task_norm
 from hbat.ewc.placement import in_main_memory, let_go, on_device, snapshot_in_main_memory
@@ -70,7 +71,7 @@ class EWCCallback(TrainerCallback):
 
     def _reset(self) -> None:
         self._parameters: Mapping[str, Tensor] = {}
-        self._fragments: Fragments | None = None
+        self._shares: Fragments | Partitions | None = None
         self._anchor: Mapping[str, Any] = {}
         self._importance: Mapping[str, Tensor | float] = {}
         self._undo: Callable[[], None] | None = None
@@ -126,12 +127,13 @@ class EWCCallback(TrainerCallback):
             raise REFUSALS["EWCCallback alone under DeepSpeed"].error()
         parameters = trainable_parameters(policy_of(model))
         self._require_usable(parameters, state.global_step)
-        self._take(parameters)
         engine = None if self._trainer is None else engine_of(self._trainer.accelerator)
         if engine is not None:
-            self._take_fragments(parameters)
+            self._take_shares(parameters)
             self._undo = before_step(engine, self._before_step)
-        elif self.method == "gradient" and self._trainer is not None:
+            return
+        self._take(parameters)
+        if self.method == "gradient" and self._trainer is not None:
             self._undo = after_backward(self._trainer.accelerator, self._after_backward)
 
     def _require_usable(self, parameters: Mapping[str, Tensor], step: int) -> None:
@@ -154,17 +156,19 @@ class EWCCallback(TrainerCallback):
         self._anchor = place(copied(parameters) if self.anchor is None else self.anchor, parameters)
         self._importance = place(self.importance, parameters)
 
-    def _take_fragments(self, parameters: dict[str, nn.Parameter]) -> None:
-        self._fragments = Fragments(parameters)
-        self._parameters, self._importance = self._fragments.weights, self._fragments.of(self._importance)
-        # In half precision those weights may be more precise than the model's own.
-        self._anchor = snapshot(self._parameters) if self.anchor is None else self._fragments.of(self._anchor)
+    def _take_shares(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._shares = own = shares(parameters)
+        self._parameters = own.weights
+        # In half precision these weights may be more precise than the model's own.
+        anchor = snapshot(own.weights) if self.anchor is None else own.of(self.anchor)
+        self._anchor = on_device(anchor, own.weights)
+        self._importance = on_device(own.of(self.importance), own.weights)
 
     def _before_step(self) -> None:
-        if self._fragments is not None:
-            self._fragments.take_gradients()
+        if self._shares is not None:
+            self._shares.take_gradients()
             self._add_pull()
-            self._fragments.let_go()
+            self._shares.let_go()
 
     def _after_backward(self, loss: Tensor) -> None:
         if self._trainer is not None and self._trainer.accelerator.sync_gradients:

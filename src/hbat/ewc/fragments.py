@@ -120,7 +120,7 @@ class Fragments:
             each.grad = None
 
     def _cut(self, tensor: Tensor | float, parameter: nn.Parameter) -> Tensor | float:
-        if not isinstance(tensor, Tensor) or tensor.dim() == 0:
+        if not isinstance(tensor, Tensor) or (tensor.dim() == 0 and parameter.dim() > 0):
             return tensor
         own = _mapping(parameter)
         if own is None:

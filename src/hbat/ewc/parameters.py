@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hbat.ewc.shards import give_back
+from hbat.ewc.shards import give_back, whole_shape
 
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module"}
 
@@ -89,9 +89,9 @@ def require_counterparts(expected: Mapping[str, Tensor], given: Mapping[str, Ten
             f"Take the {what} from the same model with the same adapters."
         )
     for name, each in expected.items():
-        shape = getattr(given[name], "shape", ())
-        if shape not in {(), each.shape}:
+        shape, expected_shape = whole_shape(given[name]), whole_shape(each)
+        if shape not in {(), expected_shape}:
             raise ValueError(
-                f"The {what} of {name!r} has the shape {tuple(shape)}, the parameter {tuple(each.shape)}. "
+                f"The {what} of {name!r} has the shape {tuple(shape)}, the parameter {tuple(expected_shape)}. "
                 f"Take the {what} from the same model with the same adapters."
             )

@@ -27,6 +27,18 @@ def is_shared(tensor: object) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def whole_shape(tensor: object) -> tuple[int, ...]:
+    """Give the shape of a tensor as a whole, wherever it lies.
+
+    Args:
+        tensor: A tensor or a number.
+
+    Returns:
+        Its shape, which DeepSpeed's ZeRO-3 keeps beside an empty one; `()` of a number.
+    """
+    return tuple(getattr(tensor, "ds_shape", getattr(tensor, "shape", ())))
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shares a model's parameters between processes.
 
