@@ -70,28 +70,12 @@ def one(tmp_path_factory):
 @each_run
 def test_two_processes_end_with_the_weights_of_one(stage, name, two, one):
     """That the optimizer has a piece of the weights alone, the runs themselves assert at every step."""
-    weights, found = test_ddp.read(two(stage), name)
-    assert found["processes"] == 2
-    expected = cases.weights(one(name).model)
-    assert cases.largest_difference(weights, expected) < 1e-6
-    assert cases.largest_difference(expected, cases.weights(ddp_runs.model_of(name))) > 1e-3
-    assert runs.same(weights, test_ddp.read(two(stage), name, 1)[0])
+    test_ddp.assert_weights_of_one(name, two(stage), one)
 
 
 @each_run
 def test_importance_tables_and_logs_are_those_of_one_process(stage, name, two, one):
-    _, found = test_ddp.read(two(stage), name)
-    expected = json.loads(json.dumps(ddp_runs.result(one(name))))
-    if name not in ddp_runs.OTHER_TABLES:
-        test_ddp.assert_close(found["table"], expected["table"], 2e-4)
-    test_ddp.assert_close(found["transfer"], expected["transfer"], 2e-3)
-    test_ddp.assert_close(found["log"], expected["log"], 2e-3)
-    for objective in ddp_runs.RUNS[name]["objectives"]:
-        kind = f"importance-{objective}"
-        mine = runs.state_tensors(two(stage) / name.replace(" ", "-") / "run", kind)
-        other = runs.state_tensors(Path(one(name).args.output_dir), kind)
-        scale = max(float(each.abs().max()) for each in other.values())
-        assert cases.largest_difference(mine, other) < 1e-3 * scale
+    test_ddp.assert_numbers_of_one(name, two(stage), one)
 
 
 @each_run
