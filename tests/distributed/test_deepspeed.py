@@ -70,12 +70,12 @@ def one(tmp_path_factory):
 @each_run
 def test_two_processes_end_with_the_weights_of_one(stage, name, two, one):
     """That the optimizer has a piece of the weights alone, the runs themselves assert at every step."""
-    test_ddp.assert_weights_of_one(name, two(stage), one)
+    test_ddp.assert_weights_of_one(name, two(stage), one(name))
 
 
 @each_run
 def test_importance_tables_and_logs_are_those_of_one_process(stage, name, two, one):
-    test_ddp.assert_numbers_of_one(name, two(stage), one)
+    test_ddp.assert_numbers_of_one(name, two(stage), one(name))
 
 
 @each_run
