@@ -59,7 +59,7 @@ class LiveTensors(TrainerCallback):
         self.counts.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
 
 
-@each_case
+@pytest.mark.parametrize("case", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_twenty_stages_leave_the_model_as_it_was_and_hold_nothing(case, tmp_path):
     model, live = CASES[case](0), LiveTensors()
     run = runs.build_run(

@@ -17,7 +17,16 @@ from hbat.stage_runner import estimated_steps
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
 
 each_objective = pytest.mark.parametrize("name", ["grpo", "rloo"])
-each_model = pytest.mark.parametrize("case", ["full", "lora"])
+#: Each model and each objective once; the other two pairs are slow, as the objectives differ in their loss alone.
+each_pair = pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("full", "grpo"),
+        ("lora", "rloo"),
+        pytest.param("full", "rloo", marks=pytest.mark.slow),
+        pytest.param("lora", "grpo", marks=pytest.mark.slow),
+    ],
+)
 MAKE = {"grpo": grpo.grpo, "rloo": rloo.rloo}
 CONFIG = {"grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig}
 
@@ -25,9 +34,8 @@ CONFIG = {"grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig}
 # --- the reference policy --------------------------------------------------------------------------------------------
 
 
-@each_objective
 @pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
-@each_model
+@each_pair
 def test_every_stage_starts_at_its_reference(case, options, name, tmp_path):
     run = online_runs.train(cases.MODEL_CASES[case](0), tmp_path, name, options=options)
     divergence = runs.logged(run, f"{name}/kl")
@@ -87,8 +95,7 @@ def test_only_a_penalty_for_divergence_needs_a_reference(tmp_path):
 # --- consolidation, and what a stage leaves --------------------------------------------------------------------------
 
 
-@each_objective
-@each_model
+@each_pair
 def test_consolidation_acts_on_a_stage(case, name, tmp_path):
     model = cases.MODEL_CASES[case]
     held = online_runs.train(model(0), tmp_path / "held", name, ewc={"f_max": 20.0})
@@ -108,8 +115,7 @@ def marks(model):
     return found
 
 
-@each_objective
-@each_model
+@each_pair
 def test_a_stage_leaves_nothing_on_the_model(case, name, tmp_path):
     model = cases.MODEL_CASES[case](0)
     run = online_runs.build_run(model, tmp_path, name, ewc={"f_max": 1.0}, evaluation=True)
@@ -129,8 +135,7 @@ def test_a_fisher_importance_has_no_sequences_to_look_at(tmp_path):
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
-@each_objective
-@each_model
+@each_pair
 def test_the_reward_after_every_stage_is_the_score_and_higher_is_better(case, name, tmp_path):
     model = cases.MODEL_CASES[case]
     run = online_runs.train(model(0), tmp_path / "with", name, evaluation=True)

@@ -85,8 +85,15 @@ def test_every_stage_starts_with_a_kl_of_zero_from_the_model_as_it_is(case, tmp_
     assert any(each != 0.0 for each in runs.logged(run, "ppo/kl"))
 
 
-@each_model
-@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize(
+    ("case", "critic"),
+    [
+        ("full", "shared"),
+        ("lora", "separate"),
+        pytest.param("full", "separate", marks=pytest.mark.slow),
+        pytest.param("lora", "shared", marks=pytest.mark.slow),
+    ],
+)
 def test_the_critic_lives_on_from_stage_to_stage(case, critic, tmp_path):
     kept = Kept()
     train(case, tmp_path, callbacks=[kept], ppo={"critic": critic})
@@ -211,8 +218,15 @@ CUTS = {
 }
 
 
-@each_model
-@pytest.mark.parametrize(("stage", "step", "options"), CUTS.values(), ids=CUTS)
+def _cuts():
+    """Each cut and each model; outside of `make test-all` the models take turns."""
+    for number, cut in enumerate(CUTS):
+        for turn, case in enumerate(MODELS):
+            marks = [pytest.mark.slow] if number % len(MODELS) != turn else []
+            yield pytest.param(case, *CUTS[cut], id=f"{cut}-{case}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "stage", "step", "options"), list(_cuts()))
 def test_a_run_that_was_cut_off_ends_as_if_it_was_not(case, stage, step, options, whole, tmp_path):
     with pytest.raises(CutOffError):
         train(case, tmp_path, callbacks=[Cut(stage, step)], **options)
@@ -236,7 +250,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("stage", "step"), [(2, 0), (3, 5)], ids=["between stages", "in a stage"])
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [pytest.param(2, 0, id="between stages", marks=pytest.mark.slow), pytest.param(3, 5, id="in a stage")],
+)
 def test_a_process_that_was_killed_goes_on_in_another(stage, step, whole, tmp_path):
     tests = Path(__file__).parents[1]
     script, folder = tmp_path / "killed.py", tmp_path / "run"
