@@ -37,7 +37,7 @@ oldest: $(OLDEST)/.installed
 
 # The page of what runs with what, from the table that the checks use.
 support: $(VENV)/.installed
-	$(BIN)/python -m hbat.support_page docs/support.md
+	$(BIN)/python docs/support_page.py docs/support.md
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/stages.py

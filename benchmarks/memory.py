@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 from workload import byte_tokenizer, llama, rows, save, status
 
 from hbat import HBATConfig, HBATTrainer
-from hbat.lifecycle import unpatched_copy
+from hbat.model.copies import unpatched_copy
 
 VARIANTS = {
     "plain TRL": None,

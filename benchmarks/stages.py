@@ -24,8 +24,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from workload import byte_tokenizer, in_turn, llama, ratio, rows, save
 
 from hbat import HBATConfig, HBATTrainer
-from hbat.lifecycle import unpatched_copy
-from hbat.rounds import part_indices
+from hbat.model.copies import unpatched_copy
+from hbat.state.plan import part_indices
 
 ROUNDS = 4
 BATCH = 8

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import hbat
-from hbat.config import HBATConfig
-from hbat.ewc_config import EWCConfig
+from hbat.config.ewc import EWCConfig
+from hbat.config.hbat import HBATConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

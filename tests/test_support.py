@@ -11,12 +11,12 @@ import pytest
 import runs
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from support_page import main, page
+from support_table import ENGINES, Shown, cells
 
-from hbat import support
-from hbat.config import HBATConfig
-from hbat.refusals import EVERYWHERE, REFUSALS, Refusal
-from hbat.support import COLUMNS, ENGINES, Shown, cells, refusal
-from hbat.support_page import main, page
+from hbat.config.hbat import HBATConfig
+from hbat.engines.checks import COLUMNS, refusal
+from hbat.engines.refusals import EVERYWHERE, REFUSALS, Refusal
 from hbat.trainer import HBATTrainer
 
 TESTS = Path(__file__).parent
@@ -63,13 +63,12 @@ def test_pytest_finds_what_the_table_names(name, collected):
     assert any(each == name or each.startswith((f"{name}::", f"{name}[")) for each in collected)
 
 
-def test_a_refused_cell_becomes_a_tested_one_by_its_line_in_the_table(monkeypatch):
-    assert refusal("FSDP1") is REFUSALS["FSDP1"]
-    assert refusal("one process") is None
-    monkeypatch.setattr(support, "ENGINES", ENGINES | {"FSDP1": (Shown("x"), Shown("x"), "FSDP1", "FSDP1")})
-    assert refusal("FSDP1") is None  # it depends on the model
-    assert refusal("FSDP1", "LoRA") is None
-    assert refusal("FSDP1", "QLoRA, 4-bit") is REFUSALS["FSDP1"]
+def test_the_checks_refuse_the_engines_that_the_table_refuses():
+    by_model = {"`device_map` over several devices", "`device_map` with offload to CPU or disk"}
+    by_count = {"several GPUs in one process (`DataParallel`)"}
+    for engine in ENGINES.keys() - by_model - by_count:
+        for column, cell in zip(COLUMNS, ENGINES[engine], strict=True):
+            assert refusal(engine, column) is (REFUSALS[cell] if isinstance(cell, str) else None)
 
 
 def test_a_message_shows_the_values_seen():

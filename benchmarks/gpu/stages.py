@@ -34,7 +34,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from workload import rows, save
 
 from hbat import HBATConfig, HBATTrainer
-from hbat.rounds import part_indices
+from hbat.state.plan import part_indices
 
 ROUNDS = 2
 VARIANTS: dict[str, dict[str, Any] | None] = {

@@ -7,29 +7,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hbat.config import HBATConfig
-    from hbat.evaluation import ForgettingMatrix
+    from hbat.config.ewc import EWCConfig
+    from hbat.config.hbat import HBATConfig
     from hbat.ewc.callback import EWCCallback
     from hbat.ewc.fisher import Example, diagonal_fisher
     from hbat.ewc.importance import accumulate, displacement, effective_tensors, normalize
+    from hbat.ewc.log import EWCWarning
     from hbat.ewc.parameters import snapshot, trainable_parameters
     from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, proximal_step_
-    from hbat.ewc.penalty_log import EWCWarning
-    from hbat.ewc_config import EWCConfig
     from hbat.objectives.objective import Objective
     from hbat.ppo.config import PPOConfig
     from hbat.ppo.trainer import PPOTrainer
+    from hbat.reports.matrix import ForgettingMatrix
     from hbat.trainer import HBATTrainer
 
     __version__: str
 
 _HOMES = {
     "EWCCallback": "hbat.ewc.callback",
-    "EWCConfig": "hbat.ewc_config",
-    "EWCWarning": "hbat.ewc.penalty_log",
+    "EWCConfig": "hbat.config.ewc",
+    "EWCWarning": "hbat.ewc.log",
     "Example": "hbat.ewc.fisher",
-    "ForgettingMatrix": "hbat.evaluation",
-    "HBATConfig": "hbat.config",
+    "ForgettingMatrix": "hbat.reports.matrix",
+    "HBATConfig": "hbat.config.hbat",
     "HBATTrainer": "hbat.trainer",
     "Objective": "hbat.objectives.objective",
     "PPOConfig": "hbat.ppo.config",

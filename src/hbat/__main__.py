@@ -2,7 +2,7 @@
 
 import sys
 
-from hbat.cli import main
+from hbat.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

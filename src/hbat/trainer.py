@@ -9,35 +9,35 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from hbat.config import HBATConfig
-from hbat.evaluation import ForgettingMatrix
-from hbat.evaluator import Evaluator
+from hbat.config.hbat import HBATConfig
+from hbat.engines.checks import refuse_trainer
+from hbat.engines.deepspeed.request import require_trainable
+from hbat.engines.environment import forget_deepspeed
+from hbat.engines.fsdp2 import sharding
+from hbat.engines.processes import is_main_process
 from hbat.ewc.parameters import snapshot, trainable_parameters
-from hbat.fingerprint import fingerprint
-from hbat.hub import upload
-from hbat.inputs import checked_inputs, fitting_inputs
-from hbat.interruption import StopRequest
-from hbat.lifecycle import cheap_garbage_collection, forget_deepspeed
-from hbat.model_loading import load_model, load_tokenizer, require_adapter_parameters
-from hbat.model_saving import save
-from hbat.objectives.builtin import build_sections, resolve
+from hbat.model.load import load_model, load_tokenizer, require_adapter_parameters
+from hbat.model.save import save, upload
+from hbat.objectives.built_in import build_sections, resolve
+from hbat.objectives.data import checked_inputs, fitting_inputs
 from hbat.objectives.rewards import reward_names, with_rewards
-from hbat.processes import is_main_process
-from hbat.rehearsal import rehearse
-from hbat.report import write_model_card
-from hbat.reporting import RunReporter, mean_loss
-from hbat.resuming import check_request
-from hbat.rounds import Stage, plan
-from hbat.run import Run
-from hbat.run_log import load_log
-from hbat.run_scores import RunScores
-from hbat.run_state import RunFolder
-from hbat.sharding import sharding
-from hbat.stage_runner import StageRunner, estimated_steps
-from hbat.stage_start import StageStart
-from hbat.trainer_builder import TrainerBuilder
-from hbat.unsupported import refuse_trainer
-from hbat.zero import require_trainable
+from hbat.objectives.track import estimated_steps
+from hbat.reports.log import load_log
+from hbat.reports.matrix import ForgettingMatrix
+from hbat.reports.reporter import RunReporter, mean_loss
+from hbat.reports.results import write_model_card
+from hbat.reports.scores import RunScores
+from hbat.stages.builder import TrainerBuilder
+from hbat.stages.evaluator import Evaluator
+from hbat.stages.guard import cheap_garbage_collection
+from hbat.stages.interruption import StopRequest
+from hbat.stages.rehearsal import rehearse
+from hbat.stages.runner import StageRunner
+from hbat.stages.start import StageStart
+from hbat.state.fingerprint import fingerprint
+from hbat.state.folder import RunFolder
+from hbat.state.plan import Stage, plan
+from hbat.state.run import Run, check_request
 
 logger = logging.getLogger(__name__)
 

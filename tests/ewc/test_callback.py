@@ -9,7 +9,7 @@ import trl
 from transformers import TrainerCallback
 
 from hbat.ewc.callback import EWCCallback
-from hbat.ewc.penalty_log import EWCWarning
+from hbat.ewc.log import EWCWarning
 
 F_MAX = 1.5
 KEYS = ("ewc/penalty", "ewc/drift", "ewc/grad_norm_ratio")

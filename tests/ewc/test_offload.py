@@ -5,10 +5,9 @@ import re
 import pytest
 import torch
 
-from hbat.ewc.blocks import block_elements
+from hbat.ewc.kernels import block_elements
 from hbat.ewc.offload import Offloaded
-from hbat.ewc.penalty import add_penalty_gradient_, proximal_step_
-from hbat.ewc.statistics import measure_penalty
+from hbat.ewc.penalty import add_penalty_gradient_, measure_penalty, proximal_step_
 
 CPU = torch.device("cpu")
 

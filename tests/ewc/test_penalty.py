@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from hbat.ewc import blocks, foreach
-from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, proximal_step_
-from hbat.ewc.statistics import measure_penalty
+from hbat.ewc import kernels as blocks
+from hbat.ewc import kernels as foreach
+from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, measure_penalty, proximal_step_
 
 SHAPES = {"matrix": (7, 5), "vector": (11,), "scalar": (), "one": (1,), "cube": (2, 3, 4)}
 

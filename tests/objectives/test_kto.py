@@ -3,14 +3,10 @@
 import cases
 import pytest
 import runs
-import trl
 
-from hbat.config import HBATConfig
+from hbat.config.hbat import HBATConfig
 from hbat.objectives.kto import desirable_sequences, kto
 from hbat.trainer import HBATTrainer
-
-EXPERIMENTAL = any(each.__module__.startswith("trl.experimental") for each in trl.KTOTrainer.__mro__)
-needs_kto = pytest.mark.skipif(EXPERIMENTAL, reason="this TRL's KTOTrainer is experimental")
 
 
 def train(model, folder, rows, *, evaluation=None, **config):
@@ -36,8 +32,8 @@ def train(model, folder, rows, *, evaluation=None, **config):
 ROWS = {"judged answers": runs.kto_rows(8), "pairs": cases.preference_rows(4)}
 
 
-@needs_kto
-@pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
+@runs.needs_kto
+@pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("case", ["full", "lora"])
 def test_every_stage_starts_at_its_reference(case, rows, tmp_path):
@@ -53,15 +49,15 @@ def test_every_stage_starts_at_its_reference(case, rows, tmp_path):
     assert max(runs.logged(run, "ewc/penalty")) > 0
 
 
-@needs_kto
+@runs.needs_kto
 def test_it_is_scored_by_its_loss(tmp_path):
     run = train(cases.tiny_llama(), tmp_path, ROWS["judged answers"], evaluation={"kto": runs.kto_rows(4, 9)})
     assert all(each > 0 for each in run.matrix.series("kto"))
     assert run.matrix.better_of("kto") == "lower"
 
 
-@needs_kto
-@pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
+@runs.needs_kto
+@pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 def test_the_fisher_looks_at_good_answers(tmp_path):
     ewc = {"f_max": 1.0, "source": "fisher", "fisher_samples": 4}
     train(cases.tiny_llama(), tmp_path, ROWS["judged answers"], ewc=ewc)
@@ -75,7 +71,7 @@ def test_a_good_answer_is_the_target_and_a_bad_one_is_none():
     assert not list(desirable_sequences(row | {"label": False}))
 
 
-@pytest.mark.skipif(not EXPERIMENTAL, reason="this TRL's KTOTrainer is stable")
+@pytest.mark.skipif(not runs.EXPERIMENTAL, reason="this TRL's KTOTrainer is stable")
 def test_the_experimental_trainer_of_old_hosts_is_refused():
     with pytest.raises(ImportError, match=r"'kto' needs TRL 1\.8 or newer"):
         kto(None)

@@ -8,13 +8,15 @@ import pytest
 import runs
 import torch
 import trl
-from test_trainer_resume import CutOffError, Kill
+from kills import CutOffError, Kill
 from transformers import LlamaForSequenceClassification
 
-from hbat.objectives import grpo, online, rloo
-from hbat.stage_runner import estimated_steps
+from hbat.objectives import online
+from hbat.objectives import online as grpo
+from hbat.objectives import online as rloo
+from hbat.objectives.track import estimated_steps
 
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 
 each_objective = pytest.mark.parametrize("name", ["grpo", "rloo"])
 #: Each model and each objective once; the other two pairs are slow, as the objectives differ in their loss alone.

@@ -14,11 +14,11 @@ import runs
 import torch
 from transformers import TrainerCallback
 
-from hbat.config import HBATConfig
-from hbat.manifest import RunStateError
+from hbat.config.hbat import HBATConfig
+from hbat.state.manifest import RunStateError
 from hbat.trainer import HBATTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 
 MODELS = {"full": cases.tiny_llama, "lora": functools.partial(cases.lora_llama, dropout=0.1)}
 each_model = pytest.mark.parametrize("case", MODELS)
@@ -237,7 +237,7 @@ SCRIPT = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
 import cases
-from objectives import test_ppo as module
+import test_ppo as module
 
 class Gone(module.Cut):
     def _hit(self, step):
@@ -255,9 +255,9 @@ if __name__ == "__main__":
     [pytest.param(2, 0, id="between stages", marks=pytest.mark.slow), pytest.param(3, 5, id="in a stage")],
 )
 def test_a_process_that_was_killed_goes_on_in_another(stage, step, whole, tmp_path):
-    tests = Path(__file__).parents[1]
+    tests = Path(__file__).parents[1] / "support"
     script, folder = tmp_path / "killed.py", tmp_path / "run"
-    script.write_text(SCRIPT.format(paths=[str(tests), str(tests.parent / "src")]), encoding="utf-8")
+    script.write_text(SCRIPT.format(paths=[str(tests), str(Path(__file__).parent)]), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(script), str(folder), str(stage), str(step)],
         capture_output=True,

@@ -6,7 +6,8 @@ import runs
 import trl
 from datasets import Dataset
 
-from hbat.datasets import DatasetError, check_dataset
+from hbat.data.check import check_dataset
+from hbat.data.load import DatasetError
 from hbat.objectives.sft import sft, tokenised_sequences
 
 

@@ -6,16 +6,16 @@ import runs
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, TrainerCallback
 
-from hbat.config import HBATConfig
-from hbat.objectives.trl_ppo import is_available, ppo
-from hbat.objectives.trl_ppo_models import AnnouncedBatches, RewardsAsModel, collate
-from hbat.ppo.prompts import tokenise
-from hbat.ppo.rewards import Rewards
+from hbat.config.hbat import HBATConfig
+from hbat.objectives.trl_ppo.models import AnnouncedBatches, RewardsAsModel, collate
+from hbat.objectives.trl_ppo.objective import is_available, ppo
+from hbat.ppo.rewards.rewards import Rewards
+from hbat.ppo.rollouts.prompts import tokenise
 from hbat.trainer import HBATTrainer
 
 with_trl = pytest.mark.skipif(not is_available(), reason="TRL has no PPOTrainer since 1.13")
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::hbat.ewc.penalty_log.EWCWarning"),
+    pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning"),
     # TRL hands its own generation configuration over in two ways.
     pytest.mark.filterwarnings("ignore:Passing `generation_config` together with generation-related arguments"),
 ]

@@ -36,7 +36,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 trl_ppo = pytest.importorskip("trl.experimental.ppo", reason="this TRL has no PPO trainer", exc_type=ImportError)
 
 from hbat.ppo.config import PPOConfig  # noqa: E402
-from hbat.ppo.returns import masked_mean, whiten  # noqa: E402
+from hbat.ppo.maths import masked_mean, whiten  # noqa: E402
 from hbat.ppo.trainer import PPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's trainer is deprecated, and written for other versions

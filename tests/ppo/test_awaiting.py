@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from hbat.ppo.awaiting import EventLoop
+from hbat.ppo.rewards.event_loop import EventLoop
 
 
 def alive():

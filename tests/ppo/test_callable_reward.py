@@ -4,7 +4,7 @@ import inspect
 import pytest
 import torch
 
-from hbat.ppo.callable_reward import CallableReward, RewardError, function_name, shortened
+from hbat.ppo.rewards.function import CallableReward, RewardError, function_name, shortened
 
 COMPLETIONS = ["one", "two", "three"]
 INPUTS = {

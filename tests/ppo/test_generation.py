@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from hbat.ppo.generation import CompletionSampler
+from hbat.ppo.rollouts.generation import CompletionSampler
 
 LENGTH = 12
 PROMPTS = [[70, 71, 72], [80], [90, 91, 92, 93, 94, 95, 96], [100, 101]]

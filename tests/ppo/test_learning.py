@@ -7,11 +7,11 @@ import ppo_cases
 import pytest
 from datasets import Dataset
 
-from hbat.demo.base_model import build_model, build_tokenizer, prepare_base
-from hbat.demo.preference import judge
-from hbat.demo.scoring import LONGEST_ANSWER, generate_answers
-from hbat.demo.task import preference_rows
-from hbat.demo.task import test_prompts as draw_test_prompts
+from hbat.cli.demo.base_model import build_model, build_tokenizer, prepare_base
+from hbat.cli.demo.preference import judge
+from hbat.cli.demo.scoring import LONGEST_ANSWER, generate_answers
+from hbat.cli.demo.task import preference_rows
+from hbat.cli.demo.task import test_prompts as draw_test_prompts
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.trainer import PPOTrainer
 

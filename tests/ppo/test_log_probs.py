@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hbat.ppo.log_probs import token_statistics
+from hbat.ppo.networks.token_model import token_statistics
 
 VOCABULARY = 11
 #: Logits in memory at once: everything, three tokens, two tokens and a bit, one token, less than one.

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hbat.ppo.losses import adapted_kl_coef, kl_terms, policy_loss, value_loss
+from hbat.ppo.maths import adapted_kl_coef, kl_terms, policy_loss, value_loss
 
 LOG_PROB = st.floats(-12, 0)
 NUMBER = st.floats(-10, 10)

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
-from hbat.ppo.prompts import TOKENS, check_lengths, context_length, pad_left, prompt_tokens, tokenise
+from hbat.ppo.rollouts.prompts import TOKENS, check_lengths, context_length, pad_left, prompt_tokens, tokenise
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(("moment", "variant", "left"), [("rollout", "full", 6), ("update", "lora", 9)])
 def test_a_process_that_was_killed_goes_on_in_another(moment, variant, left, whole, tmp_path):
-    tests = Path(__file__).parents[1]
+    tests = Path(__file__).parents[1] / "support"
     script, folder = tmp_path / "killed.py", tmp_path / "run"
     script.write_text(SCRIPT.format(paths=[str(tests), str(tests.parent / "src")]), encoding="utf-8")
     done = subprocess.run(

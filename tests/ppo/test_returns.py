@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbat.ppo.returns import advantages_and_returns, explained_variance, masked_mean, token_rewards, whiten
+from hbat.ppo.maths import advantages_and_returns, explained_variance, masked_mean, token_rewards, whiten
 
 NAN = float("nan")
 NUMBER = st.floats(-100, 100, width=32)

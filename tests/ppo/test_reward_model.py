@@ -6,7 +6,7 @@ from cases import tiny_llama, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from scorers import foreign_tokenizer, tiny_encoder, tiny_scorer
 
-from hbat.ppo.reward_model import (
+from hbat.ppo.rewards.model import (
     RewardModel,
     RewardWarning,
     is_reward_model,

@@ -6,8 +6,8 @@ import torch
 from cases import tiny_tokenizer
 from scorers import FOREIGN_TEMPLATE, foreign_tokenizer, tiny_scorer
 
-from hbat.ppo.callable_reward import RewardError
-from hbat.ppo.rewards import Rewards
+from hbat.ppo.rewards.function import RewardError
+from hbat.ppo.rewards.rewards import Rewards
 
 PROMPTS = ["1 plus 1?", "1 plus 2?", "2 plus 2?", "3 plus 3?"]
 COMPLETIONS = [" 2", " it is 3", " 5", " 6 or so"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbat.ppo.config import PPOConfig
-from hbat.ppo.rollout import Rollout, Sequences, assess
+from hbat.ppo.rollouts.rollout import Rollout, Sequences, assess
 from hbat.ppo.update import update_loss
 
 NAN = float("nan")

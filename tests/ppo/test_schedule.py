@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbat.ppo.schedule import Position, RolloutSchedule
+from hbat.ppo.rollouts.schedule import Position, RolloutSchedule
 
 
 @st.composite

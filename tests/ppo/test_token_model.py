@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from hbat.ppo import log_probs as log_probs_file
-from hbat.ppo.token_model import TokenModel
+from hbat.ppo.networks import token_model as log_probs_file
+from hbat.ppo.networks.token_model import TokenModel
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

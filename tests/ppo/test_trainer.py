@@ -10,10 +10,11 @@ import torch
 from ppo_cases import build, logged, trained
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from hbat.engines.checks import policy_of
 from hbat.ewc.callback import EWCCallback
-from hbat.ewc.parameters import policy_of, snapshot, trainable_parameters
+from hbat.ewc.parameters import snapshot, trainable_parameters
 from hbat.ewc.penalty import ewc_penalty
-from hbat.ppo.rewards import RewardError
+from hbat.ppo.rewards.rewards import RewardError
 from hbat.ppo.trainer import PPOTrainer
 
 CHECKPOINTING = next(key for key in cases.CHEAP_ARGS if key.endswith("checkpointing"))

@@ -7,19 +7,18 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hbat.ewc.backward import after_backward
-from hbat.ewc.fragments import Fragments, before_step, engine_of
-from hbat.ewc.parameters import policy_of, require_counterparts, snapshot, trainable_parameters
-from hbat.ewc.partitions import Partitions, shares
-from hbat.ewc.penalty import add_penalty_gradient_, proximal_step_
-from hbat.ewc.penalty_log import PenaltyLog, is_logged, unclipped_task_norm
+from hbat.config.ewc import AnchorDevice, Method
+from hbat.engines.backward import after_backward
+from hbat.engines.checks import policy_of, refuse_arguments, refuse_trainer
+from hbat.engines.deepspeed.request import is_asked
+from hbat.engines.deepspeed.zero3 import Partitions, shares
+from hbat.engines.deepspeed.zero12 import Fragments, before_step, engine_of
+from hbat.engines.refusals import REFUSALS
+from hbat.engines.sharded import is_shared
+from hbat.ewc.log import PenaltyLog, is_logged, unclipped_task_norm
+from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
+from hbat.ewc.penalty import PenaltyStatistics, add_penalty_gradient_, measure_penalty, proximal_step_
 from hbat.ewc.placement import in_main_memory, let_go, on_device, snapshot_in_main_memory
-from hbat.ewc.shards import is_shared
-from hbat.ewc.statistics import PenaltyStatistics, measure_penalty
-from hbat.ewc_config import AnchorDevice, Method
-from hbat.refusals import REFUSALS
-from hbat.unsupported import refuse_arguments, refuse_trainer
-from hbat.zero import is_asked
 
 
 class EWCCallback(TrainerCallback):

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hbat.engines.sharded import is_shared
 from hbat.ewc.importance import tensor_means
 from hbat.ewc.parameters import trainable_parameters
-from hbat.ewc.shards import is_shared
 
 #: Label of positions that are no target, as the host's collators set it.
 IGNORED = -100
+
+
 #: Size of the float32 copy of target logits that is worked on at a time.
 _CHUNK_BYTES = 256 << 20
 

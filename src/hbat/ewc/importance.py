@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hbat.engines.sharded import as_part, part_of, smallest, summed
 from hbat.ewc.parameters import require_counterparts
-from hbat.ewc.shards import as_part, part_of, smallest, summed
 
 #: Elements that are summed in float64 at a time.
 _BLOCK = 1 << 22

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hbat.ewc.shards import give_back, whole_shape
+from hbat.engines.sharded import give_back, whole_shape
 
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module"}
 
@@ -39,22 +39,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     give_back(model)
     return {canonical_name(name): each for name, each in model.named_parameters() if each.requires_grad}
-
-
-def policy_of(model: nn.Module) -> nn.Module:
-    """Find the model that consolidation is about in what a trainer trains.
-
-    Args:
-        model: The model, or a module that holds it as `policy` beside its critic (`critic`, in TRL `value_model`),
-            wrapped for several processes or not. What a critic learns is never held back.
-
-    Returns:
-        The policy, or the model itself.
-    """
-    inner = getattr(model, "module", model)
-    beside = any(isinstance(getattr(inner, name, None), nn.Module) for name in ("critic", "value_model"))
-    policy = getattr(inner, "policy", None)
-    return policy if beside and isinstance(policy, nn.Module) else model
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from hbat.ewc.blocks import block_elements
+from hbat.engines.sharded import shared_as
+from hbat.ewc.kernels import block_elements
 from hbat.ewc.offload import Offloaded
-from hbat.ewc.shards import shared_as
 
 
 def on_device(tensors: Mapping[str, Tensor | float], parameters: Mapping[str, Tensor]) -> dict[str, Any]:

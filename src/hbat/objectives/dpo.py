@@ -5,9 +5,9 @@ from typing import Any
 
 from trl import DPOConfig, DPOTrainer
 
+from hbat.data.formats import preference_faults
 from hbat.ewc.fisher import IGNORED, Example
 from hbat.objectives.objective import Objective
-from hbat.rows import preference_faults
 
 
 def chosen_sequences(row: Mapping[str, Any]) -> Iterator[Example]:

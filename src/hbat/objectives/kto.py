@@ -5,9 +5,9 @@ from typing import Any
 
 from trl import KTOConfig, KTOTrainer
 
+from hbat.data.formats import kto_faults
 from hbat.ewc.fisher import IGNORED, Example
 from hbat.objectives.objective import Objective
-from hbat.prompt_rows import kto_faults
 
 
 def desirable_sequences(row: Mapping[str, Any]) -> Iterator[Example]:

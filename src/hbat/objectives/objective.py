@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from hbat.config.fields import build_section
+from hbat.data.faults import RowCheck
 from hbat.ewc.fisher import Example
-from hbat.row_parts import RowCheck
-from hbat.sections import build_section
 
 #: Fields of a stage's configuration that belong to the run, and what to set instead.
 _OWNED_BY_THE_RUN = {
@@ -26,7 +26,11 @@ _OWNED_BY_THE_RUN = {
     "cast_lm_head_to_fp32": "it changes the model for all stages after this one. Load the model in float32.",
     "sync_ref_model": "the reference policy is the model at the stage's start. More rounds renew it more often.",
 }
+
+
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,49}")
+
+
 _NO_LAMBDA_SCHEDULE = {"reduce_lr_on_plateau", "greedy"}
 
 

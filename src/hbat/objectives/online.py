@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from hbat.data.formats import prompt_faults
 from hbat.objectives.objective import Objective
-from hbat.prompt_rows import prompt_faults
 
 #: The function of TRL's modules with which GRPO and RLOO load their reference (TRL 1.0-1.16).
 _LOADER = "create_model_from_path"
@@ -148,3 +149,35 @@ def _require_whole_groups(args: Any) -> None:
 
 def _default(config_class: type, name: str) -> Any:
     return config_class.__dataclass_fields__[name].default  # type: ignore[attr-defined]
+
+
+class StageGRPOTrainer(ReferencePassed, GRPOTrainer):
+    """TRL's GRPOTrainer, whose reference policy is passed as `ref_model`."""
+
+
+def grpo(config: Any) -> Objective:
+    """Describe GRPO with TRL's GRPOTrainer. Its `beta` is 0 by default, which needs no reference policy.
+
+    Args:
+        config: Fields of `trl.GRPOConfig`, or a ready one.
+
+    Returns:
+        The objective `grpo`.
+    """
+    return online_objective("grpo", StageGRPOTrainer, GRPOConfig, config)
+
+
+class StageRLOOTrainer(ReferencePassed, RLOOTrainer):
+    """TRL's RLOOTrainer, whose reference policy is passed as `ref_model`."""
+
+
+def rloo(config: Any) -> Objective:
+    """Describe RLOO with TRL's RLOOTrainer.
+
+    Args:
+        config: Fields of `trl.RLOOConfig`, or a ready one.
+
+    Returns:
+        The objective `rloo`.
+    """
+    return online_objective("rloo", StageRLOOTrainer, RLOOConfig, config)

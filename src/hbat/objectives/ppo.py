@@ -4,10 +4,10 @@ from typing import Any, cast
 
 from transformers import TrainingArguments
 
+from hbat.data.formats import prompt_faults
 from hbat.objectives.objective import Objective
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.trainer import PPOTrainer
-from hbat.prompt_rows import prompt_faults
 
 
 def ppo(config: Any) -> Objective:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hbat.objectives.objective import Objective
-from hbat.ppo.reward_model import load_reward_model
+from hbat.ppo.rewards.model import load_reward_model
 
 
 def with_rewards(

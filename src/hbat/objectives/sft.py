@@ -7,9 +7,9 @@ from typing import Any
 
 from trl import SFTConfig, SFTTrainer
 
+from hbat.data.formats import sft_faults
 from hbat.ewc.fisher import IGNORED, Example
 from hbat.objectives.objective import Objective
-from hbat.rows import sft_faults
 
 
 def tokenised_sequences(row: Mapping[str, Any], *, completion_only: bool = True) -> Iterator[Example]:

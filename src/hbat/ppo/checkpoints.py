@@ -10,18 +10,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer
 
-from hbat.adapter_checkpoints import kept_form
-from hbat.ewc.shards import give_back, is_sharded, shared_as, whole_state, whole_tensors
-from hbat.loaded_shards import is_loaded_in_shards, written_as_whole
+from hbat.engines.fsdp2 import is_loaded_in_shards, written_as_whole
+from hbat.engines.sharded import give_back, is_sharded, shared_as, whole_state, whole_tensors
+from hbat.model.adapters import ADAPTER, REFERENCE_ADAPTER, kept_form, reference_tensors
 from hbat.ppo.config import PPOConfig
-from hbat.ppo.policy import PolicyAndCritic
-from hbat.ppo.progress import Progress
-from hbat.reference_adapter import ADAPTER, REFERENCE_ADAPTER, reference_tensors
-from hbat.storage import write_tensors
+from hbat.ppo.networks.policy_and_critic import PolicyAndCritic
+from hbat.ppo.rollouts.progress import Progress
+from hbat.state.files import write_tensors
 
 _CRITIC_FILE = "critic.safetensors"
+
+
 _REFERENCE_FILE = "reference.safetensors"
+
+
 _CRITIC = "critic."
+
+
 _KL_COEF = "kl_coef"
 
 

@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 from transformers import GenerationConfig, TrainingArguments
 
-from hbat.field_checks import check_choice, check_number, check_whole
-from hbat.ppo.losses import KLEstimator
-from hbat.sections import nearest
+from hbat.config.fields import check_choice, check_number, check_whole, nearest
+from hbat.ppo.maths import KLEstimator
 
 Critic = Literal["shared", "separate"]
+
+
 _OWN_GENERATION_FIELDS = {
     "max_new_tokens": "max_completion_length",
     "max_length": "max_completion_length",

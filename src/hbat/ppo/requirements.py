@@ -7,12 +7,13 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hbat.model_loading import load_pretrained, load_tokenizer
+from hbat.engines.checks import refuse_arguments, refuse_model, refuse_trainer
+from hbat.engines.deepspeed.request import is_asked
+from hbat.engines.refusals import REFUSALS
+from hbat.model.adapters import refuse_adapters
+from hbat.model.load import load_pretrained, load_tokenizer
 from hbat.ppo.config import PPOConfig
-from hbat.ppo.prompts import TOKENS, check_lengths, context_length, tokenise
-from hbat.refusals import REFUSALS
-from hbat.unsupported import refuse_adapters, refuse_arguments, refuse_model, refuse_trainer
-from hbat.zero import is_asked
+from hbat.ppo.rollouts.prompts import TOKENS, check_lengths, context_length, tokenise
 
 
 def prepare(

@@ -10,21 +10,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from hbat.lifecycle import switch_off_dropout
+from hbat.model.copies import switch_off_dropout
 from hbat.ppo.checkpoints import PolicyCheckpoints
-from hbat.ppo.collector import RolloutCollector
 from hbat.ppo.config import PPOConfig
-from hbat.ppo.critic import build_critic
-from hbat.ppo.evaluation import evaluate_policy
-from hbat.ppo.generation import CompletionSampler
-from hbat.ppo.losses import adapted_kl_coef
-from hbat.ppo.policy import PolicyAndCritic
-from hbat.ppo.progress import Progress
-from hbat.ppo.reference import Reference
+from hbat.ppo.fsdp2 import refuse_critic, shard_critic, shard_policy_and_critic
+from hbat.ppo.maths import adapted_kl_coef
+from hbat.ppo.networks.policy_and_critic import PolicyAndCritic, build_critic
+from hbat.ppo.networks.reference import Reference
 from hbat.ppo.requirements import prepare, prepare_rows
-from hbat.ppo.rewards import Rewards
-from hbat.ppo.schedule import Position, RolloutSchedule
-from hbat.ppo.sharded import refuse_critic, shard_critic, shard_policy_and_critic
+from hbat.ppo.rewards.rewards import Rewards
+from hbat.ppo.rollouts.collector import RolloutCollector
+from hbat.ppo.rollouts.evaluation import evaluate_policy
+from hbat.ppo.rollouts.generation import CompletionSampler
+from hbat.ppo.rollouts.progress import Progress
+from hbat.ppo.rollouts.schedule import Position, RolloutSchedule
 from hbat.ppo.update import APPROX_KL, update_loss
 
 

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from hbat.ppo.config import PPOConfig
-from hbat.ppo.losses import policy_loss, value_loss
-from hbat.ppo.returns import masked_mean
-from hbat.ppo.rollout import Rollout
+from hbat.ppo.maths import masked_mean, policy_loss, value_loss
+from hbat.ppo.rollouts.rollout import Rollout
 
 APPROX_KL = "update/approx_kl"
 

@@ -1,0 +1,1 @@
+"""The command line: run files, reward functions, and the demo."""

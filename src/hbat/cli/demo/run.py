@@ -1,0 +1,220 @@
+"""`hbat demo`: HBAT beside two-stage training on a generated task, on a CPU in minutes, without network."""
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from hbat.cli.demo.base_model import build_model, build_tokenizer, prepare_base
+from hbat.cli.demo.preference import Kind, Preference
+from hbat.cli.demo.results import Outcome, draw_trade_off, print_results
+from hbat.cli.demo.scoring import Scores, evaluate
+from hbat.cli.demo.settings import DemoSettings
+from hbat.cli.demo.task import instruction_rows, test_prompts
+from hbat.config.hbat import HBATConfig
+from hbat.engines.checks import policy_of
+from hbat.state.manifest import STATE_FILE
+from hbat.trainer import HBATTrainer
+
+#: Large enough that every step of the command runs, too small to learn anything.
+QUICK = DemoSettings(
+    base_steps=40, instruction_rows=128, preference_rows=128, test_prompts=64, sft_epochs=1, ppo_rollout=32
+)
+
+
+_TEST_SEED = 1_000_003  # apart from the seeds of training rows
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train in the comparison.
+
+    Attributes:
+        name: Its name in the table.
+        folder: Its folder in the demo's output.
+        options: Fields of the run's configuration.
+        learning_rate: Largest learning rate of its preference stages.
+    """
+
+    name: str
+    folder: str
+    options: dict[str, Any]
+    learning_rate: float
+
+
+class _ScoreAfterStage(transformers.TrainerCallback):
+    def __init__(self, rows: Any, tokenizer: Any) -> None:
+        self.scores: list[Scores] = []
+        self._rows, self._tokenizer = rows, tokenizer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        policy: Any = policy_of(kwargs["model"])  # PPO trains it with its critic
+        self.scores.append(evaluate(policy, self._tokenizer, self._rows))
+
+
+def methods(settings: DemoSettings, preference: Preference) -> list[Method]:
+    """List what the demo compares. One round without EWC is two-stage training with plain trainers, to the bit.
+
+    Args:
+        settings: Sizes and learning rates.
+        preference: The preference objective.
+
+    Returns:
+        HBAT, two-stage training at the same preference learning rate, and two-stage training at a smaller one.
+    """
+    name, shared, tuned = preference.name.upper(), preference.learning_rate, preference.tuned_learning_rate
+    two_stage = {"num_rounds": 1, "ewc": None, "optimizer_state": "reset"}
+    return [
+        Method(f"HBAT, {name} at {_short(shared)}", "hbat", {"num_rounds": settings.num_rounds}, shared),
+        Method(f"two-stage, {name} at {_short(shared)}", "two-stage", two_stage, shared),
+        Method(f"two-stage, {name} at {_short(tuned)}", "two-stage-tuned", two_stage, tuned),
+    ]
+
+
+def _short(rate: float) -> str:
+    return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
+
+
+def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind = "dpo") -> int:
+    """Run the demo: prepare a base model, train it three ways, show and save what came out.
+
+    Args:
+        output_dir: Folder for the demo's files; an earlier demo's are replaced.
+        seed: Seed of data, base model and training.
+        quick: Run every step at a size at which nothing is learned.
+        preference: Objective of the preference stages.
+
+    Returns:
+        Exit status 0.
+    """
+    begun = time.perf_counter()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the host's own, about names of its next release
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of saving a model
+    settings = QUICK if quick else DemoSettings()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        base, outcomes = _Comparison(output_dir, seed, settings, Preference.of(preference, settings)).run()
+    finally:
+        torch.set_num_threads(threads)
+    seconds = time.perf_counter() - begun
+    file = output_dir / "demo.json"
+    file.write_text(
+        json.dumps(
+            {
+                "seed": seed,
+                "preference": preference,
+                "settings": asdict(settings),
+                "base": asdict(base),
+                "methods": [dataclasses.asdict(each) for each in outcomes],
+                "seconds": seconds,
+            },
+            indent=1,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
+    picture = draw_trade_off(base, outcomes, output_dir / "trade-off.png")
+    print_results(base, outcomes, seconds=seconds, files=[file, *([picture] if picture else []), output_dir / "hbat"])
+    return 0
+
+
+class _Comparison:
+    def __init__(self, output_dir: Path, seed: int, settings: DemoSettings, preference: Preference) -> None:
+        self._output_dir, self._seed, self._settings, self._preference = output_dir, seed, settings, preference
+        self._tokenizer = build_tokenizer()
+        self._prompts = test_prompts(seed + _TEST_SEED, settings.test_prompts)
+        self._rows = {
+            "sft": Dataset.from_list(instruction_rows(seed, settings.instruction_rows)),
+            preference.name: preference.rows(seed, settings.preference_rows),
+        }
+
+    def run(self) -> tuple[Scores, list[Outcome]]:
+        base = self._base()
+        weights = base.state_dict()
+        outcomes = []
+        for method in methods(self._settings, self._preference):
+            print(f"\n{method.name}", file=sys.stderr)  # noqa: T201 - a command's own output
+            model = build_model(self._seed)
+            model.load_state_dict(weights)
+            outcomes.append(self._train(method, model))
+        return evaluate(base, self._tokenizer, self._prompts), outcomes
+
+    def _base(self) -> Any:
+        settings = self._settings
+        with tqdm(total=settings.base_steps, desc="base model", unit="step", file=sys.stderr) as bar:
+
+            def progress(step: int, loss: float) -> None:
+                bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
+                bar.update(step - bar.n)
+
+            return prepare_base(
+                self._seed,
+                steps=settings.base_steps,
+                batch_size=settings.base_batch_size,
+                learning_rate=settings.base_learning_rate,
+                progress=progress,
+            )
+
+    def _train(self, method: Method, model: Any) -> Outcome:
+        begun = time.perf_counter()
+        folder = self._output_dir / method.folder
+        if (folder / STATE_FILE).exists():
+            shutil.rmtree(folder)  # an earlier demo's run
+        scoring = _ScoreAfterStage(self._prompts, self._tokenizer)
+        objectives = list(self._rows)
+        trainer = HBATTrainer(
+            model,
+            HBATConfig(
+                output_dir=str(folder),
+                objectives=objectives,
+                seed=self._seed,
+                **self._sections(method.learning_rate),
+                **method.options,
+            ),
+            train_dataset=self._rows,
+            processing_class=self._tokenizer,
+            reward_funcs=self._preference.reward,
+            callbacks=[scoring],
+        )
+        steps = trainer.train().global_step
+        trainer.save_model()
+        num_rounds = method.options["num_rounds"]
+        labels = [f"{each.upper()} {index + 1}/{num_rounds}" for index in range(num_rounds) for each in objectives]
+        return Outcome(method.name, list(zip(labels, scoring.scores, strict=True)), steps, time.perf_counter() - begun)
+
+    def _sections(self, learning_rate: float) -> dict[str, Any]:
+        settings, preference = self._settings, self._preference
+        shared = {
+            "adam_beta2": settings.adam_beta2,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "logging_steps": 16,
+            "lr_scheduler_type": "cosine",
+            "save_strategy": "no",
+            "seed": self._seed,
+            "use_cpu": True,
+            "warmup_steps": settings.warmup_steps,
+        }
+        sft = {
+            "learning_rate": settings.sft_learning_rate,
+            "num_train_epochs": settings.sft_epochs,
+            "per_device_train_batch_size": settings.batch_size,
+        }
+        own = {
+            "learning_rate": learning_rate,
+            "num_train_epochs": preference.epochs,
+            "per_device_train_batch_size": preference.batch_size,
+        }
+        return {"sft": shared | sft, preference.name: shared | own | preference.options}

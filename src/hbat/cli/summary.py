@@ -1,0 +1,79 @@
+"""What `hbat train` and `hbat validate` print: the table of scores and the plan of a run."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hbat.engines.processes import is_main_process
+from hbat.reports.results import RESULTS_FILE, directions, table_rows
+from hbat.trainer import HBATTrainer
+
+
+def print_result(trainer: HBATTrainer) -> None:
+    """Print the objectives after every stage and where things lie, on the main process.
+
+    Args:
+        trainer: A trainer whose run is finished.
+    """
+    if not is_main_process():
+        return
+    console, matrix = Console(soft_wrap=True), trainer.matrix
+    folder = Path(trainer.args.output_dir).absolute()
+    if matrix.rows:
+        head, (*rows, transfer) = table_rows(matrix)
+        table = _table(*head)
+        table.title = f"Objectives after each stage ({directions(matrix)})"
+        for cells in rows:
+            table.add_row(*cells)
+        table.add_section()
+        table.add_row(*transfer)
+        console.print(table)
+        console.print(f"Scores: {folder / RESULTS_FILE}", highlight=False)
+    console.print(f"Model:  {folder}", highlight=False)
+
+
+def print_plan(trainer: HBATTrainer) -> None:
+    """Print what a run would train, on the main process.
+
+    Args:
+        trainer: A trainer that was built and not trained.
+    """
+    if not is_main_process():
+        return
+    console, rounds = Console(soft_wrap=True), trainer.args.num_rounds
+    names = trainer.args.objective_names
+    table = _table("objective", "stages", "rows", "rows a stage", "steps a stage", "evaluation rows")
+    total = 0
+    for name in names:
+        rows = len(trainer.train_dataset[name])
+        evaluated = trainer.eval_dataset.get(name)
+        steps = trainer.estimated_steps(name)
+        total += steps * rounds
+        part = f"{rows // rounds}" if rows % rounds == 0 else f"{rows // rounds}-{rows // rounds + 1}"
+        table.add_row(name, f"{rounds}", f"{rows}", part, f"{steps}", f"{len(evaluated or [])}")
+    console.print(table)
+    parameters = list(trainer.model.parameters())
+    trained = sum(each.numel() for each in parameters if each.requires_grad)
+    console.print(
+        f"{rounds} rounds of {', '.join(names)}: {rounds * len(names)} stages, about {total} optimizer steps. "
+        f"{trained:,} of {sum(each.numel() for each in parameters):,} parameters are trained.",
+        highlight=False,
+    )
+    console.print(
+        "The run can start: configuration, data and model were checked, nothing was written.", highlight=False
+    )
+
+
+def end_processes() -> None:
+    """Take leave of the other processes, so that none is reported as lost."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _table(*columns: str) -> Table:
+    table = Table(title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table

@@ -1,0 +1,1 @@
+"""Rows: loading, formats, faults, chat templates and digests."""

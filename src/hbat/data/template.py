@@ -1,0 +1,148 @@
+"""What is wrong with a row for the model that is trained: a template that refuses it, tokens that are not there."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from hbat.data.faults import Fault, RowCheck
+from hbat.data.formats import kto_faults, preference_faults, prompt_faults, sft_faults
+from hbat.data.turns import Turn
+
+_TOKENS = ("input_ids", "labels")
+
+
+@dataclass(frozen=True)
+class _Read:
+    # What an objective reads of a row beside `prompt`: answers to it, whole conversations, tokens.
+    answers: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    tokens: bool = False
+
+
+_READ: dict[Any, _Read] = {
+    sft_faults: _Read(("completion",), ("messages", "conversations"), tokens=True),
+    preference_faults: _Read(("chosen", "rejected"), ("chosen", "rejected")),
+    kto_faults: _Read(("completion", "chosen", "rejected"), ("chosen", "rejected")),
+    prompt_faults: _Read(),
+}
+
+
+def row_fit(check: RowCheck | None, tokenizer: Any, vocabulary: int) -> "RowFit | None":
+    """Make the check of rows that an objective's own check has found good.
+
+    Args:
+        check: The objective's own check.
+        tokenizer: The tokenizer; None where a template of the section's own takes its place.
+        vocabulary: Number of tokens that the model has.
+
+    Returns:
+        The check; None where it is not known what the objective reads.
+    """
+    function: Any = check
+    read = _READ.get(getattr(function, "func", function))
+    return None if read is None else RowFit(read, tokenizer, vocabulary)
+
+
+class RowFit:
+    """The check of one row against tokenizer and model.
+
+    A template is tried once for each sequence of roles, not for each row: what it refuses are roles and their order.
+
+    Args:
+        read: What the objective reads of a row.
+        tokenizer: The tokenizer, or None.
+        vocabulary: Number of tokens that the model has.
+    """
+
+    def __init__(self, read: _Read, tokenizer: Any, vocabulary: int) -> None:
+        self._read = read
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._tried: dict[Any, str | None] = {}
+
+    def concerns(self, dataset: Dataset) -> bool:
+        """Say whether the rows of a data set hold what is checked here.
+
+        Args:
+            dataset: The data set.
+
+        Returns:
+            False where all of it is text.
+        """
+        read = {"prompt", *self._read.answers, *self._read.whole, *(_TOKENS if self._read.tokens else ())}
+        fields = [each for each in dataset.column_names if each in read]
+        return any("string" not in str(getattr(dataset.features[each], "dtype", "")) for each in fields)
+
+    def __call__(self, row: Mapping[str, Any]) -> Iterator[Fault]:
+        """Find what is wrong with a row that is good in itself.
+
+        Args:
+            row: The row.
+
+        Yields:
+            The faults.
+        """
+        if self._read.tokens and "input_ids" in row:
+            yield from _token_faults(row, self._vocabulary)
+            return
+        if self._tokenizer is None:
+            return
+        for field, turns, asks in _conversations(row, self._read):
+            if refusal := self._refusal(turns, row, asks=asks):
+                yield Fault("template", field, f"the tokenizer's chat template refuses it: {refusal}")
+                return
+
+    def _refusal(self, turns: Sequence[Turn], row: Mapping[str, Any], *, asks: bool) -> str | None:
+        given = row.get("tools"), row.get("chat_template_kwargs")
+        if any(given) or not all(isinstance(turn["content"], str) and not turn.get("tool_calls") for turn in turns):
+            return self._try(turns, row, asks=asks)
+        shape = (asks, *(turn["role"] for turn in turns))
+        if shape not in self._tried:
+            self._tried[shape] = self._try(turns, row, asks=asks)
+        return self._tried[shape]
+
+    def _try(self, turns: Sequence[Turn], row: Mapping[str, Any], *, asks: bool) -> str | None:
+        present = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+        options = dict(row.get("chat_template_kwargs") or {})
+        tools = row.get("tools")
+        try:
+            self._tokenizer.apply_chat_template(
+                present,
+                tools=json.loads(tools) if isinstance(tools, str) else tools,
+                add_generation_prompt=asks,
+                tokenize=False,
+                **options,
+            )
+        except Exception as error:  # noqa: BLE001 - a template raises anything
+            return " ".join(f"{type(error).__name__}: {error}".split())
+        return None
+
+
+def _token_faults(row: Mapping[str, Any], vocabulary: int) -> Iterator[Fault]:
+    for field in _TOKENS:
+        tokens = row.get(field)
+        if tokens and max(tokens) >= vocabulary:
+            index = next(at for at, token in enumerate(tokens) if token >= vocabulary)
+            problem = f"the model has no token {tokens[index]}; it has {vocabulary}"
+            yield Fault("unknown token", f"{field}[{index}]", problem)
+
+
+def _conversations(row: Mapping[str, Any], read: _Read) -> Iterator[tuple[str, Sequence[Turn], bool]]:
+    # As TRL renders them: the field, the turns, and whether an answer is asked for.
+    if "prompt" in row:
+        if isinstance(row["prompt"], list):
+            yield "prompt", row["prompt"], True
+            for side in read.answers:
+                if side in row:
+                    yield side, row["prompt"] + row[side], False
+        return
+    if "conversations" in read.whole and "conversations" in row:
+        turns = [{"role": turn["from"], "content": turn["value"]} for turn in row["conversations"]]
+        yield "conversations", turns, False
+        return
+    for field in read.whole:
+        if isinstance(row.get(field), list):
+            yield field, row[field], False

@@ -1,0 +1,1 @@
+"""One process, DDP, FSDP2 and DeepSpeed behind one interface; what is refused."""

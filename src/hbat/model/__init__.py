@@ -1,0 +1,1 @@
+"""The model: load, save, adapters and copies."""

@@ -1,0 +1,73 @@
+"""TODO: say what this file owns."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from hbat.engines.fsdp2 import _copy_of_parts, is_loaded_in_shards
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to zero, also those that attention keeps as a number and not as a layer.
+
+    Args:
+        model: The model; a `StageGuard` brings the probabilities back.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for key, value in list(module.__dict__.items()):
+            if _is_dropout(key, value):
+                setattr(module, key, 0.0)
+
+
+def _is_dropout(key: str, value: object) -> bool:
+    return key.endswith("dropout") and isinstance(value, float)
+
+
+def unpatched_copy(model: nn.Module) -> nn.Module:
+    """Deep-copy a model without what trainers patched onto it.
+
+    A plain `copy.deepcopy` of a model that a TRL trainer has touched is a trap: the copied `forward` is bound to the
+    original, so the copy computes with the original's weights.
+
+    Args:
+        model: The model; it is left as it was.
+
+    Returns:
+        A frozen copy in evaluation mode.
+    """
+    kept = {}
+    for module in _wrapped(model):
+        kept[module] = {
+            key: module.__dict__.pop(key)
+            for key in ("forward", "_original_forward", "_is_accelerate_prepared")
+            if key in module.__dict__
+        }
+    try:
+        duplicate = copy.deepcopy(model)
+    finally:
+        for module, attributes in kept.items():
+            module.__dict__.update(attributes)
+    duplicate.requires_grad_(False)
+    return duplicate.eval()
+
+
+def _wrapped(model: Any) -> Iterator[Any]:
+    yield model
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        yield model.get_base_model()
+
+
+def frozen_copy(model: Any) -> nn.Module:
+    """Copy a model as a reference policy, without what trainers patched onto it.
+
+    Args:
+        model: The model, without adapter; it is left as it was.
+
+    Returns:
+        A frozen copy in evaluation mode, sharded where the model was loaded so.
+    """
+    return _copy_of_parts(model) if is_loaded_in_shards(model) else unpatched_copy(model)

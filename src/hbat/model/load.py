@@ -1,0 +1,252 @@
+"""Model, tokenizer and adapter of a run: loaded once, checked once."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from hbat.config.hbat import HBATConfig
+from hbat.engines.checks import refuse_model
+from hbat.engines.deepspeed.zero3 import gather
+from hbat.engines.processes import is_main_process
+from hbat.ewc.parameters import trainable_parameters
+from hbat.model.adapters import ADAPTER, refuse_adapters
+
+_ADAPTER_FILE = "adapter_config.json"
+
+
+_TOKENIZER_FILE = "tokenizer_config.json"
+
+
+#: Arguments of the model's `from_pretrained` that its configuration and tokenizer need as well.
+_SHARED_INIT_KWARGS = (
+    "cache_dir", "code_revision", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
+)  # fmt: skip
+
+
+#: Left out, the host asks at the terminal whether code that lies beside the weights may run.
+_NO_REMOTE_CODE = {"trust_remote_code": False}
+
+
+#: What the host raises where it says itself what is wrong, or where nothing is wrong with the weights.
+_CLEAR = (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError)
+
+
+_TWO_ADAPTERS = (
+    "The model has an adapter already and `peft_config` asks for another. Leave `peft_config` out to train the one "
+    "that is there, or merge it first."
+)
+
+
+class PrecisionWarning(UserWarning):
+    """The trained weights are too coarse for what consolidation measures."""
+
+
+def load_model(model: Any, config: HBATConfig, peft_config: Any, *, takes_reference: bool = False) -> Any:
+    """Bring the model into the form that all stages train.
+
+    Args:
+        model: Name or path, also of an adapter's folder, or a model.
+        config: The run's configuration.
+        peft_config: Configuration of a new adapter.
+        takes_reference: Whether a copy of an adapter is the reference policy.
+
+    Returns:
+        The model, with its adapter where there is one.
+
+    Raises:
+        ValueError: If arguments contradict each other or the weights cannot be trained.
+        NotImplementedError: If the model is cut, spread over devices or offloaded.
+        TypeError: If the model is none.
+        ImportError: If PEFT is needed and missing.
+    """
+    if isinstance(model, str | Path):
+        if peft_config is not None and is_adapter(model):
+            raise ValueError(_TWO_ADAPTERS)
+        model = _from_pretrained(model, config)
+    elif not isinstance(model, nn.Module):
+        raise TypeError(f"`model` is a {type(model).__name__}; give a name, a path or a model.")
+    elif config.model_init_kwargs:
+        raise ValueError("`model_init_kwargs` is set, but the model is loaded already. Leave one of the two out.")
+    gather(model)  # one that the host loaded while it knew of ZeRO-3
+    refuse_adapters(model, takes_reference=takes_reference)
+    refuse_model(model, gets_adapter=peft_config is not None)
+    if peft_config is not None:
+        model = _add_adapter(model, peft_config, config.seed)
+    refuse_adapters(model, takes_reference=takes_reference)
+    _require_trainable(model)
+    if not _is_filled_later():
+        _check_weights(model)
+    return model
+
+
+def _is_filled_later() -> bool:
+    # Under FSDP the host can load the weights on the main process alone, which hands them out when it shards.
+    asked = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in {"1", "true", "yes", "on", "y", "t"}
+    return asked and not is_main_process()
+
+
+def is_adapter(name: Any) -> bool:
+    """Whether a name is that of a folder with a PEFT adapter.
+
+    Args:
+        name: What was given as model.
+
+    Returns:
+        True if the folder has an adapter's configuration.
+    """
+    return isinstance(name, str | Path) and (Path(name) / _ADAPTER_FILE).is_file()
+
+
+def shared_init_kwargs(config: HBATConfig) -> dict[str, Any]:
+    """Pick the options that say how the model is fetched, which its configuration and tokenizer need as well.
+
+    Args:
+        config: The run's configuration.
+
+    Returns:
+        Part of `model_init_kwargs`.
+    """
+    given = {**_NO_REMOTE_CODE, **(config.model_init_kwargs or {})}
+    return {key: given[key] for key in _SHARED_INIT_KWARGS if key in given}
+
+
+def load_pretrained(auto_class: Any, name: str | Path, *, called: str = "model", **options: Any) -> Any:
+    """Load weights that lie in a folder or on the Hub. Code beside them does not run unless the options say so.
+
+    Args:
+        auto_class: The host's class that loads them.
+        name: Name or path.
+        called: How the user knows the model, for messages.
+        options: Arguments of `from_pretrained`.
+
+    Returns:
+        What the host returns.
+
+    Raises:
+        ValueError: If the weights are damaged, or hold more than tensors, which the host refuses.
+    """
+    try:
+        return auto_class.from_pretrained(str(name), **{**_NO_REMOTE_CODE, **options})
+    except Exception as error:
+        # transformers 4.57 makes an `OSError` about files of TensorFlow out of whatever went wrong.
+        if isinstance(error, _CLEAR) and "Unable to load weights" not in str(error):
+            raise
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(
+            f"`{called}` {str(name)!r}: its weights cannot be loaded ({type(error).__name__}: {reason})."
+        ) from error
+
+
+def load_tokenizer(processing_class: Any, model: Any, config: HBATConfig | None = None, origin: Any = None) -> Any:
+    """Take the given tokenizer, or the model's own.
+
+    Args:
+        processing_class: The given one.
+        model: The model.
+        config: The run's configuration; its `model_init_kwargs` say how to fetch.
+        origin: What was given as model; an adapter's folder can hold a tokenizer, which goes before the base's.
+
+    Returns:
+        The tokenizer, with a padding token.
+
+    Raises:
+        ValueError: If there is none, or it has no token to pad with.
+    """
+    if processing_class is None:
+        options = dict(_NO_REMOTE_CODE) if config is None else shared_init_kwargs(config)
+        name = model.config._name_or_path  # noqa: SLF001 - the host's own place for it
+        if is_adapter(origin) and (Path(origin) / _TOKENIZER_FILE).is_file():
+            name = str(origin)
+        if not name:
+            raise ValueError("The model does not know where it came from. Pass its tokenizer as `processing_class`.")
+        processing_class = AutoTokenizer.from_pretrained(name, **options)
+    if getattr(processing_class, "pad_token", "") is None:
+        if processing_class.eos_token is None:
+            raise ValueError("The tokenizer has neither a padding nor an end token. Set its `pad_token`.")
+        processing_class.pad_token = processing_class.eos_token
+    return processing_class
+
+
+def require_adapter_parameters(model: nn.Module) -> None:
+    """Refuse trainable parameters of a PeftModel that policy and reference would share.
+
+    TRL's reference policy is a second adapter, "ref", beside the one that is trained. A parameter is the adapter's own
+    where its name has the component `default`: low-rank matrices, DoRA's magnitudes, copies of `modules_to_save`,
+    `trainable_token_indices` and embeddings among the `target_modules` (`lora_embedding_A.default`) all have. What
+    PEFT trains in place has not: with `bias="all"` every bias, with `bias="lora_only"` those of the adapted layers
+    (`q_proj.base_layer.bias`); nor has what was unfrozen by hand.
+
+    Args:
+        model: The model; one without adapter has a reference model of its own.
+
+    Raises:
+        ValueError: If it has such parameters.
+    """
+    if not hasattr(model, "peft_config"):
+        return
+    names = trainable_parameters(model)
+    shared = [name for name in names if ADAPTER not in name.split(".")]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of {len(names)} trainable parameters are not the adapter's own, first {shared[0]!r}: the "
+            "reference policy would change with them. Freeze such a parameter (`bias='none'` for a bias), or list its "
+            "module in `modules_to_save`."
+        )
+
+
+def _from_pretrained(name: str | Path, config: HBATConfig) -> Any:
+    options = dict(config.model_init_kwargs or {})
+    if "torch_dtype" not in options:  # the older name
+        # float32 weights, as TRL loads them: with `bf16` the host computes in bfloat16 but keeps these.
+        options.setdefault("dtype", "float32")
+    if not is_adapter(name):
+        return load_pretrained(AutoModelForCausalLM, name, **options)
+    try:
+        from peft import AutoPeftModelForCausalLM  # noqa: PLC0415 - an optional extra
+    except ImportError as error:
+        raise ImportError(
+            f"`model` {str(name)!r} is an adapter's folder and needs PEFT. Install it with "
+            "`pip install 'hbat-trl[peft]'`."
+        ) from error
+    return load_pretrained(AutoPeftModelForCausalLM, name, is_trainable=True, **options)
+
+
+def _add_adapter(model: Any, peft_config: Any, seed: int) -> Any:
+    try:
+        from peft import PeftConfig, get_peft_model  # noqa: PLC0415 - an optional extra
+    except ImportError as error:
+        raise ImportError("`peft_config` needs PEFT. Install it with `pip install 'hbat-trl[peft]'`.") from error
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` is a {type(peft_config).__name__}; give a PEFT one, such as `LoraConfig(r=16)`."
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError(_TWO_ADAPTERS)
+    set_seed(seed)
+    return get_peft_model(model, peft_config)
+
+
+def _require_trainable(model: Any) -> None:
+    if not trainable_parameters(model):
+        hint = " Load the adapter with `is_trainable=True`." if hasattr(model, "peft_config") else ""
+        raise ValueError(f"The model has no trainable parameter.{hint or ' Unfreeze what shall be trained.'}")
+
+
+def _check_weights(model: Any) -> None:
+    coarse = 0
+    for name, each in trainable_parameters(model).items():
+        if not bool(torch.isfinite(each).all()):
+            raise ValueError(f"The weight {name!r} of the model holds NaN or infinity. Load an intact model.")
+        coarse += each.dtype in {torch.bfloat16, torch.float16}
+    if coarse:
+        warnings.warn(
+            f"{coarse} trained tensors are in half precision: small updates are rounded away and displacement comes "
+            "out too large. Load the model in float32 (`dtype='float32'`) and set `bf16: true` in the sections.",
+            PrecisionWarning,
+            stacklevel=4,
+        )

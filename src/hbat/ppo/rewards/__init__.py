@@ -1,0 +1,1 @@
+"""What completions are scored with: functions and reward models."""

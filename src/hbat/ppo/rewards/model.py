@@ -1,0 +1,226 @@
+"""A sequence classification model as reward: it reads texts with a tokenizer of its own."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hbat.model.load import is_adapter, load_pretrained
+
+
+class RewardWarning(UserWarning):
+    """A reward is not what it would be without some limit."""
+
+
+class RewardModel:
+    """A model with one output, as a reward function.
+
+    The model is frozen and put into evaluation mode for good. It is held, not registered: no `state_dict`, optimizer
+    or checkpoint of the policy sees it.
+
+    Args:
+        model: Sequence classification model with one label.
+        tokenizer: The model's own, which need not be the policy's.
+        name: For messages.
+        max_batch_size: Texts in one forward pass.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, max_batch_size: int) -> None:
+        self._model, self._tokenizer, self._name, self._max_batch_size = model, tokenizer, name, max_batch_size
+        self._warned = False
+        self._pad_id = _pad_id(tokenizer, name)
+        config = model.config.get_text_config()
+        if model.config.num_labels != 1:
+            raise ValueError(
+                f"The reward model {name!r}, a {type(model).__name__}, has num_labels={model.config.num_labels}; a "
+                "reward is one number. Load it with `AutoModelForSequenceClassification.from_pretrained(..., "
+                "num_labels=1)`."
+            )
+        _check_vocabulary(model, tokenizer, name)
+        # RoBERTa's positions begin behind its padding token's, so its tokenizer knows the number of usable ones.
+        limits = (getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
+        self._most_tokens = min((each for each in limits if each is not None and each > 0), default=None)
+        config.pad_token_id = self._pad_id  # without it, decoders cannot tell where a text of a batch ends
+        config.use_cache = False
+        model.requires_grad_(requires_grad=False)
+        model.eval()
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the model; one that was loaded across devices (`device_map`) stays where it is.
+
+        Args:
+            device: Where to.
+        """
+        if getattr(self._model, "hf_device_map", None) is None:
+            self._model.to(device)
+
+    def require_template(self) -> None:
+        """Refuse conversations where nothing says how the model reads them.
+
+        Raises:
+            ValueError: If its tokenizer has no chat template.
+        """
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ValueError(
+                f"The tokenizer of the reward model {self._name!r} has no chat template, but the prompts are "
+                "conversations. Set its `chat_template` to the one that the model was trained with."
+            )
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
+        """Score completions.
+
+        Args:
+            prompts: Texts, or lists of messages.
+            completions: Of the same form.
+
+        Returns:
+            One float32 score a completion, on the CPU.
+        """
+        rows = self._shortened(self._tokenized(prompts, completions)) if len(completions) else []
+        # The longest first: if memory is too small, it is so at once. Sorted, batches need little padding.
+        order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+        scores = torch.empty(len(rows))
+        for start in range(0, len(rows), self._max_batch_size):
+            batch = order[start : start + self._max_batch_size]
+            scores[batch] = self._scores([rows[row] for row in batch])
+        return scores
+
+    def _tokenized(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[list[int]]:
+        pairs = zip(prompts, completions, strict=True)
+        # Both as in TRL's `RewardTrainer._prepare_dataset`: a conversation is what the template makes of it, while a
+        # text ends with the end token and gets the special tokens that the tokenizer adds by default.
+        if not isinstance(prompts[0], str):
+            self.require_template()
+            conversations = [[*prompt, *completion] for prompt, completion in pairs]
+            rendered = self._tokenizer.apply_chat_template(
+                conversations, tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}
+            )
+            return list(rendered["input_ids"])
+        end = self._tokenizer.eos_token or ""  # encoders have none, and their tokenizers end texts by themselves
+        texts = [prompt + completion for prompt, completion in pairs]
+        texts = [text if text.endswith(end) else text + end for text in texts]
+        return list(self._tokenizer(texts, verbose=False)["input_ids"])
+
+    def _shortened(self, rows: list[list[int]]) -> list[list[int]]:
+        most = self._most_tokens
+        longer = [len(row) for row in rows if most is not None and len(row) > most]
+        if most is None or not longer:
+            return rows
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{len(longer)} of {len(rows)} texts are longer than the {most} tokens that the reward model "
+                f"{self._name!r} reads (the longest has {max(longer)}): it sees only their ends. Shorten prompts or "
+                "completions if their beginnings matter. This is said once.",
+                RewardWarning,
+                stacklevel=2,
+            )
+        return [row if len(row) <= most else self._ending(row, most) for row in rows]
+
+    def _ending(self, row: list[int], most: int) -> list[int]:
+        # Encoders read the score off their first token.
+        first = row[:1] if row[0] in {self._tokenizer.bos_token_id, self._tokenizer.cls_token_id} else []
+        return first + row[len(row) - most + len(first) :]
+
+    @torch.no_grad()
+    def _scores(self, rows: list[list[int]]) -> Tensor:
+        device = next(self._model.parameters()).device
+        tokens = [torch.tensor(row) for row in rows]
+        logits: Tensor = self._model(
+            input_ids=pad_sequence(tokens, batch_first=True, padding_value=self._pad_id).to(device),
+            attention_mask=pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True).to(device),
+        ).logits
+        if logits.shape != (len(rows), 1):
+            raise ValueError(
+                f"The model returned logits of shape {tuple(logits.shape)} for {len(rows)} texts, so it is no "
+                "sequence classification model with one label."
+            )
+        return logits[:, 0].float().cpu()
+
+
+def load_reward_model(name: str | Path) -> Any:
+    """Load a sequence classification model with one label, in the precision that it was saved in.
+
+    Args:
+        name: Name or path.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If what lies there has no trained head with one output; the host would make up a random one.
+    """
+    model, found = load_pretrained(
+        AutoModelForSequenceClassification,
+        name,
+        called="reward_funcs",
+        num_labels=1,
+        dtype="auto",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    mismatched = [each if isinstance(each, str) else each[0] for each in found["mismatched_keys"]]  # 4.57: names only
+    made_up = sorted({*found["missing_keys"], *mismatched})
+    if made_up and not is_adapter(name):  # an adapter brings the head, which its base has not
+        raise ValueError(
+            f"{str(name)!r} is no reward model: it has no weights of the right shape for {made_up}. Train one with "
+            "TRL's `RewardTrainer`, or name one with `num_labels` 1."
+        )
+    return model
+
+
+def load_reward_tokenizer(model: Any, name: str | Path) -> Any:
+    """Load the tokenizer of a reward model.
+
+    Args:
+        model: The model.
+        name: Where it came from; may be empty.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    advice = "Pass its tokenizer among the processing classes, at the model's position."
+    if not str(name):
+        raise ValueError(f"The reward model, a {type(model).__name__}, does not know where it came from. {advice}")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"There is no tokenizer for the reward model {str(name)!r}. {advice}") from error
+
+
+def is_reward_model(reward: Any) -> bool:
+    """Whether a reward is a model of the host's, bare, compiled or with an adapter around it.
+
+    Args:
+        reward: What was given as reward.
+
+    Returns:
+        True if it is a module with a configuration.
+    """
+    return isinstance(reward, nn.Module) and hasattr(reward, "config")
+
+
+def _pad_id(tokenizer: Any, name: str) -> int:
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad_id is None:
+        raise ValueError(
+            f"The tokenizer of the reward model {name!r} has neither a padding nor an end token. Set its `pad_token`."
+        )
+    return int(pad_id)
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if rows is not None and len(tokenizer) > rows:
+        raise ValueError(
+            f"The tokenizer of the reward model {name!r} has {len(tokenizer)} tokens, but the model only {rows} "
+            "embeddings. Pass the tokenizer that the model was trained with among the processing classes."
+        )

@@ -1,0 +1,1 @@
+"""Prompts, generation and the rollouts made of them."""

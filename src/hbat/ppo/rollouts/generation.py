@@ -1,0 +1,163 @@
+"""Sampling completions: batched, left-padded, with the key-value cache and with any of the host's options."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
+
+from hbat.engines.sharded import is_sharded
+from hbat.ppo.rollouts.prompts import pad_left
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Completions of a batch of prompts, in order.
+
+    Attributes:
+        tokens: Token ids of each, with the end token where it has one.
+        ended: Whether each came to its end by itself (end token or stop string).
+    """
+
+    tokens: list[list[int]]
+    ended: list[bool]
+
+
+class _Ends(StoppingCriteria):
+    """Stops rows at end tokens and stop strings, and remembers where: pad and end token can be one and the same."""
+
+    def __init__(self, criteria: Sequence[StoppingCriteria], rows: int) -> None:
+        self._criteria = criteria
+        self.lengths = torch.zeros(rows, dtype=torch.long)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        for each in self._criteria:
+            done |= each(input_ids, scores, **kwargs)
+        self.lengths = self.lengths.to(done.device)
+        self.lengths = torch.where((self.lengths == 0) & done, input_ids.shape[1], self.lengths)
+        return self.lengths > 0
+
+
+class CompletionSampler:
+    """Samples completions from a policy.
+
+    Args:
+        policy: The policy; its own generation configuration gives end tokens only.
+        tokenizer: Its tokenizer.
+        max_new_tokens: Most tokens of a completion.
+        sampling: Fields of `transformers.GenerationConfig` such as the temperature.
+        batch_size: Prompts generated for at once; None for all.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        sampling: Mapping[str, Any],
+        batch_size: int | None = None,
+    ) -> None:
+        self._policy = policy
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        options = dict(sampling)
+        self._stop_strings = options.pop("stop_strings", None)
+        self.end_tokens = _end_tokens(options.pop("eos_token_id", None), policy, tokenizer)
+        self._config = GenerationConfig(
+            max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, use_cache=True, **options
+        )
+
+    def sample(self, prompts: Sequence[Sequence[int]], *, seed: int | None) -> Completions:
+        """Complete prompts.
+
+        Args:
+            prompts: Token ids of each prompt.
+            seed: Seed of the sampling; the global random state stays what it was. None takes the likeliest tokens.
+
+        Returns:
+            Completions of at least one token each.
+        """
+        size = self._batch_size or len(prompts)
+        tokens: list[list[int]] = []
+        ended: list[bool] = []
+        with _sampling_state(self._policy, seed):
+            for start in range(0, len(prompts), size):
+                batch = self._sample_batch(prompts[start : start + size], greedy=seed is None)
+                tokens += batch.tokens
+                ended += batch.ended
+        return Completions(tokens, ended)
+
+    @torch.no_grad()
+    def _sample_batch(self, prompts: Sequence[Sequence[int]], *, greedy: bool) -> Completions:
+        device = self._policy.device
+        ids, mask = pad_left(prompts, self._tokenizer.pad_token_id, device)
+        criteria: list[StoppingCriteria] = []
+        if self.end_tokens:
+            criteria.append(EosTokenCriteria(torch.tensor(self.end_tokens, device=device)))
+        if self._stop_strings:
+            criteria.append(StopStringCriteria(self._tokenizer, self._stop_strings))
+        ends, config = _Ends(criteria, len(prompts)), copy.deepcopy(self._config)
+        # The host fills rows that are done with padding only where it knows end tokens.
+        config.eos_token_id = self.end_tokens or None
+        if greedy:
+            config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
+        whole = self._policy.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([ends]),
+            synced_gpus=is_sharded(self._policy),  # each step takes all processes
+        )
+        prompt_length = ids.shape[1]
+        lengths = ends.lengths.tolist()
+        rows = whole[:, prompt_length:].tolist()
+        tokens = [row[: length - prompt_length] if length else row for row, length in zip(rows, lengths, strict=True)]
+        return Completions(tokens, [length > 0 for length in lengths])
+
+
+@contextmanager
+def _sampling_state(policy: Any, seed: int | None) -> Iterator[None]:
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    was_training = policy.training
+    policy.eval()  # the host's cache is off in training mode with gradient checkpointing
+    try:
+        with torch.random.fork_rng(devices=devices), _without_own_options(policy):
+            if seed is not None:
+                torch.manual_seed(seed)
+            yield
+    finally:
+        policy.train(was_training)
+
+
+@contextmanager
+def _without_own_options(policy: Any) -> Iterator[None]:
+    # The host fills every option that is left open with the model's own, and many models ship with some for chatting.
+    models = [policy, *([policy.get_base_model()] if hasattr(policy, "peft_config") else [])]
+    own = [(each, each.generation_config) for each in models if "generation_config" in vars(each)]
+    for each, _ in own:
+        each.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for each, options in own:
+            each.generation_config = options
+
+
+def _end_tokens(given: Any, policy: Any, tokenizer: Any) -> list[int]:
+    if given is None:
+        of_model = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
+        given = [*_as_list(of_model), *_as_list(tokenizer.eos_token_id)]
+    return sorted(set(_as_list(given)))
+
+
+def _as_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [int(value)]

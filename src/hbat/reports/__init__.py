@@ -1,0 +1,1 @@
+"""What a run shows: progress, log, forgetting matrix, plots and model card."""

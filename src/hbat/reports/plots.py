@@ -1,0 +1,47 @@
+"""Pictures of a run. Needs matplotlib (extra `plots`); without it nothing is drawn and one line says so."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+from hbat.reports.matrix import ForgettingMatrix
+
+logger = logging.getLogger(__name__)
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed.
+
+    Returns:
+        True if it is.
+    """
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_matrix(matrix: ForgettingMatrix, file: Path) -> None:
+    """Draw each objective's headline score over the stages.
+
+    Args:
+        matrix: The forgetting matrix.
+        file: PNG to write.
+    """
+    if not can_draw():
+        logger.info("matplotlib is not installed, so %s is not drawn (pip install 'hbat-trl[plots]').", file.name)
+        return
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
+
+    names = list(matrix.headline)
+    figure = Figure(figsize=(2.5 + 0.6 * len(matrix.rows), 2.4 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    labels = [label for label, _ in matrix.lines()]
+    for axis, name in zip(axes, names, strict=True):
+        points = [(index, value) for index, value in enumerate(matrix.series(name)) if value is not None]
+        axis.plot(*zip(*points, strict=True), color="0.6", zorder=1) if points else None
+        for index, value in points:
+            own = matrix.rows[index]["objective"] == name
+            axis.scatter(index, value, color="tab:blue" if own else "tab:orange", zorder=2)
+        axis.set_ylabel(f"{name} {matrix.headline[name]}\n({matrix.better_of(name)} is better)")
+        axis.grid(alpha=0.3)
+    axes[0].set_title("blue: after a stage of this objective, orange: after another's", fontsize=9)
+    axes[-1].set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+    figure.savefig(file, dpi=120)

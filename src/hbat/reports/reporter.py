@@ -1,0 +1,229 @@
+"""One log, one set of reporters, one progress bar and one step axis for all stages of a run."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler
+
+from hbat.config.hbat import HBATConfig
+from hbat.engines.environment import kept_environment
+from hbat.reports.log import save_log
+from hbat.state.plan import Stage
+
+#: Entries that speak of one stage's run time and would only confuse a log of the whole run.
+_DROPPED = {"epoch", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+
+
+_RUN_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+class RunReporter:
+    """Owns the reporters, the log and the progress bar of a run.
+
+    Args:
+        config: The run's configuration.
+        model: The model, for reporters that describe it.
+        state: The log so far; `global_step` is the step of the whole run.
+        total_steps: Estimate of the run's optimizer steps, corrected as stages begin.
+        host: A stage's configuration: the device and the processes of the run are the stages'.
+        derived: Fields that it works out of others.
+    """
+
+    def __init__(
+        self,
+        config: HBATConfig,
+        model: Any,
+        state: TrainerState,
+        total_steps: int,
+        host: TrainingArguments,
+        derived: Collection[str] = (),
+    ) -> None:
+        self.state = state
+        self._folder = Path(config.output_dir)
+        own: dict[str, Any] = dict.fromkeys(derived)
+        own |= {"output_dir": config.output_dir, "report_to": config.report_to, "run_name": config.run_name}
+        with kept_environment():
+            self._args = replace(host, **own)
+        self._control = TrainerControl()
+        state.is_world_process_zero = self._args.process_index == 0
+        state.is_local_process_zero = self._args.local_process_index == 0
+        state.max_steps = total_steps
+        self._handler = CallbackHandler([DefaultFlowCallback(), *self._reporters()], model, None, None, None)
+        self._handler.on_train_begin(self._args, state, self._control)
+        quiet = config.disable_tqdm or not state.is_local_process_zero
+        self._bar = tqdm(total=total_steps, initial=state.global_step, disable=quiet, dynamic_ncols=True, unit="step")
+
+    def _reporters(self) -> list[TrainerCallback]:
+        reporters = [each() for each in get_reporting_integration_callbacks(self._args.report_to)]
+        events = str(self._folder / "runs")  # fixed, so that a resumed run appends
+        if hasattr(self._args, "logging_dir"):  # transformers < 5 takes it from here
+            self._args.logging_dir = events
+        for each in reporters:
+            if isinstance(each, TensorBoardCallback):
+                each.logging_dir = events
+        return reporters
+
+    def log(self, entry: dict[str, Any], step: int) -> None:
+        """Add an entry to the run's log and hand it to the reporters.
+
+        Args:
+            entry: Numbers by name.
+            step: Step of the whole run.
+        """
+        self.state.global_step = step
+        self.remember(entry, step)
+        if self.state.is_world_process_zero:
+            self._handler.on_log(self._args, self.state, self._control, dict(entry))
+
+    def remember(self, entry: dict[str, Any], step: int) -> None:
+        """Add an entry to the run's log that reporters have seen already.
+
+        Args:
+            entry: Numbers by name.
+            step: Step of the whole run.
+        """
+        self.state.log_history.append(entry | {"step": step})
+
+    def forget_after(self, step: int) -> None:
+        """Take entries out of the log, of work that is done again. Reporters keep what they have seen.
+
+        Args:
+            step: The last step whose entries stay.
+        """
+        self.state.log_history = [each for each in self.state.log_history if each["step"] <= step]
+        self.state.global_step = step
+
+    def stage_begins(self, stage: Stage, steps: int, *, steps_after: int) -> None:
+        """Name the stage on the progress bar and correct the total.
+
+        Args:
+            stage: The stage.
+            steps: Its optimizer steps.
+            steps_after: Estimate for the stages after it.
+        """
+        self._stage, self._stage_steps, self._before = stage, steps, self.state.global_step
+        self.state.max_steps = self._bar.total = self._before + steps + steps_after
+        self.step(0)
+
+    def step(self, done: int, loss: float | None = None) -> None:
+        """Move the progress bar.
+
+        Args:
+            done: Steps of the stage that are done.
+            loss: Its last logged loss.
+        """
+        stage = self._stage
+        self._bar.n = self._before + done
+        self._bar.set_description_str(f"round {stage.round + 1}/{stage.num_rounds} {stage.objective}", refresh=False)
+        shown = f"{done}/{self._stage_steps}" if loss is None else f"{done}/{self._stage_steps}, loss {loss:.3f}"
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.refresh() if done in {0, self._stage_steps} else self._bar.update(0)
+
+    def save(self) -> dict[str, Any]:
+        """Write the log beside the run's state.
+
+        Returns:
+            What the run's state remembers of it.
+        """
+        return save_log(self._folder, self.state)
+
+    def close(self) -> None:
+        """Close reporters and bar."""
+        self._handler.on_train_end(self._args, self.state, self._control)
+        self._bar.close()
+
+
+def mean_loss(state: TrainerState, objectives: Iterable[str]) -> float:
+    """Average the training losses that a run logged.
+
+    Args:
+        state: The run's log.
+        objectives: Names of its objectives.
+
+    Returns:
+        Their mean over all objectives; 0 where nothing was logged.
+    """
+    names = {f"{name}/loss" for name in objectives}
+    losses = [value for entry in state.log_history for key, value in entry.items() if key in names]
+    return float(sum(losses) / max(len(losses), 1))
+
+
+class ForwardLogs(TrainerCallback):
+    """Last callback of a stage's trainer: forwards its log to the run's, with the objective as prefix.
+
+    Args:
+        reporter: The run's reporter.
+        stage: The stage.
+        steps_after: Estimate of the steps after this stage.
+    """
+
+    def __init__(self, reporter: RunReporter, stage: Stage, steps_after: int) -> None:
+        self._reporter = reporter
+        self._stage = stage
+        self._steps_after = steps_after
+        self._before = reporter.state.global_step
+        self._loss: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell how many steps the stage has, and what it logged before it was cut off."""
+        self._reporter.stage_begins(self._stage, state.max_steps, steps_after=self._steps_after)
+        for entry in state.log_history:  # empty, but for a stage that goes on from its checkpoint
+            logs = {key: value for key, value in entry.items() if key != "step"}
+            if placed := self._placed(logs):
+                self._reporter.remember(placed, self._before + int(entry["step"]))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the progress bar."""
+        self._reporter.step(state.global_step, self._loss)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Forward an entry."""
+        self._loss = (logs or {}).get("loss", self._loss)
+        if placed := self._placed(logs or {}):
+            self._reporter.log(placed, self._before + state.global_step)
+
+    def _placed(self, logs: dict[str, Any]) -> dict[str, Any]:
+        entry = renamed(logs, self._stage.objective)
+        return entry | {"hbat/stage": self._stage.index, "hbat/round": self._stage.round} if entry else {}
+
+
+def renamed(logs: dict[str, Any], objective: str) -> dict[str, Any]:
+    """Prefix a stage's log entries by its objective.
+
+    Evaluation inside a stage has a name of its own: its reference policy is the model at the stage's start, while
+    that between stages, logged at the same steps, refers to the run's start.
+
+    Args:
+        logs: Entries such as `loss`, `eval_loss`, `ewc/penalty`.
+        objective: The objective.
+
+    Returns:
+        `sft/loss`, `eval_sft_stage/loss`, `ewc/penalty`; without the run times of one stage.
+    """
+    result = {}
+    for key, value in logs.items():
+        if key in _DROPPED or key.endswith(_RUN_TIMES):
+            continue
+        if key.startswith("ewc/"):
+            result[key] = value
+        elif key.startswith("eval_"):
+            result[f"eval_{objective}_stage/{key.removeprefix('eval_')}"] = value
+        else:
+            result[f"{objective}/{key}"] = value
+    return result

@@ -1,0 +1,1 @@
+"""One stage: its trainer, callbacks, checkpoints and clean-up."""

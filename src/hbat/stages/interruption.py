@@ -1,0 +1,118 @@
+"""Ending a run at a signal: save at the next step boundary, and leave with a status that says why."""
+
+import _thread
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+_MESSAGE = "%s: saving at the next step boundary, then ending. A second signal ends at once."
+
+
+_STATUS = 128  # plus the signal's number, as shells give it
+
+
+class RunInterrupted(SystemExit):
+    """A run was ended by a signal; everything is saved. Its `code` is 128 plus the signal's number.
+
+    Left uncaught it ends the process with that status: 143 after SIGTERM, 130 after SIGINT.
+
+    Args:
+        number: The signal's number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(_STATUS + number)
+        self.signal = signal.Signals(number)
+
+
+class StopRequest:
+    """Remembers the first signal; the second one ends the process at once, as if nobody listened."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen to SIGTERM and SIGINT within the block.
+
+        Python only lets the main thread listen; elsewhere signals do what they always do.
+
+        Yields:
+            Nothing.
+        """
+        self._number = 0
+        here = threading.current_thread() is threading.main_thread()
+        previous = {each: signal.signal(each, self._receive) for each in _SIGNALS} if here else {}
+        try:
+            yield
+        finally:
+            for each, handler in previous.items():
+                signal.signal(each, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._number:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._number = number
+        # The handler runs between two instructions of the main thread, which may hold a lock that logging wants.
+        _thread.start_new_thread(logger.warning, (_MESSAGE, signal.Signals(number).name))
+
+    def agreed(self) -> int:
+        """Ask all processes, each of which has to ask at the same place.
+
+        Returns:
+            Number of the signal that one of them got; 0 for none.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self._number
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        number = torch.tensor(self._number, device=device)
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        self._number = int(number)
+        return self._number
+
+    def raise_if_agreed(self) -> None:
+        """End the run if a process got a signal.
+
+        Raises:
+            RunInterrupted: If so.
+        """
+        number = self.agreed()
+        if number:
+            raise RunInterrupted(number)
+
+
+class StopAtStep(TrainerCallback):
+    """Saves a checkpoint and ends a stage's training at the end of the step at which a signal was there.
+
+    Args:
+        request: Where signals are remembered.
+        saves: Whether the host can write a checkpoint; otherwise the run goes on from the stage's start.
+    """
+
+    def __init__(self, request: StopRequest, *, saves: bool = True) -> None:
+        self._request = request
+        self._saves = saves
+        self.stopped = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Ask the host to save and stop, unless the stage is over anyway."""
+        if self._request.agreed() and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            control.should_save = self._saves
+            self.stopped = True

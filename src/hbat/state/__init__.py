@@ -1,0 +1,1 @@
+"""A run on disk: plan, manifest, states, lock and fingerprint."""

@@ -1,0 +1,236 @@
+"""The folder of a run: which of its states are kept, and which one a run goes on from. Nothing is ever unpickled.
+
+    output_dir/
+      hbat_state.json           the manifest; its replacement is the commit point of a stage
+      hbat_state.previous.json  that of the stage before, and so on as far as `save_total_limit` says
+      state/                    tensors, each file written once under a new name
+        weights-003.safetensors       trainable weights at the start of stage 3
+        importance-sft-002.safetensors  what `sft` accumulated up to stage 2
+        optimizer-sft-002.safetensors   moments that `sft` carries on
+        kept-ppo-003.safetensors        what else `ppo` carries on, such as its critic
+      stage-003-dpo/            the stage under way: the host's own checkpoints
+
+A file that no manifest names belongs to an unfinished step and is removed at the next commit.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hbat.engines.processes import decided_by_main, wait_for_everyone
+from hbat.engines.sharded import whole_tensors
+from hbat.state.files import checksum, fault, write_tensors
+from hbat.state.history import TENSORS, KeptStates
+from hbat.state.lock import locked
+from hbat.state.manifest import STATE_FILE, DamagedStateError, RunState, RunStateError, decode
+
+logger = logging.getLogger(__name__)
+
+
+_STAGE = re.compile(r"stage-(\d+)-.+")
+
+
+class RunFolder:
+    """The output folder of a run.
+
+    Args:
+        path: The folder.
+        writes: Whether this process writes; the others only read.
+        keeps: Number of complete states that are kept.
+    """
+
+    def __init__(self, path: str | Path, *, writes: bool = True, keeps: int = 2) -> None:
+        self.path = Path(path)
+        self._writes = writes
+        self._states = KeptStates(self.path, keeps)
+        self._seen_whole: set[str] = set()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder.
+
+        Yields:
+            Nothing; another process can train into it again afterwards.
+
+        Raises:
+            RunStateError: If another process trains into it.
+        """
+        with ExitStack() as stack:
+
+            def lock() -> int:
+                if self._writes:
+                    stack.enter_context(locked(self.path))
+                return 0
+
+            decided_by_main(lock)
+            yield
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def holds_run(self) -> bool:
+        """Whether there is a manifest, whole or not.
+
+        Returns:
+            False in an unused folder.
+        """
+        return bool(self._states.ages())
+
+    def read(self) -> RunState | None:
+        """Read the newest state that is complete.
+
+        Returns:
+            Where the run stands, or None where the folder holds no run.
+
+        Raises:
+            RunStateError: If none of the states in the folder is complete.
+        """
+        age = decided_by_main(self._newest_whole)
+        return None if age < 0 else self._states.go_on_from(age)
+
+    def _newest_whole(self) -> int:
+        damages: list[str] = []
+        for age in range(max(self._states.ages(), default=-1) + 1):
+            try:
+                state = decode(self._states.manifest(age))
+                for kind in state.files:
+                    # The initial weights are the same in all states, and only some runs need them.
+                    if kind != "initial":
+                        self.require_whole(state, kind)
+            except DamagedStateError as error:
+                damages.append(str(error))
+                continue
+            if damages:
+                logger.warning(
+                    "%s The run goes on from its last complete state, at the start of stage %d; what came after it is "
+                    "trained again.",
+                    " ".join(dict.fromkeys(damages)),
+                    state.next_stage,
+                )
+            return age
+        if damages:
+            raise RunStateError(
+                f"`output_dir` {str(self.path)!r} holds no complete state of its run: "
+                f"{' '.join(dict.fromkeys(damages))} Restore these files from a backup, or train into another folder."
+            )
+        return -1
+
+    def require_whole(self, state: RunState, kind: str) -> None:
+        """Check that a tensor file is what was written.
+
+        Args:
+            state: The state that names it.
+            kind: What it holds.
+
+        Raises:
+            DamagedStateError: If it is not.
+        """
+        name = state.files[kind]
+        if name not in state.checksums and not self._writes:  # the main process wrote it, in this very run
+            return
+        wrong = fault(self.path / TENSORS / name, state.checksums.get(name))
+        if wrong is not None:
+            raise DamagedStateError(f"{self.path / 'state' / name} {wrong}.")
+        self._seen_whole.add(name)
+
+    def read_tensors(self, state: RunState, kind: str) -> dict[str, Tensor]:
+        """Read tensors that the manifest names.
+
+        Args:
+            state: The run's state.
+            kind: What to read.
+
+        Returns:
+            Tensors by name on the CPU; empty where there are none of this kind.
+
+        Raises:
+            DamagedStateError: If the file is not what was written.
+        """
+        if kind not in state.files:
+            return {}
+        if state.files[kind] not in self._seen_whole:
+            self.require_whole(state, kind)
+        self._seen_whole.discard(state.files[kind])  # true for a moment, and not for the days that a run takes
+        file = self.path / TENSORS / state.files[kind]
+        try:
+            return load_file(file)
+        except Exception as error:
+            raise DamagedStateError(f"{file} cannot be read ({error}). The run cannot go on from here.") from error
+
+    def require_unused(self) -> None:
+        """Check that nothing of another run lies in the folder, whose manifest is gone.
+
+        Raises:
+            RunStateError: If there is a stage's folder, from which the new run would go on, or what a stage left.
+        """
+        left = sorted(each.name for each in self.path.glob("stage-*"))
+        # A run that was cut off before its first commit leaves the weights of its start.
+        found = sorted(each.name for each in self.path.glob("state/*.safetensors"))
+        left += [f"state/{name}" for name in found if name != "weights-000.safetensors"]
+        if left:
+            raise RunStateError(
+                f"`output_dir` {str(self.path)!r} holds {left[0]!r} of another run, but no {STATE_FILE}. Remove what "
+                "is left of that run, or choose another folder."
+            )
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    def write_tensors(self, state: RunState, kind: str, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors under a new name and note it in `state`, which is not yet committed.
+
+        Those that processes share are put together first, which all have to take part in.
+
+        Args:
+            state: The state that will name the file.
+            kind: What the tensors are, such as `weights` or `importance-sft`.
+            number: Stage that they belong to.
+            tensors: Tensors by name.
+        """
+        name = f"{kind}-{number:03d}.safetensors"
+        state.checksums.pop(name, None)
+        whole = whole_tensors(tensors, keep=self._writes)
+        if self._writes:
+            file = self.path / TENSORS / name
+            write_tensors(file, whole)
+            state.checksums[name] = checksum(file)
+        state.files[kind] = name
+        self._seen_whole.discard(name)
+
+    def commit(self, state: RunState) -> None:
+        """Make `state` the run's newest and remove what no kept state names; all processes wait.
+
+        A state before the same stage is replaced; those of earlier stages are kept as many as there should be.
+
+        Args:
+            state: Where the run stands now.
+        """
+        named = set(state.files.values())
+        state.checksums = {name: each for name, each in state.checksums.items() if name in named}
+        if self._writes:
+            self._states.put(state)
+        wait_for_everyone()
+
+    def remove_stage(self, name: str) -> None:
+        """Remove the folder of a stage that is done.
+
+        Args:
+            name: The stage's folder.
+        """
+        if self._writes:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def remove_stages_but(self, index: int | None) -> None:
+        """Remove the folders of all stages but one: what is left of stages that are done or will be trained again.
+
+        Args:
+            index: The stage whose checkpoints stay; None for none.
+        """
+        for each in sorted(self.path.glob("stage-*")):
+            match = _STAGE.fullmatch(each.name)
+            if match and int(match[1]) != index:
+                self.remove_stage(each.name)

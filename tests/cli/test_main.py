@@ -1,0 +1,326 @@
+import _thread
+import gzip
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import yaml
+from cases import CHEAP_ARGS, preference_rows, sft_rows, tiny_llama, tiny_tokenizer
+from safetensors.torch import load_file
+
+from hbat.cli.main import main
+
+#: The defaults of every section here: cheap, and reporters belong to the run.
+HOST = {key: value for key, value in CHEAP_ARGS.items() if key != "report_to"} | {"max_length": 64, "max_steps": 2}
+HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "numpy")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    sft_rows(8).to_json(folder / "sft-1.jsonl")
+    with gzip.open(folder / "sft-2.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in sft_rows(8, seed=1))
+    preference_rows(16).to_parquet(folder / "dpo.parquet")
+    preference_rows(4, seed=1).to_json(folder / "dpo-test.jsonl.gz", compression="gzip")
+    return folder
+
+
+@pytest.fixture
+def values(tmp_path, model_folder, data_folder):
+    """What the YAML file of a small run holds."""
+    return {
+        "model_name_or_path": str(model_folder),
+        "output_dir": str(tmp_path / "out"),
+        "num_rounds": 1,
+        "disable_tqdm": True,
+        "datasets": {
+            "sft": [str(data_folder / "sft-1.jsonl"), str(data_folder / "sft-2.jsonl.gz")],
+            "dpo": str(data_folder / "dpo.parquet"),
+        },
+        "eval_datasets": {
+            "sft": {"path": str(data_folder / "sft-1.jsonl"), "split": "train[:4]"},
+            "dpo": str(data_folder / "dpo-test.jsonl.gz"),
+        },
+        "sft": dict(HOST),
+        "dpo": dict(HOST),
+    }
+
+
+@pytest.fixture
+def hbat(tmp_path, values, capfd):
+    """Run the command line on a YAML file with `values`; returns its status, its output and its error lines."""
+
+    def run(command, *words):
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(values))
+        capfd.readouterr()
+        status = main([command, "--config", str(file), *words])
+        captured = capfd.readouterr()
+        return status, captured.out, [line for line in captured.err.splitlines() if line.startswith("hbat: ")]
+
+    return run
+
+
+def refusal(outcome, status=2):
+    found, out, lines = outcome
+    assert (found, out, len(lines)) == (status, "", 1)
+    return lines[0].removeprefix("hbat: error: ")
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_trains_saves_its_model_and_prints_the_table(hbat, tmp_path):
+    status, out, lines = hbat("train", "--num_rounds", "2", "--sft.learning_rate=1e-2", "--ewc.f_max", "3")
+    assert (status, lines) == (0, [])
+    for part in (
+        "after",
+        "sft loss",
+        "start",
+        "round 1: sft",
+        "round 2: dpo",
+        "backward transfer",
+        str(tmp_path / "out"),
+    ):
+        assert part in out
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert len(json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]) == 5
+    described = json.loads((tmp_path / "out" / "hbat_state.json").read_text())["fingerprint"]
+    assert described["run"]["num_rounds"] == 2
+    assert (described["sft"]["learning_rate"], described["dpo"]["learning_rate"]) == (0.01, 0.1)
+    assert described["ewc"]["f_max"] == 3.0
+    assert described["data"]["sft"]["rows"] == 16
+
+
+def test_an_online_objective_is_named_with_its_rewards(hbat, values, tmp_path):
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def size(completions, **columns):\n    return [float(len(each)) for each in completions]\n")
+    online = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "num_generations": 2}
+    options = {key: value for key, value in HOST.items() if key != "max_length"} | online
+    data = tmp_path / "prompts.jsonl"
+    sft_rows(8).to_json(data)
+    values.update(
+        objectives=["sft", "grpo"],
+        datasets={"sft": values["datasets"]["sft"], "grpo": str(data)},
+        eval_datasets={"grpo": {"path": str(data), "split": "train[:3]"}},
+        grpo=options | {"max_completion_length": 4},
+    )
+    status, out, _ = hbat("train", "--reward_funcs", f"{rewards}:size", "--grpo.beta", "0.1")
+    assert status == 0
+    for part in ("grpo reward", "lower is better for sft, higher is better for grpo", "round 1: grpo"):
+        assert part in out
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["better"] == {
+        "sft": "lower",
+        "grpo": "higher",
+    }
+    values["output_dir"] = str(tmp_path / "other")
+    assert hbat("validate", "--reward_funcs", f"{rewards}:size")[0] == 0
+    assert "has no function `sizes`. Did you mean `size`?" in refusal(
+        hbat("validate", "--reward_funcs", f"{rewards}:sizes")
+    )
+    assert "'grpo' learns from rewards, but `reward_funcs` is None" in refusal(hbat("validate"))
+
+
+def test_a_folder_that_holds_a_run_is_refused_without_resume(hbat, values, tmp_path):
+    values.update(eval_datasets=None, ewc=None, objectives=["sft"], datasets={"sft": values["datasets"]["sft"]})
+    assert hbat("train")[0] == 0
+    before = {each: each.stat().st_mtime_ns for each in (tmp_path / "out").rglob("*")}
+    assert "`--resume`" in refusal(hbat("train"))
+    assert {each: each.stat().st_mtime_ns for each in (tmp_path / "out").rglob("*")} == before
+    assert hbat("train", "--resume")[0] == 0
+    changed = ("--resume", "--sft.learning_rate", "0.2")
+    assert "sft.learning_rate: 0.1 -> 0.2" in refusal(hbat("train", *changed))
+    misspelt = hbat("train", *changed, "--allow-changed", "sft.learning_rat")
+    assert "Did you mean `sft.learning_rate`?" in refusal(misspelt)
+    assert "it needs `--resume`" in refusal(hbat("train", "--allow-changed", "sft."))
+    assert hbat("train", *changed, "--allow-changed", "sft.learning_rate, run.")[0] == 0
+    for each in (tmp_path / "out").glob("hbat_state*.json"):
+        each.write_text("rot")
+    assert "`--resume`" in refusal(hbat("train"))
+    assert "hbat_state.json cannot be read" in refusal(hbat("train", *changed))
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(hbat, values, tmp_path):
+    values.update(eval_datasets=None)
+    assert hbat("train", "--output_dir", str(tmp_path / "whole"))[0] == 0
+    state = tmp_path / "out" / "hbat_state.json"
+
+    def interrupt_after_the_first_stage():
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            if state.exists() and json.loads(state.read_text())["next_stage"] == 1:
+                _thread.interrupt_main()
+                return
+            time.sleep(0.001)
+
+    threading.Thread(target=interrupt_after_the_first_stage, daemon=True).start()
+    assert hbat("train") == (130, "", ["hbat: ended by SIGINT, everything is saved; `--resume` goes on"])
+    assert json.loads(state.read_text())["next_stage"] == 1
+    assert hbat("train", "--resume")[0] == 0
+    resumed, whole = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "whole"))
+    assert resumed.keys() == whole.keys()
+    assert all(resumed[name].equal(whole[name]) for name in whole)
+
+
+def test_an_adapter_is_trained_with_peft(hbat, values, tmp_path):
+    values.update(eval_datasets=None, ewc=None, peft={"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]})
+    status, out, _ = hbat("train", "--peft.lora_dropout", "1e-1")
+    assert status == 0
+    assert "round" not in out  # nothing was evaluated: only where the model lies
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_dropout"], config["task_type"]) == (2, 0.1, "CAUSAL_LM")
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_adapter_on_disk_is_trained_on(hbat, values, tmp_path):
+    values.update(eval_datasets=None, ewc=None)
+    assert hbat("train", "--peft.target_modules", "[q_proj]")[0] == 0
+    values["model_name_or_path"] = str(tmp_path / "out")
+    assert hbat("train", "--output_dir", str(tmp_path / "next"))[0] == 0
+    before, after = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("out", "next"))
+    assert before.keys() == after.keys()
+    assert not any(before[name].equal(after[name]) for name in before)
+    assert not (tmp_path / "next" / "model.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_with_status_1(hbat, values):
+    values.update(eval_datasets=None)
+    assert "The loss is not finite in stage 0" in refusal(hbat("train", "--sft.learning_rate", "1e30"), status=1)
+
+
+def test_a_stage_that_is_not_finite_is_rolled_back_as_often_as_the_command_says(hbat, values, caplog):
+    values.update(eval_datasets=None)
+    words = ("--sft.learning_rate", "1e30", "--on_nan", "rollback", "--max_rollbacks", "2")
+    assert "The loss is not finite in stage 0" in refusal(hbat("train", *words), status=1)
+    assert sum("Back to the start of the stage" in each for each in caplog.messages) == 2
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def test_validation_prints_the_plan_and_leaves_no_file(hbat, tmp_path):
+    status, out, lines = hbat("validate", "--num_rounds", "3")
+    assert (status, lines) == (0, [])
+    for part in ("3 rounds of sft, dpo: 6 stages, about 12 optimizer steps", "5-6", "parameters are trained"):
+        assert part in out
+    assert [each.name for each in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_validation_leaves_a_finished_run_as_it_is(hbat, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "hbat_state.json").write_text("not touched")
+    assert hbat("validate")[0] == 0
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["hbat_state.json"]
+    assert (tmp_path / "out" / "hbat_state.json").read_text() == "not touched"
+
+
+def test_an_adapter_on_quantised_weights_is_validated(hbat, values):
+    pytest.importorskip("bitsandbytes")
+    values.update(peft={"target_modules": ["q_proj"]}, quantization={"load_in_4bit": True}, eval_datasets=None)
+    assert hbat("validate")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "parts"),
+    [
+        ({}, "--sft.lerning_rate 1", ["`sft.lerning_rate`", "`learning_rate`"]),
+        ({}, "--sft.learning_rate fast", ["`sft.learning_rate`", "a number"]),
+        ({}, "--sft.output_dir x", ["`sft.output_dir`", "Set the run's `output_dir`"]),
+        ({}, "--dpo.bata 0.2", ["`dpo.bata`", "`beta`"]),
+        ({}, "--dpo.loss_type nonsense", ["nonsense"]),
+        ({}, "--objectives [sft,dpoo]", ["dpoo"]),
+        ({}, "--num_rounds 99", ["dpo", "16 for 99 rounds"]),
+        ({}, "--model_name_or_path ./none", ["`model_name_or_path` is './none'", "there is no folder /"]),
+        ({}, "--tokenizer_name_or_path ./none", ["`tokenizer_name_or_path` is './none'"]),
+        ({}, "--datasets.dpo none/pairs.jsonl", ["`datasets.dpo`", "there is no file /", "none/pairs.jsonl"]),
+        ({}, "--datasets.dpo {path: a.csv.gz}", ["`datasets.dpo`", "there is no file /"]),
+        ({}, "--eval_datasets.dpo [a.jsonl]", ["`eval_datasets.dpo`", "there is no file /"]),
+        ({}, "--datasets.dpo {pat: x}", ["`datasets.dpo`", "`pat`", "`path`"]),
+        ({"peft": {"rank": 3}}, "", ["`peft.rank`"]),
+        ({"peft": {"target_modules": ["nothing"]}}, "", ["nothing"]),
+        ({"quantization": {"load_in_8bit": True}}, "", ["8 bits and has no adapter", "`peft: {}`"]),
+        ({"peft": {}, "quantization": {"load_in_4bits": True}}, "", ["`quantization.load_in_4bits`"]),
+        ({"peft": {}, "quantization": {"load_in_4bit": "yes"}}, "", ["`quantization`", "load_in_4bit"]),
+        ({"num_round": 3}, "", ["`num_round`", "`num_rounds`"]),
+        ({}, "--resum", ["`--resum`", "`resume`"]),
+    ],
+)  # fmt: skip
+def test_what_the_user_can_correct_is_one_line_with_status_2_and_leaves_nothing(
+    hbat, values, tmp_path, changes, words, parts
+):
+    values.update(changes)
+    message = refusal(hbat("validate", *words.split(" ", 1) if words else ()))
+    for part in parts:
+        assert part in message
+    assert [each.name for each in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_faulty_row_is_named(hbat, values, tmp_path):
+    rows = [*preference_rows(3).to_list(), {"prompt": "a", "chosen": " b", "rejected": " b"}]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values["datasets"]["dpo"] = str(file)
+    message = refusal(hbat("train"))
+    assert "dpo" in message
+    assert "row 3" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_traceback_is_shown_when_asked_for(hbat, capfd):
+    file_missing = ["train", "--config", "none.yaml"]
+    assert main(file_missing) == 2
+    assert "Traceback" not in capfd.readouterr().err
+    assert main([*file_missing, "--traceback"]) == 2
+    assert "Traceback" in capfd.readouterr().err
+
+
+# --- the command line itself -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["tran"], ["train"], ["train", "--config"], ["demo", "--fast"], ["demo", "--seed", "x"]]
+)
+def test_a_wrong_command_line_is_one_line_with_status_2(words, capsys):
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("hbat: error: ")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["train", "--help"], ["validate", "--help"], ["demo", "-h"]]
+)
+def test_help_imports_nothing_heavy(words):
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['hbat', *{words!r}]\n"
+        "try: runpy.run_module('hbat', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code in (None, 0), end.code\n"
+        f"print('HEAVY', [each for each in {HEAVY!r} if each in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_help_of_train_describes_every_key(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for part in ("--resume", "num_rounds", "model_name_or_path", "ewc.f_max", "trl.SFTConfig", "trl.DPOConfig"):
+        assert part in shown

@@ -1,0 +1,64 @@
+"""Reward functions as a run file names them."""
+
+import math
+import textwrap
+
+import pytest
+
+from hbat.cli.reward_functions import load_reward_functions
+
+FILE = """
+    scale = 2.0
+
+    def length(completions, **kwargs):
+        return [scale * len(each) for each in completions]
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "rewards.py"
+    path.write_text(textwrap.dedent(FILE), encoding="utf-8")
+    return path
+
+
+def test_functions_come_from_modules_and_files_and_models_stay_names(file):
+    assert load_reward_functions(None) is None
+    found = load_reward_functions(["math:fsum", "rewards.py:length", f"{file}:length", "some/model", "./folder"])
+    assert found[0] is math.fsum
+    assert [each(completions=["ab"]) for each in found[1:3]] == [[4.0], [4.0]]
+    assert found[3:] == ["some/model", "./folder"]
+
+
+def test_a_single_text_is_a_list_of_one(file):
+    (found,) = load_reward_functions("rewards.py:length")
+    assert found.__name__ == "length"
+
+
+REFUSED = [
+    ("no_such_module:f", ValueError, r"`reward_funcs`: there is no module 'no_such_module'.*`path/to/file\.py:"),
+    ("math:fsun", ValueError, r"`reward_funcs`: math has no function `fsun`\. Did you mean `fsum`\?"),
+    ("math:pi", TypeError, r"`reward_funcs`: `pi` of math is a float, not a function"),
+    ("rewards.py", ValueError, r"'rewards\.py', which names no function\. Give `package\.module:function`"),
+    ("rewards.py:", ValueError, r"names no function"),
+    (":length", ValueError, r"names no function"),
+    ("", ValueError, r"names no function"),
+    ("reward.py:length", ValueError, r"there is no file .*/reward\.py\. Did you mean `rewards\.py`\?"),
+    ("gone/rewards.py:length", ValueError, r"there is no file .*\(nor is there a folder .*/gone\)"),
+    ("rewards.py:lenght", ValueError, r"has no function `lenght`\. Did you mean `length`\?"),
+    ("broken.py:length", ValueError, r"importing .*/broken\.py failed: ZeroDivisionError: "),
+]
+
+
+@pytest.mark.parametrize(("text", "error", "message"), REFUSED)
+def test_what_cannot_be_imported_is_named(text, error, message, file):
+    (file.parent / "broken.py").write_text("1 / 0\n", encoding="utf-8")
+    with pytest.raises(error, match=message) as caught:
+        load_reward_functions(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_one_of_several_that_is_wrong_is_named_by_its_place(file):
+    with pytest.raises(ValueError, match=r"`reward_funcs\[1\]`: math has no function"):
+        load_reward_functions(["math:fsum", "math:nothing"])

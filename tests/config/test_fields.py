@@ -1,0 +1,204 @@
+import dataclasses
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union, get_type_hints
+
+import pytest
+import trl
+
+from hbat.config.ewc import EWCConfig
+from hbat.config.fields import build_section, convert, nearest
+from hbat.config.hbat import HBATConfig
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclass(kw_only=True)
+class Paint:
+    """A section: its class refuses negative coats, as hosts refuse combinations of values."""
+
+    colour: Colour = Colour.RED
+    coats: int = 1
+    gloss: float | None = None
+    inner: int = field(default=0, init=False)
+
+    def __post_init__(self):
+        if self.coats < 0:
+            raise ValueError("coats cannot be negative")
+        if self.gloss == 1.0:
+            raise NotImplementedError("no mirrors")
+
+
+FITS = [
+    (3, int, 3),
+    ("3", int, 3),
+    (" 3 ", int, 3),
+    (2, float, 2.0),
+    (2.5, float, 2.5),
+    ("1e-5", float, 1e-5),
+    ("inf", float, float("inf")),
+    ("3", str, "3"),
+    (True, bool, True),
+    (None, type(None), None),
+    (None, int | None, None),
+    (None, Optional[int], None),  # noqa: UP045 - hosts write it so
+    ("7", Optional[int], 7),  # noqa: UP045
+    ("0.5", Union[int, float], 0.5),  # noqa: UP007
+    ("5", int | float, 5),
+    ("5", int | str, "5"),
+    (0.1, float | str, 0.1),
+    ("steps", Literal["no", "steps"], "steps"),
+    (None, Literal["no"] | None, None),
+    ("red", Colour, "red"),
+    (Colour.RED, Colour, Colour.RED),
+    ("anything", Colour | str, "anything"),
+    ([1, 2], list[int], [1, 2]),
+    ((1, 2), list[int], (1, 2)),
+    ([1, "a"], list, [1, "a"]),
+    ([], list[str], []),
+    (["q", "v"], list[str] | None, ["q", "v"]),
+    ([None, 1], list[int | None], [None, 1]),
+    ((0.9, 0.95), tuple[float, float], (0.9, 0.95)),
+    ({"a": 1}, dict[str, Any], {"a": 1}),
+    ({"a": 1}, dict | str | None, {"a": 1}),
+    ("text", Any, "text"),
+    (3, Any, 3),
+    ([object, 1], list[Any], [object, 1]),
+    ("text", "a name that nothing resolves", "text"),
+    (Paint, object, Paint),
+]
+
+
+@pytest.mark.parametrize(("value", "hint", "expected"), FITS, ids=lambda each: str(each)[:30])
+def test_a_value_that_fits_is_taken_and_a_number_may_be_text(value, hint, expected):
+    found = convert(value, hint, "field")
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+DOES_NOT_FIT = [
+    (True, int, "a whole number"),
+    (False, float, "a number"),
+    (True, int | None, "a whole number or null"),
+    (1, bool, "true or false"),
+    ("true", bool, "true or false"),
+    (1.5, int, "a whole number"),
+    ("1.5", int, "a whole number"),
+    ("1e3", int, "a whole number"),
+    ("fast", float, "a number"),
+    ("", float, "a number"),
+    (None, int, "a whole number"),
+    (3, str, "a text"),
+    ("step", Literal["no", "steps"], "one of 'no', 'steps'"),
+    (["no"], Literal["no", "steps"], "one of 'no', 'steps'"),
+    ("blue", Colour, "one of 'red'"),
+    ("a", list[str], "a list"),
+    (["a", 1], list[str], "a list"),
+    ([True], list[int], "a list"),
+    ("a", dict[str, Any], "a mapping"),
+    ([], dict, "a mapping"),
+    ("red", Paint, "Paint"),
+]
+
+
+@pytest.mark.parametrize(("value", "hint", "kind"), DOES_NOT_FIT, ids=lambda each: str(each)[:30])
+def test_a_value_of_another_type_is_refused_with_what_it_must_be(value, hint, kind):
+    with pytest.raises(TypeError) as error:
+        convert(value, hint, "paint.field")
+    assert str(error.value) == f"`paint.field` is {value!r}; it must be {kind}."
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_name_gets_the_nearest_known_one_or_none():
+    assert nearest("learning_rat", ["seed", "learning_rate"]) == " Did you mean `learning_rate`?"
+    assert nearest("zzz", ["seed", "learning_rate"]) == ""
+    assert nearest("zzz", []) == ""
+
+
+def test_a_section_is_built_from_plain_values():
+    assert build_section("paint", Paint, {"coats": "2", "gloss": 0}) == Paint(coats=2, gloss=0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"coat": 1}, ValueError, "`paint.coat` is not an option. Did you mean `coats`?"),
+        ({"zzz": 1}, ValueError, "`paint.zzz` is not an option."),
+        ({3: 1}, ValueError, "`paint.3` is not an option."),
+        ({"inner": 1}, ValueError, "`paint.inner` is not an option."),
+        ({"coats": "two"}, TypeError, "`paint.coats` is 'two'; it must be a whole number."),
+        ({"coats": -1}, ValueError, "`paint.coats`: coats cannot be negative"),
+        ({"gloss": 1}, ValueError, "`paint.gloss`: no mirrors"),
+        ({"colour": "red"}, ValueError, "`paint.colour` cannot be set here: Set the house's."),
+    ],
+)
+def test_a_refusal_begins_with_the_section(values, error, message):
+    with pytest.raises(error) as found:
+        build_section("paint", Paint, values, owned={"colour": "Set the house's."})
+    assert str(found.value).startswith(message)
+
+
+def test_at_the_top_level_names_stand_alone():
+    with pytest.raises(ValueError, match=r"^`coat` is not an option\. Did you mean `coats`\?"):
+        build_section("", Paint, {"coat": 1})
+
+
+def test_our_own_refusals_keep_their_one_prefix():
+    with pytest.raises(ValueError, match=r"^`ewc\.f_max` is -1\.0; it must be"):
+        build_section("ewc", EWCConfig, {"f_max": -1})
+
+
+def test_a_run_is_a_section_at_the_top_level():
+    config = build_section("", HBATConfig, {"output_dir": "run", "ewc": {"f_max": "3"}, "average": {"sft": 0.5}})
+    assert (config.ewc.f_max, config.average_of("sft")) == (3.0, 0.5)
+
+
+def test_a_class_whose_annotations_cannot_be_read_takes_any_value():
+    unreadable = dataclasses.make_dataclass("Unreadable", [("size", "NoSuchName", field(default=0))])
+    assert build_section("own", unreadable, {"size": "large"}).size == "large"
+
+
+# --- the host's sections ---------------------------------------------------------------------------------------------
+
+HOSTS = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}
+each_host = pytest.mark.parametrize("section", HOSTS)
+
+
+@each_host
+def test_the_hosts_configuration_is_built_with_numbers_as_text(section, tmp_path):
+    values = {"output_dir": str(tmp_path), "learning_rate": "1e-5", "max_steps": "7", "use_cpu": True, "bf16": False}
+    args = build_section(section, HOSTS[section], values)
+    assert (args.learning_rate, args.max_steps) == (1e-5, 7)
+
+
+@each_host
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"learning_rte": 1e-5}, ValueError, r"^`{}\.learning_rte` is not an option\. Did you mean `learning_rate`\?"),
+        ({"learning_rate": "fast"}, TypeError, r"^`{}\.learning_rate` is 'fast'; it must be a number"),
+        ({"max_steps": 1.5}, TypeError, r"^`{}\.max_steps` is 1\.5; it must be a whole number"),
+        ({"bf16": "maybe"}, TypeError, r"^`{}\.bf16` is 'maybe'; it must be true or false"),
+        ({"optim": "adamm"}, ValueError, r"^`{}\.optim`: .*adamm"),
+        ({"lr_scheduler_type": "cosin"}, ValueError, r"^`{}\.lr_scheduler_type`: .*cosin"),
+        ({"save_strategy": "sometimes"}, ValueError, r"^`{}\.save_strategy`: .*sometimes"),
+    ],
+    ids=["unknown", "text", "fraction", "boolean", "optimizer", "schedule", "strategy"],
+)
+def test_what_the_host_refuses_begins_with_the_section(section, values, error, message, tmp_path):
+    with pytest.raises(error, match=message.format(section)):
+        build_section(section, HOSTS[section], {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False} | values)
+
+
+@pytest.mark.parametrize("config_class", [*HOSTS.values(), EWCConfig, HBATConfig])
+def test_every_default_is_of_its_fields_type(config_class):
+    hints = get_type_hints(config_class)
+    for each in dataclasses.fields(config_class):
+        if not each.init or (each.default is each.default_factory is dataclasses.MISSING):
+            continue
+        default = each.default if each.default is not dataclasses.MISSING else each.default_factory()
+        assert convert(default, hints[each.name], each.name) == default

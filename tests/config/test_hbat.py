@@ -1,0 +1,153 @@
+import dataclasses
+import math
+import types
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hbat.config.ewc import EWCConfig
+from hbat.config.hbat import HBATConfig
+
+
+def test_defaults_are_valid_and_need_only_a_folder():
+    config = HBATConfig(output_dir="run")
+    assert config.objective_names == ["sft", "dpo"]
+    assert config.ewc == EWCConfig()
+
+
+@pytest.mark.parametrize("config_class", [EWCConfig, HBATConfig])
+def test_every_option_has_a_help_text(config_class):
+    assert all(each.metadata["help"].strip().endswith(".") for each in dataclasses.fields(config_class))
+
+
+# --- EWC -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "author"}, r"`ewc\.preset` is 'author'; the only preset is 'authors'"),
+        ({"source": "fischer"}, r"`ewc\.source` is 'fischer', which is not one of .* Did you mean `fisher`\?"),
+        ({"granularity": "layer"}, r"`ewc\.granularity` is 'layer', which is not one of 'tensor', 'element'"),
+        ({"normalization": "maximum"}, r"`ewc\.normalization` is 'maximum'.* Did you mean `max`\?|'maximum', which"),
+        ({"method": "proximate"}, r"`ewc\.method` is 'proximate'.* Did you mean `proximal`\?"),
+        ({"estimator": "gbn"}, r"`ewc\.estimator` is 'gbn'.* Did you mean `gnb`\?"),
+        ({"f_max": -1}, r"`ewc\.f_max` is -1; it must be a number at least 0"),
+        ({"f_max": math.nan}, r"`ewc\.f_max` is nan"),
+        ({"f_max": "10"}, r"`ewc\.f_max` is '10'; it must be a number"),
+        ({"f_max": True}, r"`ewc\.f_max` is True; it must be a number"),
+        ({"importance_scale": -1.0}, r"`ewc\.importance_scale` is -1\.0"),
+        ({"freeze": 1.5}, r"`ewc\.freeze` is 1\.5; it must be a number between 0 and 1"),
+        ({"freeze": 1.0}, r"`ewc\.freeze` is 1\.0; it must be below 1"),
+        ({"freeze": 1}, r"`ewc\.freeze` is 1; it must be below 1"),
+        ({"fisher_samples": 0}, r"`ewc\.fisher_samples` is 0; it must be a .*number.* at least 1"),
+        ({"anchor_device": "cuda"}, r"`ewc\.anchor_device` is 'cuda', which is not one of 'model', 'cpu'"),
+        ({"fisher_batch_size": 0}, r"`ewc\.fisher_batch_size` is 0"),
+        ({"normalization": "softmax"}, r"softmax` runs over tensors but `ewc\.granularity` is 'element'"),
+        (
+            {"preset": "authors", "freeze": 0.2},
+            r"`ewc\.preset: authors` sets `ewc\.freeze` to 0\.0, but 0\.2 was given",
+        ),
+        ({"preset": "authors", "source": "fisher"}, r"sets `ewc\.source` to 'displacement', but 'fisher' was given"),
+    ],
+)
+def test_a_wrong_ewc_option_is_named_with_what_would_be_right(options, message):
+    with pytest.raises(ValueError, match=message):
+        EWCConfig(**options)
+
+
+def test_the_authors_preset_sets_all_of_their_choices_and_keeps_the_strength():
+    config = EWCConfig(preset="authors", f_max=3.0)
+    assert (config.source, config.granularity, config.normalization) == ("displacement", "tensor", "softmax")
+    assert (config.importance_scale, config.method, config.freeze, config.f_max) == (1e10, "gradient", 0.0, 3.0)
+
+
+def test_the_help_of_the_authors_preset_says_all_that_it_sets():
+    fields = {each.name: each for each in dataclasses.fields(EWCConfig)}
+    text = fields["preset"].metadata["help"]
+    preset = EWCConfig(preset="authors")
+    for name in ("source", "granularity", "normalization", "method"):
+        assert f"`{name}: {getattr(preset, name)}`" in text
+    assert "`importance_scale: 1e10`" in text
+    assert "`freeze: 0`" in text
+    assert "examples/configs/authors.yaml" in text
+
+
+def test_the_authors_preset_may_be_spelled_out_beside_it():
+    assert EWCConfig(preset="authors", normalization="softmax", granularity="tensor") == EWCConfig(preset="authors")
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1, exclude_max=True))
+def test_any_number_in_range_is_accepted(f_max, freeze):
+    config = EWCConfig(f_max=f_max, freeze=freeze)
+    assert (config.f_max, config.freeze) == (f_max, freeze)
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output_dir": ""}, r"`output_dir` is ''; name a folder"),
+        ({"output_dir": 3}, r"`output_dir` is 3; name a folder"),
+        ({"num_rounds": 0}, r"`num_rounds` is 0; it must be a whole number of at least 1"),
+        ({"num_rounds": 2.0}, r"`num_rounds` is 2\.0; it must be a whole number"),
+        ({"num_rounds": True}, r"`num_rounds` is True; it must be a whole number"),
+        ({"save_total_limit": 0}, r"`save_total_limit` is 0; it must be a whole number of at least 1"),
+        ({"seed": -1}, r"`seed` is -1; it must be a whole number of at least 0"),
+        ({"seed": 0.5}, r"`seed` is 0\.5; it must be a whole number"),
+        ({"objectives": []}, r"`objectives` is \[\]; give a list such as"),
+        ({"objectives": "sft"}, r"`objectives` is 'sft'; give a list such as"),
+        ({"objectives": ["sft", "sft"]}, r"an objective can stand in a round only once"),
+        ({"optimizer_state": "keep"}, r"`optimizer_state` is 'keep', which is not one of 'reset', 'carry'"),
+        ({"on_bad_rows": "dorp"}, r"`on_bad_rows` is 'dorp'.* Did you mean `drop`\?"),
+        ({"on_nan": "rolback"}, r"`on_nan` is 'rolback', which is not one of 'stop', 'rollback'.* Did you mean"),
+        ({"max_rollbacks": -1}, r"`max_rollbacks` is -1; it must be a whole number of at least 0"),
+        ({"lr_schedule": "stages"}, r"`lr_schedule` is 'stages'.* Did you mean `stage`\?"),
+        ({"lr_schedule": {"dpo": "decline"}}, r"`lr_schedule` is 'decline'"),
+        ({"lr_schedule": {"dop": "run"}}, r"`lr_schedule` names the objective 'dop'.* Did you mean `dpo`\?"),
+        ({"average": 1.5}, r"`average` is 1\.5; it must be a number between 0 and 1"),
+        ({"average": {"sft": -0.1}}, r"`average` is -0\.1; it must be a number between 0 and 1"),
+        ({"average": {"kto": 0.5}}, r"`average` names the objective 'kto', which is not among \['sft', 'dpo'\]"),
+        ({"ewc": {"fmax": 1.0}}, r"`ewc\.fmax` is not an option.* Did you mean `f_max`\?"),
+        ({"ewc": {"f_max": -1.0}}, r"`ewc\.f_max` is -1\.0"),
+    ],
+)
+def test_a_wrong_option_of_the_run_is_named_with_what_would_be_right(options, message):
+    with pytest.raises(ValueError, match=message):
+        HBATConfig(**{"output_dir": "run"} | options)
+
+
+def test_an_ewc_section_of_a_wrong_type_is_refused():
+    with pytest.raises(TypeError, match=r"`ewc` is a float; give a mapping, an EWCConfig or null"):
+        HBATConfig(output_dir="run", ewc=10.0)
+
+
+def test_the_ewc_section_may_be_a_mapping_an_object_or_nothing():
+    assert HBATConfig(output_dir="run", ewc={"f_max": 2.0}).ewc == EWCConfig(f_max=2.0)
+    assert HBATConfig(output_dir="run", ewc=EWCConfig(f_max=2.0)).ewc == EWCConfig(f_max=2.0)
+    assert HBATConfig(output_dir="run", ewc=None).ewc is None
+
+
+def test_one_word_holds_for_all_objectives_and_a_mapping_for_those_it_names():
+    config = HBATConfig(output_dir="run", lr_schedule="run", average=0.5)
+    assert [config.lr_schedule_of(each) for each in ("sft", "dpo")] == ["run", "run"]
+    assert [config.average_of(each) for each in ("sft", "dpo")] == [0.5, 0.5]
+    config = HBATConfig(output_dir="run", lr_schedule={"dpo": "decay"}, average={"sft": 0.25})
+    assert [config.lr_schedule_of(each) for each in ("sft", "dpo")] == ["stage", "decay"]
+    assert [config.average_of(each) for each in ("sft", "dpo")] == [0.25, 1.0]
+
+
+def test_an_objective_of_ones_own_counts_by_its_name():
+    own = types.SimpleNamespace(name="distill")
+    config = HBATConfig(output_dir="run", objectives=["sft", own], average={"distill": 0.5})
+    assert config.objective_names == ["sft", "distill"]
+    assert config.average_of("distill") == 0.5
+
+
+def test_two_configurations_share_nothing_that_can_change():
+    first, second = HBATConfig(output_dir="a"), HBATConfig(output_dir="b")
+    assert first.objectives is not second.objectives
+    assert first.ewc is not second.ewc

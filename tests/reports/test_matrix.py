@@ -1,0 +1,154 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matrices import TWO_ROUNDS, matrix
+
+from hbat.reports.matrix import ForgettingMatrix, as_metrics, scores
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_numbers_without_prefix_and_run_times():
+    metrics = {
+        "eval_loss": 1.5, "eval_rewards/margins": -2, "eval_runtime": 3.0, "eval_samples_per_second": 9.0,
+        "eval_steps_per_second": 2.0, "epoch": 1.0, "eval_num_tokens": 77.0, "eval_model_preparation_time": 0.1,
+        "eval_name": "text", "eval_flag": True, "eval_nothing": None, "accuracy": 1,
+    }  # fmt: skip
+    found = scores(metrics)
+    assert found == {"loss": 1.5, "rewards/margins": -2.0, "accuracy": 1.0}
+    assert all(type(each) is float for each in found.values())
+
+
+# --- backward transfer and interference ------------------------------------------------------------------------------
+
+
+def test_backward_transfer_equals_the_computation_by_hand():
+    # sft: after its stages 2.0 and 1.0, at the end 1.75. dpo: after its first stage 0.4, at the end 0.25; its second
+    # stage is the end itself, which nothing follows.
+    assert matrix(*TWO_ROUNDS).backward_transfer() == pytest.approx({
+        "sft": ((2.0 - 1.75) + (1.0 - 1.75)) / 2,
+        "dpo": 0.4 - 0.25,
+    })
+
+
+def test_forgetting_is_negative_and_what_helped_is_positive():
+    found = matrix(("sft", {"sft": 1.0}), ("dpo", {"sft": 3.0})).backward_transfer()
+    assert found == {"sft": -2.0}
+    assert matrix(("sft", {"sft": 3.0}), ("dpo", {"sft": 1.0})).backward_transfer() == {"sft": 2.0}
+
+
+def test_interference_equals_the_computation_by_hand():
+    # sft over the two stages of dpo: +0.5, +0.75. dpo over the two stages of sft: +0.2, +0.1.
+    assert matrix(*TWO_ROUNDS).interference() == pytest.approx({"sft": 0.625, "dpo": 0.15})
+
+
+def test_a_single_stage_has_no_transfer_and_interferes_with_the_other_objective_only():
+    found = matrix(*TWO_ROUNDS[:2])
+    assert found.backward_transfer() == {}
+    assert found.interference() == pytest.approx({"dpo": 0.2})
+
+
+def test_an_empty_matrix_says_nothing():
+    found = matrix()
+    assert (found.backward_transfer(), found.interference(), found.lines(), found.series("sft")) == ({}, {}, [], [])
+
+
+def test_an_objective_without_evaluations_is_left_out():
+    rows = [(name, {"sft": losses["sft"]}) for name, losses in TWO_ROUNDS]
+    found = matrix(*rows)
+    assert set(found.backward_transfer()) == set(found.interference()) == {"sft"}
+    assert found.series("dpo") == [None] * 5
+
+
+def test_a_missing_score_at_the_end_leaves_no_transfer():
+    found = matrix(*TWO_ROUNDS[:-1], ("dpo", {"dpo": 0.25}))
+    assert set(found.backward_transfer()) == {"dpo"}
+
+
+def test_missing_scores_on_the_way_are_skipped():
+    rows = list(TWO_ROUNDS)
+    rows[1] = ("sft", {"dpo": 0.9})  # sft was not evaluated after its first stage
+    found = matrix(*rows)
+    assert found.backward_transfer()["sft"] == pytest.approx(1.0 - 1.75)
+    assert found.interference()["sft"] == pytest.approx(1.75 - 1.0)  # its value before the first dpo stage is missing
+
+
+def test_three_objectives_each_forget_over_the_two_others():
+    headline = {"sft": "loss", "dpo": "loss", "kto": "loss"}
+    found = matrix(("sft", {"sft": 1.0}), ("dpo", {"sft": 1.5}), ("kto", {"sft": 1.25}), headline=headline)
+    assert found.backward_transfer() == {"sft": -0.25}
+    assert found.interference() == {"sft": 0.125}
+
+
+@given(st.lists(st.floats(-100, 100), min_size=3, max_size=9), st.floats(-50, 50))
+def test_a_shift_of_all_scores_changes_neither_measure(values, shift):
+    def build(offset):
+        rows = [("sft" if index % 2 else "dpo", {"sft": each + offset}) for index, each in enumerate(values)]
+        return matrix(*rows)
+
+    for measure in ("backward_transfer", "interference"):
+        assert getattr(build(shift), measure)() == pytest.approx(getattr(build(0.0), measure)(), abs=1e-9)
+
+
+def test_where_higher_is_better_the_signs_turn_and_keep_their_meaning():
+    rows = [("sft", {"sft": 1.0}), ("ppo", {"sft": 3.0, "ppo": 0.5}), ("sft", {"sft": 2.0, "ppo": 0.25})]
+    found = ForgettingMatrix({"sft": "loss", "ppo": "reward"}, better={"ppo": "higher"})
+    for index, (objective, values) in enumerate(rows):
+        each = {name: {found.headline[name]: value} for name, value in values.items()}
+        found.add(stage=index, round_index=0, objective=objective, scores=each)
+    assert found.backward_transfer() == {"sft": 1.0 - 2.0, "ppo": 0.25 - 0.5}
+    assert found.interference() == {"sft": 3.0 - 1.0, "ppo": 0.5 - 0.25}
+    assert found.as_dict()["better"] == {"sft": "lower", "ppo": "higher"}
+
+
+def test_scores_are_named_as_the_host_names_those_of_several_data_sets():
+    assert as_metrics({"sft": {"loss": 1.0}, "ppo": {"reward": 2.0}}) == {"eval_sft/loss": 1.0, "eval_ppo/reward": 2.0}
+
+
+# --- rows, lines, files ----------------------------------------------------------------------------------------------
+
+
+def test_a_series_takes_the_headline_metric():
+    found = ForgettingMatrix({"dpo": "rewards/margins"})
+    found.add(stage=0, round_index=0, objective="dpo", scores={"dpo": {"loss": 1.0, "rewards/margins": 3.0}})
+    found.add(stage=1, round_index=0, objective="sft", scores={"dpo": {"loss": 2.0}})
+    assert found.series("dpo") == [3.0, None]
+
+
+def test_a_stage_is_known_once_it_was_added():
+    found = matrix(*TWO_ROUNDS[:2])
+    assert [found.has(stage) for stage in (-1, 0, 1)] == [True, True, False]
+
+
+def test_lines_name_rounds_from_one_and_keep_the_order_of_objectives():
+    assert list(matrix(*TWO_ROUNDS).lines()) == [
+        ("start", [4.0, 0.7]),
+        ("round 1: sft", [2.0, 0.9]),
+        ("round 1: dpo", [2.5, 0.4]),
+        ("round 2: sft", [1.0, 0.5]),
+        ("round 2: dpo", [1.75, 0.25]),
+    ]
+
+
+def test_rows_do_not_follow_what_was_handed_in():
+    given_scores = {"sft": {"loss": 1.0}}
+    found = ForgettingMatrix({"sft": "loss"})
+    found.add(stage=0, round_index=0, objective="sft", scores=given_scores)
+    given_scores["dpo"] = {"loss": 2.0}
+    assert found.rows[0]["scores"] == {"sft": {"loss": 1.0}}
+
+
+def test_a_matrix_survives_json():
+    found = matrix(*TWO_ROUNDS)
+    plain = json.loads(json.dumps(found.as_dict()))
+    again = ForgettingMatrix(plain["headline"], plain["rows"])
+    assert again == found
+    assert (plain["backward_transfer"], plain["interference"]) == (found.backward_transfer(), found.interference())
+
+
+def test_a_score_that_is_not_a_number_stays_visible():
+    found = matrix(("sft", {"sft": math.nan}), ("dpo", {"sft": 1.0}))
+    assert math.isnan(found.backward_transfer()["sft"])

@@ -1,0 +1,90 @@
+import builtins
+import importlib.util
+import logging
+import math
+import struct
+import sys
+
+import pytest
+from matrices import TWO_ROUNDS, matrix
+
+from hbat.reports.plots import can_draw, draw_matrix
+from hbat.reports.results import write_results
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def hidden(monkeypatch):
+    """Make matplotlib absent."""
+    find_spec, real_import = importlib.util.find_spec, builtins.__import__
+
+    def without(name, *args, **kwargs):
+        return None if name.split(".")[0] == "matplotlib" else find_spec(name, *args, **kwargs)
+
+    def refuse(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    for name in [each for each in sys.modules if each.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+def size(file):
+    """Width and height of a PNG, read from its header."""
+    content = file.read_bytes()
+    assert content.startswith(PNG)
+    assert content.endswith(b"IEND\xaeB`\x82")
+    return struct.unpack(">II", content[16:24])
+
+
+CASES = {
+    "two rounds": TWO_ROUNDS,
+    "one stage": TWO_ROUNDS[1:2],
+    "only the start": TWO_ROUNDS[:1],
+    "one objective": [(name, {"sft": losses["sft"]}) for name, losses in TWO_ROUNDS],
+    "missing values": [(None, {}), ("sft", {"sft": 1.0}), ("dpo", {"dpo": 2.0}), ("sft", {})],
+    "not a number": [("sft", {"sft": math.nan, "dpo": math.inf}), ("dpo", {"sft": 1.0, "dpo": 2.0})],
+    "equal values": [("sft", {"sft": 1.0, "dpo": 1.0})] * 3,
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("rows", CASES.values(), ids=CASES)
+def test_a_picture_is_written_whatever_the_scores(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    draw_matrix(matrix(*rows), tmp_path / "evaluation.png")
+    width, height = size(tmp_path / "evaluation.png")
+    assert min(width, height) > 100
+
+
+def test_a_longer_run_has_a_wider_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw_matrix(matrix(*TWO_ROUNDS), tmp_path / "short.png")
+    draw_matrix(matrix(*TWO_ROUNDS * 3), tmp_path / "long.png")
+    assert size(tmp_path / "long.png")[0] > size(tmp_path / "short.png")[0]
+
+
+def test_drawing_leaves_no_figure_open(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    before = pyplot.get_fignums()
+    draw_matrix(matrix(*TWO_ROUNDS), tmp_path / "evaluation.png")
+    assert pyplot.get_fignums() == before
+
+
+def test_without_matplotlib_one_line_says_what_is_missing(hidden, tmp_path, caplog):
+    assert not can_draw()
+    with caplog.at_level(logging.INFO, logger="hbat.reports.plots"):
+        draw_matrix(matrix(*TWO_ROUNDS), tmp_path / "evaluation.png")
+    assert [each.message for each in caplog.records] == [
+        "matplotlib is not installed, so evaluation.png is not drawn (pip install 'hbat-trl[plots]')."
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_results_are_written_all_the_same(hidden, tmp_path):
+    write_results(tmp_path, matrix(*TWO_ROUNDS))
+    assert [each.name for each in tmp_path.iterdir()] == ["evaluation.json"]

@@ -1,0 +1,267 @@
+import json
+import types
+
+import cases
+import pytest
+import runs
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from hbat.config.hbat import HBATConfig
+from hbat.reports.log import load_log
+from hbat.reports.reporter import ForwardLogs, RunReporter, renamed
+from hbat.state.plan import plan
+
+LOG = "trainer_state.json"
+PLAN = plan(2, ["sft", "dpo"])
+MODEL = types.SimpleNamespace(config=types.SimpleNamespace(to_json_string=lambda: "{}"))
+
+
+@pytest.fixture
+def reporter(tmp_path):
+    made = []
+
+    def make(*, state=None, total=40, **options):
+        config = HBATConfig(output_dir=str(tmp_path), **{"disable_tqdm": True} | options)
+        host = TrainingArguments(output_dir=str(tmp_path), **cases.CHEAP_ARGS)
+        made.append(RunReporter(config, MODEL, state or TrainerState(), total, host))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def forward(reporter, stage, *, steps=10, after=0):
+    callback = ForwardLogs(reporter, stage, after)
+    state = TrainerState(max_steps=steps)
+    callback.on_train_begin(None, state, None)
+    return callback, state
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("loss", "dpo/loss"),
+        ("grad_norm", "dpo/grad_norm"),
+        ("rewards/margins", "dpo/rewards/margins"),
+        ("eval_loss", "eval_dpo_stage/loss"),
+        ("eval_rewards/margins", "eval_dpo_stage/rewards/margins"),
+        ("ewc/penalty", "ewc/penalty"),
+        ("ewc/grad_norm_ratio", "ewc/grad_norm_ratio"),
+        ("epoch", None),
+        ("total_flos", None),
+        ("train_loss", None),
+        ("train_runtime", None),
+        ("train_samples_per_second", None),
+        ("train_steps_per_second", None),
+        ("eval_runtime", None),
+        ("eval_samples_per_second", None),
+        ("eval_steps_per_second", None),
+        ("eval_model_preparation_time", None),
+    ],
+)
+def test_an_entry_is_named_for_its_objective_or_dropped(key, expected):
+    assert renamed({key: 1.5}, "dpo") == ({} if expected is None else {expected: 1.5})
+
+
+def test_no_entry_is_lost_to_another_ones_name():
+    logs = {"loss": 1, "eval_loss": 2, "ewc/penalty": 3, "train_loss": 4}
+    assert renamed(logs, "sft") == {"sft/loss": 1, "eval_sft_stage/loss": 2, "ewc/penalty": 3}
+
+
+def test_evaluation_inside_a_stage_and_after_it_have_names_of_their_own(reporter):
+    run = reporter()
+    callback, state = forward(run, PLAN[1])
+    state.global_step = 10
+    callback.on_log(None, state, None, logs={"eval_loss": 0.7})
+    run.log({"eval_dpo/loss": 0.6}, 10)
+    inside, after = run.state.log_history
+    assert (inside["eval_dpo_stage/loss"], after["eval_dpo/loss"]) == (0.7, 0.6)
+    assert "eval_dpo/loss" not in inside
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_stages_log_on_one_step_axis_with_their_place(reporter):
+    run = reporter()
+    for stage in PLAN[:2]:
+        callback, state = forward(run, stage)
+        for step in (5, 10):
+            state.global_step = step
+            callback.on_log(None, state, None, logs={"loss": 1.0 / step, "epoch": 0.5})
+    assert run.state.log_history == [
+        {"sft/loss": 0.2, "hbat/stage": 0, "hbat/round": 0, "step": 5},
+        {"sft/loss": 0.1, "hbat/stage": 0, "hbat/round": 0, "step": 10},
+        {"dpo/loss": 0.2, "hbat/stage": 1, "hbat/round": 0, "step": 15},
+        {"dpo/loss": 0.1, "hbat/stage": 1, "hbat/round": 0, "step": 20},
+    ]
+    assert run.state.global_step == 20
+
+
+@pytest.mark.parametrize("logs", [{"train_loss": 1.0, "train_runtime": 2.0}, {}, None])
+def test_what_says_nothing_about_the_run_leaves_no_entry(logs, reporter):
+    run = reporter()
+    callback, state = forward(run, PLAN[0])
+    callback.on_log(None, state, None, logs=logs)
+    assert run.state.log_history == []
+
+
+def test_a_stage_that_goes_on_from_its_checkpoint_brings_its_log_along(reporter):
+    run = reporter(state=TrainerState(global_step=30))
+    callback = ForwardLogs(run, PLAN[3], 0)
+    past = [{"loss": 2.0, "epoch": 0.1, "step": 2}, {"eval_loss": 3.0, "step": 4}, {"train_loss": 1.0, "step": 4}]
+    callback.on_train_begin(None, TrainerState(max_steps=10, global_step=4, log_history=past), None)
+    place = {"hbat/stage": 3, "hbat/round": 1}
+    assert run.state.log_history == [
+        {"dpo/loss": 2.0, "step": 32} | place,
+        {"eval_dpo_stage/loss": 3.0, "step": 34} | place,
+    ]
+
+
+def test_a_log_is_saved_and_read_back(reporter, tmp_path):
+    run = reporter()
+    run.log({"sft/loss": 0.5}, 3)
+    again = load_log(tmp_path, 3, run.save())
+    assert again.log_history == [{"sft/loss": 0.5, "step": 3}]
+    assert again.global_step == 3
+    assert TrainerState.load_from_json(str(tmp_path / LOG)).log_history == again.log_history  # the host's own file
+
+
+def test_a_log_that_cannot_be_written_whole_leaves_the_last_one(reporter, tmp_path):
+    run = reporter()
+    run.log({"sft/loss": 0.5}, 3)
+    remembered = run.save()
+    run.state.log_history.append({"sft/loss": object()})
+    with pytest.raises(TypeError):
+        run.save()
+    assert len(load_log(tmp_path, 99, remembered).log_history) == 1
+
+
+def test_a_process_that_is_not_the_first_writes_no_log(reporter, tmp_path):
+    run = reporter()
+    run.state.is_world_process_zero = False
+    run.log({"sft/loss": 0.5}, 3)
+    run.save()
+    assert run.state.log_history == [{"sft/loss": 0.5, "step": 3}]
+    assert not (tmp_path / LOG).exists()
+
+
+# --- reporters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("report_to", ["none", ["none"], []])
+def test_a_run_that_reports_to_none_writes_only_its_log(report_to, reporter, tmp_path):
+    run = reporter(report_to=report_to)
+    run.log({"sft/loss": 0.5}, 1)
+    run.save()
+    run.close()
+    assert [each.name for each in tmp_path.iterdir()] == [LOG]
+
+
+def _events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_tensorboard_gets_every_entry_on_the_axis_of_the_run(reporter, tmp_path):
+    pytest.importorskip("tensorboard")
+    for start, stage in ((0, PLAN[0]), (10, PLAN[1])):  # two reporters: the run was cut off in between
+        run = reporter(report_to="tensorboard", state=TrainerState(global_step=start))
+        callback, state = forward(run, stage)
+        for state.global_step in (5, 10):
+            callback.on_log(None, state, None, logs={"loss": state.global_step / 4, "eval_loss": 1.0})
+        run.close()
+    events = _events(tmp_path / "runs")
+    assert events["train/sft/loss"] == [(5, 1.25), (10, 2.5)]
+    assert events["train/dpo/loss"] == [(15, 1.25), (20, 2.5)]
+    assert events["train/hbat/stage"] == [(5, 0.0), (10, 0.0), (15, 1.0), (20, 1.0)]
+    assert next(each for each in events if each.endswith("sft_stage/loss") and "eval" in each)
+
+
+def test_an_unknown_reporter_is_refused(reporter):
+    with pytest.raises(ValueError, match="tensorbord"):
+        reporter(report_to="tensorbord")
+
+
+@pytest.mark.parametrize("report_to", ["none", "tensorboard"])
+def test_closing_twice_does_no_harm(report_to, reporter):
+    pytest.importorskip("tensorboard")
+    run = reporter(report_to=report_to)
+    run.close()
+    run.close()
+
+
+# --- progress bar ----------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_counts_the_steps_of_the_run_and_corrects_its_total(reporter, capsys):
+    run = reporter(disable_tqdm=False, total=100)
+    first, state = forward(run, PLAN[0], steps=10, after=30)
+    assert run.state.max_steps == 40
+    state.global_step = 10
+    first.on_log(None, state, None, logs={"loss": 0.1234})
+    first.on_step_end(None, state, None)
+    run.state.global_step = 10
+    second, state = forward(run, PLAN[1], steps=8, after=20)
+    assert run.state.max_steps == 38
+    state.global_step = 8
+    second.on_step_end(None, state, None)
+    run.close()
+    shown = capsys.readouterr().err
+    assert "round 1/2 sft" in shown
+    assert "10/40" in shown
+    assert "10/10, loss 0.123" in shown
+    assert "round 1/2 dpo" in shown
+    assert "18/38" in shown
+
+
+def test_the_bar_of_a_run_that_goes_on_starts_where_it_was(reporter, capsys):
+    run = reporter(disable_tqdm=False, state=TrainerState(global_step=20), total=40)
+    forward(run, PLAN[2], steps=10, after=10)
+    run.close()
+    assert "20/40" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_there_is_no_bar_where_none_is_wanted(disabled, reporter, capsys):
+    run = reporter(disable_tqdm=disabled)
+    forward(run, PLAN[0])
+    run.close()
+    assert bool(capsys.readouterr().err) is not disabled
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+
+class _Cut(TrainerCallback):
+    """Ends the run in the middle of its second stage, after a checkpoint."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if "stage-001" in args.output_dir and state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")  # transformers < 5, of fast checkpoints
+def test_the_log_of_a_run_cut_off_inside_a_stage_is_that_of_a_run_that_was_not(tmp_path):
+    sections = {name: {"max_steps": 4, "save_strategy": "steps", "save_steps": 2} for name in ("sft", "dpo")}
+    options = {"num_rounds": 1, **sections}
+    whole = runs.train(cases.tiny_llama(), tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(cases.tiny_llama(), tmp_path / "cut", callbacks=[_Cut()], **options)
+    again = runs.train(cases.tiny_llama(), tmp_path / "cut", resume=True, **options)
+    times = ("_time", "num_tokens")
+
+    def lasting(run):
+        return [{k: v for k, v in each.items() if not k.endswith(times)} for each in run.state.log_history]
+
+    assert lasting(again) == lasting(whole)
+    assert [each["step"] for each in lasting(again)] == list(range(1, 9))
+    written = json.loads((tmp_path / "cut" / LOG).read_text())
+    assert written["log_history"] == again.state.log_history

@@ -1,0 +1,133 @@
+"""A run that gets a signal saves at the next step and ends with a status; a second signal ends it at once."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import cases
+import pytest
+import runs
+from transformers import TrainerCallback
+
+from hbat.stages.interruption import RunInterrupted, StopRequest
+
+pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
+ADAM = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "cosine", "max_steps": 4}
+OPTIONS = {"sft": ADAM, "dpo": ADAM, "optimizer_state": "carry", "ewc": {"f_max": 1.0}}
+
+
+class Signal(TrainerCallback):
+    """Sends a signal to its own process within one step of one stage."""
+
+    def __init__(self, number, stage, step):
+        self.number, self.stage, self.step, self.current = number, stage, step, -1
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current += 1
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if (self.current, state.global_step + 1) == (self.stage, self.step):
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return runs.train(cases.tiny_llama(0), tmp_path_factory.mktemp("whole"), **OPTIONS)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("stage", "step"), [(0, 1), (1, 2), (3, 3)])
+def test_a_signal_saves_at_the_end_of_the_step_and_the_run_goes_on_from_there(
+    number, status, stage, step, whole, tmp_path
+):
+    with pytest.raises(RunInterrupted) as ending:
+        runs.train(cases.tiny_llama(0), tmp_path, callbacks=[Signal(number, stage, step)], **OPTIONS)
+    assert ending.value.code == status
+    assert ending.value.signal == number
+    (folder,) = tmp_path.glob(f"stage-{stage:03d}-*")
+    assert [each.name for each in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    resumed = runs.train(cases.tiny_llama(0), tmp_path, resume=True, **OPTIONS)
+    assert runs.same(cases.weights(resumed.model), cases.weights(whole.model))
+
+
+def test_a_signal_in_a_stages_last_step_ends_the_run_between_stages(whole, tmp_path):
+    with pytest.raises(RunInterrupted):
+        runs.train(cases.tiny_llama(0), tmp_path, callbacks=[Signal(signal.SIGTERM, 1, 4)], **OPTIONS)
+    assert not list(tmp_path.glob("stage-*"))
+    resumed = runs.train(cases.tiny_llama(0), tmp_path, resume=True, **OPTIONS)
+    assert runs.same(cases.weights(resumed.model), cases.weights(whole.model))
+
+
+def test_signals_mean_what_they_did_before_once_the_run_is_over(tmp_path):
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.raises(RunInterrupted):
+        runs.train(cases.tiny_llama(0), tmp_path, callbacks=[Signal(signal.SIGINT, 0, 1)], **OPTIONS)
+    assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_in_another_thread_nobody_listens():
+    found = []
+
+    def listen():
+        with StopRequest().listening():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+def test_a_signal_that_comes_while_a_lock_of_logging_is_held_waits_for_nothing(monkeypatch):
+    lock, said, handler = threading.Lock(), threading.Event(), logging.Handler()
+
+    def emit(record):
+        with lock:
+            said.set()
+
+    monkeypatch.setattr(handler, "emit", emit)
+    logger = logging.getLogger("hbat.stages.interruption")
+    logger.addHandler(handler)
+    request = StopRequest()
+    try:
+        with request.listening(), lock:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert request.agreed() == signal.SIGTERM
+        assert said.wait(30)
+    finally:
+        logger.removeHandler(handler)
+
+
+SCRIPT = """
+import os, signal, sys, time
+sys.path[:0] = {paths!r}
+from hbat.stages.interruption import StopRequest
+
+request = StopRequest()
+with request.listening():
+    print("ready", flush=True)
+    while not request.agreed():
+        time.sleep(0.01)
+    print("first", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process_at_once(number, tmp_path):
+    script = tmp_path / "waits.py"
+    script.write_text(SCRIPT.format(paths=[str(Path(__file__).parents[2] / "src")]), encoding="utf-8")
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == "first\n"
+        begun = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(timeout=30) == -number
+        assert time.monotonic() - begun < 30

@@ -1,0 +1,139 @@
+"""What counts as another run, and what may change within one."""
+
+import pytest
+
+from hbat.state.fingerprint import Change, accepted, changes
+from hbat.state.manifest import RunStateError
+
+BEFORE = {
+    "run": {"objectives": ["sft", "dpo"], "num_rounds": 2, "seed": 1, "processes": 1, "average": {"sft": 1.0}},
+    "ewc": {"f_max": 1.0, "source": "displacement", "granularity": "element"},
+    "data": {"sft": {"rows": 8, "columns": ["a"], "content": "x"}},
+    "parameters": {"tensors": 3, "shapes": "y"},
+    "tokenizer": {"vocabulary": "v", "template": "t"},
+    "sft": {"learning_rate": 1.0, "max_steps": 3},
+    "dpo": {"beta": 0.1},
+}
+
+
+def with_(**values):
+    """The fingerprint with other values at dotted names."""
+    now = {key: dict(each) for key, each in BEFORE.items()}
+    for name, value in values.items():
+        *path, last = name.split("__")
+        place = now
+        for each in path:
+            place[each] = dict(place[each])
+            place = place[each]
+        place[last] = value
+    return now
+
+
+def accept(now, *allowed):
+    return [str(each) for each in accepted(BEFORE, now, allowed, output_dir="run")]
+
+
+# --- what changed ----------------------------------------------------------------------------------------------------
+
+
+def lines(before, now):
+    return [str(each) for each in changes(before, now)]
+
+
+def test_changes_are_sorted_and_dotted_and_show_what_came_and_went():
+    before = {"b": 1, "a": {"x": 1, "y": {"z": [1]}}, "gone": 3}
+    now = {"b": 2, "a": {"x": 1, "y": {"z": [2]}}, "new": None, "come": 0}
+    assert lines(before, now) == ["a.y.z: [1] -> [2]", "b: 1 -> 2", "come: None -> 0", "gone: 3 -> None"]
+
+
+def test_a_section_that_became_a_value_is_one_change():
+    assert lines({"ewc": {"f_max": 1}}, {"ewc": None}) == ["ewc: {'f_max': 1} -> None"]
+
+
+# --- what may --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_changed_is_nothing_to_accept():
+    assert accept(BEFORE) == []
+    assert accept(BEFORE, "sft.learning_rate", "ewc.", "run.num_rounds") == []
+
+
+def test_named_values_may_change_alone_or_by_their_beginning():
+    now = with_(sft__learning_rate=2.0, sft__max_steps=4, dpo__beta=0.2)
+    everything = ["dpo.beta: 0.1 -> 0.2", "sft.learning_rate: 1.0 -> 2.0", "sft.max_steps: 3 -> 4"]
+    assert accept(now, "sft.", "dpo.beta") == everything
+    assert accept(now, "dpo.beta", "sft.max_steps", "sft.learning_rate") == everything
+
+
+def test_all_else_is_refused_with_the_full_list_and_what_could_be_allowed():
+    now = with_(sft__learning_rate=2.0, sft__max_steps=4, dpo__beta=0.2, run__num_rounds=3)
+    with pytest.raises(RunStateError) as raised:
+        accept(now, "sft.max_steps")
+    assert str(raised.value) == (
+        "`output_dir` 'run' holds another run: dpo.beta: 0.1 -> 0.2; run.num_rounds: 2 -> 3; sft.learning_rate: 1.0 "
+        "-> 2.0. Values may change that `allow_changed` names, here dpo.beta, sft.learning_rate (`--allow-changed`). "
+        "Restore these values to go on with it, or choose another folder."
+    )
+
+
+FIXED = {
+    "run.objectives": (with_(run__objectives=["dpo"]), "the plan of the stages is made of them"),
+    "run.num_rounds": (with_(run__num_rounds=3), "the data sets are cut into that many parts"),
+    "run.seed": (with_(run__seed=3), "it cuts the data sets into parts"),
+    "ewc": (with_(ewc=None), "`ewc.f_max: 0` switches the penalty off"),
+    "ewc.source": (with_(ewc__source="fisher"), "of another kind"),
+    "ewc.granularity": (with_(ewc__granularity="tensor"), "of another kind"),
+    "data.sft.rows": (with_(data__sft__rows=9), "rows of earlier ones"),
+    "data.sft.columns": (with_(data__sft__columns=["b"]), "mean something else"),
+    "parameters.shapes": (with_(parameters__shapes="z"), "not those of this model"),
+    "tokenizer.vocabulary": (with_(tokenizer__vocabulary="w"), "the tokens mean something else"),
+}
+
+
+@pytest.mark.parametrize(("name", "now", "why"), [(name, *each) for name, each in FIXED.items()], ids=FIXED)
+def test_what_would_train_garbage_cannot_be_allowed(name, now, why):
+    prefix = name.split(".")[0] + "."
+    for allowed in (name, prefix) if "." in name else (name,):
+        with pytest.raises(RunStateError, match=rf"`{name}` cannot change within a run: .*{why}\. Restore"):
+            accept(now, allowed)
+
+
+@pytest.mark.parametrize(
+    ("name", "now"),
+    [
+        ("data.sft.content", with_(data__sft__content="other")), ("run.processes", with_(run__processes=2)),
+        ("run.average.sft", with_(run__average__sft=0.5)), ("tokenizer.template", with_(tokenizer__template="u")),
+        ("ewc.f_max", with_(ewc__f_max=0)),
+    ],
+)  # fmt: skip
+def test_the_rest_can_be_allowed(name, now):
+    assert len(accept(now, name)) == 1
+    with pytest.raises(RunStateError, match=f"here {name} "):
+        accept(now)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("sft.learning_rat", "sft.learning_rate"), ("sft", "sft."), ("ewc.fmax", "ewc.f_max"), ("dpo.betas", "dpo.beta")],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(name, meant):
+    with pytest.raises(RunStateError, match=rf"names '{name}', which is no value of this run\..*`{meant}`"):
+        accept(BEFORE, name)
+
+
+def test_a_section_that_only_one_of_the_runs_has_is_allowed_as_it_is_named():
+    assert accept(BEFORE | {"kto": {"beta": 1}}, "kto") == ["kto: None -> {'beta': 1}"]
+    assert accept(with_(dpo__betas=3) | {"run": BEFORE["run"] | {"rewards": ["x"]}}, "run.rewards", "dpo.betas") == [
+        "run.rewards: None -> ['x']"  # of the host's fields only those that both have are compared
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "concerned"),
+    [
+        ("sft.learning_rate", True), ("dpo.beta", False), ("run.processes", True), ("ewc.f_max", True),
+        ("data.sft.content", True), ("data.dpo.content", False), ("tokenizer.template", True),
+    ],
+)  # fmt: skip
+def test_a_change_concerns_the_stages_of_its_objective_or_all(name, concerned):
+    assert Change(name, 1, 2).concerns("sft", ["sft", "dpo"]) is concerned

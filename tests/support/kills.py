@@ -1,0 +1,61 @@
+"""Runs that are cut off at one moment of one stage, and what a resumed run must equal."""
+
+import cases
+import runs
+from transformers import TrainerCallback
+
+ADAM = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "cosine", "max_steps": 3}
+
+
+class CutOffError(RuntimeError):
+    pass
+
+
+class Kill(TrainerCallback):
+    """Raises at one moment of one stage."""
+
+    def __init__(self, stage, event, step=0):
+        self.stage, self.event, self.step, self.current = stage, event, step, -1
+
+    def _hit(self, event, step):
+        if (self.current, event, step) == (self.stage, self.event, self.step):
+            raise CutOffError
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current += 1
+        self._hit("begin", 0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._hit("step", state.global_step)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._hit("save", state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._hit("end", 0)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._hit("evaluate", 0)
+
+
+def options(state, save_steps=None):
+    saves = {"save_strategy": "steps", "save_steps": save_steps} if save_steps else {}
+    return {
+        "sft": ADAM | saves,
+        "dpo": ADAM | saves,
+        "optimizer_state": state,
+        "ewc": {"f_max": 1.0},
+    }
+
+
+def log(run):
+    """The log without the host's count of tokens, which starts anew at a checkpoint."""
+    return [{key: each[key] for key in each if not key.endswith("num_tokens")} for each in run.state.log_history]
+
+
+def assert_equal(run, expected):
+    """Weights, forgetting matrix and log are those of the other run, to the last bit."""
+    assert runs.same(cases.weights(run.model), cases.weights(expected.model))
+    assert run.matrix.rows == expected.matrix.rows
+    assert run.state.global_step == expected.state.global_step
+    assert log(run) == log(expected)

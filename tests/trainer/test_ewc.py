@@ -1,0 +1,164 @@
+"""A run with consolidation is TRL's trainers with a penalty in their loss, and an oracle's importance."""
+
+import cases
+import oracle
+import pytest
+import runs
+import torch
+
+from hbat.ewc.log import EWCWarning
+from hbat.objectives.objective import Objective
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::hbat.consolidation.SaturationWarning"),
+    pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning"),
+]
+
+SLOW = {"learning_rate": 0.05, "max_steps": 3}
+SECTIONS = {"sft": SLOW, "dpo": SLOW | {"beta": 0.5}}
+F_MAX = 2.0
+
+
+class ByHand:
+    """The penalty of plain trainers by autograd, with raw importance from the oracle."""
+
+    def __init__(self, granularity="element", normalization="mean", scale=1.0, share=1.0):
+        self.granularity, self.normalization, self.scale, self.share = granularity, normalization, scale, share
+        self.accumulated = {}
+
+    def trainer_class(self, stage, start):
+        others = [raw for objective, raw in self.accumulated.items() if objective != stage[2]]
+        if not others:
+            return None
+        total = {name: sum(raw[name] for raw in others) for name in start}
+        importance = {
+            name: torch.tensor(each, dtype=torch.float32)
+            for name, each in oracle.normalize(total, self.normalization, self.scale).items()
+        }
+        parent = runs.trainer_of(stage[2])
+
+        class WithPenalty(parent):
+            def compute_loss(self, model, inputs, **kwargs):
+                penalty = sum(
+                    F_MAX * (importance[name] * (each - start[name]) ** 2).sum()
+                    for name, each in cases.trainable(self.model).items()
+                )
+                return super().compute_loss(model, inputs, **kwargs) + penalty
+
+        return WithPenalty
+
+    def after(self, stage, start, end):
+        end = {name: start[name] + self.share * (end[name] - start[name]) for name in end}
+        moved = oracle.displacement(end, start, self.granularity)
+        own = self.accumulated.setdefault(stage[2], dict.fromkeys(moved, 0.0))
+        for name, each in moved.items():
+            own[name] = own[name] + each
+        return end
+
+    def train(self, build, folder, **options):
+        return runs.by_hand(
+            build, folder, trainer_class=self.trainer_class, after=self.after, sections=SECTIONS, **options
+        )[-1]
+
+
+@pytest.mark.parametrize("case", ["full", "lora", "tied"])
+def test_a_run_equals_plain_trainers_with_the_penalty_in_their_loss(case, tmp_path):
+    build = cases.MODEL_CASES[case]
+    expected = ByHand().train(build, tmp_path / "by-hand")
+    run = runs.train(build(0), tmp_path / "run", ewc={"f_max": F_MAX}, **SECTIONS)
+    without = runs.by_hand(build, tmp_path / "by-hand", sections=SECTIONS)[-1]
+    assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
+    assert cases.largest_difference(expected, without) > 1e-4
+
+
+@pytest.mark.parametrize("case", ["full", "lora"])
+def test_where_the_anchor_lies_changes_nothing(case, tmp_path):
+    """On a CPU nothing moves; that pieces are fetched rightly is shown in `ewc/test_offload.py`."""
+    build = cases.MODEL_CASES[case]
+    ends = {}
+    for where in ("model", "cpu"):
+        ewc = {"f_max": F_MAX, "anchor_device": where}
+        ends[where] = cases.weights(runs.train(build(0), tmp_path / where, ewc=ewc, **SECTIONS).model)
+    assert runs.same(ends["model"], ends["cpu"])
+
+
+def test_the_authors_preset_equals_their_softmax_in_the_loss(tmp_path):
+    by_hand = ByHand(granularity="tensor", normalization="softmax", scale=1e10)
+    expected = by_hand.train(cases.tiny_llama, tmp_path / "by-hand")
+    run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc={"f_max": F_MAX, "preset": "authors"}, **SECTIONS)
+    assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
+
+
+@pytest.mark.parametrize("granularity", ["element", "tensor"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_state_holds_the_displacement_of_every_objective(granularity, share, tmp_path):
+    by_hand = ByHand(granularity, share=share)
+    expected = by_hand.train(cases.tiny_llama, tmp_path / "by-hand")
+    run = runs.train(
+        cases.tiny_llama(),
+        tmp_path / "run",
+        ewc={"f_max": F_MAX, "granularity": granularity},
+        average=share,
+        **SECTIONS,
+    )
+    assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
+    for objective, accumulated in by_hand.accumulated.items():
+        found = runs.state_tensors(tmp_path / "run", f"importance-{objective}")
+        assert found.keys() == accumulated.keys()
+        for name, each in found.items():
+            torch.testing.assert_close(each.double(), torch.tensor(accumulated[name]), rtol=1e-3, atol=1e-9)
+
+
+def test_an_objective_can_have_an_average_of_its_own(tmp_path):
+    starts = []
+
+    def after(stage, start, end):
+        starts.append(start)
+        return {name: (start[name] + end[name]) / 2 for name in end} if stage[2] == "dpo" else end
+
+    expected = runs.by_hand(cases.tiny_llama, tmp_path / "by-hand", after=after)[-1]
+    run = runs.train(cases.tiny_llama(), tmp_path / "run", average={"dpo": 0.5})
+    assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
+
+
+def test_a_stage_of_three_objectives_is_held_by_the_sum_of_the_two_others(tmp_path):
+    trl = pytest.importorskip("trl")
+    if not hasattr(trl, "KTOTrainer"):
+        pytest.skip("this TRL has KTO elsewhere")
+    data = runs.rows() | {"kto": runs.kto_rows(8)}
+    expected = ByHand().train(cases.tiny_llama, tmp_path / "by-hand", data=data)
+    kto = Objective(
+        name="kto",
+        trainer_class=trl.KTOTrainer,
+        config_class=trl.KTOConfig,
+        config=runs.section(),
+        uses_reference=True,
+    )
+    run = runs.train(
+        cases.tiny_llama(),
+        tmp_path / "run",
+        objectives=["sft", "dpo", kto],
+        data=data,
+        ewc={"f_max": F_MAX},
+        **SECTIONS,
+    )
+    assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
+
+
+# --- what the log says -----------------------------------------------------------------------------------------------
+
+
+def test_the_penalty_is_logged_from_the_second_stage_on(tmp_path):
+    run = runs.train(cases.tiny_llama(), tmp_path, ewc={"f_max": F_MAX}, **SECTIONS)
+    entries = [each for each in run.state.log_history if "ewc/penalty" in each]
+    assert {each["hbat/stage"] for each in entries} == {1, 2, 3}
+    for stage in (1, 2, 3):
+        first, *later = (each for each in entries if each["hbat/stage"] == stage)
+        assert first["ewc/grad_norm_ratio"] == 0.0
+        assert all(each["ewc/penalty"] > 0 and each["ewc/grad_norm_ratio"] > 0 for each in later)
+
+
+@pytest.mark.filterwarnings("error::hbat.ewc.log.EWCWarning")
+def test_a_penalty_too_weak_to_act_warns(tmp_path):
+    with pytest.warns(EWCWarning, match="did nothing"):
+        runs.train(cases.tiny_llama(), tmp_path, num_rounds=1, ewc={"f_max": 1e-9}, **SECTIONS)
