@@ -107,7 +107,7 @@ class HBATTrainer:
             better={each.name: "higher" if each.greater_is_better else "lower" for each in objectives},
         )
         self._plan = plan(args.num_rounds, args.objective_names)
-        self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.save_total_limit)
+        self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.keep_states)
         self._scores = RunScores(self.matrix, self._plan, self._folder)
         self._start = StageStart(
             self.model,

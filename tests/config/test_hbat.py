@@ -95,7 +95,7 @@ def test_any_number_in_range_is_accepted(f_max, freeze):
         ({"num_rounds": 0}, r"`num_rounds` is 0; it must be a whole number of at least 1"),
         ({"num_rounds": 2.0}, r"`num_rounds` is 2\.0; it must be a whole number"),
         ({"num_rounds": True}, r"`num_rounds` is True; it must be a whole number"),
-        ({"save_total_limit": 0}, r"`save_total_limit` is 0; it must be a whole number of at least 1"),
+        ({"keep_states": 0}, r"`keep_states` is 0; it must be a whole number of at least 1"),
         ({"seed": -1}, r"`seed` is -1; it must be a whole number of at least 0"),
         ({"seed": 0.5}, r"`seed` is 0\.5; it must be a whole number"),
         ({"objectives": []}, r"`objectives` is \[\]; give a list such as"),
@@ -108,9 +108,9 @@ def test_any_number_in_range_is_accepted(f_max, freeze):
         ({"lr_schedule": "stages"}, r"`lr_schedule` is 'stages'.* Did you mean `stage`\?"),
         ({"lr_schedule": {"dpo": "decline"}}, r"`lr_schedule` is 'decline'"),
         ({"lr_schedule": {"dop": "run"}}, r"`lr_schedule` names the objective 'dop'.* Did you mean `dpo`\?"),
-        ({"average": 1.5}, r"`average` is 1\.5; it must be a number between 0 and 1"),
-        ({"average": {"sft": -0.1}}, r"`average` is -0\.1; it must be a number between 0 and 1"),
-        ({"average": {"kto": 0.5}}, r"`average` names the objective 'kto', which is not among \['sft', 'dpo'\]"),
+        ({"end_weight": 1.5}, r"`end_weight` is 1\.5; it must be a number between 0 and 1"),
+        ({"end_weight": {"sft": -0.1}}, r"`end_weight` is -0\.1; it must be a number between 0 and 1"),
+        ({"end_weight": {"kto": 0.5}}, r"`end_weight` names the objective 'kto', which is not among \['sft', 'dpo'\]"),
         ({"ewc": {"fmax": 1.0}}, r"`ewc\.fmax` is not an option.* Did you mean `f_max`\?"),
         ({"ewc": {"f_max": -1.0}}, r"`ewc\.f_max` is -1\.0"),
     ],
@@ -132,19 +132,19 @@ def test_the_ewc_section_may_be_a_mapping_an_object_or_nothing():
 
 
 def test_one_word_holds_for_all_objectives_and_a_mapping_for_those_it_names():
-    config = HBATConfig(output_dir="run", lr_schedule="run", average=0.5)
+    config = HBATConfig(output_dir="run", lr_schedule="run", end_weight=0.5)
     assert [config.lr_schedule_of(each) for each in ("sft", "dpo")] == ["run", "run"]
-    assert [config.average_of(each) for each in ("sft", "dpo")] == [0.5, 0.5]
-    config = HBATConfig(output_dir="run", lr_schedule={"dpo": "decay"}, average={"sft": 0.25})
+    assert [config.end_weight_of(each) for each in ("sft", "dpo")] == [0.5, 0.5]
+    config = HBATConfig(output_dir="run", lr_schedule={"dpo": "decay"}, end_weight={"sft": 0.25})
     assert [config.lr_schedule_of(each) for each in ("sft", "dpo")] == ["stage", "decay"]
-    assert [config.average_of(each) for each in ("sft", "dpo")] == [0.25, 1.0]
+    assert [config.end_weight_of(each) for each in ("sft", "dpo")] == [0.25, 1.0]
 
 
 def test_an_objective_of_ones_own_counts_by_its_name():
     own = types.SimpleNamespace(name="distill")
-    config = HBATConfig(output_dir="run", objectives=["sft", own], average={"distill": 0.5})
+    config = HBATConfig(output_dir="run", objectives=["sft", own], end_weight={"distill": 0.5})
     assert config.objective_names == ["sft", "distill"]
-    assert config.average_of("distill") == 0.5
+    assert config.end_weight_of("distill") == 0.5
 
 
 def test_two_configurations_share_nothing_that_can_change():

@@ -28,7 +28,7 @@ FULL = {"STATE_DICT_TYPE": "FULL_STATE_DICT"}
 QUICK = ["sft and dpo", "lora", "ppo"]
 SLOW = [
     "tied", "accumulation", "tensor importance, proximal", "fisher", "adam and lora of rank one",
-    "adam, freeze, average, random importance", "checkpointing", "kto", "adam, ppo and lora",
+    "adam, freeze, end_weight, random importance", "checkpointing", "kto", "adam, ppo and lora",
 ]  # fmt: skip
 each_run = pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 

@@ -31,7 +31,7 @@ GROUPS = [
         "tied, lora",
         "adam and lora of rank one",
         "adam, ppo and lora",
-        "adam, freeze, average, random importance",
+        "adam, freeze, end_weight, random importance",
     ],
 ]
 QUICK, SLOW = GROUPS[0], [*GROUPS[1], *GROUPS[2]]

@@ -30,12 +30,12 @@ def config(folder, **options):
 
 def start(path, **options):
     made = config(path, **options)
-    return Run.start(made, RunFolder(path, keeps=made.save_total_limit), DESCRIBED, tensors(0))
+    return Run.start(made, RunFolder(path, keeps=made.keep_states), DESCRIBED, tensors(0))
 
 
 def resume(path, described=DESCRIBED, *, allow_changed=(), needs_initial=False, **options):
     made = config(path, **options)
-    folder = RunFolder(path, keeps=made.save_total_limit)
+    folder = RunFolder(path, keeps=made.keep_states)
     changes = {"allow_changed": allow_changed, "needs_initial": needs_initial}
     return Run.resume(made, folder, folder.read(), described, tensors(0), **changes)
 
@@ -87,7 +87,7 @@ def test_a_resumed_run_holds_what_the_stages_left(tmp_path):
 
 
 def test_a_stage_that_is_done_leaves_no_checkpoints_and_no_old_tensors(tmp_path):
-    run = start(tmp_path, save_total_limit=1)
+    run = start(tmp_path, keep_states=1)
     (tmp_path / PLAN[0].folder / "checkpoint-2").mkdir(parents=True)
     (tmp_path / PLAN[1].folder).mkdir()
     for stage in PLAN[:1]:
@@ -103,11 +103,11 @@ def test_a_stage_that_is_done_leaves_no_checkpoints_and_no_old_tensors(tmp_path)
 
 
 def test_what_an_objective_keeps_comes_back_for_its_next_stage(tmp_path):
-    run = start(tmp_path, save_total_limit=1)
+    run = start(tmp_path, keep_states=1)
     finish(run, PLAN[0])
     finish(run, PLAN[1], kept=tensors(7))
     assert run.kept == {"sft": {}, "dpo": run.kept["dpo"]}
-    again = resume(tmp_path, save_total_limit=1)
+    again = resume(tmp_path, keep_states=1)
     assert again.kept["sft"] == {}
     assert same(again.kept["dpo"], tensors(7))
     assert (tmp_path / "state" / "kept-dpo-001.safetensors").exists()
@@ -229,7 +229,7 @@ def test_a_refused_change_leaves_everything_as_it_was(tmp_path):
     "kind", ["weights", "importance-sft", "importance-dpo", "optimizer-sft", "kept-dpo", "manifest"]
 )
 def test_damage_of_any_file_is_gone_around_or_named(kind, limit, damage, tmp_path, caplog):
-    run = start(tmp_path, save_total_limit=limit)
+    run = start(tmp_path, keep_states=limit)
     for stage in PLAN[:3]:
         finish(run, stage, kept=tensors(stage.index) if stage.objective == "dpo" else None)
     name = "hbat_state.json" if kind == "manifest" else run.state.files[kind]

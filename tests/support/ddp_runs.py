@@ -107,8 +107,8 @@ RUNS = {
     },
     "adam": {"objectives": ["sft", "dpo"], "section": ADAM},
     "adam and lora of rank one": {"objectives": ["sft", "dpo"], "model": "lora of rank one", "section": ADAM},
-    "adam, freeze, average, random importance": {
-        "objectives": ["sft", "dpo"], "ewc": {"f_max": 5.0, "source": "random", "freeze": 0.3}, "average": 0.5,
+    "adam, freeze, end_weight, random importance": {
+        "objectives": ["sft", "dpo"], "ewc": {"f_max": 5.0, "source": "random", "freeze": 0.3}, "end_weight": 0.5,
         "section": ADAM,
     },
     "checkpointing": {"objectives": ["sft", "dpo"], "section": {runs.CHECKPOINTING: True}},
@@ -144,7 +144,7 @@ def build(name, folder, *, model=None, callbacks=None, save_steps=None):
         kto=section(**more | saves),
         ppo=ppo_section(**options.get("section", {}) | critic | saves),
         ewc=options.get("ewc", {"f_max": 5.0}),
-        average=options.get("average", 1.0),
+        end_weight=options.get("end_weight", 1.0),
         disable_tqdm=True,
         seed=runs.SEED,
     )

@@ -160,10 +160,10 @@ def test_with_all_checkpoints_damaged_the_stage_starts_anew(cut_off, whole, tmp_
 
 def test_a_run_that_keeps_one_state_names_the_damaged_file(tmp_path):
     with pytest.raises(CutOffError):
-        build(tmp_path, callbacks=[Kill(1, "begin")], save_total_limit=1, num_rounds=1).train()
+        build(tmp_path, callbacks=[Kill(1, "begin")], keep_states=1, num_rounds=1).train()
     DAMAGES["zeroed"](tmp_path / "state" / "weights-001.safetensors")
     with pytest.raises(RunStateError, match=r"weights-001\.safetensors is not what was written"):
-        build(tmp_path, save_total_limit=1, num_rounds=1).train(resume_from_checkpoint=True)
+        build(tmp_path, keep_states=1, num_rounds=1).train(resume_from_checkpoint=True)
 
 
 # --- disks that are full ---------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_the_state_holds_the_displacement_of_every_objective(granularity, share,
         cases.tiny_llama(),
         tmp_path / "run",
         ewc={"f_max": F_MAX, "granularity": granularity},
-        average=share,
+        end_weight=share,
         **SECTIONS,
     )
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
@@ -117,7 +117,7 @@ def test_an_objective_can_have_an_average_of_its_own(tmp_path):
         return {name: (start[name] + end[name]) / 2 for name in end} if stage[2] == "dpo" else end
 
     expected = runs.by_hand(cases.tiny_llama, tmp_path / "by-hand", after=after)[-1]
-    run = runs.train(cases.tiny_llama(), tmp_path / "run", average={"dpo": 0.5})
+    run = runs.train(cases.tiny_llama(), tmp_path / "run", end_weight={"dpo": 0.5})
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
 
 

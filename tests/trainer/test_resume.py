@@ -210,7 +210,7 @@ def test_as_many_weights_files_stay_beside_the_start_as_states_are_kept(limit, t
             found.append(sorted(each.name for each in (tmp_path / "state").glob("weights-*")))
 
     save = {"save_strategy": "steps", "save_steps": 1}
-    runs.train(cases.tiny_llama(), tmp_path, callbacks=[Look()], sft=save, dpo=save, save_total_limit=limit)
+    runs.train(cases.tiny_llama(), tmp_path, callbacks=[Look()], sft=save, dpo=save, keep_states=limit)
     weights = [f"weights-{index:03d}.safetensors" for index in range(5)]
     expected = [weights[:1], weights[:2], [weights[0], weights[2]], [weights[0], weights[3]]]
     assert found == (expected if limit == 1 else [*expected[:2], weights[:3], [weights[0], *weights[2:4]]])

@@ -80,10 +80,10 @@ class HBATConfig:
             "as `stage`, times 1 - n/N in round n = 0 ... N-1."
         },
     )
-    average: Any = field(
+    end_weight: Any = field(
         default=1.0,
         metadata={
-            "help": "Weights after a stage = start + average * (end - start), one number for all objectives or a "
+            "help": "Weights after a stage = start + end_weight * (end - start), one number for all objectives or a "
             "mapping by objective. 1.0 keeps the end as it is."
         },
     )
@@ -103,7 +103,7 @@ class HBATConfig:
     max_rollbacks: int = field(
         default=3, metadata={"help": "With `on_nan: rollback`: how often a stage is rolled back before the run stops."}
     )
-    save_total_limit: int = field(
+    keep_states: int = field(
         default=2,
         metadata={
             "help": "Complete states of the run that are kept on disk. Where a file of the newest is damaged, the run "
@@ -133,7 +133,7 @@ class HBATConfig:
             raise ValueError(f"`output_dir` is {self.output_dir!r}; name a folder for the run.")
         check_whole("num_rounds", self.num_rounds, 1)
         check_whole("seed", self.seed, 0)
-        check_whole("save_total_limit", self.save_total_limit, 1)
+        check_whole("keep_states", self.keep_states, 1)
         self._check_objectives()
         check_choice("optimizer_state", self.optimizer_state, OptimizerState)
         check_choice("on_bad_rows", self.on_bad_rows, OnBadRows)
@@ -142,7 +142,7 @@ class HBATConfig:
         check_choice("ppo_backend", self.ppo_backend, PPOBackend)
         for name in self.objective_names:
             check_choice("lr_schedule", self.lr_schedule_of(name), LRSchedule)
-            check_number("average", self.average_of(name), 0, 1)
+            check_number("end_weight", self.end_weight_of(name), 0, 1)
         if isinstance(self.ewc, Mapping):
             self.ewc = build_section("ewc", EWCConfig, self.ewc)
         if not isinstance(self.ewc, EWCConfig | None):
@@ -171,7 +171,7 @@ class HBATConfig:
         """
         return str(self._by_objective("lr_schedule", objective, "stage"))
 
-    def average_of(self, objective: str) -> float:
+    def end_weight_of(self, objective: str) -> float:
         """Share of a stage's movement that is kept for one objective.
 
         Args:
@@ -180,7 +180,7 @@ class HBATConfig:
         Returns:
             A number between 0 and 1.
         """
-        value: float = self._by_objective("average", objective, 1.0)
+        value: float = self._by_objective("end_weight", objective, 1.0)
         return value
 
     def _by_objective(self, name: str, objective: str, default: Any) -> Any:

@@ -21,7 +21,7 @@ _OWNED_BY_THE_RUN = {
     "run_name": "one set of reporters serves the whole run. Set the run's `run_name`.",
     "push_to_hub": "stages are not pushed. Call `push_to_hub()` after training.",
     "resume_from_checkpoint": "the run resumes as a whole. Pass `resume_from_checkpoint` to `HBATTrainer.train`.",
-    "load_best_model_at_end": "the next stage starts from this one's end. Use `average` to hold a stage back.",
+    "load_best_model_at_end": "the next stage starts from this one's end. Use `end_weight` to hold a stage back.",
     "model_init_kwargs": "the model is loaded once for all stages. Set the run's `model_init_kwargs`.",
     "cast_lm_head_to_fp32": "it changes the model for all stages after this one. Load the model in float32.",
     "sync_ref_model": "the reference policy is the model at the stage's start. More rounds renew it more often.",

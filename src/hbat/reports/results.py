@@ -113,7 +113,7 @@ Trained from `{origin}` by hybrid alignment training ([HBAT](https://arxiv.org/a
 
 * elastic weight consolidation: `{ewc}`
 * optimizer moments between stages: `{config.optimizer_state}`
-* learning-rate schedule: `{config.lr_schedule}`; average: `{config.average}`
+* learning-rate schedule: `{config.lr_schedule}`; end_weight: `{config.end_weight}`
 """
     if matrix.rows:
         said = directions(matrix)

@@ -199,7 +199,7 @@ class StageRunner:
             kept = _copies(objective.keeps(trainer)) if objective.keeps is not None else {}
             examples = self._fisher_examples(objective, trainer.train_dataset)
         require_finite_weights(trainable_parameters(self._model), stage)
-        self._average(self._config.average_of(stage.objective))
+        self._keep_end(self._config.end_weight_of(stage.objective))
         yielded = self._yielded(stage, consolidation, examples)
         require_finite_importance(yielded or {}, stage)
         return StageResult(steps, yielded, carry.saved if carries else {}, kept)
@@ -221,7 +221,7 @@ class StageRunner:
             callback.bind(trainer)
 
     @torch.no_grad()
-    def _average(self, share: float) -> None:
+    def _keep_end(self, share: float) -> None:
         if share == 1.0:
             return
         for name, each in trainable_parameters(self._model).items():

@@ -74,7 +74,7 @@ def fingerprint(
             "processes": process_count(),
             "optimizer_state": config.optimizer_state,
             "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
-            "average": {name: config.average_of(name) for name in config.objective_names},
+            "end_weight": {name: config.end_weight_of(name) for name in config.objective_names},
         },
         "ewc": None if config.ewc is None else _plain_ewc(config.ewc),
         "data": {

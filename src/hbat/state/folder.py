@@ -2,7 +2,7 @@
 
     output_dir/
       hbat_state.json           the manifest; its replacement is the commit point of a stage
-      hbat_state.previous.json  that of the stage before, and so on as far as `save_total_limit` says
+      hbat_state.previous.json  that of the stage before, and so on as far as `keep_states` says
       state/                    tensors, each file written once under a new name
         weights-003.safetensors       trainable weights at the start of stage 3
         importance-sft-002.safetensors  what `sft` accumulated up to stage 2
