@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hbat.engines.backward import after_backward
+from hbat.engines.patches import after_backward
 
 
 @pytest.fixture

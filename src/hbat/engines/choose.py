@@ -1,0 +1,46 @@
+"""Which engine trains, as arguments, launcher and model say it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hbat.config.ewc import EWCConfig
+from hbat.engines.checks import refuse_trainer
+from hbat.engines.deepspeed.engine import DeepSpeed
+from hbat.engines.deepspeed.request import is_asked
+from hbat.engines.engine import Engine, Trained
+from hbat.engines.fsdp2 import FSDP2, fsdp_version
+from hbat.engines.loaded_shards import LoadedShards, is_loaded_in_shards
+
+
+def engine_for(args: Any, model: Any = None) -> Engine:
+    """Find the engine of one trainer.
+
+    Args:
+        args: Its arguments.
+        model: Its model.
+    """
+    if is_asked(args):
+        return DeepSpeed()
+    if model is not None and is_loaded_in_shards(model):
+        return LoadedShards()
+    return FSDP2() if fsdp_version(args) is not None else Engine()
+
+
+def choose_engine(tracks: Sequence[Trained], model: Any, ewc: EWCConfig | None) -> Engine:
+    """Find the engine of a run, and refuse what was not tested with it.
+
+    Args:
+        tracks: The objectives of the run.
+        model: The model.
+        ewc: The run's consolidation.
+
+    Raises:
+        NotImplementedError: If an option, an objective or a combination is not supported.
+        ValueError: If the objectives ask for different engines, or the model cannot be trained.
+    """
+    for track in tracks:
+        refuse_trainer(track.args, model)
+    engines = [engine_for(track.args, model) for track in tracks]
+    engine = next((found for found in engines if type(found) is not Engine), engines[0])
+    engine.check(tracks, ewc)
+    return engine
