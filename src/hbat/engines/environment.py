@@ -19,23 +19,16 @@ def forget_deepspeed() -> None:
 
 @contextmanager
 def kept_environment() -> Iterator[None]:
-    """Take back what building a configuration sets in the environment, where a later one would find it.
-
-    Yields:
-        Nothing.
-    """
+    """Take back what building trainer arguments leaves in the environment and in transformers."""
     before = _environment()
     try:
         yield
     finally:
-        _restore_environment(before)
+        for key in _environment().keys() - before.keys():
+            del os.environ[key]
+        os.environ.update(before)
+        forget_deepspeed()
 
 
 def _environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key.startswith(_ENVIRONMENT)}
-
-
-def _restore_environment(before: dict[str, str]) -> None:
-    for key in _environment().keys() - before.keys():
-        del os.environ[key]
-    os.environ.update(before)

@@ -1,4 +1,4 @@
-"""Every patch that hbat lays over a trainer of TRL or transformers, each with its version, its undo, and when it can go.
+"""Every patch on a trainer of TRL or transformers, with its version, its undo, and when it can go.
 
 Each function shadows one method of one object and returns what takes the shadow away again. They can be undone in any
 order. Tested with TRL 1.0-1.16, transformers 4.57-5.24, accelerate 1.10-1.15, PEFT 0.18-0.21 and DeepSpeed 0.19.
@@ -46,7 +46,7 @@ def _shadow(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
 def after_backward(accelerator: Any, action: Callable[[Tensor], None]) -> Undo:
     """Run `action` with the micro-step's detached loss after each `accelerator.backward`.
 
-    Every trainer on `transformers.Trainer` goes through this method. `on_step_begin` comes before the backward pass and
+    Every `transformers.Trainer` goes through this method: `on_step_begin` comes before the backward pass and
     `on_pre_optimizer_step` after clipping. Can go when transformers has a callback between the two.
     """
 
