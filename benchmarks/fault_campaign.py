@@ -218,7 +218,7 @@ def document(given: argparse.Namespace, reports: list[dict[str, Any]], rows: lis
         "## Other faults",
         (
             "Each run meets the fault, then is resumed without it. The full disks are small file systems in memory "
-            "that run out of room at up to seven different points, in the run's own files and in those of transformers."
+            "that run out of room at up to seven different points, in the run's own files and in transformers' files."
         ),
         "\n".join(rows_table(faults)),
         *(f"{each['left_out']}." for each in rows if "left_out" in each),
