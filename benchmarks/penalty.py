@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from workload import llama, save
 
-from hbat.ewc import add_penalty_gradient_, snapshot, trainable_parameters
+from hbat import add_penalty_gradient_, snapshot, trainable_parameters
 
 STRENGTH = 10.0
 VARIANTS = ("closed form, per tensor", "closed form, per element", "authors, per tensor")

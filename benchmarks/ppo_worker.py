@@ -158,7 +158,7 @@ class RuleAsModel(nn.Module):
             input_ids: Tokens of prompts with completions.
 
         Returns:
-            The tokens, where transformers looks for hidden states.
+            The tokens, where the host looks for hidden states.
         """
         return SimpleNamespace(hidden_states=[input_ids])
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from scale import SCALES, Scale, device, fastest, hardware, parser_of, random_llama, release, scale_name
 from workload import save
 
-from hbat.ewc import add_penalty_gradient_, trainable_parameters
+from hbat import add_penalty_gradient_, trainable_parameters
 from hbat.ewc.placement import in_main_memory, let_go, on_device, snapshot_in_main_memory
 
 STRENGTH = 10.0

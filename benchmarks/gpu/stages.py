@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 
 
 def sections(scale: Scale) -> dict[str, dict[str, Any]]:
-    """Fields of TRL's configurations.
+    """Fields of the host's configurations.
 
     Args:
         scale: Sizes.
@@ -121,7 +121,7 @@ def plain(model: Any, tokenizer: Any, data: dict[str, Dataset], scale: Scale, me
         trainer.accelerator.free_memory()
         if "ref" in model.peft_config:  # or the next DPO trainer refuses the model
             model.delete_adapter("ref")
-        for key in ("forward", "_original_forward", "_is_accelerate_prepared"):  # or half precision is skipped
+        for key in ("forward", "_original_forward", "_is_accelerate_prepared"):  # or half precision is left out
             model.__dict__.pop(key, None)
 
 

@@ -25,8 +25,7 @@ from datasets import DatasetDict, load_dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from hbat import EWCCallback
-from hbat.ewc import displacement, normalize, snapshot, trainable_parameters
+from hbat import EWCCallback, displacement, normalize, snapshot, trainable_parameters
 
 
 def main() -> None:
@@ -157,7 +156,7 @@ def adapter() -> Any:
 
 
 def load_adapter(folder: str) -> Any:
-    """Load a model with its adapter, to continue training it.
+    """Load a model with its adapter, to go on training it.
 
     Args:
         folder: Where it was saved.

@@ -34,7 +34,7 @@ WORDS = 40  # length that the reward function likes best
 
 
 def main() -> None:
-    """Train or resume, and save the model."""
+    """Train, or go on with what was cut off, and save the model."""
     options = parse_arguments()
     trainer = HBATTrainer(
         model=options.model,
@@ -62,7 +62,7 @@ def varied(completions: list[Any], **_: Any) -> list[float]:
     Returns:
         A number for each, at most 1.
     """
-    texts = [answer if isinstance(answer, str) else answer[-1]["content"] for answer in completions]
+    texts = [each if isinstance(each, str) else each[-1]["content"] for each in completions]
     lists = [text.lower().split() for text in texts]
     return [len(set(words)) / max(1, len(words)) - abs(len(words) - WORDS) / WORDS for words in lists]
 

@@ -18,7 +18,7 @@ On the CPU, with the model of `train_tiny_model.py`:
 
 `--merge FOLDER` adds the adapter to the unquantised weights and saves a model that needs neither PEFT nor
 bitsandbytes. LoRA on unquantised weights and full fine-tuning are in `hbat_sft_dpo.py`. Called again with the same
-arguments, it resumes an interrupted run. Needs the extras `peft` and `quantization`.
+arguments, it goes on where it was cut off. Needs the extras `peft` and `quantization`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from hbat import HBATConfig, HBATTrainer
 
 
 def main() -> None:
-    """Train or resume, save the adapter, and merge it with `--merge`."""
+    """Train, or go on with what was cut off; save the adapter, and merge it where that is asked for."""
     options = parse_arguments()
     trainer = HBATTrainer(
         model=options.model,
@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4, help="rounds of SFT and DPO (default: %(default)s)")
     parser.add_argument("--sft_learning_rate", type=float, default=2e-4, help="(default: %(default)s)")
     parser.add_argument("--dpo_learning_rate", type=float, default=2e-5, help="(default: %(default)s)")
-    parser.add_argument("--optim", default="adamw_torch", help="optimizer of transformers (default: %(default)s)")
+    parser.add_argument("--optim", default="adamw_torch", help="the host's optimizer name (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=2, help="rows in a micro-batch (default: %(default)s)")
     parser.add_argument("--accumulate", type=int, default=16, help="micro-batches in a step (default: %(default)s)")
     parser.add_argument("--max_length", type=int, default=768, help="tokens of a row (default: %(default)s)")

@@ -20,7 +20,7 @@ Several GPUs, each with the whole model (examples/accelerate_configs has others)
 
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/scripts/hbat_sft_dpo.py ...
 
-Called again with the same arguments, it resumes an interrupted run. For a model that is too large for that, see
+Called again with the same arguments, it goes on where it was cut off. For a model that is too large for that, see
 `hbat_qlora_single_gpu.py`.
 """
 
@@ -34,7 +34,7 @@ from hbat import HBATConfig, HBATTrainer
 
 
 def main() -> None:
-    """Train or resume, save the model, and print the scores of every objective."""
+    """Train, or go on with what was cut off, save the model, and print what every objective scored."""
     options = parse_arguments()
     train, held_out = {}, {}
     for name in ("sft", "dpo"):

@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2, help="with --tokenizer: layers (default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the pairs (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="pairs in a step (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=192, help="longer pairs are dropped (default: %(default)s)")
+    parser.add_argument("--max_length", type=int, default=192, help="longer pairs are left out (default: %(default)s)")
     parser.add_argument(
         "--learning_rate", type=float, default=3e-4, help="largest learning rate (default: %(default)s)"
     )
