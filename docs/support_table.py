@@ -10,11 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shown:
-    """A combination that works.
-
-    Attributes:
-        by: The test that shows it, as pytest names it, below `tests/`.
-    """
+    """A combination that works, with the test that shows it: its pytest id below `tests/`."""
 
     by: str
 
@@ -93,7 +89,7 @@ FEATURES: Mapping[str, Cell] = {
     "PPO with `critic: separate`, FSDP2": "separate critic under FSDP2",
     "KTO, FSDP2": Shown(f"{_FSDP}[kto]"),
     "GRPO, RLOO and TRL's PPO, FSDP2": "objective under FSDP2",
-    "going on inside a stage, FSDP2": Shown(
+    "resuming inside a stage, FSDP2": Shown(
         "engines/test_fsdp2.py::test_two_processes_that_were_killed_go_on_to_the_last_bit"
     ),
     "gradient checkpointing, FSDP2": Shown(f"{_FSDP}[checkpointing]"),
@@ -111,7 +107,7 @@ FEATURES: Mapping[str, Cell] = {
     "KTO, FSDP2 by the model": Shown(f"{_NATIVE}[kto]"),
     "Fisher with `estimator: gnb`, FSDP2 by the model": Shown(f"{_NATIVE}[fisher]"),
     "gradient checkpointing, FSDP2 by the model": Shown(f"{_NATIVE}[checkpointing]"),
-    "a stage that was cut off begins anew, FSDP2 by the model": Shown(
+    "an interrupted stage starts again, FSDP2 by the model": Shown(
         "engines/test_fsdp2_native.py::"
         "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not"
     ),
@@ -128,7 +124,7 @@ FEATURES: Mapping[str, Cell] = {
     "FSDP2 by the model, and `fsdp` or `deepspeed` in the sections": "FSDP2 twice",
     "KTO, ZeRO-2": Shown(f"{_ZERO}[2-kto]"),
     "gradient checkpointing, ZeRO-2": Shown(f"{_ZERO}[2-checkpointing]"),
-    "a stage that was cut off begins anew, ZeRO-2": Shown(
+    "an interrupted stage starts again, ZeRO-2": Shown(
         "engines/test_deepspeed.py::"
         "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not[2-sft and dpo]"
     ),
@@ -137,7 +133,7 @@ FEATURES: Mapping[str, Cell] = {
     ),
     "KTO, ZeRO-3": Shown(f"{_ZERO}[3-kto]"),
     "gradient checkpointing, ZeRO-3": Shown(f"{_ZERO}[3-checkpointing]"),
-    "a stage that was cut off begins anew, ZeRO-3": Shown(
+    "an interrupted stage starts again, ZeRO-3": Shown(
         "engines/test_deepspeed.py::"
         "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not[3-adam]"
     ),
@@ -173,7 +169,7 @@ FEATURES: Mapping[str, Cell] = {
     "the penalty with QLoRA": Shown(
         "trainer/test_qlora.py::test_the_gradient_of_the_penalty_is_the_closed_form_on_the_adapter"
     ),
-    "going on inside a stage with QLoRA": Shown(
+    "resuming inside a stage with QLoRA": Shown(
         "trainer/test_qlora.py::test_a_run_that_was_cut_off_ends_as_if_it_was_not"
     ),
     "gradient checkpointing with QLoRA": Shown("trainer/test_qlora.py::test_recomputed_activations_change_nothing"),
@@ -205,9 +201,5 @@ FEATURES: Mapping[str, Cell] = {
 
 
 def cells() -> list[Cell]:
-    """List what the table holds.
-
-    Returns:
-        Every cell, in the table's order.
-    """
-    return [*(each for row in ENGINES.values() for each in row), *FEATURES.values()]
+    """Every cell, in the table's order."""
+    return [*(cell for row in ENGINES.values() for cell in row), *FEATURES.values()]
