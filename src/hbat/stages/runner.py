@@ -32,7 +32,7 @@ from hbat.stages.moments import CarryMoments
 from hbat.stages.nonfinite import StopOnNonFinite, require_finite_importance, require_finite_weights
 from hbat.stages.start import StageStart
 from hbat.state.consolidation import Consolidation
-from hbat.state.files import written_by_the_host
+from hbat.state.files import storage_errors
 from hbat.state.plan import Stage, part_indices
 from hbat.state.run import Run
 
@@ -191,7 +191,7 @@ class StageRunner:
                 objective.restores(trainer, kept)
             resumes_at = functools.partial(objective.resumes_at, trainer.args, len(part))
             checkpoint = None if begins_anew else last_checkpoint(folder, trainer.args.max_steps, resumes_at)
-            with written_by_the_host(folder), named_checkpoint(checkpoint):
+            with storage_errors(folder), named_checkpoint(checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint)
             if interruption.stopped:
                 self._request.raise_if_agreed()
