@@ -22,10 +22,10 @@ from hbat.objectives.built_in import build_sections, resolve
 from hbat.objectives.data import checked_inputs, fitting_inputs
 from hbat.objectives.rewards import reward_names, with_rewards
 from hbat.objectives.track import estimated_steps
+from hbat.reports.card import write_model_card
 from hbat.reports.log import load_log
 from hbat.reports.matrix import ForgettingMatrix
 from hbat.reports.reporter import RunReporter, mean_loss
-from hbat.reports.card import write_model_card
 from hbat.reports.scores import RunScores
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.evaluator import Evaluator

@@ -45,7 +45,7 @@ def test_a_damaged_log_is_named_put_aside_and_begun_anew(damage, tmp_path, caplo
     assert (state.log_history, state.global_step) == ([], 5)
     (warning,) = caplog.records
     assert f"The log {tmp_path / LOG_FILE} is damaged (it" in warning.getMessage()
-    assert "goes on with an empty log" in warning.getMessage()
+    assert "is resumed with an empty log" in warning.getMessage()
     assert (tmp_path / "trainer_state.damaged.json").exists() is lies
     assert ("trainer_state.damaged.json" in warning.getMessage()) is lies
     assert not (tmp_path / LOG_FILE).exists()

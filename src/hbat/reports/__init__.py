@@ -1,1 +1,1 @@
-"""What a run reports: live (`reporter`), as files (`log`, `scores`, `plots`, `card`), and what scores say (`matrix`)."""
+"""What a run reports: live (`reporter`), as files (`log`, `scores`, `plots`, `card`), and its table (`matrix`)."""

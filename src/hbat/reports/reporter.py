@@ -83,7 +83,7 @@ class RunReporter:
         self.state.global_step = step
 
     def stage_begins(self, stage: Stage, steps: int, *, steps_after: int) -> None:
-        """Name a stage on the progress bar and correct the total; `steps_after` estimates the steps of later stages."""
+        """Name a stage on the progress bar and correct the total; `steps_after` estimates later stages."""
         self._stage, self._stage_steps, self._before = stage, steps, self.state.global_step
         self.state.max_steps = self._bar.total = self._before + steps + steps_after
         self.step(0)

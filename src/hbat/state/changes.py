@@ -103,7 +103,9 @@ def accepted(before: Fingerprint, now: Fingerprint, allowed: Sequence[str], *, o
     refused = [change for change in found if change not in named or change.fixed]
     if not refused:
         return named
-    moved = [change for change in refused if not change.fixed and _is_default(change, before, now)]
+    moved = []
+    if before.versions != now.versions:
+        moved = [change for change in refused if not change.fixed and _is_default(change, before, now)]
     messages = []
     if others := [change for change in refused if change not in moved]:
         messages.append(_other_run(others, named, output_dir))
@@ -133,10 +135,9 @@ def _moved_defaults(moved: Sequence[Change], before: Fingerprint, now: Fingerpri
         for name in sorted(before.versions.keys() | now.versions.keys())
         if before.versions.get(name) != now.versions.get(name)
     ]
-    since = f" ({', '.join(versions)})" if versions else ""
     names = ",".join(change.name for change in moved)
     return (
-        f"Defaults have changed since the run in `output_dir` {output_dir!r} was saved{since}: "
+        f"Defaults have changed since the run in `output_dir` {output_dir!r} was saved ({', '.join(versions)}): "
         f"{'; '.join(map(str, moved))}. Set the old values explicitly to keep them, or accept the new ones with "
         f"`allow_changed` (`--allow-changed {names}`)."
     )

@@ -31,6 +31,8 @@ _INCIDENTAL = {
     "run_name", "torch_empty_cache_steps",
 }  # fmt: skip
 _INCIDENTAL_PREFIXES = ("eval_", "hub_", "include_", "log_", "logging_", "save_", "trackio_")
+#: `to_dict` masks every field that ends in `_token` as a secret. These are none, and decide what is trained.
+_MASKED = ("eos_token", "pad_token")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Fingerprint:
     Attributes:
         values: What decides the result, by section: `run`, `ewc`, `data`, `parameters`, `tokenizer`, and one for each
             objective.
-        given: Names of the values that are not at their default, by section.
-        versions: Versions of the libraries, which the defaults come from.
+        given: Names of the values that the user has set, by section; all others are defaults.
+        versions: Versions of the libraries that the defaults come from.
     """
 
     values: dict[str, Any]
@@ -106,24 +108,29 @@ def fingerprint(
             described["parameters"]["quantization"] = _digest(plain)
     if processing_class is not None:
         described["tokenizer"] = _tokenizer(processing_class)
-    for name, args in sections.items():
-        described[name] = {key: value for key, value in args.to_dict().items() if not _is_incidental(key)}
-    values: dict[str, Any] = _plain(described)
-    configurations = {**sections} if config.ewc is None else {"ewc": config.ewc, **sections}
-    given = {name: _given(configuration, values[name]) for name, configuration in configurations.items()}
-    return Fingerprint(values, given, _versions())
+    described |= {name: _trained_with(args) for name, args in sections.items()}
+    given = {"ewc": _given(config.ewc)}
+    for name, objective in zip(config.objective_names, config.objectives, strict=True):
+        given[name] = _given(
+            getattr(config, name) if isinstance(objective, str) else getattr(objective, "config", None)
+        )
+    return Fingerprint(json.loads(json.dumps(described, default=str)), given, _versions())
 
 
-def _is_incidental(key: str) -> bool:
-    return key in _INCIDENTAL or key.startswith(_INCIDENTAL_PREFIXES)
+def _trained_with(args: TrainingArguments) -> dict[str, Any]:
+    values = args.to_dict()
+    values |= {key: getattr(args, key) for key in _MASKED if key in values}
+    return {k: v for k, v in values.items() if k not in _INCIDENTAL and not k.startswith(_INCIDENTAL_PREFIXES)}
 
 
-def _given(configuration: Any, values: Mapping[str, Any]) -> list[str]:
+def _given(configuration: Any) -> list[str]:
+    if configuration is None or isinstance(configuration, Mapping):
+        return sorted(configuration or ())
     defaults = {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(configuration)
     }
-    return [name for name, value in values.items() if value != _plain(defaults.get(name, MISSING))]
+    return [name for name, default in defaults.items() if getattr(configuration, name) != default]
 
 
 def _versions() -> dict[str, str]:
@@ -154,10 +161,6 @@ def _tokenizer(processing_class: Any) -> dict[str, str]:
         "vocabulary": _digest([tokenizer.get_vocab(), special]),
         "template": _digest(getattr(processing_class, "chat_template", None)),
     }
-
-
-def _plain(values: Any) -> Any:
-    return json.loads(json.dumps(values, default=str))
 
 
 def _digest(values: Any) -> str:

@@ -25,7 +25,7 @@ class RunState:
 
     Attributes:
         fingerprint: What the run trains on what: the values of its `Fingerprint`.
-        given: Names of these values that are not at their default, by section.
+        given: Names of these values that the user has set, by section; all others are defaults.
         versions: Versions of the libraries that last wrote the run.
         next_stage: Index of the stage that trains next; the number of stages once the run is finished.
         global_step: Optimizer steps so far, over all stages.
