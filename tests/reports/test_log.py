@@ -24,7 +24,7 @@ def test_what_a_state_vouches_for_comes_back_and_no_more(tmp_path, caplog):
     assert json.loads(json.dumps(remembered)) == remembered
     again = load_log(tmp_path, 3, remembered)
     assert again == TrainerState(log_history=ENTRIES[:4], global_step=3)
-    assert TrainerState.load_from_json(str(tmp_path / LOG_FILE)).log_history == ENTRIES  # the host's own file
+    assert TrainerState.load_from_json(str(tmp_path / LOG_FILE)).log_history == ENTRIES  # as transformers reads it
     assert not caplog.records
 
 

@@ -315,7 +315,7 @@ def _held(run):
     }
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", [*(pytest.param(index, marks=pytest.mark.slow) for index in range(3)), 3])
 def test_a_stage_cut_off_at_any_file_operation_is_wholly_done_or_not_at_all(index, tmp_path):
     number, outcomes = 0, []
 

@@ -41,14 +41,7 @@ class ForgettingMatrix:
     better: Mapping[str, Better] = field(default_factory=dict)
 
     def better_of(self, objective: str) -> Better:
-        """Which scores of an objective are better.
-
-        Args:
-            objective: Its name.
-
-        Returns:
-            `lower` or `higher`.
-        """
+        """Which scores of an objective are better, `lower` or `higher`."""
         return self.better.get(objective, "lower")
 
     def add(self, *, stage: int, round_index: int, objective: str | None, scores: Mapping[str, Any]) -> None:
@@ -63,25 +56,11 @@ class ForgettingMatrix:
         self.rows.append({"stage": stage, "round": round_index, "objective": objective, "scores": dict(scores)})
 
     def has(self, stage: int) -> bool:
-        """Whether a stage has its row.
-
-        Args:
-            stage: Its index; -1 for the start.
-
-        Returns:
-            True if it was added.
-        """
+        """Whether a stage, by its index, has its row; the start is -1."""
         return any(row["stage"] == stage for row in self.rows)
 
     def series(self, objective: str) -> list[float | None]:
-        """Headline score of an objective in each row.
-
-        Args:
-            objective: Its name.
-
-        Returns:
-            One value per row, None where the objective was not evaluated.
-        """
+        """Headline score of an objective in each row, None where it was not evaluated."""
         metric = self.headline[objective]
         return [row["scores"].get(objective, {}).get(metric) for row in self.rows]
 
@@ -130,11 +109,7 @@ class ForgettingMatrix:
         return after - before if self.better_of(objective) == "higher" else before - after
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON file.
-
-        Returns:
-            Headline metrics and which of their values are better, rows, backward transfer and interference.
-        """
+        """Plain values for a JSON file: headline metrics, which of them are better, rows, transfer, interference."""
         return {
             "headline": dict(self.headline),
             "better": {name: self.better_of(name) for name in self.headline},
@@ -144,11 +119,7 @@ class ForgettingMatrix:
         }
 
     def lines(self) -> list[tuple[str, list[float | None]]]:
-        """Headline scores for a table.
-
-        Returns:
-            For each row a label, such as `start` or `round 1: sft`, and one value per objective.
-        """
+        """For each row a label, such as `start` or `round 1: sft`, and each objective's headline score."""
         columns = [self.series(objective) for objective in self.headline]
         labels = [
             "start" if row["stage"] < 0 else f"round {row['round'] + 1}: {row['objective']}" for row in self.rows
@@ -160,14 +131,7 @@ class ForgettingMatrix:
 
 
 def table_rows(matrix: ForgettingMatrix) -> tuple[list[str], list[list[str]]]:
-    """Lay the headline scores out as cells.
-
-    Args:
-        matrix: The matrix.
-
-    Returns:
-        The head, and a row of cells for each of the matrix, then backward transfer; a missing score is an empty cell.
-    """
+    """Lay the headline scores out as cells: the head, a row for each of the matrix, and backward transfer."""
     head = ["after", *(f"{name} {metric}" for name, metric in matrix.headline.items())]
     rows = [
         [label, *("" if value is None else f"{value:.4f}" for value in values)] for label, values in matrix.lines()

@@ -124,9 +124,7 @@ class ForwardLogs(TrainerCallback):
         self._before = reporter.state.global_step
         self._loss: float | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Announce the stage, and log again what it logged before it was cut off."""
         self._reporter.stage_begins(self._stage, state.max_steps, steps_after=self._steps_after)
         for entry in state.log_history:  # of a stage that is resumed from its checkpoint
@@ -134,20 +132,11 @@ class ForwardLogs(TrainerCallback):
             if placed := self._placed(logs):
                 self._reporter.remember(placed, self._before + int(entry["step"]))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move the progress bar."""
         self._reporter.step(state.global_step, self._loss)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Forward an entry."""
         self._loss = (logs or {}).get("loss", self._loss)
         if placed := self._placed(logs or {}):

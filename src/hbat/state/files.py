@@ -141,15 +141,7 @@ def checksum(path: Path) -> dict[str, Any]:
 
 
 def fault(path: Path, expected: Mapping[str, Any] | None) -> str | None:
-    """Say how a file differs from the `checksum` taken when it was written; None if it does not.
-
-    Args:
-        path: The file.
-        expected: Its checksum then; None if none was recorded.
-
-    Returns:
-        The predicate of a sentence about the file, such as `is missing`.
-    """
+    """How a file differs from its recorded `checksum`, as a predicate such as `is missing`; None if it does not."""
     if expected is None:
         return "has no recorded checksum"
     try:

@@ -70,14 +70,7 @@ class RunFolder:
         return bool(self._states.ages())
 
     def read(self) -> RunState | None:
-        """Read the newest complete state.
-
-        Returns:
-            Where the run stands, or None if the folder holds no run.
-
-        Raises:
-            RunStateError: If none of the states in the folder is complete.
-        """
+        """Read the newest complete state; None without a run. Raises `RunStateError` if none is complete."""
         age = decided_by_main(self._newest_complete)
         return None if age < 0 else self._states.resume_from(age)
 

@@ -59,18 +59,7 @@ def encode(state: RunState) -> bytes:
 
 
 def decode(file: Path) -> RunState:
-    """Read a manifest.
-
-    Args:
-        file: The file.
-
-    Returns:
-        The run's state.
-
-    Raises:
-        DamagedStateError: If the file is not what was written.
-        RunStateError: If another version of hbat wrote it.
-    """
+    """Read a manifest; raises `DamagedStateError` for a damaged one, `RunStateError` for one of another format."""
     try:
         values = dict(json.loads(file.read_text(encoding="utf-8")))
         recorded, expected = values.pop("checksum", None), digest(values)

@@ -22,17 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_request(resume_from_checkpoint: object, allow_changed: Sequence[str], output_dir: str) -> None:
-    """Check the arguments of `train`.
-
-    Args:
-        resume_from_checkpoint: Whether to resume.
-        allow_changed: Names of what may differ.
-        output_dir: The run's folder, for messages.
-
-    Raises:
-        TypeError: If one is of the wrong kind.
-        ValueError: If they contradict each other.
-    """
+    """Check the arguments of `train`; raises `TypeError` or `ValueError`."""
     if resume_from_checkpoint not in {None, True, False}:
         raise TypeError(
             f"`resume_from_checkpoint` is {resume_from_checkpoint!r}; a run is resumed in its own `output_dir` "
@@ -175,14 +165,7 @@ class Run:
 
     @torch.no_grad()
     def load_weights(self, parameters: Mapping[str, Tensor]) -> None:
-        """Copy the weights of the next stage's start into a model's parameters.
-
-        Args:
-            parameters: Its trainable parameters by name.
-
-        Raises:
-            ValueError: If a weight is missing on disk or has another shape.
-        """
+        """Copy the weights of the next stage's start into a model's trainable parameters."""
         weights = self.weights()
         require_counterparts(parameters, weights, "weight on disk")
         for name, parameter in parameters.items():
