@@ -1,4 +1,4 @@
-"""Proximal policy optimisation with TRL's own trainer, for as long as it is there."""
+"""Proximal policy optimization with TRL's own trainer, which TRL below 1.13 has."""
 
 import importlib.util
 import math
@@ -9,11 +9,10 @@ from typing import Any
 from hbat.data.formats import prompt_faults
 from hbat.objectives.objective import Objective
 
-#: What a section leaves out and TRL would fill with what its trainer does not do.
+#: Defaults of a section, instead of TRL's, which its trainer does not support.
 _DEFAULTS = {"bf16": False, "save_strategy": "no"}
 
-
-#: Fields that TRL's trainer works out of others, and writes into the configuration.
+#: Fields that TRL's trainer computes from others and writes into the configuration.
 _DERIVED = (
     "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
     "mini_batch_size",
@@ -21,11 +20,7 @@ _DERIVED = (
 
 
 def is_available() -> bool:
-    """Whether TRL still has a PPOTrainer.
-
-    Returns:
-        True below TRL 1.13.
-    """
+    """Whether TRL has a PPOTrainer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that trl.experimental is experimental
         try:
@@ -35,23 +30,13 @@ def is_available() -> bool:
 
 
 def ppo(config: Any) -> Objective:
-    """Describe PPO with TRL's PPOTrainer.
-
-    Args:
-        config: Fields of `trl.experimental.ppo.PPOConfig`, or a ready one.
-
-    Returns:
-        The objective `ppo`.
-
-    Raises:
-        ImportError: If TRL has no PPOTrainer.
-    """
+    """The objective `ppo` with TRL's PPOTrainer, from fields of its configuration or a ready one."""
     if not is_available():
         raise ImportError(
-            "`ppo_backend` is 'trl', but the installed TRL has no PPOTrainer: it was dropped in TRL 1.13. Use "
+            "`ppo_backend` is 'trl', but the installed TRL has no PPOTrainer: it was removed in TRL 1.13. Use "
             '`ppo_backend: hbat`, or install an older one with `pip install "trl<1.13"`.'
         )
-    from hbat.objectives.trl_ppo import trainer as trl_ppo_trainer  # noqa: PLC0415 - cannot be imported otherwise
+    from hbat.objectives.trl_ppo import trainer as trl_ppo_trainer  # noqa: PLC0415 - fails without it
 
     return Objective(
         name="ppo",
