@@ -154,7 +154,7 @@ def test_a_value_that_is_not_finite_is_refused_with_its_row(value):
 
 
 def test_nan_in_a_tensor_is_refused_too():
-    with pytest.raises(RewardError, match="returned nan for row 0"):
+    with pytest.raises(RewardError, match="returned nan of type float for row 0"):
         values(torch.tensor([float("nan"), 1, 1]))
 
 

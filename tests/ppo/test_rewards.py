@@ -174,7 +174,7 @@ def test_an_error_in_a_model_names_it():
     model = tiny_scorer()
     with torch.no_grad():
         model.score.weight.fill_(float("nan"))
-    with pytest.raises(RewardError, match="'LlamaForSequenceClassification' returned nan for row 0"):
+    with pytest.raises(RewardError, match="'LlamaForSequenceClassification' returned nan of type float for row 0"):
         scored(model, processing_classes=tiny_tokenizer())
 
 

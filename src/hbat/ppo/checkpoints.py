@@ -1,8 +1,7 @@
 """Checkpoints: the policy as `save_pretrained` writes it, beside it the critic and the state of a rollout."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,24 +125,19 @@ class PolicyCheckpoints(Trainer):
         if is_sharded(self.model):  # transformers' own files hold critic and reference adapter too
             super()._load_from_checkpoint(resume_from_checkpoint, model=self.model)
         else:
-            with self._policy_as_model() as policy, kept_form(policy):
-                super()._load_from_checkpoint(resume_from_checkpoint, model=policy)
+            whole = self.model
+            self.model = whole.policy  # transformers loads models and adapters, but not a module that holds one
+            try:
+                with kept_form(self.model):
+                    super()._load_from_checkpoint(resume_from_checkpoint, model=self.model)
+            finally:
+                self.model = whole
             if (folder / _REFERENCE_FILE).exists():
                 with torch.no_grad():
                     for name, tensor in load_file(folder / _REFERENCE_FILE).items():
                         reference_tensors(self.model.policy)[name].copy_(tensor)
             self.restore_state(load_file(folder / _CRITIC_FILE))
         self._progress.load(folder, self.args.process_index, self.args.device)
-
-    @contextmanager
-    def _policy_as_model(self) -> Iterator[Any]:
-        # transformers loads models and adapters, but not a module that holds one.
-        whole = self.model
-        self.model = whole.policy
-        try:
-            yield self.model
-        finally:
-            self.model = whole
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Build the optimizer, with `critic_learning_rate` for the critic's own parameters if it is set."""

@@ -11,7 +11,6 @@ from hbat.ppo.maths import KLEstimator
 
 Critic = Literal["shared", "separate"]
 
-
 _OWN_GENERATION_FIELDS = {
     "max_new_tokens": "max_completion_length",
     "max_length": "max_completion_length",
@@ -144,7 +143,7 @@ class PPOConfig(TrainingArguments):
         super().__post_init__()
         self._check_counts()
         self._check_numbers()
-        self._check_critic()
+        self._check_choices()
         self._check_trainer_options()
         self._check_generation_kwargs()
 
@@ -192,11 +191,11 @@ class PPOConfig(TrainingArguments):
             check_number(name, getattr(self, name), 0, 1)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` is {self.top_p}; it must be above 0 and at most 1.")
-        check_choice("kl_estimator", self.kl_estimator, KLEstimator)
         if self.adaptive_kl and self.kl_coef == 0:
             raise ValueError("`adaptive_kl` multiplies `kl_coef`, which is 0. Set a positive `kl_coef`.")
 
-    def _check_critic(self) -> None:
+    def _check_choices(self) -> None:
+        check_choice("kl_estimator", self.kl_estimator, KLEstimator)
         check_choice("critic", self.critic, Critic)
         if self.critic_model_name_or_path is not None and self.critic != "separate":
             raise ValueError("`critic_model_name_or_path` is set, which needs `critic: separate`.")

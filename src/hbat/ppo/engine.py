@@ -13,17 +13,9 @@ from hbat.engines.refusals import REFUSALS
 from hbat.engines.sharded import give_back, is_sharded, shared_as, whole_state, whole_tensors
 
 __all__ = [
-    "give_back",
-    "is_loaded_in_shards",
-    "is_sharded",
-    "refuse_arguments",
-    "refuse_base",
-    "refuse_policy",
-    "shard",
-    "shared_as",
-    "whole_weights",
-    "written_as_whole",
-]
+    "give_back", "is_loaded_in_shards", "is_sharded", "refuse_arguments", "refuse_base", "refuse_policy", "shard",
+    "shared_as", "whole_weights", "written_as_whole",
+]  # fmt: skip
 
 
 def refuse_arguments(args: Any) -> None:
@@ -71,16 +63,12 @@ def shard(trainer: Any, reference: Any) -> None:
 def whole_weights(
     policy: Any, critic: Mapping[str, Tensor], gathered: Mapping[str, Tensor] | None, *, keep: bool
 ) -> tuple[dict[str, Tensor] | None, Mapping[str, Tensor] | None]:
-    """What is written of policy and critic. Collective if the policy was loaded sharded.
+    """The policy's state dict and the critic's tensors to write; collective if the policy was loaded sharded.
 
-    Args:
-        policy: The policy.
-        critic: The critic's tensors.
-        gathered: State dict of both that transformers gathered from its shards.
-        keep: Whether this process writes.
+    `gathered` is the state dict of both, which transformers gathered from its shards; `keep`: this process writes.
 
     Returns:
-        The policy's state dict, None for its own; and the critic's tensors, None if transformers saves them.
+        None for a policy that writes its own, and for a critic that transformers saves.
     """
     if is_loaded_in_shards(policy):
         return whole_state(policy, keep=keep), whole_tensors(critic, keep=keep)

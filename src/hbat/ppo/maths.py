@@ -37,11 +37,7 @@ def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float,
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     r"""Reward per token: $r_t = -\beta KL_t$, plus the completion's score at its last token.
 
-    Args:
-        scores: One score per completion, shape `[rows]`.
-        kl: KL terms.
-        mask: True on the tokens of completions, which are padded on the right and have at least one token.
-        kl_coef: $\beta$.
+    `scores` has shape `[rows]`; completions are padded on the right and have at least one token.
 
     Returns:
         Rewards, 0 outside the mask.
@@ -94,16 +90,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
-    r"""Mean over the mask: $\sum_{mask} x / n$; NaN outside the mask is ignored.
-
-    Args:
-        values: Of any shape.
-        mask: Booleans of the same shape.
-        count: $n$; by default the size of the mask, at least 1.
-
-    Returns:
-        A scalar tensor.
-    """
+    r"""$\sum_{mask} x / n$, with $n$ = `count` or the size of the mask (at least 1); NaN outside is ignored."""
     total = torch.where(mask, values, 0.0).sum()
     return total / (mask.sum().clamp(min=1) if count is None else count)
 
@@ -113,11 +100,7 @@ def whiten(
 ) -> Tensor:
     r"""Whiten: $(x - \bar x) / \sqrt{s^2 + \epsilon}$, with the unbiased variance $s^2$ (n - 1) over the mask.
 
-    Args:
-        values: Of any shape.
-        mask: Booleans of the same shape.
-        shift_mean: Whether the mean becomes 0; otherwise $\bar x$ is added back.
-        total: Sums a tensor over all processes.
+    `total` sums a tensor over all processes. Without `shift_mean`, $\bar x$ is added back.
 
     Returns:
         Whitened values, 0 outside the mask; unchanged if the mask has fewer than two elements.

@@ -242,13 +242,7 @@ class PPOTrainer(PolicyCheckpoints):
 def update_loss(
     outputs: tuple[Tensor, Tensor, Tensor], rollout: Rollout, count: Tensor, args: PPOConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute a micro-batch's share of the mean loss over all tokens of its optimizer step.
-
-    Args:
-        outputs: Log-probabilities, entropies and values, shape `[rows, tokens]`, with gradients.
-        rollout: The micro-batch.
-        count: Tokens of the optimizer step, over its micro-batches and all processes.
-        args: PPO's options.
+    """Compute a micro-batch's share of the mean loss over all `count` tokens of its optimizer step.
 
     Returns:
         policy loss + `vf_coef` * value loss - `entropy_coef` * entropy, a scalar tensor; and shares to log, which add

@@ -34,20 +34,7 @@ class Critic(nn.Module):
 
 
 def build_critic(kind: str, policy: Any, name_or_path: str | None) -> Critic:
-    """Build the critic of a policy, with parameters that require gradients as the policy's do.
-
-    Args:
-        kind: `shared` or `separate`.
-        policy: The policy, with its adapter if it has one.
-        name_or_path: Model that a separate critic starts from; by default the policy. With an adapter, only the copy
-            of the adapter and the head are trained.
-
-    Returns:
-        The critic. A new head starts at 0.
-
-    Raises:
-        ValueError: If the model has too few token embeddings for the policy's vocabulary.
-    """
+    """A critic that is trained as the policy is, a `separate` one from a model or by default a copy of the policy."""
     own = TokenModel(policy)
     if kind == "shared":
         return Critic(_new_head(own.width)).to(policy.device)

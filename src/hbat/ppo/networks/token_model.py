@@ -16,29 +16,16 @@ MAX_LOGITS = 2**24
 
 
 def token_statistics(
-    hidden: Tensor,
-    tokens: Tensor,
-    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,  # before each token, [rows, tokens, width]
+    tokens: Tensor,  # ids, [rows, tokens]
+    head: Callable[[Tensor], Tensor],  # from [n, width] to [n, vocabulary]
     *,
     vocabulary: int,
     temperature: float = 1.0,
-    with_entropy: bool = True,
+    with_entropy: bool = True,  # zeros otherwise
     max_logits: int = MAX_LOGITS,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the log-probability of each token and the entropy of its distribution.
-
-    Args:
-        hidden: Hidden states before each token, shape `[rows, tokens, width]`.
-        tokens: Token ids, shape `[rows, tokens]`.
-        head: From hidden states `[n, width]` to logits `[n, vocabulary]`.
-        vocabulary: Number of logits per token.
-        temperature: Divides the logits.
-        with_entropy: Whether entropies are computed; zeros otherwise.
-        max_logits: Logits in memory at once, in elements.
-
-    Returns:
-        Log-probabilities and entropies in nats, float32, shape `[rows, tokens]`.
-    """
+    """Log-probabilities and entropies (in nats) of tokens, float32, computed in chunks of at most `max_logits`."""
     shape, flat, ids = tokens.shape, hidden.flatten(0, 1), tokens.flatten()
 
     def chunk(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,9 +55,6 @@ def _statistics(logits: Tensor, targets: Tensor, *, with_entropy: bool) -> tuple
     # H = log Z - sum p z. A logit of -inf has probability 0 and must not enter the product: its gradient would be NaN.
     expected = (probabilities * torch.where(probabilities > 0, logits, 0.0)).sum(-1)
     return chosen - norm, norm - expected
-
-
-_PROBE = 4  # tokens
 
 
 class TokenModel:
@@ -109,22 +93,9 @@ class TokenModel:
         return hidden
 
     def statistics(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        tokens: int,
-        *,
-        temperature: float,
-        with_entropy: bool = True,
+        self, input_ids: Tensor, attention_mask: Tensor, tokens: int, *, temperature: float, with_entropy: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute what PPO needs of the last tokens of each row.
-
-        Args:
-            input_ids: Prompts padded on the left, completions on the right, shape `[rows, length]`.
-            attention_mask: Of the same shape.
-            tokens: Length of the completions.
-            temperature: Divides the logits.
-            with_entropy: Whether entropies are computed; zeros otherwise.
+        """Compute what PPO needs of the last `tokens` of each row: of completions, padded on the right.
 
         Returns:
             Log-probabilities of the tokens and entropies in nats, float32, shape `[rows, tokens]`, 0 on padding; and
@@ -136,7 +107,7 @@ class TokenModel:
         else:
             output = self.model(**self._arguments(input_ids, attention_mask), output_hidden_states=True)
             hidden, states = output.hidden_states[-1][:, -tokens - 1 : -1], output.logits[:, -tokens - 1 : -1]
-            head = _identity
+            head = nn.Identity()
         mask = attention_mask[:, -tokens:].bool()
         found = token_statistics(
             states[mask].unsqueeze(0),  # the head is not called on padding
@@ -160,7 +131,7 @@ class TokenModel:
         was_training = self._causal.training
         self._causal.eval()
         device = self._head.weight.device
-        input_ids = torch.arange(_PROBE, device=device).unsqueeze(0) % self.vocabulary
+        input_ids = torch.arange(4, device=device).unsqueeze(0) % self.vocabulary
         arguments = self._arguments(input_ids, torch.ones_like(input_ids))
         own = self._causal(**arguments).logits.float()
         apart = self._logits(self.trunk(**arguments).last_hidden_state).float()
@@ -182,7 +153,3 @@ class TokenModel:
         if cap := getattr(self._config, "final_logit_softcapping", None):  # Gemma
             logits = torch.tanh(logits / cap) * cap
         return logits
-
-
-def _identity(logits: Tensor) -> Tensor:
-    return logits

@@ -104,15 +104,11 @@ class CallableReward:
         if value is None:
             return math.nan
         number = _as_float32(value)
-        if number is None:
+        if number is None or not math.isfinite(number):
             raise RewardError(
                 f"The reward {self.name!r} returned {value!r:.60} of type {type(value).__name__} for row {row}, the "
-                f"completion {shortened(completion)}. Return a number, or None where it does not apply."
-            )
-        if not math.isfinite(number):
-            raise RewardError(
-                f"The reward {self.name!r} returned {value!s:.60} for row {row}, the completion "
-                f"{shortened(completion)}. Return a finite number in float32's range, or None where it does not apply."
+                f"completion {shortened(completion)}. Return a finite number in float32's range, or None where it "
+                "does not apply."
             )
         return number
 

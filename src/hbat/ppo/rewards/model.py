@@ -26,7 +26,6 @@ class RewardModel:
     def __init__(self, model: Any, tokenizer: Any, *, name: str, max_batch_size: int) -> None:
         self._model, self._tokenizer, self._name, self._max_batch_size = model, tokenizer, name, max_batch_size
         self._warned = False
-        self._pad_id = _pad_id(tokenizer, name)
         config = model.config.get_text_config()
         if model.config.num_labels != 1:
             raise ValueError(
@@ -34,7 +33,7 @@ class RewardModel:
                 "reward is one number. Load it with `AutoModelForSequenceClassification.from_pretrained(..., "
                 "num_labels=1)`."
             )
-        _check_vocabulary(model, tokenizer, name)
+        self._pad_id = _pad_id(model, tokenizer, name)
         # RoBERTa's positions begin after its padding token's id, so its tokenizer knows the usable number.
         limits = (getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
         self._most_tokens = min((limit for limit in limits if limit is not None and limit > 0), default=None)
@@ -121,17 +120,7 @@ class RewardModel:
 
 
 def load_reward_model(name: str | Path) -> Any:
-    """Load a sequence classification model with one label, in the precision that it was saved in.
-
-    Args:
-        name: Name or path.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: If it has no trained head with one output, so that transformers would initialize one at random.
-    """
+    """Load a sequence classification model in its saved precision; ValueError without a trained head of one output."""
     model, found = load_pretrained(
         AutoModelForSequenceClassification,
         name,
@@ -167,19 +156,16 @@ def is_reward_model(reward: Any) -> bool:
     return isinstance(reward, nn.Module) and hasattr(reward, "config")
 
 
-def _pad_id(tokenizer: Any, name: str) -> int:
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad_id is None:
-        raise ValueError(
-            f"The tokenizer of the reward model {name!r} has neither a padding nor an end token. Set its `pad_token`."
-        )
-    return int(pad_id)
-
-
-def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+def _pad_id(model: Any, tokenizer: Any, name: str) -> int:
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if rows is not None and len(tokenizer) > rows:
         raise ValueError(
             f"The tokenizer of the reward model {name!r} has {len(tokenizer)} tokens, but the model only {rows} "
             "embeddings. Pass the tokenizer that the model was trained with among the processing classes."
         )
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad_id is None:
+        raise ValueError(
+            f"The tokenizer of the reward model {name!r} has neither a padding nor an end token. Set its `pad_token`."
+        )
+    return int(pad_id)

@@ -54,12 +54,12 @@ class Rewards:
             self.names.append(_unique(_name(reward), self.names))
         self._models: list[RewardModel] = []
         self._functions: list[CallableReward] = []
-        for name, reward, tokenizer in zip(self.names, rewards, tokenizers, strict=True):
-            function = reward
-            if isinstance(reward, str | Path) or is_reward_model(reward):
-                function = _model(reward, tokenizer, name, max_batch_size)
-                self._models.append(function)
-            self._functions.append(CallableReward(function, name))
+        for name, function, tokenizer in zip(self.names, rewards, tokenizers, strict=True):
+            reward = function
+            if isinstance(function, str | Path) or is_reward_model(function):
+                reward = _model(function, tokenizer, name, max_batch_size)
+                self._models.append(reward)
+            self._functions.append(CallableReward(reward, name))
         self._portal: BlockingPortal | None = None  # to the event loop of async functions
 
     def to(self, device: torch.device | str) -> None:
@@ -78,17 +78,10 @@ class Rewards:
         completions: Sequence[Any],
         *,
         completion_ids: Sequence[Sequence[int]],
-        columns: Mapping[str, list[Any]],
+        columns: Mapping[str, list[Any]],  # the other columns of the data set
         trainer_state: Any = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Score completions.
-
-        Args:
-            prompts: One per completion: texts, or lists of messages.
-            completions: Of the same form.
-            completion_ids: Their token ids.
-            columns: The other columns of the data set, one entry per completion.
-            trainer_state: The trainer's state.
+        """Score completions: texts, or lists of messages.
 
         Returns:
             The weighted sums, and the values of each reward by its name, NaN where it returned None; float32 on the
@@ -97,17 +90,18 @@ class Rewards:
         Raises:
             RewardError: If a reward fails or returns anything but rewards, or none applies to a row.
         """
-        inputs = {
-            **columns,
-            "prompts": prompts,
-            "completions": completions,
-            "completion_ids": completion_ids,
-            "trainer_state": trainer_state,
-        }
+        own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        inputs = {**columns, **own, "trainer_state": trainer_state}
         results = self._results([function.arguments(inputs) for function in self._functions])
         pairs = zip(self._functions, results, strict=True)
         values = torch.stack([function.values(result, completions) for function, result in pairs])
-        self._require_values(values, completions)
+        unscored = values.isnan().all(0).nonzero().flatten().tolist()
+        if unscored:
+            row = unscored[0]
+            raise RewardError(
+                f"Every reward ({', '.join(self.names)}) returned None for {len(unscored)} of {len(completions)} "
+                f"rows, first row {row}, the completion {shortened(completions[row])}. At least one must apply."
+            )
         total = values.double().mul(self._weights.unsqueeze(1)).nansum(0).float()
         return total, dict(zip(self.names, values, strict=True))
 
@@ -145,15 +139,6 @@ class Rewards:
             raise
         return results
 
-    def _require_values(self, values: Tensor, completions: Sequence[Any]) -> None:
-        unscored = values.isnan().all(0).nonzero().flatten().tolist()
-        if unscored:
-            row = unscored[0]
-            raise RewardError(
-                f"Every reward ({', '.join(self.names)}) returned None for {len(unscored)} of {len(completions)} "
-                f"rows, first row {row}, the completion {shortened(completions[row])}. At least one must apply."
-            )
-
 
 async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
@@ -165,14 +150,11 @@ async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
 
 
 def _model(reward: Any, tokenizer: Any, name: str, max_batch_size: int) -> RewardModel:
-    origin = reward
-    if isinstance(reward, str | Path):
-        reward = load_reward_model(reward)
-    else:
-        origin = _origin(reward)
+    by_name = isinstance(reward, str | Path)
+    model = load_reward_model(reward) if by_name else reward
     if tokenizer is None:
-        tokenizer = load_reward_tokenizer(reward, origin)
-    return RewardModel(reward, tokenizer, name=name, max_batch_size=max_batch_size)
+        tokenizer = load_reward_tokenizer(model, reward if by_name else _origin(model))
+    return RewardModel(model, tokenizer, name=name, max_batch_size=max_batch_size)
 
 
 def _origin(model: Any) -> str:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,27 +54,18 @@ def _means(
     return found | {"reward_std": math.sqrt(max(variance, 0.0))}
 
 
+@dataclass
 class RolloutCollector:
-    """Makes rollouts of a policy; `reference` is None without a KL penalty."""
+    """Makes rollouts of a policy."""
 
-    def __init__(
-        self,
-        model: PolicyAndCritic,
-        reference: Reference | None,
-        rewards: Rewards,
-        sampler: CompletionSampler,
-        tokenizer: Any,
-        args: PPOConfig,
-        accelerator: Any,
-    ) -> None:
-        self._model = model
-        self._reference = reference
-        self._rewards = rewards
-        self._sampler = sampler
-        self._tokenizer = tokenizer
-        self._args = args
-        self._accelerator = accelerator
-        self._seconds: dict[str, float] = {}
+    model: PolicyAndCritic
+    reference: Reference | None  # None without a KL penalty
+    rewards: Rewards
+    sampler: CompletionSampler
+    tokenizer: Any
+    args: PPOConfig
+    accelerator: Any
+    _seconds: dict[str, float] = field(default_factory=dict, init=False)
 
     def collect(
         self, rows: Sequence[Mapping[str, Any]], *, seed: int, kl_coef: float, trainer_state: Any
@@ -84,27 +75,27 @@ class RolloutCollector:
         scored = self._score(rows, seed=seed, trainer_state=trainer_state)
         completions, scores = scored.completions, scored.scores
         sequences = self._sequences(rows, completions)
-        if self._args.missing_eos_penalty is not None:
-            scores = scores - self._args.missing_eos_penalty * (~torch.tensor(completions.ended)).float()
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * (~torch.tensor(completions.ended)).float()
         with self._timed("scoring"):
             statistics = self._statistics(sequences)
         device = sequences.prompt_ids.device
-        rollout, kl = assess(sequences, statistics, scores.to(device), self._args, kl_coef, self.total)
+        rollout, kl = assess(sequences, statistics, scores.to(device), self.args, kl_coef, self.total)
         entries = scored.entries() | {"kl": kl.sum(1)}
-        if self._args.entropy_coef == 0:
+        if self.args.entropy_coef == 0:
             mask = sequences.completion_mask
             entries["entropy"] = torch.where(mask, statistics["entropies"], 0.0).sum(1) / mask.sum(1)
-        metrics = _means(entries, self.total, self._accelerator.device)
+        metrics = _means(entries, self.total, self.accelerator.device)
         variance = explained_variance(rollout.values, rollout.returns, rollout.completion_mask)
         metrics |= {"kl_coef": kl_coef, "values/explained_variance": float(variance)}
         return rollout, metrics | {f"seconds/{name}": value for name, value in self._seconds.items()}
 
     def evaluate(self, prompts: Dataset, trainer_state: Any) -> dict[str, float]:
         """Means over the greedy completions of all prompts, each process its share of them."""
-        size = self._args.per_device_eval_batch_size
-        own = list(range(self._args.process_index, len(prompts), self._args.world_size))
+        size = self.args.per_device_eval_batch_size
+        own = list(range(self.args.process_index, len(prompts), self.args.world_size))
         # A sharded model needs all processes in every batch: those without rows complete the first one, uncounted.
-        most = math.ceil(len(prompts) / self._args.world_size)
+        most = math.ceil(len(prompts) / self.args.world_size)
         entries: dict[str, list[Tensor]] = {}
         for start in range(0, most, size):
             indices = own[start : start + size]
@@ -112,21 +103,21 @@ class RolloutCollector:
             for name, values in scored.entries().items():
                 entries.setdefault(name, []).append(values[: len(indices)])
         joined = {name: torch.cat(values) for name, values in entries.items()}
-        return _means(joined, self.total, self._args.device)
+        return _means(joined, self.total, self.args.device)
 
     def total(self, value: Tensor) -> Tensor:
         """Sum a tensor over all processes."""
-        if self._accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1:
             return value
-        summed: Tensor = self._accelerator.reduce(value, reduction="sum")
+        summed: Tensor = self.accelerator.reduce(value, reduction="sum")
         return summed
 
     def _score(self, rows: Sequence[Mapping[str, Any]], *, seed: int | None, trainer_state: Any) -> _ScoredCompletions:
-        with self._timed("generation"), self._accelerator.autocast():
-            completions = self._sampler.sample([row[TOKENS] for row in rows], seed=seed)
+        with self._timed("generation"), self.accelerator.autocast():
+            completions = self.sampler.sample([row[TOKENS] for row in rows], seed=seed)
         with self._timed("rewards"):
-            texts = self._tokenizer.batch_decode(completions.tokens, skip_special_tokens=True)
-            scores, by_name = self._rewards(
+            texts = self.tokenizer.batch_decode(completions.tokens, skip_special_tokens=True)
+            scores, by_name = self.rewards(
                 [row["prompt"] for row in rows],
                 as_completions(texts, rows),
                 completion_ids=completions.tokens,
@@ -136,7 +127,7 @@ class RolloutCollector:
         return _ScoredCompletions(completions, scores, by_name)
 
     def _sequences(self, rows: Sequence[Mapping[str, Any]], completions: Completions) -> Sequences:
-        device, pad = self._model.device, self._tokenizer.pad_token_id
+        device, pad = self.model.device, self.tokenizer.pad_token_id
         prompt_ids, prompt_mask = pad_left([row[TOKENS] for row in rows], pad, device)
         longest = max(map(len, completions.tokens))
         lengths = torch.tensor([len(tokens) for tokens in completions.tokens], device=device)
@@ -152,23 +143,23 @@ class RolloutCollector:
     def _statistics(self, sequences: Sequences) -> dict[str, Tensor]:
         shape = sequences.completion_ids.shape
         names = ("log_probs", "reference", "values", "entropies")
-        found = {name: torch.zeros(shape, device=self._model.device) for name in names}
+        found = {name: torch.zeros(shape, device=self.model.device) for name in names}
         # Without a bonus the entropy is only logged: once per rollout is enough, as it takes another pass over logits.
-        with_entropy = self._args.entropy_coef == 0
+        with_entropy = self.args.entropy_coef == 0
         order = sequences.attention_mask.sum(1).argsort(stable=True)  # similar lengths together need little padding
-        was_training, temperature = self._model.training, self._args.temperature
-        self._model.eval()
-        for rows in order.split(self._args.scoring_batch_size or self._args.per_device_train_batch_size):
+        was_training, temperature = self.model.training, self.args.temperature
+        self.model.eval()
+        for rows in order.split(self.args.scoring_batch_size or self.args.per_device_train_batch_size):
             batch = sequences.select(rows)
             ids, mask, tokens = batch.input_ids, batch.attention_mask, batch.completion_ids.shape[1]
-            log_probs, entropies, values = self._model(ids, mask, tokens, temperature, with_entropy=with_entropy)
+            log_probs, entropies, values = self.model(ids, mask, tokens, temperature, with_entropy=with_entropy)
             reference = log_probs
-            if self._reference is not None:
-                with self._accelerator.autocast():
-                    reference = self._reference.log_probs(ids, mask, tokens, temperature)
+            if self.reference is not None:
+                with self.accelerator.autocast():
+                    reference = self.reference.log_probs(ids, mask, tokens, temperature)
             for name, result in zip(names, (log_probs, reference, values, entropies), strict=True):
                 found[name][rows, :tokens] = result
-        self._model.train(was_training)
+        self.model.train(was_training)
         return found
 
     @contextmanager

@@ -40,15 +40,7 @@ class _Ends(StoppingCriteria):
 
 
 class CompletionSampler:
-    """Samples completions from a policy.
-
-    Args:
-        policy: The policy; of its own generation configuration only the EOS tokens are used.
-        tokenizer: Its tokenizer.
-        max_new_tokens: Maximum number of tokens per completion.
-        sampling: Fields of `transformers.GenerationConfig` such as the temperature.
-        batch_size: Prompts per call of `generate`; None for all.
-    """
+    """Samples completions from a policy, of whose own generation configuration only the EOS tokens are used."""
 
     def __init__(
         self,
@@ -56,12 +48,10 @@ class CompletionSampler:
         tokenizer: Any,
         *,
         max_new_tokens: int,
-        sampling: Mapping[str, Any],
-        batch_size: int | None = None,
+        sampling: Mapping[str, Any],  # fields of `transformers.GenerationConfig`
+        batch_size: int | None = None,  # prompts per call of `generate`; None for all
     ) -> None:
-        self._policy = policy
-        self._tokenizer = tokenizer
-        self._batch_size = batch_size
+        self._policy, self._tokenizer, self._batch_size = policy, tokenizer, batch_size
         options = dict(sampling)
         self._stop_strings = options.pop("stop_strings", None)
         self.end_tokens = _end_tokens(options.pop("eos_token_id", None), policy, tokenizer)
@@ -70,15 +60,7 @@ class CompletionSampler:
         )
 
     def sample(self, prompts: Sequence[Sequence[int]], *, seed: int | None) -> Completions:
-        """Complete prompts, given as token ids.
-
-        Args:
-            prompts: Token ids of each prompt.
-            seed: Seed of the sampling, which leaves the global random state alone; None decodes greedily.
-
-        Returns:
-            Completions of at least one token each.
-        """
+        """Complete prompts of token ids; a seed leaves the global random state alone, None decodes greedily."""
         size = self._batch_size or len(prompts)
         tokens: list[list[int]] = []
         ended: list[bool] = []
@@ -119,29 +101,22 @@ class CompletionSampler:
 @contextmanager
 def _sampling_state(policy: Any, seed: int | None) -> Iterator[None]:
     devices = [policy.device] if policy.device.type == "cuda" else []
+    models = [policy, *([policy.get_base_model()] if hasattr(policy, "peft_config") else [])]
+    own = [(model, model.generation_config) for model in models if "generation_config" in vars(model)]
     was_training = policy.training
     policy.eval()  # in training mode, gradient checkpointing turns the key-value cache off
     try:
-        with torch.random.fork_rng(devices=devices), _without_own_options(policy):
+        # transformers fills unset options from the model's own configuration, and many models ship with some.
+        for model, _ in own:
+            model.generation_config = GenerationConfig()
+        with torch.random.fork_rng(devices=devices):
             if seed is not None:
                 torch.manual_seed(seed)
             yield
     finally:
-        policy.train(was_training)
-
-
-@contextmanager
-def _without_own_options(policy: Any) -> Iterator[None]:
-    # transformers fills unset options from the model's own configuration, and many models ship with some for chatting.
-    models = [policy, *([policy.get_base_model()] if hasattr(policy, "peft_config") else [])]
-    own = [(model, model.generation_config) for model in models if "generation_config" in vars(model)]
-    for model, _ in own:
-        model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
         for model, options in own:
             model.generation_config = options
+        policy.train(was_training)
 
 
 def _end_tokens(given: Any, policy: Any, tokenizer: Any) -> list[int]:

@@ -11,19 +11,7 @@ TOKENS = "hbat_prompt_ids"  # the column that tokenizing adds
 
 
 def tokenize_prompts(dataset: Dataset, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> Dataset:
-    """Add the tokens of each prompt: of text with the tokenizer's special tokens, of messages by the chat template.
-
-    Args:
-        dataset: Rows with `prompt`.
-        tokenizer: The policy's tokenizer.
-        template_kwargs: Arguments for the chat template; a row's `chat_template_kwargs` override them.
-
-    Returns:
-        The rows with a column `TOKENS` of token ids.
-
-    Raises:
-        ValueError: If there is no column `prompt`, or conversational prompts but no chat template.
-    """
+    """Add a column of token ids, by the chat template for messages; a row's `chat_template_kwargs` come on top."""
     if "prompt" not in dataset.column_names:
         raise ValueError(
             f"PPO needs a column `prompt` (text, or messages); the data set has {', '.join(dataset.column_names)}."
@@ -55,17 +43,7 @@ def prompt_tokens(prompt: Any, tokenizer: Any, template_kwargs: Mapping[str, Any
 
 
 def check_lengths(prompts: Dataset, *, name: str, completion_length: int, context: int | None) -> None:
-    """Refuse prompts without tokens, and those that leave no room for a completion.
-
-    Args:
-        prompts: Tokenized rows.
-        name: Name of the data set in messages.
-        completion_length: Maximum number of tokens per completion.
-        context: The model's context length; None for no limit.
-
-    Raises:
-        ValueError: If there is such a prompt; the message names the first and counts all.
-    """
+    """Refuse prompts without tokens or without room for a completion (ValueError, which counts them)."""
     lengths = [len(tokens) for tokens in prompts.with_format(None)[TOKENS]]
     empty = [row for row, length in enumerate(lengths) if length == 0]
     if empty:

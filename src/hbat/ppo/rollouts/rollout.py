@@ -61,10 +61,7 @@ class Rollout(Sequences):
         rows, last = rows.to(self.values.device), selected.completion_ids.shape[1]
         return Rollout(
             **{item.name: getattr(selected, item.name) for item in fields(Sequences)},
-            log_probs=self.log_probs[rows, :last],
-            values=self.values[rows, :last],
-            advantages=self.advantages[rows, :last],
-            returns=self.returns[rows, :last],
+            **{name: getattr(self, name)[rows, :last] for name in ("log_probs", "values", "advantages", "returns")},
         )
 
     def save(self, file: Path) -> None:
@@ -80,25 +77,13 @@ class Rollout(Sequences):
 
 def assess(
     sequences: Sequences,
-    statistics: Mapping[str, Tensor],
+    statistics: Mapping[str, Tensor],  # `log_probs`, `reference` and `values` of the completions' tokens
     scores: Tensor,
-    config: Any,
+    config: Any,  # the `PPOConfig`
     kl_coef: float,
-    total: Callable[[Tensor], Tensor],
+    total: Callable[[Tensor], Tensor],  # sums a tensor over all processes
 ) -> tuple[Rollout, Tensor]:
-    """Turn scores into advantages and returns.
-
-    Args:
-        sequences: Prompts with their completions.
-        statistics: `log_probs`, `reference` and `values` of the completions' tokens.
-        scores: One score per completion.
-        config: The `PPOConfig`.
-        kl_coef: Weight of the KL penalty.
-        total: Sums a tensor over all processes.
-
-    Returns:
-        The rollout, and the KL terms of its tokens, 0 outside the mask.
-    """
+    """Turn one score per completion into advantages and returns; also the KL terms of the tokens."""
     mask = sequences.completion_mask
     terms = kl_terms(statistics["log_probs"], statistics["reference"], config.kl_estimator)
     kl = torch.where(mask, terms, 0.0)
