@@ -11,8 +11,8 @@ from torch.nn import Linear
 
 from hbat.engines.fsdp2 import keep_sharded, require_supported, sharding
 from hbat.objectives.built_in import build_sections, resolve
-from hbat.ppo.fsdp2 import shard_policy_and_critic
-from hbat.ppo.networks.policy_and_critic import SeparateCritic
+from hbat.ppo.engine import shard
+from hbat.ppo.networks.policy_and_critic import Critic
 
 #: What `accelerate launch` says of FSDP2.
 LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -151,9 +151,10 @@ def test_a_mesh_of_several_dimensions_is_refused():
 def test_a_critic_of_its_own_is_refused():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
     trainer = trainer_with(plugin)
-    trainer.model = SimpleNamespace(policy=cases.tiny_llama(), critic=SeparateCritic(Linear(2, 2), Linear(2, 1)))
+    trainer.is_fsdp_enabled = True
+    trainer.model = SimpleNamespace(policy=cases.tiny_llama(), critic=Critic(Linear(2, 1), trunk=Linear(2, 2)))
     with pytest.raises(NotImplementedError, match="Set `critic: shared`"):
-        shard_policy_and_critic(trainer, None)
+        shard(trainer, None)
 
 
 def test_an_engine_that_accelerate_left_aside_is_refused():
