@@ -207,9 +207,9 @@ def test_a_text_column_of_another_name_is_checked():
 
 def test_a_turn_of_a_written_out_dialogue_is_named_by_its_number():
     row = {"chosen": dialogue("Hi", "Hello", "Bye", ""), "rejected": dialogue("Hi", "Hello", "Bye", "Bye")}
-    assert [fault.problem for fault in preference_faults(row)] == ["turn 4 in the text: the text is empty"]
+    assert [fault.problem for fault in preference_faults(row)] == ["turn 4 of the text: the content is empty"]
 
 
 def test_tokenized_preference_data_is_refused_with_the_reason():
     (fault,) = preference_faults({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]})
-    assert "DPO takes no tokenized data (`prompt_ids`)" in fault.problem
+    assert "DPO does not accept tokenized data (`prompt_ids`)" in fault.problem

@@ -88,8 +88,8 @@ def test_what_is_wrong_with_a_row_of_kto_is_named_with_its_field(kind, field, ro
 
 def test_the_message_about_a_data_set_says_what_it_needs():
     rows = Dataset.from_list([{"messages": [user()]}])
-    with pytest.raises(DatasetError, match=r"no column `prompt`.*Data of an online objective has `prompt`"):
+    with pytest.raises(DatasetError, match=r"no column `prompt`.*Online objectives expect `prompt`"):
         check_dataset(rows, name="data", faults=prompt_faults)
     rows = Dataset.from_list([{"prompt": "a", "completion": "b", "rating": True}])
-    with pytest.raises(DatasetError, match=r"no column `label`.*KTO data has `prompt`, `completion`, `label`; or"):
+    with pytest.raises(DatasetError, match=r"no column `label`.*KTO expects `prompt`, `completion`, `label`; or"):
         check_dataset(rows, name="data", faults=kto_faults)

@@ -203,7 +203,6 @@ def test_frozen_weights_are_named_alike_by_a_compiled_model():
         {"dpo": {"push_to_hub": True, "hub_model_id": "some/model", "hub_strategy": "end"}},
         {"dpo": {"save_only_model": True, "torch_empty_cache_steps": 5}},
         {"sft": {"include_num_input_tokens_seen": "all"}},
-        {"ewc": {"anchor_device": "cpu"}},
         {"parameters": {"a": torch.ones(2, 3), "b": torch.ones(())}},
     ],
     ids=str,

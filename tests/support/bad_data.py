@@ -146,7 +146,7 @@ def document():
     lines = []
     for kind, objective, rows in CASES:
         # What follows is the same in every message: the counts, and what to do.
-        text = message(objective, rows).partition(" It is the only one of")[0].replace("|", "\\|")
+        text = message(objective, rows).partition(" Faulty rows: ")[0].replace("|", "\\|")
         lines.append(f"| {kind} | {'yes' if kind in MET else ''} | `{objective}` | {text} |\n")
     return HEAD + "".join(lines) + TAIL
 

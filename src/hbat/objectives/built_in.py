@@ -79,8 +79,9 @@ def build_sections(objectives: Sequence[Objective], config: HBATConfig) -> dict[
 
 
 def _module(name: str, config: HBATConfig) -> str:
-    of_trl = name == "ppo" and config.ppo_backend == "trl"
-    return "hbat.objectives.trl_ppo" if of_trl else f"hbat.objectives.{name}"
+    if name == "ppo" and config.ppo_backend == "trl":
+        return "hbat.objectives.trl_ppo.objective"
+    return f"hbat.objectives.{'online' if name in {'grpo', 'rloo'} else name}"
 
 
 def _require_examples(config: HBATConfig, objectives: Sequence[Objective]) -> None:
