@@ -137,7 +137,7 @@ def test_an_override_takes_precedence_over_the_file_and_a_later_one_over_an_earl
 
 
 def test_numbers_from_the_file_and_from_the_command_line_have_the_same_type(run_file):
-    file = run_file("ewc: {f_max: 1e1}\nsft: {learning_rate: 1e-5}\naverage: 5e-1")
+    file = run_file("ewc: {f_max: 1e1}\nsft: {learning_rate: 1e-5}\nend_weight: 5e-1")
     for run in (parsed(file), parsed(file, "--ewc.f_max", "1e1", "--sft.learning_rate=1e-5", "--end_weight", "5e-1")):
         assert (run.config.ewc.f_max, run.config.sft, run.config.end_weight) == (10.0, {"learning_rate": 1e-5}, 0.5)
         assert isinstance(run.config.ewc.f_max, float)

@@ -18,7 +18,7 @@ def test_defaults_are_valid_and_need_only_a_folder():
 
 @pytest.mark.parametrize("config_class", [EWCConfig, HBATConfig])
 def test_every_option_has_a_help_text(config_class):
-    assert all(each.metadata["help"].strip().endswith(".") for each in dataclasses.fields(config_class))
+    assert all(option.metadata["help"].strip().endswith(".") for option in dataclasses.fields(config_class))
 
 
 # --- EWC -------------------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def test_every_option_has_a_help_text(config_class):
         ({"freeze": 1.5}, r"`ewc\.freeze` is 1\.5; it must be a number between 0 and 1"),
         ({"freeze": 1.0}, r"`ewc\.freeze` is 1\.0; it must be below 1"),
         ({"freeze": 1}, r"`ewc\.freeze` is 1; it must be below 1"),
-        ({"fisher_samples": 0}, r"`ewc\.fisher_samples` is 0; it must be a .*number.* at least 1"),
+        ({"fisher_samples": 0}, r"`ewc\.fisher_samples` is 0; it must be an integer of at least 1"),
         ({"fisher_batch_size": 0}, r"`ewc\.fisher_batch_size` is 0"),
         ({"normalization": "softmax"}, r"softmax` is taken over tensors, but `ewc\.granularity` is 'element'"),
         (
@@ -63,8 +63,7 @@ def test_the_authors_preset_sets_all_of_their_choices_and_keeps_the_strength():
 
 
 def test_the_help_of_the_authors_preset_says_all_that_it_sets():
-    fields = {each.name: each for each in dataclasses.fields(EWCConfig)}
-    text = fields["preset"].metadata["help"]
+    text = EWCConfig.__dataclass_fields__["preset"].metadata["help"]
     preset = EWCConfig(preset="authors")
     for name in ("source", "granularity", "normalization", "method"):
         assert f"`{name}: {getattr(preset, name)}`" in text
@@ -132,11 +131,11 @@ def test_the_ewc_section_may_be_a_mapping_an_object_or_nothing():
 
 def test_one_word_holds_for_all_objectives_and_a_mapping_for_those_it_names():
     config = HBATConfig(output_dir="run", lr_schedule="run", end_weight=0.5)
-    assert [config.lr_schedule_of(each) for each in ("sft", "dpo")] == ["run", "run"]
-    assert [config.end_weight_of(each) for each in ("sft", "dpo")] == [0.5, 0.5]
+    assert [config.lr_schedule_of(name) for name in ("sft", "dpo")] == ["run", "run"]
+    assert [config.end_weight_of(name) for name in ("sft", "dpo")] == [0.5, 0.5]
     config = HBATConfig(output_dir="run", lr_schedule={"dpo": "decay"}, end_weight={"sft": 0.25})
-    assert [config.lr_schedule_of(each) for each in ("sft", "dpo")] == ["stage", "decay"]
-    assert [config.end_weight_of(each) for each in ("sft", "dpo")] == [0.25, 1.0]
+    assert [config.lr_schedule_of(name) for name in ("sft", "dpo")] == ["stage", "decay"]
+    assert [config.end_weight_of(name) for name in ("sft", "dpo")] == [0.25, 1.0]
 
 
 def test_an_objective_of_ones_own_counts_by_its_name():

@@ -89,9 +89,9 @@ def test_what_is_no_data_set_is_refused_with_advice(dataset, advice):
 
 def test_fewer_rows_than_rounds_are_refused():
     message = refusal(Dataset.from_list(pairs(11)), num_rounds=3, rows_per_round=4)
-    assert "has 11 rows for 3 rounds, but every round needs at least 4 rows (set by the batch sizes" in message
+    assert "too few rows: 11 for 3 rounds; every round needs at least 4 rows (set by the batch sizes" in message
     message = refusal(Dataset.from_list(pairs(3)), num_rounds=4)
-    assert "has 3 rows for 4 rounds, but every round needs at least 1 row." in message
+    assert "too few rows: 3 for 4 rounds; every round needs at least 1 row." in message
 
 
 def test_no_row_is_looked_at_without_a_check():

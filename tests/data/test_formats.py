@@ -1,5 +1,5 @@
 import pytest
-from messages import CALL, IMAGE, TOOL, assistant, user
+from messages import CALL, IMAGE, SYSTEM, TOOL, assistant, dialogue, user
 
 from hbat.data.formats import preference_faults, sft_faults
 
@@ -12,7 +12,7 @@ GOOD_SFT = [
     {"prompt": "The sky is", "completion": " blue."},
     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": " Hello"},
     {"prompt": [user()], "completion": [assistant()]},
-    {"prompt": [{"role": "system", "content": "Be brief."}, user()], "completion": [assistant()], "tools": None},
+    {"prompt": [SYSTEM, user()], "completion": [assistant()], "tools": None},
     {"prompt": [user(), CALL, TOOL], "completion": [assistant()]},
     {"messages": [user(), assistant(), user("And red?"), assistant()]},
     {"messages": [{"role": "developer", "content": "Be brief."}, user(), CALL, TOOL, TOOL, assistant()]},
@@ -125,10 +125,6 @@ FAULTY_SFT = [
 @pytest.mark.parametrize(("kind", "field", "row"), FAULTY_SFT)
 def test_a_faulty_sft_row_is_named_by_kind_and_field(kind, field, row):
     assert [(fault.kind, fault.field) for fault in sft_faults(row)] == [(kind, field)]
-
-
-def dialogue(*texts):
-    return "".join(f"\n\n{('Human', 'Assistant')[at % 2]}: {text}" for at, text in enumerate(texts))
 
 
 FAULTY_PAIRS = [

@@ -118,8 +118,8 @@ def check_dataset(
         raise DatasetError(f"{name} has no rows.")
     if total < needed:
         raise DatasetError(
-            f"{name} has {total} rows for {num_rounds} {'round' if num_rounds == 1 else 'rounds'}, but {need}. Lower "
-            "`num_rounds` or provide more data."
+            f"{name} has too few rows: {total} for {num_rounds} {'round' if num_rounds == 1 else 'rounds'}; {need}. "
+            "Lower `num_rounds` or provide more data."
         )
     found = FaultyRows() if faults is None else _searched(dataset, name, faults)
     if not found.rows:

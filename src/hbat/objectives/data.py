@@ -52,8 +52,7 @@ def checked_inputs(
         for name in datasets:
             if name not in objectives:
                 raise ValueError(
-                    f"`{argument}` has rows for {name!r}, which is not an objective of the run."
-                    f"{nearest(str(name), objectives)}"
+                    f"`{argument}` has rows for {name!r}, which no stage trains.{nearest(str(name), objectives)}"
                 )
     missing = [name for name in objectives if name not in train_dataset]
     if missing:
