@@ -16,9 +16,8 @@ from hbat.engines.deepspeed.zero12 import Fragments, before_step, engine_of
 from hbat.engines.refusals import REFUSALS
 from hbat.engines.sharded import is_shared
 from hbat.ewc.log import PenaltyLog, is_logged, unclipped_task_norm
-from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
+from hbat.ewc.parameters import on_device, require_counterparts, snapshot, trainable_parameters
 from hbat.ewc.penalty import PenaltyStatistics, add_penalty_gradient_, measure_penalty, proximal_step_
-from hbat.ewc.placement import in_main_memory, let_go, on_device, snapshot_in_main_memory
 
 
 class EWCCallback(TrainerCallback):
@@ -149,11 +148,8 @@ class EWCCallback(TrainerCallback):
 
     def _take(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
-        offloads = self.anchor_device == "cpu"
-        copied = snapshot_in_main_memory if offloads else snapshot
-        place = in_main_memory if offloads else on_device
-        self._anchor = place(copied(parameters) if self.anchor is None else self.anchor, parameters)
-        self._importance = place(self.importance, parameters)
+        self._anchor = on_device(snapshot(parameters) if self.anchor is None else self.anchor, parameters)
+        self._importance = on_device(self.importance, parameters)
 
     def _take_shares(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._shares = own = shares(parameters)
@@ -258,5 +254,4 @@ class EWCCallback(TrainerCallback):
     def _detach(self) -> None:
         if self._undo is not None:
             self._undo()
-        let_go(self._anchor, self._importance)
         self._reset()

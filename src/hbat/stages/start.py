@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from hbat.config.ewc import AnchorDevice
 from hbat.engines.sharded import part_of, shared_as
-from hbat.ewc.offload import page_locked
 from hbat.ewc.parameters import canonical_name, snapshot, trainable_parameters
-from hbat.ewc.placement import snapshot_in_main_memory
 from hbat.model.adapters import REFERENCE_ADAPTER, add_reference_adapter, match_reference_adapter, reference_parameters
 from hbat.model.copies import frozen_copy
 
@@ -69,7 +67,7 @@ class StageStart:
         """
         current = trainable_parameters(self._model)
         if self.reference is None and (self._shares_adapter or not self._is_beside(current)):
-            self._anchor = snapshot_in_main_memory(current) if self._offloads else snapshot(current)
+            self._anchor = snapshot(current)
             self._shares_adapter = False
         for name, each in self._anchor.items():
             each.copy_(current[name] if weights is None else shared_as(weights[name], each))
@@ -82,12 +80,7 @@ class StageStart:
         )
 
     def set_aside(self) -> None:
-        """Before a stage that takes no reference policy: make room on the device, where the configuration asks so."""
-        if not self._offloads or self.reference is None:
-            return
-        device = next(self._model.parameters()).device
-        for each in self.reference.parameters():  # the next preference stage's trainer moves them to the device
-            each.data = page_locked(each.data, device)
+        """Unused."""
 
     def complete_adapter(self) -> None:
         """Make the host's new reference adapter compute what the adapter computes."""
