@@ -145,7 +145,7 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(hbat, values, tmp_p
     assert "sft.learning_rate: 0.1 -> 0.2" in refusal(hbat("train", *changed))
     misspelt = hbat("train", *changed, "--allow-changed", "sft.learning_rat")
     assert "Did you mean `sft.learning_rate`?" in refusal(misspelt)
-    assert "it needs `--resume`" in refusal(hbat("train", "--allow-changed", "sft."))
+    assert "it requires `--resume`" in refusal(hbat("train", "--allow-changed", "sft."))
     assert hbat("train", *changed, "--allow-changed", "sft.learning_rate, run.")[0] == 0
     for each in (tmp_path / "out").glob("hbat_state*.json"):
         each.write_text("rot")
@@ -167,7 +167,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(hbat, values, tmp_path):
             time.sleep(0.001)
 
     threading.Thread(target=interrupt_after_the_first_stage, daemon=True).start()
-    assert hbat("train") == (130, "", ["hbat: ended by SIGINT, everything is saved; `--resume` goes on"])
+    assert hbat("train") == (130, "", ["hbat: stopped by SIGINT; the run is saved, continue with `--resume`"])
     assert json.loads(state.read_text())["next_stage"] == 1
     assert hbat("train", "--resume")[0] == 0
     resumed, whole = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "whole"))
@@ -215,7 +215,7 @@ def test_a_stage_that_is_not_finite_is_rolled_back_as_often_as_the_command_says(
 def test_validation_prints_the_plan_and_leaves_no_file(hbat, tmp_path):
     status, out, lines = hbat("validate", "--num_rounds", "3")
     assert (status, lines) == (0, [])
-    for part in ("3 rounds of sft, dpo: 6 stages, about 12 optimizer steps", "5-6", "parameters are trained"):
+    for part in ("3 rounds of sft, dpo: 6 stages, about 12 optimizer steps", "5-6", "parameters are trainable"):
         assert part in out
     assert [each.name for each in tmp_path.iterdir()] == ["run.yaml"]
 

@@ -45,7 +45,7 @@ REFUSED = [
     (":length", ValueError, r"names no function"),
     ("", ValueError, r"names no function"),
     ("reward.py:length", ValueError, r"there is no file .*/reward\.py\. Did you mean `rewards\.py`\?"),
-    ("gone/rewards.py:length", ValueError, r"there is no file .*\(nor is there a folder .*/gone\)"),
+    ("gone/rewards.py:length", ValueError, r"there is no file .*\(and no folder .*/gone\)"),
     ("rewards.py:lenght", ValueError, r"has no function `lenght`\. Did you mean `length`\?"),
     ("broken.py:length", ValueError, r"importing .*/broken\.py failed: ZeroDivisionError: "),
 ]

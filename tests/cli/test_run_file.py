@@ -77,7 +77,7 @@ def test_values_are_read_as_yaml_1_2_reads_them(text, value):
     ("text", "part"),
     [
         ("a: [", "line 1"),
-        ("a: 1\nb: 2\na: 3", "`a` stands twice, line 3"),
+        ("a: 1\nb: 2\na: 3", "duplicate key `a`, line 3"),
         ("!!python/object/apply:os.getcwd []", "`!!python/object/apply:os.getcwd` is not a plain value"),
         ("a: 1\n---\nb: 2", "another document"),
         ("\x00", "special characters"),
@@ -97,7 +97,7 @@ def test_a_section_can_take_over_another_with_a_merge_key(run_file):
 
 def test_a_file_that_is_no_mapping_is_refused(tmp_path):
     file = tmp_path / "run.yaml"
-    for content, part in [(b"", "is empty"), (b"# only this\n", "is empty"), (b"- a\n", "holds a list")]:
+    for content, part in [(b"", "is empty"), (b"# only this\n", "is empty"), (b"- a\n", "contains a list")]:
         file.write_bytes(content)
         with pytest.raises(PlainYAMLError, match=part):
             read_yaml(file)
@@ -137,7 +137,7 @@ def test_an_override_takes_precedence_over_the_file_and_a_later_one_over_an_earl
 
 
 def test_numbers_from_the_file_and_from_the_command_line_have_the_same_type(run_file):
-    file = run_file("ewc: {f_max: 1e1}\nsft: {learning_rate: 1e-5}\naverage: 5e-1")
+    file = run_file("ewc: {f_max: 1e1}\nsft: {learning_rate: 1e-5}\nend_weight: 5e-1")
     for run in (parsed(file), parsed(file, "--ewc.f_max", "1e1", "--sft.learning_rate=1e-5", "--end_weight", "5e-1")):
         assert (run.config.ewc.f_max, run.config.sft, run.config.end_weight) == (10.0, {"learning_rate": 1e-5}, 0.5)
         assert isinstance(run.config.ewc.f_max, float)
@@ -178,7 +178,7 @@ def test_consolidation_is_switched_off_by_null(run_file):
         ("", "--sfd.learning_rate 1", ["`--sfd.learning_rate`", "`sft`"]),
         ("", "stray", ["`stray` belongs to no option"]),
         ("", "--datasets.sft a.jsonl b.jsonl", ["`b.jsonl` belongs to no option"]),
-        ("", "--run_name [x", ["`--run_name` is '[x'", "no YAML"]),
+        ("", "--run_name [x", ["`--run_name` is '[x'", "not YAML"]),
         ("", "--datasets.sft.path x", ["`--datasets.sft.path`", "`datasets.sft` is 'a.jsonl'"]),
         ("", "--model_name_or_path null", ["`model_name_or_path` is missing"]),
         ("", "--output_dir=", ["`output_dir` is missing"]),
