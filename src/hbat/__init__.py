@@ -12,7 +12,7 @@ from typing import Any
 _STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
 _MODULES = {alias.name: node.module for node in _STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names}
 
-__all__ = sorted({"__version__", *_MODULES})
+__all__ = sorted({"__version__", *_MODULES})  # noqa: PLE0605 - read from the stub
 
 
 def __getattr__(name: str) -> Any:
