@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         help="values that may differ from the run that resumes, comma-separated: `sft.learning_rate,ewc.`",
     )
     _run_command(commands, "validate", _validate, "check configuration, data and model without training")
-    what = "train a small model on the CPU with and without HBAT and compare"
+    what = "compare HBAT and two-stage training on a small model, on the CPU"
     demo = commands.add_parser("demo", allow_abbrev=False, help=what, description=_sentence(what))
     demo.add_argument(
         "--preference", choices=("dpo", "ppo"), default="dpo", help="preference objective (default: %(default)s)"
