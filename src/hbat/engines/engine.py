@@ -16,7 +16,7 @@ Undo = Callable[[], None]
 
 
 class Trained(Protocol):
-    """What an engine must know of an objective: its name, its trainer's arguments, and the engines it was tested with."""
+    """What an engine must know of an objective: its name, its trainer's arguments, the engines it was tested with."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -93,7 +93,8 @@ class Engine:
     def building(self, args: Any, *, evaluating: bool) -> Iterator[dict[str, Any]]:
         """Around a trainer's construction: yields changes of its arguments `args`."""
         forget_deepspeed()  # transformers remembers the last configuration, also one built for another purpose
-        yield {}
+        # No stage could resume from its checkpoints; snapshots of the weights alone are for the user.
+        yield {} if self.resumes_inside_stage or args.save_only_model else {"save_strategy": "no"}
 
     def adapt(self, trainer: Trainer) -> None:
         """Patch a trainer that was just built with what this engine needs."""

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer
 
-from hbat.engines.fsdp2 import is_loaded_in_shards, written_as_whole
+from hbat.engines.loaded_shards import is_loaded_in_shards, written_as_whole
 from hbat.engines.sharded import give_back, is_sharded, shared_as, whole_state, whole_tensors
 from hbat.model.adapters import ADAPTER, REFERENCE_ADAPTER, kept_form, reference_tensors
 from hbat.ppo.config import PPOConfig

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from hbat.engines.fsdp2 import is_loaded_in_shards, keep_sharded, require_supported, shard_with
+from hbat.engines.fsdp2 import keep_sharded, require_supported, shard_with
+from hbat.engines.loaded_shards import is_loaded_in_shards
 from hbat.engines.refusals import REFUSALS
 from hbat.ppo.networks.policy_and_critic import SeparateCritic
 from hbat.ppo.networks.reference import Reference

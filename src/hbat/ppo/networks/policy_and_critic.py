@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from hbat.engines.fsdp2 import is_loaded_in_shards
+from hbat.engines.loaded_shards import is_loaded_in_shards
 from hbat.model.copies import unpatched_copy
 from hbat.model.load import load_pretrained
 from hbat.ppo.networks.token_model import TokenModel
