@@ -12,7 +12,7 @@ def _load_rng_state(error):  # named as the host's own
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named_with_the_reason():
-    message = r"run/checkpoint-3 cannot be gone on from \(ValueError: bad magic number\)\. Remove this folder"
+    message = r"run/checkpoint-3 cannot be resumed from \(ValueError: bad magic number\)\. Remove this folder"
     with pytest.raises(RunStateError, match=message) as raised, named_checkpoint("run/checkpoint-3"):
         _load_rng_state(ValueError("bad  magic\nnumber. And more."))
     assert isinstance(raised.value.__cause__, ValueError)

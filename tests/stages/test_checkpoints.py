@@ -57,8 +57,8 @@ def test_a_damaged_checkpoint_is_skipped_and_its_file_named(name, damage, tmp_pa
     damage(checkpoint(tmp_path, 4) / name)
     assert last_checkpoint(tmp_path, -1) == str(tmp_path / "checkpoint-2")
     (warning,) = caplog.records
-    assert warning.getMessage().startswith(f"{tmp_path / 'checkpoint-4'} is not gone on from: ")
-    assert "The stage goes on from an older checkpoint or starts anew." in warning.getMessage()
+    assert warning.getMessage().startswith(f"{tmp_path / 'checkpoint-4'} is skipped: ")
+    assert "The stage resumes from an older checkpoint or starts again." in warning.getMessage()
     assert f": {name} " in warning.getMessage()
     assert (tmp_path / "checkpoint-4").is_dir()
     damage(tmp_path / "checkpoint-2" / name)

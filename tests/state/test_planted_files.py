@@ -113,7 +113,7 @@ def test_a_checkpoint_with_a_planted_file_is_left_out_and_the_stage_starts_anew(
         run = resumed(run_folder)
     assert not marker.exists()
     assert runs.same(cases.weights(run.model), whole)
-    said = [each for each in caplog.messages if "checkpoint-1 is not gone on from: " in each]
+    said = [each for each in caplog.messages if "checkpoint-1 is skipped: " in each]
     assert bool(said) != new  # a file that was not there before is nobody's to read
     assert new or name in said[0]
 
@@ -124,7 +124,7 @@ def test_a_planted_file_that_is_sealed_as_well_is_refused_by_the_host_and_named(
     """Checksums keep no attacker away, who can write them anew; the host's `weights_only=True` does."""
     malice.plant(checkpoint(run_folder) / name, marker, form)
     seal(checkpoint(run_folder))
-    expected = rf"checkpoint-1 cannot be gone on from \(({READ_BY_THE_HOST[name]}): .*Remove this folder"
+    expected = rf"checkpoint-1 cannot be resumed from \(({READ_BY_THE_HOST[name]}): .*Remove this folder"
     with pytest.raises(RunStateError, match=expected):
         resumed(run_folder)
     assert not marker.exists()
@@ -227,7 +227,7 @@ def test_the_command_line_resumes_past_planted_files_or_names_them(tmp_path, mar
     seal(checkpoint(tmp_path / "out"))
     status, lines = run_files.train(run_file, capfd, "--resume")
     assert (status, len(lines)) == (2, 1)
-    assert "checkpoint-1 cannot be gone on from" in lines[0]
+    assert "checkpoint-1 cannot be resumed from" in lines[0]
     malice.plant(checkpoint(tmp_path / "out") / "optimizer.pt", marker, "pickle")
     assert run_files.train(run_file, capfd, "--resume") == (0, [])
     assert not marker.exists()

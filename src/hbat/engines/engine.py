@@ -13,10 +13,12 @@ from hbat.engines.patches import after_backward
 from hbat.engines.sharded import shared_as
 
 Undo = Callable[[], None]
+#: What `Objective.engines` can name; `ddp` stands for one process, too.
+ALL_ENGINES = ("ddp", "fsdp2", "deepspeed")
 
 
 class Trained(Protocol):
-    """What an engine must know of an objective: its name, its trainer's arguments, the engines it was tested with."""
+    """What an engine must know of an objective; `engines` are those that it was tested with."""
 
     @property
     def name(self) -> str: ...  # noqa: D102

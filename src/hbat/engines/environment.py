@@ -1,7 +1,7 @@
 """Global state that transformers and accelerate keep: DeepSpeed's configuration, and variables of the environment."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -16,19 +16,16 @@ def forget_deepspeed() -> None:
 
 @contextmanager
 def kept_environment() -> Iterator[None]:
-    """Undo what building TrainingArguments sets in the environment."""
-    before = _environment()
+    """Undo what building TrainingArguments leaves in the environment and in transformers."""
+    before = _variables()
     try:
         yield
     finally:
-        _restore_environment(before)
+        for name in _variables().keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+        forget_deepspeed()
 
 
-def _environment() -> dict[str, str]:
+def _variables() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(_PREFIXES)}
-
-
-def _restore_environment(before: Mapping[str, str]) -> None:
-    for name in _environment().keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)

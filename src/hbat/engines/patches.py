@@ -1,7 +1,7 @@
-"""Every patch on a trainer of TRL or transformers, each with its version, its undo, and when it can go.
+"""Every patch on a trainer of TRL or transformers, with its version, its undo, and when it can go.
 
-Each function shadows one method of one object and returns what removes the shadow. They can be undone in any order.
-Tested with TRL 1.0-1.16, transformers 4.57-5.24, accelerate 1.10-1.15, PEFT 0.18-0.21 and DeepSpeed 0.19.
+Each function shadows one method of one object and returns what takes the shadow away again. They can be undone in any
+order. Tested with TRL 1.0-1.16, transformers 4.57-5.24, accelerate 1.10-1.15, PEFT 0.18-0.21 and DeepSpeed 0.19.
 """
 
 import sys
@@ -44,9 +44,11 @@ def _shadow(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
 
 
 def after_backward(accelerator: Any, action: Callable[[Tensor], None]) -> Undo:
-    """Run `action` with the micro-step's detached loss after each `accelerator.backward`."""
-    # Every trainer on `transformers.Trainer` goes through this method. `on_step_begin` comes before the backward
-    # pass and `on_pre_optimizer_step` after clipping. Can go when transformers has a callback between the two.
+    """Run `action` with the micro-step's detached loss after each `accelerator.backward`.
+
+    Every `transformers.Trainer` goes through this method: `on_step_begin` comes before the backward pass and
+    `on_pre_optimizer_step` after clipping. Can go when transformers has a callback between the two.
+    """
 
     def backward(inner: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
         inner(loss, **kwargs)
@@ -56,8 +58,10 @@ def after_backward(accelerator: Any, action: Callable[[Tensor], None]) -> Undo:
 
 
 def before_engine_step(engine: Any, action: Callable[[], None]) -> Undo:
-    """Run `action` before each optimizer step of a DeepSpeed engine, on complete gradients, before they are clipped."""
-    # `accelerator.backward` takes the step inside. Can go with a hook of DeepSpeed's.
+    """Run `action` before each optimizer step of a DeepSpeed engine, on complete gradients that are not clipped yet.
+
+    `accelerator.backward` takes the step inside. Can go with a hook of DeepSpeed's.
+    """
 
     def step(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if engine.is_gradient_accumulation_boundary():
@@ -77,9 +81,11 @@ def at_clipping(accelerator: Any, clip: Callable[..., Tensor]) -> Undo:
 
 
 def keep_models(accelerator: Any, is_kept: Callable[[nn.Module], bool]) -> Undo:
-    """Let `accelerator.prepare` return models as they are where one of them is a kept one: it is sharded already."""
-    # accelerate 1.10-1.15 fails to shard a sharded model: it looks for decoder layers by the names of their classes.
-    # Can go when it takes one.
+    """Let `accelerator.prepare` return models as they are where one of them is a kept one: it is sharded already.
+
+    accelerate 1.10-1.15 fails to shard a sharded model: it looks for decoder layers by the names of their classes.
+    Can go when it takes one.
+    """
 
     def prepare(inner: Callable[..., Any], *objects: Any, **options: Any) -> Any:
         if not any(isinstance(thing, nn.Module) and is_kept(thing) for thing in objects):
@@ -103,9 +109,11 @@ def after_prepare(accelerator: Any, action: Callable[[], None]) -> Undo:
 
 
 def without_empty_groups(trainer: Any) -> Undo:
-    """Make an optimizer without empty parameter groups."""
-    # transformers 4.57 makes one for an adapter, whose parameters all decay; DeepSpeed 0.19 leaves it out of the
-    # groups that it steps, so that the schedule has one learning rate too many. Can go with transformers < 5.
+    """Make an optimizer without empty parameter groups.
+
+    transformers 4.57 makes one for an adapter, whose parameters all decay; DeepSpeed 0.19 leaves it out of the groups
+    that it steps, so that the schedule has one learning rate too many. Can go with transformers < 5.
+    """
 
     def create_optimizer(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         optimizer = inner(*args, **kwargs)
@@ -126,8 +134,10 @@ def at_checkpoint(trainer: Any, load: Callable[..., None]) -> Undo:
 
 
 def keep_adapters(model: Any) -> Undo:
-    """Let `add_adapter` do nothing: TRL adds the reference adapter, which is there already."""
-    # Can go when TRL (1.0-1.16) takes a reference adapter that exists.
+    """Let `add_adapter` do nothing: TRL adds the reference adapter, which is there already.
+
+    Can go when TRL (1.0-1.16) takes a reference adapter that exists.
+    """
 
     def add_adapter(*_: object, **__: object) -> None:
         pass
@@ -136,10 +146,12 @@ def keep_adapters(model: Any) -> Undo:
 
 
 def let_epochs_grow(sampler: Any) -> Undo:
-    """Let a sampler's epoch only grow."""
-    # A stage that resumes in the middle of a later epoch skips the batches that it has seen, on a loader that
-    # accelerate makes for that. Its iterator sets the epoch back to 0 (transformers 4.57 with accelerate 1.10;
-    # transformers 5.23 sets it right again). Can go with transformers < 5.
+    """Let a sampler's epoch only grow.
+
+    A stage that resumes in the middle of a later epoch skips the batches that it has seen, on a loader that accelerate
+    makes for that. Its iterator sets the epoch back to 0 (transformers 4.57 with accelerate 1.10; transformers 5.23
+    sets it right again). Can go with transformers < 5.
+    """
     highest = 0
 
     def set_epoch(inner: Callable[[int], None], epoch: int) -> None:

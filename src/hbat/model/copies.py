@@ -19,11 +19,12 @@ def switch_off_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for key, value in list(module.__dict__.items()):
-            if _is_dropout(key, value):
+            if is_dropout(key, value):
                 setattr(module, key, 0.0)
 
 
-def _is_dropout(key: str, value: object) -> bool:
+def is_dropout(key: str, value: object) -> bool:
+    """Whether an attribute of a module is a dropout probability."""
     return key.endswith("dropout") and isinstance(value, float)
 
 
@@ -40,7 +41,7 @@ def unpatched_copy(model: nn.Module) -> nn.Module:
         A frozen copy in evaluation mode.
     """
     kept = {}
-    for module in _wrapped(model):
+    for module in wrapped_models(model):
         kept[module] = {
             key: module.__dict__.pop(key)
             for key in ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -55,7 +56,8 @@ def unpatched_copy(model: nn.Module) -> nn.Module:
     return duplicate.eval()
 
 
-def _wrapped(model: Any) -> Iterator[Any]:
+def wrapped_models(model: Any) -> Iterator[Any]:
+    """The model, and the base model below its adapter."""
     yield model
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         yield model.get_base_model()

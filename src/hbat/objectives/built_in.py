@@ -12,84 +12,70 @@ from hbat.engines.checks import refuse_arguments
 from hbat.engines.environment import kept_environment
 from hbat.objectives.objective import Objective
 
-#: Each name is also the section's and the function's, whose module is loaded only when asked for.
-BUILT_IN: Sequence[str] = ("sft", "dpo", "kto", "ppo", "grpo", "rloo")
-
-
-#: Fields for which the host wants packages as soon as a section is built.
+#: Module and class of each built-in objective, imported on demand. The name is also that of its section.
+BUILT_IN = {
+    "sft": ("sft", "SFT"),
+    "dpo": ("dpo", "DPO"),
+    "kto": ("kto", "KTO"),
+    "ppo": ("ppo", "PPO"),
+    "grpo": ("online", "GRPO"),
+    "rloo": ("online", "RLOO"),
+}
+_TRL_PPO = ("trl_ppo.objective", "trl_ppo")
+#: Fields for which transformers wants packages as soon as the arguments are built.
 _NEEDING_PACKAGES = ("deepspeed", "parallelism_config")
 
 
 def resolve(config: HBATConfig) -> list[Objective]:
-    """Turn the entries of `objectives` into objectives, with their sections.
-
-    Args:
-        config: The run's configuration.
-
-    Returns:
-        The objectives of a round, in order.
+    """Turn the entries of `objectives` into objectives, in order, with their sections.
 
     Raises:
         ValueError: If a name is unknown, or an objective lacks what the importance is computed from.
         TypeError: If an entry is neither a name nor an `Objective`.
     """
-    resolved = []
-    for entry in config.objectives:
-        if isinstance(entry, Objective):
-            resolved.append(entry)
-        elif not isinstance(entry, str):
-            raise TypeError(f"`objectives` holds a {type(entry).__name__}; give names or `Objective` objects.")
-        elif entry not in BUILT_IN:
+    objectives = [entry if isinstance(entry, Objective) else _built_in(entry, config) for entry in config.objectives]
+    ewc = config.ewc
+    if ewc is None or ewc.source != "fisher" or (ewc.f_max == 0 and ewc.freeze == 0):
+        return objectives
+    for objective in objectives:
+        if not objective.has_fisher:
             raise ValueError(
-                f"`objectives` names {entry!r}, which is not built in ({', '.join(BUILT_IN)})."
-                f"{nearest(entry, BUILT_IN)} Another trainer becomes an objective with "
-                "`hbat.Objective(name=..., trainer_class=..., config_class=...)`."
+                f"`ewc.source: fisher` needs the sequences of the objective {objective.name!r}, which has no "
+                "`fisher_sequences`. Override this method of `Objective`, or set `ewc.source: displacement`."
             )
-        else:
-            make = getattr(importlib.import_module(_module(entry, config)), entry)
-            resolved.append(make(getattr(config, entry)))
-    _require_examples(config, resolved)
-    return resolved
+    return objectives
 
 
-def build_sections(objectives: Sequence[Objective], config: HBATConfig) -> dict[str, TrainingArguments]:
-    """Build the configuration of each objective's trainer.
-
-    Args:
-        objectives: The objectives.
-        config: The run's configuration.
-
-    Returns:
-        Configurations by objective, as the user gave them.
+def build_args(objectives: Sequence[Objective], config: HBATConfig) -> dict[str, TrainingArguments]:
+    """Build the trainer's arguments of each objective, as the user gave them.
 
     Raises:
-        ValueError: If one cannot work inside a run.
-        TypeError: If a value or a configuration is of the wrong kind.
+        ValueError: If they cannot work inside a run.
+        TypeError: If a value or ready arguments are of the wrong type.
         NotImplementedError: Under an engine that is not supported.
     """
     refuse_arguments()
-    for each in objectives:
-        if isinstance(each.config, Mapping):  # before the host asks for the engine's packages
-            refuse_arguments(SimpleNamespace(**{key: each.config.get(key) for key in _NEEDING_PACKAGES}))
+    for objective in objectives:
+        if isinstance(objective.config, Mapping):  # before transformers asks for the engine's packages
+            given = {key: objective.config.get(key) for key in _NEEDING_PACKAGES}
+            refuse_arguments(SimpleNamespace(**given))
     with kept_environment():
-        sections = {each.name: each.base_args(config.output_dir) for each in objectives}
-    for section in sections.values():
-        refuse_arguments(section)
-    return sections
+        built = {objective.name: objective.base_args(config.output_dir) for objective in objectives}
+    for args in built.values():
+        refuse_arguments(args)
+    return built
 
 
-def _module(name: str, config: HBATConfig) -> str:
-    of_trl = name == "ppo" and config.ppo_backend == "trl"
-    return "hbat.objectives.trl_ppo" if of_trl else f"hbat.objectives.{name}"
-
-
-def _require_examples(config: HBATConfig, objectives: Sequence[Objective]) -> None:
-    ewc = config.ewc
-    if ewc is None or ewc.source != "fisher" or (ewc.f_max == 0 and ewc.freeze == 0):
-        return
-    for each in objectives:
-        if each.examples is None:
-            raise ValueError(
-                f"`ewc.source: fisher` needs the sequences of the objective {each.name!r}, which has no `examples`. "
-                "Set `Objective(examples=...)`, or `ewc.source: displacement`."
-            )
+def _built_in(entry: object, config: HBATConfig) -> Objective:
+    if not isinstance(entry, str):
+        raise TypeError(f"`objectives` holds a {type(entry).__name__}; give names or `Objective` objects.")
+    if entry not in BUILT_IN:
+        raise ValueError(
+            f"`objectives` names {entry!r}, which is not built in ({', '.join(BUILT_IN)})."
+            f"{nearest(entry, BUILT_IN)} Another trainer becomes an objective with "
+            "`hbat.Objective(name=..., trainer_class=..., config_class=...)`."
+        )
+    module, name = _TRL_PPO if (entry, config.ppo_backend) == ("ppo", "trl") else BUILT_IN[entry]
+    make = getattr(importlib.import_module(f"hbat.objectives.{module}"), name)
+    objective: Objective = make(config=getattr(config, entry))
+    return objective

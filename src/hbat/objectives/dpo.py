@@ -1,44 +1,33 @@
 """Direct preference optimisation: the offline objective of human preference."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
+from hbat.data.faults import RowCheck
 from hbat.data.formats import preference_faults
-from hbat.ewc.fisher import IGNORED, Example
-from hbat.objectives.objective import Objective
+from hbat.engines.engine import ALL_ENGINES
+from hbat.ewc.fisher import Example
+from hbat.objectives.objective import Objective, completion_example
 
 
-def chosen_sequences(row: Mapping[str, Any]) -> Iterator[Example]:
-    """Take the chosen answer out of a row that TRL's DPOTrainer prepared.
+@dataclass(frozen=True, kw_only=True)
+class DPO(Objective):
+    """Preference training with TRL's DPOTrainer."""
 
-    Args:
-        row: A row with `prompt_ids` and `chosen_ids`.
+    name: str = "dpo"
+    trainer_class: type[Trainer] = DPOTrainer
+    config_class: type[TrainingArguments] = DPOConfig
+    uses_reference: bool = True
+    engines: tuple[str, ...] = ALL_ENGINES
 
-    Yields:
-        The prompt with its chosen answer, whose tokens are the targets.
-    """
-    prompt, chosen = list(row["prompt_ids"]), list(row["chosen_ids"])
-    yield Example(prompt + chosen, [IGNORED] * len(prompt) + chosen)
+    def row_check(self) -> RowCheck:
+        """The check of preference pairs."""
+        return preference_faults
 
-
-def dpo(config: Any) -> Objective:
-    """Describe preference training with TRL's DPOTrainer.
-
-    Args:
-        config: Fields of `trl.DPOConfig`, or a ready one.
-
-    Returns:
-        The objective `dpo`.
-    """
-    return Objective(
-        name="dpo",
-        trainer_class=DPOTrainer,
-        config_class=DPOConfig,
-        config=config,
-        trains_zero=True,
-        uses_reference=True,
-        faults=preference_faults,
-        examples=chosen_sequences,
-    )
+    def fisher_sequences(self, row: Mapping[str, Any]) -> Iterator[Example]:
+        """The prompt with its chosen answer, whose tokens are the targets."""
+        yield completion_example(row["prompt_ids"], row["chosen_ids"])

@@ -1,8 +1,9 @@
-"""The contract between a run and what its stages minimise: how one objective's trainer is built."""
+"""The contract between a run and what its stages minimise."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,26 +12,23 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hbat.config.fields import build_section
-from hbat.data.faults import RowCheck
-from hbat.ewc.fisher import Example
+from hbat.data.faults import Fault, RowCheck
+from hbat.engines.processes import process_count
+from hbat.ewc.fisher import IGNORED, Example
 
-#: Fields of a stage's configuration that belong to the run, and what to set instead.
-_OWNED_BY_THE_RUN = {
+#: Arguments of a stage that belong to the run, and what to set instead.
+_OWNED_BY_RUN = {
     "output_dir": "every stage has its own folder inside the run's. Set the run's `output_dir`.",
     "report_to": "one set of reporters serves the whole run. Set the run's `report_to`.",
     "run_name": "one set of reporters serves the whole run. Set the run's `run_name`.",
     "push_to_hub": "stages are not pushed. Call `push_to_hub()` after training.",
     "resume_from_checkpoint": "the run resumes as a whole. Pass `resume_from_checkpoint` to `HBATTrainer.train`.",
-    "load_best_model_at_end": "the next stage starts from this one's end. Use `end_weight` to hold a stage back.",
+    "load_best_model_at_end": "the next stage starts from the end of this one. Use `end_weight` to hold a stage back.",
     "model_init_kwargs": "the model is loaded once for all stages. Set the run's `model_init_kwargs`.",
-    "cast_lm_head_to_fp32": "it changes the model for all stages after this one. Load the model in float32.",
-    "sync_ref_model": "the reference policy is the model at the stage's start. More rounds renew it more often.",
+    "cast_lm_head_to_fp32": "it changes the model for all later stages. Load the model in float32.",
+    "sync_ref_model": "the reference policy is the model at the start of the stage. More rounds renew it more often.",
 }
-
-
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,49}")
-
-
 _NO_LAMBDA_SCHEDULE = {"reduce_lr_on_plateau", "greedy"}
 
 
@@ -38,39 +36,28 @@ _NO_LAMBDA_SCHEDULE = {"reduce_lr_on_plateau", "greedy"}
 class Objective:
     """What a stage minimises: a trainer class of TRL or of your own, and what a run must know about it.
 
-    `sft`, `dpo`, `kto`, `ppo`, `grpo` and `rloo` are built in; any other `transformers.Trainer` that takes `model`,
+    `sft`, `dpo`, `kto`, `ppo`, `grpo` and `rloo` are built in. Any other `transformers.Trainer` that takes `model`,
     `args`, `train_dataset`, `eval_dataset`, `processing_class` and `callbacks` becomes an objective by naming it:
 
         Objective(name="code", trainer_class=SFTTrainer, config_class=SFTConfig)
 
+    Subclass it and override methods where the trainer keeps a state of its own, or rows should be checked.
+
     Attributes:
         name: Key of its data sets, prefix of its log entries.
         trainer_class: The trainer of its stages.
-        config_class: The trainer's configuration.
-        config: Fields of the configuration (mapping), or a ready configuration.
-        uses_reference: Whether the trainer takes a reference policy as `ref_model`. It gets the model at the stage's
-            start; with an adapter the host copies the adapter itself.
-        faults: Finds what is wrong with a row of its data, before the first stage.
-        examples: Turns a row of the trainer's tokenised data into sequences whose log-likelihood measures the Fisher.
-        metric: Evaluation metric that stands for the objective in the table.
-        greater_is_better: Whether more of it is better; of a loss, less is.
+        config_class: The trainer's arguments.
+        config: Fields of the arguments (mapping), or ready ones.
+        uses_reference: Whether the trainer takes a reference policy as `ref_model`. It gets the model at the start of
+            the stage; with an adapter TRL computes it with the adapter `ref`.
+        metric: Evaluation metric that stands for the objective in the forgetting matrix.
+        greater_is_better: Whether a larger metric is better.
         takes_rewards: Whether the trainer takes `reward_funcs` and `reward_processing_classes`. It gets those of the
             run, unless `trainer_kwargs` has `reward_funcs`.
-        minimum_rows: Rows that a stage needs at least, of the configuration; one where left out.
-        epoch_steps: Optimizer steps of one epoch, of the configuration and the number of rows; where left out, a step
-            takes `per_device_train_batch_size * gradient_accumulation_steps` rows on each process.
-        keeps: Takes out of a trainer that has trained what the objective's next stage needs beside the model, such as
-            a critic. It lies on disk with the run's state, and no penalty touches it.
-        restores: Puts what `keeps` took into the next stage's trainer, before it trains. Where that goes on from a
-            checkpoint of its own, the checkpoint has the last word.
-        resumes_inside: Whether a stage that was cut off goes on from the trainer's own checkpoint: always, never, or
-            as a function says of the configuration, the rows of the stage and the step of the checkpoint. It starts
-            anew where going on would not end in the same weights.
-        rehearses_all_rows: Whether the trainer finds faults in rows when it is built that `faults` cannot see, such as
-            prompts that are too long for the model: before the first stage it is then built on all of them.
-        trains_shards: Whether the trainer can train a model that is sharded (FSDP2).
-        trains_zero: Whether the trainer was tested under DeepSpeed's ZeRO.
-        derived: Fields that the configuration works out of others; they are worked out again for each stage.
+        rehearses_all_rows: Whether the trainer finds faults of rows at construction that `check_row` cannot see, such
+            as prompts that are too long for the model: before the first stage it is then built on all rows.
+        engines: Engines that it was tested with: `ddp` (and one process), `fsdp2`, `deepspeed`.
+        recomputed_fields: Fields that the arguments compute from others; every stage computes them again.
         trainer_kwargs: More arguments for the trainer's constructor.
     """
 
@@ -79,65 +66,90 @@ class Objective:
     config_class: type[TrainingArguments]
     config: Mapping[str, Any] | TrainingArguments | None = None
     uses_reference: bool = False
-    faults: RowCheck | None = None
-    examples: Callable[[Mapping[str, Any]], Iterator[Example]] | None = None
     metric: str = "loss"
     greater_is_better: bool = False
     takes_rewards: bool = False
-    minimum_rows: Callable[[Any], int] | None = None
-    epoch_steps: Callable[[Any, int], int] | None = None
-    keeps: Callable[[Any], Mapping[str, Tensor]] | None = None
-    restores: Callable[[Any, Mapping[str, Tensor]], None] | None = None
-    resumes_inside: Callable[[Any, int, int], bool] | bool = True
     rehearses_all_rows: bool = False
-    trains_shards: bool = True
-    trains_zero: bool = False
-    derived: Collection[str] = ()
+    engines: Collection[str] = ("ddp", "fsdp2")
+    recomputed_fields: Collection[str] = ()
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise ValueError(
-                f"`Objective(name={self.name!r})`: the name becomes part of file names and keys of the log, so it is "
-                "made of letters, digits, `_` and `-`, begins with a letter, and has at most 50 of them."
+                f"`Objective(name={self.name!r})`: the name becomes part of file names and log keys. Use letters, "
+                "digits, `_` and `-`, at most 50, and begin with a letter."
             )
 
-    def rows_of_a_stage(self, args: TrainingArguments) -> int:
-        """Say how many rows a stage needs at least.
+    # --- what to override --------------------------------------------------------------------------------------------
 
-        Args:
-            args: The objective's configuration.
+    def check_row(self, row: Mapping[str, Any]) -> Iterator[Fault]:
+        """Find what is wrong with a row of its data, before the first stage. The default accepts every row."""
+        check = self.row_check()
+        return iter(()) if check is None else check(row)
 
-        Returns:
-            At least one.
+    def fisher_sequences(self, row: Mapping[str, Any]) -> Iterator[Example]:
+        """Turn a row of the trainer's tokenised data into sequences whose log-likelihood measures the Fisher.
+
+        Raises:
+            NotImplementedError: If it is not overridden: `ewc.source: fisher` is then refused.
         """
-        return 1 if self.minimum_rows is None else self.minimum_rows(args)
+        raise NotImplementedError(f"{type(self).__name__} has no `fisher_sequences`.")
 
-    def resumes_at(self, args: TrainingArguments, rows: int, step: int) -> bool:
-        """Say whether a stage goes on from a checkpoint of its trainer.
+    def minimum_rows(self, args: Any) -> int:
+        """Rows that a stage needs at least."""
+        return 1
 
-        Args:
-            args: The objective's configuration.
-            rows: Rows of the stage.
-            step: Step of the checkpoint.
+    def epoch_steps(self, args: Any, rows: int) -> int:
+        """Optimizer steps of one epoch over `rows` rows."""
+        batch: int = args.per_device_train_batch_size * args.gradient_accumulation_steps * process_count()
+        return math.ceil(rows / batch)
 
-        Returns:
-            Whether it does; otherwise it starts anew.
+    def state_dict(self, trainer: Any) -> Mapping[str, Tensor]:
+        """What the objective's next stage needs of a trained trainer beside the model, such as a critic.
+
+        It is saved with the state of the run, and no penalty touches it.
         """
-        return self.resumes_inside if isinstance(self.resumes_inside, bool) else self.resumes_inside(args, rows, step)
+        return {}
+
+    def load_state_dict(self, trainer: Any, state: Mapping[str, Tensor]) -> None:
+        """Load what `state_dict` gave into the next stage's trainer, before it trains.
+
+        Where the stage resumes from a checkpoint of its own, the checkpoint has the last word.
+        """
+
+    def can_resume_at(self, args: Any, rows: int, step: int) -> bool:
+        """Whether a stage of `rows` rows ends in the same weights if it resumes from the checkpoint of a step.
+
+        Otherwise the stage starts again.
+        """
+        return True
+
+    # --- what a run calls --------------------------------------------------------------------------------------------
+
+    def row_check(self) -> RowCheck | None:
+        """The check of rows; None if every row is accepted."""
+        return None if type(self).check_row is Objective.check_row else self.check_row
+
+    @property
+    def has_fisher(self) -> bool:
+        """Whether it turns rows into sequences for the Fisher."""
+        return type(self).fisher_sequences is not Objective.fisher_sequences
+
+    def given(self, name: str, default: Any) -> Any:
+        """A field of `config` as the user gave it."""
+        fields = self.config if isinstance(self.config, Mapping) else vars(self.config) if self.config else {}
+        return fields.get(name, default)
 
     def base_args(self, output_dir: str) -> TrainingArguments:
-        """Build and check the objective's configuration.
+        """Build and check the arguments of its trainer.
 
         Args:
             output_dir: Any folder; each stage sets its own.
 
-        Returns:
-            The configuration as the user gave it.
-
         Raises:
-            ValueError: If it cannot work inside a run.
-            TypeError: If a ready configuration is of another class.
+            ValueError: If they cannot work inside a run.
+            TypeError: If ready ones are of another class.
         """
         if isinstance(self.config, TrainingArguments):
             if not isinstance(self.config, self.config_class):
@@ -149,35 +161,32 @@ class Objective:
         else:
             values = dict(self.config or {})
             build = {"output_dir": output_dir, "report_to": "none"}
-            reserved = {key: why for key, why in _OWNED_BY_THE_RUN.items() if key in values}
-            args = build_section(self.name, self.config_class, build | values, owned=reserved)
+            owned = {key: why for key, why in _OWNED_BY_RUN.items() if key in values}
+            args = build_section(self.name, self.config_class, build | values, owned=owned)
         for key in ("load_best_model_at_end", "sync_ref_model", "cast_lm_head_to_fp32"):
             if getattr(args, key, False):
-                raise ValueError(f"`{self.name}.{key}` cannot be set here: {_OWNED_BY_THE_RUN[key]}")
+                raise ValueError(f"`{self.name}.{key}` cannot be set here: {_OWNED_BY_RUN[key]}")
         if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) in _NO_LAMBDA_SCHEDULE:
             raise ValueError(
                 f"`{self.name}.lr_scheduler_type` is {args.lr_scheduler_type!s}, which depends on evaluations inside "
-                "a stage. Take a schedule of the step alone, such as 'cosine' or 'constant_with_warmup'."
+                "a stage. Use a schedule of the step alone, such as 'cosine' or 'constant_with_warmup'."
             )
         return args
 
     def stage_args(
         self, base: TrainingArguments, output_dir: str, seed_offset: int, **changes: Any
     ) -> TrainingArguments:
-        """Make the configuration of one stage. Must directly precede the trainer's construction.
+        """Derive the arguments of one stage. Must directly precede the trainer's construction.
 
-        Building a configuration resets accelerate's global state, which breaks a trainer that is alive.
+        `TrainingArguments` reset accelerate's global state when they are built, which breaks a trainer that is alive.
 
         Args:
-            base: The objective's configuration.
+            base: The objective's arguments.
             output_dir: The stage's folder.
-            seed_offset: Added to the seed, so that stages do not replay one shuffle.
+            seed_offset: Added to the seeds, so that stages do not replay one shuffle.
             **changes: Other values of further fields.
-
-        Returns:
-            A new configuration.
         """
-        worked_out_again: dict[str, Any] = dict.fromkeys(self.derived)
+        recomputed: dict[str, Any] = dict.fromkeys(self.recomputed_fields)
         return dataclasses.replace(
             base,
             output_dir=output_dir,
@@ -185,10 +194,10 @@ class Objective:
             report_to="none",
             disable_tqdm=True,
             data_seed=None if base.data_seed is None else base.data_seed + seed_offset,
-            logging_nan_inf_filter=False,  # a stage stops at such a loss, so the host need not look for it as well
+            logging_nan_inf_filter=False,  # a stage stops at such a loss, so transformers need not look for it as well
             push_to_hub=False,
             save_total_limit=base.save_total_limit or 1,
-            **(worked_out_again | changes),
+            **(recomputed | changes),
         )
 
     def build_trainer(
@@ -205,20 +214,17 @@ class Objective:
         """Build the trainer of one stage.
 
         Args:
-            model: The model, with its adapter where there is one.
-            args: The stage's configuration.
+            model: The model, with its adapter if it has one.
+            args: The stage's arguments.
             train_dataset: The rows of the stage.
             eval_dataset: Rows to evaluate on.
             processing_class: The tokenizer.
-            reference: A full model as reference policy; None where the host takes the adapter's copy.
+            reference: A full model as reference policy; None with an adapter.
             callbacks: Callbacks of the stage.
-
-        Returns:
-            The trainer.
         """
         extra = dict(self.trainer_kwargs)
         if self.uses_reference and reference is not None:
-            # Left out, TRL would load the weights that lie on disk under the model's name, not the present ones.
+            # By default TRL would load the weights on disk under the model's name, not the present ones.
             extra["ref_model"] = reference
         trainer = self.trainer_class(
             model=model,
@@ -231,3 +237,8 @@ class Objective:
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+
+def completion_example(prompt: Sequence[int], completion: Sequence[int]) -> Example:
+    """A sequence for the Fisher, of which the completion alone is the target."""
+    return Example([*prompt, *completion], [IGNORED] * len(prompt) + list(completion))

@@ -1,47 +1,48 @@
 """Proximal policy optimisation: the online objective of human preference, with hbat's own trainer."""
 
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from transformers import TrainingArguments
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
 
+from hbat.data.faults import RowCheck
 from hbat.data.formats import prompt_faults
 from hbat.objectives.objective import Objective
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.trainer import PPOTrainer
 
 
-def ppo(config: Any) -> Objective:
-    """Describe PPO with `hbat.PPOTrainer`. The critic and the KL coefficient outlive a stage.
+@dataclass(frozen=True, kw_only=True)
+class PPO(Objective):
+    """PPO with `hbat.PPOTrainer`. The critic and the KL coefficient outlive a stage."""
 
-    Args:
-        config: Fields of `hbat.PPOConfig`, or a ready one.
+    name: str = "ppo"
+    trainer_class: type[Trainer] = PPOTrainer
+    config_class: type[TrainingArguments] = PPOConfig
+    uses_reference: bool = True
+    takes_rewards: bool = True
+    metric: str = "reward"
+    greater_is_better: bool = True
+    rehearses_all_rows: bool = True
 
-    Returns:
-        The objective `ppo`.
-    """
-    return Objective(
-        name="ppo",
-        trainer_class=PPOTrainer,
-        config_class=PPOConfig,
-        config=config,
-        uses_reference=True,
-        takes_rewards=True,
-        faults=prompt_faults,
-        metric="reward",
-        greater_is_better=True,
-        minimum_rows=_rollout_rows,
-        rehearses_all_rows=True,
-        epoch_steps=_epoch_steps,
-        keeps=PPOTrainer.kept_state,
-        restores=PPOTrainer.restore_state,
-    )
+    def row_check(self) -> RowCheck:
+        """The check of prompts."""
+        return prompt_faults
 
+    def minimum_rows(self, args: Any) -> int:
+        """Prompts of one rollout, over all processes."""
+        return int(args.rollout_size * args.world_size)
 
-def _rollout_rows(args: TrainingArguments) -> int:
-    own = cast("PPOConfig", args)
-    rows: int = own.rollout_size * own.world_size
-    return rows
+    def epoch_steps(self, args: Any, rows: int) -> int:
+        """Optimizer steps of one epoch; prompts that do not fill a last rollout are dropped."""
+        return rows // self.minimum_rows(args) * int(args.steps_per_rollout)
 
+    def state_dict(self, trainer: Any) -> Mapping[str, Tensor]:
+        """The critic's own weights, and the KL coefficient."""
+        return PPOTrainer.kept_state(trainer)
 
-def _epoch_steps(args: TrainingArguments, rows: int) -> int:
-    return rows // _rollout_rows(args) * cast("PPOConfig", args).steps_per_rollout
+    def load_state_dict(self, trainer: Any, state: Mapping[str, Tensor]) -> None:
+        """Load them into the next stage's trainer."""
+        PPOTrainer.restore_state(trainer, state)

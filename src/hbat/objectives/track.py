@@ -1,31 +1,168 @@
-"""TODO: say what this file owns."""
+"""A track: what belongs to one objective of a run, and how tracks are made of what the user gives."""
 
 import math
-import os
-from collections.abc import Callable
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainingArguments
 
+from hbat.config.fields import nearest
+from hbat.config.hbat import HBATConfig
+from hbat.data.check import check_dataset
+from hbat.data.faults import RowCheck
+from hbat.data.load import DatasetError
+from hbat.data.template import row_fit
+from hbat.objectives.built_in import build_args, resolve
+from hbat.objectives.objective import Objective
+from hbat.objectives.rewards import with_rewards
+from hbat.state.plan import Stage, part_indices
 
-def estimated_steps(
-    args: TrainingArguments, rows: int, num_rounds: int, epoch_steps: Callable[[Any, int], int] | None = None
-) -> int:
-    """Estimate the optimizer steps of a stage before its data is tokenised.
+_MEDIA = ("image", "images")  # the columns by which TRL recognises vision data
+
+
+@dataclass(frozen=True)
+class Track:
+    """One objective of a run with its trainer's arguments and its rows.
+
+    Attributes:
+        objective: What its stages minimise.
+        args: Arguments of its trainer, as the user gave them; every stage derives its own.
+        train_dataset: All training rows, without those that were dropped.
+        eval_dataset: Evaluation rows; None if there are none.
+    """
+
+    objective: Objective
+    args: TrainingArguments
+    train_dataset: Dataset
+    eval_dataset: Dataset | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the objective."""
+        return self.objective.name
+
+    @property
+    def engines(self) -> Collection[str]:
+        """Engines that the objective was tested with."""
+        return self.objective.engines
+
+    def part(self, stage: Stage, seed: int) -> Dataset:
+        """The part of the training rows that a stage trains on."""
+        count = len(self.train_dataset)
+        return self.train_dataset.select(part_indices(count, stage.num_rounds, stage.round, seed))
+
+    def estimated_steps(self, num_rounds: int) -> int:
+        """Estimate the optimizer steps of one stage; packing and filters can make them fewer."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        part = math.ceil(len(self.train_dataset) / num_rounds)
+        return math.ceil(self.objective.epoch_steps(self.args, part) * self.args.num_train_epochs)
+
+
+def build_tracks(
+    config: HBATConfig,
+    train_dataset: Mapping[str, Dataset],
+    eval_dataset: Mapping[str, Dataset] | None,
+    reward_funcs: Any = None,
+    reward_processing_classes: Any = None,
+) -> list[Track]:
+    """Build the arguments of every objective, and check every row of its data sets.
 
     Args:
-        args: The objective's configuration.
-        rows: Rows of its whole data set.
-        num_rounds: Number of parts.
-        epoch_steps: The objective's own steps of one epoch, of the configuration and the rows of a part.
+        config: The run's configuration.
+        train_dataset: Training rows by objective.
+        eval_dataset: Evaluation rows by objective, for all or some of them.
+        reward_funcs: Rewards of the online objectives.
+        reward_processing_classes: Tokenizers of reward models.
 
-    Returns:
-        Optimizer steps; packing and filters can make them fewer.
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a section is faulty, an objective has no training rows, or a key is no objective.
+        DatasetError: If a data set cannot be trained on.
+        NotImplementedError: Under an engine that is not supported.
     """
-    if args.max_steps > 0:
-        return args.max_steps
-    if epoch_steps is not None:
-        return math.ceil(epoch_steps(args, math.ceil(rows / num_rounds)) * args.num_train_epochs)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    return math.ceil(math.ceil(rows / num_rounds / batch) * args.num_train_epochs)
+    objectives = with_rewards(resolve(config), reward_funcs, reward_processing_classes)
+    names = [objective.name for objective in objectives]
+    args = build_args(objectives, config)
+    _check_keys(train_dataset, "train_dataset", names)
+    if missing := [name for name in names if name not in train_dataset]:
+        raise ValueError(f"`train_dataset` has no rows for {missing}; its keys are {list(train_dataset)}.")
+    evaluation = eval_dataset or {}
+    _check_keys(evaluation, "eval_dataset", names)
+    tracks = [
+        Track(objective, args[objective.name], train_dataset[objective.name], evaluation.get(objective.name))
+        for objective in objectives
+    ]
+    return [_checked(track, config, track.objective.row_check()) for track in tracks]
+
+
+def fit(tracks: Sequence[Track], config: HBATConfig, model: Any, tokenizer: Any) -> list[Track]:
+    """Check rows that are good in themselves against model and tokenizer.
+
+    Args:
+        tracks: The tracks.
+        config: The run's configuration.
+        model: The model.
+        tokenizer: The tokenizer, or a processor, which prepares messages in its own way.
+
+    Raises:
+        DatasetError: If columns or rows do not fit.
+    """
+    vocabulary = int(getattr(model.get_input_embeddings(), "num_embeddings", 0) or sys.maxsize)
+    is_processor = hasattr(tokenizer, "tokenizer")
+    fitted = []
+    for track in tracks:
+        check = track.objective.row_check()
+        if check is not None and not is_processor:
+            _refuse_media(track)
+        own_template = is_processor or getattr(track.args, "chat_template_path", None) is not None
+        fitted.append(_checked(track, config, row_fit(check, None if own_template else tokenizer, vocabulary)))
+    return fitted
+
+
+def _check_keys(given: object, argument: str, names: Sequence[str]) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"`{argument}` is a {type(given).__name__}; give a mapping from objective to data set, with the keys "
+            f"{list(names)}."
+        )
+    for name in given:
+        if name not in names:
+            raise ValueError(f"`{argument}` has rows for {name!r}, which no stage trains.{nearest(str(name), names)}")
+
+
+def _checked(track: Track, config: HBATConfig, check: RowCheck | None) -> Track:
+    def kept(dataset: Dataset, argument: str, rounds: int, rows_per_round: int) -> Dataset:
+        concerns = getattr(check, "concerns", None)  # a check against the tokenizer looks at messages and tokens alone
+        return check_dataset(
+            dataset,
+            name=f"{argument}[{track.name!r}]",
+            faults=None if concerns is not None and not concerns(dataset) else check,
+            num_rounds=rounds,
+            rows_a_round=rows_per_round,
+            on_bad_rows=config.on_bad_rows,
+        )
+
+    minimum = track.objective.minimum_rows(track.args)
+    train = kept(track.train_dataset, "train_dataset", config.num_rounds, minimum)
+    evaluation = track.eval_dataset
+    return replace(
+        track,
+        train_dataset=train,
+        eval_dataset=None if evaluation is None else kept(evaluation, "eval_dataset", 1, 1),
+    )
+
+
+def _refuse_media(track: Track) -> None:
+    for argument in ("train_dataset", "eval_dataset"):
+        dataset = getattr(track, argument)
+        found = [column for column in _MEDIA if dataset is not None and column in dataset.column_names]
+        if found:
+            raise DatasetError(
+                f"{argument}[{track.name!r}] has the column `{found[0]}`, but the model has a tokenizer and no "
+                "processor, so it reads text alone. Remove the column, or pass the processor of a vision-language "
+                "model as `processing_class`."
+            )

@@ -1,23 +1,21 @@
 """Builds an objective's trainer on the run's model, and leaves the model clean afterwards."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
-from hbat.engines.backward import after_backward
-from hbat.engines.deepspeed.bf16 import FullPrecision
-from hbat.engines.deepspeed.request import drop_empty_groups, is_asked, left_aside
-from hbat.engines.environment import forget_deepspeed
-from hbat.engines.fsdp2 import is_loaded_in_shards, keep_sharded, let_go, without_checkpoints
-from hbat.engines.sharded import is_sharded
+from hbat.engines.engine import Engine
+from hbat.engines.environment import kept_environment
+from hbat.engines.patches import after_backward, keep_adapters
 from hbat.ewc.parameters import trainable_parameters
 from hbat.model.adapters import REFERENCE_ADAPTER, load_adapter_as_it_was
-from hbat.objectives.objective import Objective
+from hbat.model.copies import switch_off_dropout
+from hbat.objectives.track import Track
 from hbat.stages.guard import StageGuard
 from hbat.stages.interruption import RunInterrupted
 from hbat.stages.start import StageStart
@@ -27,24 +25,22 @@ class TrainerBuilder:
     """Builds one trainer at a time on one model.
 
     Args:
-        model: The model, with its adapter where there is one.
-        sections: Configuration of each objective.
+        model: The model, with its adapter if it has one.
         processing_class: The tokenizer.
         start: Holder of the stage's start.
+        engine: The engine of the run.
     """
 
-    def __init__(
-        self, model: Any, sections: Mapping[str, TrainingArguments], processing_class: Any, start: StageStart
-    ) -> None:
+    def __init__(self, model: Any, processing_class: Any, start: StageStart, engine: Engine) -> None:
         self._model = model
-        self._sections = sections
         self._processing_class = processing_class
         self._start = start
+        self._engine = engine
 
     @contextmanager
     def building(
         self,
-        objective: Objective,
+        track: Track,
         folder: Path | str,
         *,
         train_dataset: Dataset,
@@ -54,14 +50,14 @@ class TrainerBuilder:
         frozen: Iterable[str] = (),
         for_evaluation: bool = False,
     ) -> Iterator[Trainer]:
-        """Build an objective's trainer, and leave the model clean afterwards, whatever happens.
+        """Build the trainer of a track, and leave the model clean afterwards, whatever happens.
 
         Args:
-            objective: The objective.
-            folder: Folder for the host's checkpoints.
+            track: The track.
+            folder: Folder of the trainer's checkpoints.
             train_dataset: Rows to train on.
             eval_dataset: Rows to evaluate on.
-            seed_offset: Added to the objective's seed.
+            seed_offset: Added to the seeds of the track's arguments.
             callbacks: Callbacks of the trainer.
             frozen: Names of parameters that get no update.
             for_evaluation: The reference policy is given other weights before the trainer is used.
@@ -73,69 +69,77 @@ class TrainerBuilder:
             FloatingPointError: If the block does, on all processes.
             RunInterrupted: If the block does, on all processes.
         """
-        rewards = objective.trainer_kwargs.get("reward_funcs")
-        candidates = [self._model, self._start.reference, *(rewards if isinstance(rewards, list) else [rewards])]
-        models = [each for each in candidates if isinstance(each, nn.Module)]
-        guard, trainer, together = StageGuard(*models), None, False
-        precision = FullPrecision(*(models if is_asked(self._sections[objective.name]) else ()))
-        try:
-            parameters = trainable_parameters(self._model)
-            for name in frozen:
-                parameters[name].requires_grad_(False)
-            if REFERENCE_ADAPTER in getattr(self._model, "peft_config", {}):
-                # It is there for the whole run, and the host has only to fill it. The guard takes this back.
-                self._model.add_adapter = _nothing
-            base = self._sections[objective.name]
-            forget_deepspeed()  # a configuration that is built for another purpose tells the host of it too
-            with _quiet_datasets(), left_aside(base, wanted=for_evaluation) as changes:
-                unsaved = without_checkpoints(base) if is_loaded_in_shards(self._model) else {}
-                args = objective.stage_args(base, str(folder), seed_offset, **changes, **unsaved)
-                if for_evaluation and hasattr(args, "precompute_ref_log_probs"):
-                    args.precompute_ref_log_probs = False
-                trainer = objective.build_trainer(
-                    model=self._model,
-                    args=args,
-                    train_dataset=train_dataset,
-                    eval_dataset=eval_dataset,
-                    processing_class=self._processing_class,
-                    reference=self._start.reference,
-                    callbacks=list(callbacks),
+        models = self._models_of(track)
+        with kept_environment(), self._engine.stage(models, track.args):
+            guard, trainer, together = StageGuard(*models, engine=self._engine), None, False
+            try:
+                parameters = trainable_parameters(self._model)
+                held = [parameters[name] for name in frozen]
+                for parameter in held:
+                    parameter.requires_grad_(False)
+                trainer = self._build(
+                    track, folder, train_dataset, eval_dataset, seed_offset, list(callbacks), evaluating=for_evaluation
                 )
-            precision.attach(trainer)
-            self._complete(trainer)
-            self._hold_frozen(trainer, [parameters[name] for name in frozen])
-            yield trainer
-            together = True
-        except (FloatingPointError, RunInterrupted):  # which all processes agree on
-            together = True
-            raise
-        finally:
-            guard.restore(trainer, together=together)
-            precision.give_back()
-            if is_loaded_in_shards(self._model):
-                let_go(self._model)
+                _hold(trainer, held)
+                yield trainer
+                together = True
+            except (FloatingPointError, RunInterrupted):  # which all processes agree on
+                together = True
+                raise
+            finally:
+                guard.restore(trainer, together=together)
 
-    def _complete(self, trainer: Trainer) -> None:
-        if is_sharded(self._model) and not is_loaded_in_shards(self._model):
-            keep_sharded(trainer)
-        drop_empty_groups(trainer)
+    def _models_of(self, track: Track) -> list[nn.Module]:
+        rewards = track.objective.trainer_kwargs.get("reward_funcs")
+        candidates = [self._model, self._start.reference, *(rewards if isinstance(rewards, list) else [rewards])]
+        return [model for model in candidates if isinstance(model, nn.Module)]
+
+    def _build(
+        self,
+        track: Track,
+        folder: Path | str,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        seed_offset: int,
+        callbacks: list[TrainerCallback],
+        *,
+        evaluating: bool,
+    ) -> Trainer:
+        if track.objective.uses_reference:
+            self._start.add_reference_adapter()  # complete before TRL computes with it, and filled again by TRL
+        if REFERENCE_ADAPTER in getattr(self._model, "peft_config", {}):
+            keep_adapters(self._model)  # the guard takes this back
+        with _quiet_datasets(), self._engine.building(track.args, evaluating=evaluating) as changes:
+            args = track.objective.stage_args(track.args, str(folder), seed_offset, **changes)
+            if evaluating and hasattr(args, "precompute_ref_log_probs"):
+                args.precompute_ref_log_probs = False
+            trainer = track.objective.build_trainer(
+                model=self._model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=self._processing_class,
+                reference=self._start.reference,
+                callbacks=callbacks,
+            )
+        self._engine.adapt(trainer)
+        if getattr(trainer.args, "disable_dropout", False):  # TRL leaves the attention's own dropout on
+            for model in self._models_of(track)[:2]:
+                switch_off_dropout(model)
         self._start.complete_adapter()
         load_adapter_as_it_was(trainer)
-
-    @staticmethod
-    def _hold_frozen(trainer: Trainer, frozen: list[nn.Parameter]) -> None:
-        # TRL's switch to the reference adapter and back sets `requires_grad` on the whole adapter, so gradients would
-        # come up and count for the clipping norm.
-        def drop(_: object) -> None:
-            for each in frozen:
-                each.grad = None
-
-        if frozen:
-            after_backward(trainer.accelerator, drop)
+        return trainer
 
 
-def _nothing(*_: object, **__: object) -> None:
-    pass
+def _hold(trainer: Trainer, frozen: list[nn.Parameter]) -> None:
+    # TRL's switch to the reference adapter and back sets `requires_grad` on the whole adapter, so frozen parameters
+    # would get gradients, which count for the clipping norm.
+    def drop(_: object) -> None:
+        for parameter in frozen:
+            parameter.grad = None
+
+    if frozen:
+        after_backward(trainer.accelerator, drop)
 
 
 @contextmanager

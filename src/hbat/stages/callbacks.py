@@ -1,16 +1,18 @@
-"""The order of a stage's rows after a resume."""
+"""Callbacks of every stage that work around what trainers do to hooks and to the order of rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hbat.engines.patches import let_epochs_grow
 
 
 class HookLimit(TrainerCallback):
     """Keeps the hooks on the embeddings at the number of the first step.
 
     With an adapter and gradient checkpointing every reference forward of TRL adds one more hook (TRL 1.0-1.16,
-    transformers 4.57-5.23): all do the same, and each costs time in every forward pass.
+    transformers 4.57-5.24): all do the same, and each costs time in every forward pass.
     """
 
     def __init__(self) -> None:
@@ -19,9 +21,8 @@ class HookLimit(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remove what came on top."""
-        model = kwargs.get("model")
-        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        """Remove the hooks that were added since."""
+        embeddings = getattr(kwargs.get("model"), "get_input_embeddings", lambda: None)()
         if embeddings is None:
             return
         hooks = embeddings._forward_hooks  # noqa: SLF001 - torch has no public list of them
@@ -32,19 +33,14 @@ class HookLimit(TrainerCallback):
 
 
 class KeepEpoch(TrainerCallback):
-    """Lets the sampler's epoch only grow.
-
-    A stage that goes on in the middle of a later epoch skips the batches that it has seen, on a loader that accelerate
-    makes for that. Its iterator sets the epoch back to 0, so the rest of the epoch would come in the first one's order
-    (transformers 4.57 with accelerate 1.10; transformers 5.23 sets it right again itself).
-    """
+    """Keeps the order of rows when a stage resumes in a later epoch: see `let_epochs_grow`."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the samplers that know epochs."""
+        """Patch the samplers that know epochs."""
         for sampler in _samplers(kwargs.get("train_dataloader")):
-            sampler.set_epoch = _growing(sampler.set_epoch)
+            let_epochs_grow(sampler)
 
 
 def _samplers(loader: Any) -> Iterator[Any]:
@@ -52,22 +48,11 @@ def _samplers(loader: Any) -> Iterator[Any]:
     seen: set[int] = set()
     waiting = [getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)]
     while waiting:
-        each = waiting.pop()
-        if each is None or id(each) in seen:
+        sampler = waiting.pop()
+        if sampler is None or id(sampler) in seen:
             continue
-        seen.add(id(each))
-        inner = [getattr(each, name, None) for name in ("batch_sampler", "sampler")]
+        seen.add(id(sampler))
+        inner = [getattr(sampler, name, None) for name in ("batch_sampler", "sampler")]
         waiting += inner
-        if hasattr(each, "set_epoch") and not any(inner):
-            yield each
-
-
-def _growing(set_epoch: Callable[[int], None]) -> Callable[[int], None]:
-    highest = 0
-
-    def growing(epoch: int) -> None:
-        nonlocal highest
-        highest = max(highest, epoch)
-        set_epoch(highest)
-
-    return growing
+        if hasattr(sampler, "set_epoch") and not any(inner):
+            yield sampler

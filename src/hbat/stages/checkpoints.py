@@ -1,4 +1,4 @@
-"""The host's own checkpoints inside a stage: sealed by checksums, and from which one a stage goes on."""
+"""The trainer's own checkpoints inside a stage: sealed by checksums, and from which one a stage resumes."""
 
 import json
 import logging
@@ -17,64 +17,59 @@ from hbat.state.manifest import RunStateError
 
 logger = logging.getLogger(__name__)
 
-
 SEAL = "hbat_checksums.json"
-
-
-# The host writes the optimizer before the state; `save_only_model` leaves nothing to go on from exactly.
+#: transformers writes the optimizer before the state; `save_only_model` leaves nothing to resume from exactly.
 _STATE = "trainer_state.json"
-
-
-#: The optimizer in one process and under DDP, and under FSDP as a whole or in shards. DeepSpeed's is not among them:
-#: under it a stage that was cut off begins anew.
+#: The optimizer in one process and under DDP, and of a sharded model as a whole or in shards.
 _OPTIMIZER = {"optimizer.pt", "optimizer.bin", "optimizer_0/.metadata"}
+#: Methods with which transformers 4.57-5.24 reads a checkpoint. An error from anywhere else, such as a callback of the
+#: user, says nothing about the checkpoint.
+_READING = {
+    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state", "load_from_json",
+}  # fmt: skip
 
 
 def seal(folder: Path) -> None:
-    """Write down what a checkpoint holds, so that one that is cut off or damaged is noticed.
-
-    Args:
-        folder: The checkpoint, with the files of all processes.
-    """
+    """Write the checksums of a checkpoint's files, so that one that is cut off or damaged is noticed."""
     (folder / SEAL).unlink(missing_ok=True)  # of a checkpoint that was written here before
-    files = sorted(each for each in folder.rglob("*") if each.is_file())
-    measured = {each.relative_to(folder).as_posix(): checksum(each) for each in files}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    measured = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
     write_json(folder / SEAL, {"files": measured, "checksum": digest(measured)})
 
 
-def last_checkpoint(folder: Path, max_steps: int, resumes_at: Callable[[int], bool] | None = None) -> str | None:
-    """Find the checkpoint from which a stage that was cut off goes on.
+def last_checkpoint(folder: Path, max_steps: int, can_resume_at: Callable[[int], bool] | None = None) -> str | None:
+    """Find the checkpoint from which a stage that was cut off resumes.
 
     Args:
         folder: The stage's folder.
         max_steps: The stage's `max_steps`; 0 or less where epochs bound it.
-        resumes_at: Whether the stage can go on from a checkpoint at a step; from any where left out.
+        can_resume_at: Whether the stage can resume at a step; by default at any.
 
     Returns:
-        The newest such checkpoint that is what was written, or None to start the stage anew.
+        The newest such checkpoint that is intact, or None to start the stage again.
     """
 
     def choose() -> int:
         found = sorted(_steps(folder), reverse=True)
-        # The host trains one step too many from a checkpoint that is at `max_steps` in the middle of an epoch (seen in
-        # transformers 4.57-5.23), so a stage killed between its last step and its commit starts anew.
+        # transformers 4.57-5.24 trains a step too many from a checkpoint at `max_steps` in the middle of an epoch, so
+        # a stage killed between its last step and its commit starts again.
         if not found or 0 < max_steps <= found[0]:
             return -1
-        good = (each for each in found if resumes_at is None or resumes_at(each))
-        return next((each for each in good if _is_whole(folder / f"checkpoint-{each}")), -1)
+        resumable = (step for step in found if can_resume_at is None or can_resume_at(step))
+        return next((step for step in resumable if _is_intact(folder / f"checkpoint-{step}")), -1)
 
     step = decided_by_main(choose)
     return None if step < 0 else str(folder / f"checkpoint-{step}")
 
 
 def _steps(folder: Path) -> list[int]:
-    numbers = [(each, each.name.removeprefix("checkpoint-")) for each in folder.glob("checkpoint-*")]
+    numbers = [(path, path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")]
     return [
-        int(number) for each, number in numbers if number.isdigit() and ((each / SEAL).exists() or _is_complete(each))
+        int(number) for path, number in numbers if number.isdigit() and ((path / SEAL).exists() or _is_complete(path))
     ]
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_intact(checkpoint: Path) -> bool:
     recorded: dict[str, Any] = {}
     wrong: str | None
     try:
@@ -83,15 +78,15 @@ def _is_whole(checkpoint: Path) -> bool:
         if values["checksum"] != digest(recorded):
             wrong = f"{SEAL} is not what was written: its checksum differs"
         else:
-            found = ((name, fault(checkpoint / name, each)) for name, each in recorded.items())
-            wrong = next((f"{name} {what}" for name, what in found if what), None)
+            faults = ((name, fault(checkpoint / name, measured)) for name, measured in recorded.items())
+            wrong = next((f"{name} {what}" for name, what in faults if what), None)
     except FileNotFoundError:
         wrong = f"{SEAL} is missing, so it was cut off while it was written"
     except (KeyError, OSError, TypeError, ValueError) as error:
         wrong = f"{SEAL} cannot be read ({error!r})"
     if wrong is not None:
         logger.warning(
-            "%s is not gone on from: %s. The stage goes on from an older checkpoint or starts anew.", checkpoint, wrong
+            "%s is skipped: %s. The stage resumes from an older checkpoint or starts again.", checkpoint, wrong
         )
         return False
     return _STATE in recorded and not _OPTIMIZER.isdisjoint(recorded)
@@ -102,40 +97,30 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 class SealCheckpoints(TrainerCallback):
-    """Writes checksums into every checkpoint, on the main process.
+    """Writes checksums into every checkpoint, on rank 0.
 
-    It stands after the user's callbacks, so that files which they add or change are as they left them.
+    It comes after the user's callbacks, so that files which they add or change are as they left them.
     """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Seal the checkpoint that the host has just written."""
+        """Seal the checkpoint that was just written."""
         wait_for_everyone()  # every process has files of its own in it
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if is_main_process() and folder.is_dir():
             seal(folder)
 
 
-#: Methods with which the host reads a checkpoint (transformers 4.57 to 5.23). An error from anywhere else, such as a
-#: callback of the user, says nothing of the checkpoint.
-_READING = {
-    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state", "load_from_json",
-}  # fmt: skip
-
-
 @contextmanager
 def named_checkpoint(checkpoint: str | None) -> Iterator[None]:
-    """Name the checkpoint that the host cannot read.
+    """Name the checkpoint that transformers cannot read while a stage trains inside the block.
 
-    The host reads its files with `weights_only=True`, so one that holds more than tensors is refused, not run.
+    transformers reads its files with `weights_only=True`, so one that holds more than tensors is refused, not run.
 
     Args:
-        checkpoint: The checkpoint's folder; None where the stage starts anew.
-
-    Yields:
-        Nothing; train inside.
+        checkpoint: The checkpoint's folder; None where the stage starts from none.
 
     Raises:
-        RunStateError: If the host cannot go on from it.
+        RunStateError: If it cannot be resumed from.
     """
     try:
         yield
@@ -144,8 +129,8 @@ def named_checkpoint(checkpoint: str | None) -> Iterator[None]:
             raise
         reason = (" ".join(str(error).split()) or "no reason given").partition(". ")[0]
         raise RunStateError(
-            f"{checkpoint} cannot be gone on from ({type(error).__name__}: {reason}). Remove this folder: the stage "
-            "then goes on from an older checkpoint or starts anew."
+            f"{checkpoint} cannot be resumed from ({type(error).__name__}: {reason}). Remove this folder: the stage "
+            "then resumes from an older checkpoint or starts again."
         ) from error
 
 

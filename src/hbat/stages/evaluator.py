@@ -1,13 +1,12 @@
-"""Evaluates every objective on the model as it is, with the host's own evaluation."""
+"""Evaluates every objective on the model as it is, with its trainer's own evaluation."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from datasets import Dataset
 from torch import Tensor
-from transformers import TrainingArguments
 
-from hbat.objectives.objective import Objective
+from hbat.objectives.track import Track
 from hbat.reports.matrix import scores
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.rehearsal import first_rows
@@ -18,57 +17,52 @@ class Evaluator:
     """Evaluates the objectives of a run.
 
     Args:
-        objectives: The objectives by name.
-        sections: Configuration of each.
-        datasets: Evaluation rows by objective; an objective may be left out.
+        tracks: The tracks of the run.
         builder: Builder of trainers on the run's model.
         start: Holder of the reference policy.
     """
 
-    def __init__(
-        self,
-        objectives: Mapping[str, Objective],
-        sections: Mapping[str, TrainingArguments],
-        datasets: Mapping[str, Dataset],
-        builder: TrainerBuilder,
-        start: StageStart,
-    ) -> None:
-        self._objectives = objectives
-        self._sections = sections
-        self._datasets = datasets
+    def __init__(self, tracks: Sequence[Track], builder: TrainerBuilder, start: StageStart) -> None:
+        self._tracks = [track for track in tracks if track.eval_dataset is not None]
         self._builder = builder
         self._start = start
 
     @property
+    def has_rows(self) -> bool:
+        """Whether any objective is evaluated."""
+        return bool(self._tracks)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether an objective that is evaluated takes a reference policy."""
-        return any(self._objectives[name].uses_reference for name in self._datasets)
+        return any(track.objective.uses_reference for track in self._tracks)
 
     def evaluate(self, reference: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-        """Evaluate all objectives that have rows.
+        """Evaluate all objectives that have evaluation rows.
 
         Args:
-            reference: Trainable weights of the reference policy by name; not read where no objective takes one.
+            reference: Trainable weights of the reference policy by name; unused if no objective takes one.
 
         Returns:
             Scores by objective and metric.
         """
         results = {}
-        for name, dataset in self._datasets.items():
-            needed = self._objectives[name].rows_of_a_stage(self._sections[name])
+        for track in self._tracks:
+            rows: Any = track.eval_dataset
+            needed = track.objective.minimum_rows(track.args)
             with (
                 tempfile.TemporaryDirectory() as folder,
                 self._builder.building(
-                    self._objectives[name],
+                    track,
                     folder,
-                    train_dataset=first_rows(dataset, needed),
-                    eval_dataset=dataset,
+                    train_dataset=first_rows(rows, needed),
+                    eval_dataset=rows,
                     for_evaluation=True,
                 ) as trainer,
             ):
-                if self._objectives[name].uses_reference:
+                if track.objective.uses_reference:
                     self._start.set_reference(reference)
                 metrics = trainer.evaluate()
                 # TRL below 1.6 puts its own metrics into the log entry only.
-                results[name] = scores(next(iter(trainer.state.log_history[-1:]), {}) | metrics)
+                results[track.name] = scores(next(iter(trainer.state.log_history[-1:]), {}) | metrics)
         return results

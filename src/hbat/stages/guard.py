@@ -1,8 +1,8 @@
 """The guard around a stage: what trainers leave behind on a model is taken back, so that the next stage starts clean.
 
-Each entry below was measured on transformers 4.57-5.23 with TRL 1.0-1.16. Without the guard a full model loses its
+Each entry below was measured on transformers 4.57-5.24 with TRL 1.0-1.16. Without the guard a full model loses its
 bf16 autocast from the second stage on (accelerate skips a model that it prepared before), forward wrappers nest one
-deeper a stage, dropout stays off, gradient checkpointing stays on and leaves hooks behind, and the second DPO stage
+deeper per stage, dropout stays off, gradient checkpointing stays on and leaves hooks behind, and the second DPO stage
 with LoRA fails on the adapter `ref` of the first.
 """
 
@@ -15,13 +15,11 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from hbat.engines.deepspeed.zero3 import gather
-from hbat.engines.deepspeed.zero12 import release
-from hbat.engines.environment import _environment, _restore_environment, forget_deepspeed
-from hbat.engines.sharded import give_back
-from hbat.model.copies import _is_dropout, _wrapped
+from hbat.engines.engine import Engine
+from hbat.engines.patches import undo_all
+from hbat.model.copies import is_dropout, wrapped_models
 
-#: Instance attributes that trainers, accelerate and the checkpointing switch set on modules. `forward` is not simply
+#: Instance attributes that trainers, accelerate and gradient checkpointing set on modules. `forward` is not simply
 #: removed: a model placed by `device_map` carries accelerate's own.
 _PATCHED = (
     "forward",
@@ -35,82 +33,76 @@ _PATCHED = (
     "p",  # of dropout layers
     "model_tags",
     "_output_capturing_hooks_installed",  # with the hooks gone, `output_hidden_states` would give nothing
-    "generate",  # under FSDP2
+    "generate",  # PPO registers it where the model is sharded
     "add_adapter",
 )
-
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class StageGuard:
-    """Remembers a model as it is before a trainer is built on it, and brings it back.
+    """Remembers models as they are before a trainer is built on them, and brings them back.
 
     Args:
-        models: The model and, where there is one, the reference model.
+        *models: The model and, if there is one, the reference model.
+        engine: The engine of the run.
     """
 
-    def __init__(self, *models: nn.Module) -> None:
-        self._models = [_ModelRecord(each) for each in models]
-        self._environment = _environment()
+    def __init__(self, *models: nn.Module, engine: Engine | None = None) -> None:
+        self._records = [_ModelRecord(model) for model in models]
+        self._engine = engine or Engine()
 
     def restore(self, trainer: Trainer | None = None, *, together: bool = True) -> None:
         """Undo what a stage left behind, and free what its trainer holds.
 
         Args:
             trainer: The stage's trainer; it cannot be used afterwards.
-            together: Whether all processes do this. One that does so alone, after an error of its own, leaves what
-                ZeRO-3 took apart in parts: the others would not come to put it together.
+            together: Whether all processes do this. One that does so alone, after an error of its own, gathers
+                nothing: the others would not take part.
         """
-        for record in self._models:
+        for record in self._records:
             if together:
-                gather(record.model)
+                self._engine.gather(record.model)
             record.restore()
-        _restore_environment(self._environment)
-        forget_deepspeed()
         if trainer is not None:
             _dismantle(trainer)
-        for record in self._models:
-            release(record.model)
 
 
 class _ModelRecord:
     def __init__(self, model: Any) -> None:
         self.model = model
-        for module in _wrapped(model):
+        for module in wrapped_models(model):
             # A trainer of the user's own may have left it: accelerate would skip the model, and autocast with it.
             module.__dict__.pop("_is_accelerate_prepared", None)
         self._attributes = {
-            name: {key: value for key, value in module.__dict__.items() if key in _PATCHED or _is_dropout(key, value)}
+            name: {key: value for key, value in module.__dict__.items() if key in _PATCHED or is_dropout(key, value)}
             for name, module in model.named_modules()
         }
         self._hooks = {
             (name, kind): set(getattr(module, kind)) for name, module in model.named_modules() for kind in _HOOKS
         }
-        self._requires_grad = {name: each.requires_grad for name, each in model.named_parameters()}
+        self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._adapters = set(getattr(model, "peft_config", {}))
         self._use_cache = [(config, config.use_cache) for config in _configs(model)]
         self._generation = [
-            (each, copy.deepcopy(each.generation_config.__dict__))
-            for each in _wrapped(model)
-            if each.__dict__.get("generation_config") is not None
+            (module, copy.deepcopy(module.generation_config.__dict__))
+            for module in wrapped_models(model)
+            if module.__dict__.get("generation_config") is not None
         ]
 
     def restore(self) -> None:
         model = self.model
-        give_back(model)
         for adapter in set(getattr(model, "peft_config", {})) - self._adapters:
             model.delete_adapter(adapter)
         for name, module in model.named_modules():
             self._restore_module(name, module)
-        for name, each in model.named_parameters():
-            each.requires_grad_(self._requires_grad.get(name, each.requires_grad))
-            each.grad = None
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
+            parameter.grad = None
         for config, use_cache in self._use_cache:
             config.use_cache = use_cache
-        for each, values in self._generation:
-            each.generation_config.__dict__.clear()
-            each.generation_config.__dict__.update(values)
+        for module, values in self._generation:
+            module.generation_config.__dict__.clear()
+            module.generation_config.__dict__.update(values)
 
     def _restore_module(self, name: str, module: nn.Module) -> None:
         for key in _PATCHED:
@@ -126,11 +118,8 @@ class _ModelRecord:
 def cheap_garbage_collection() -> Iterator[None]:
     """Keep what lives already out of garbage collection inside the block.
 
-    The host collects at every stage's start, and the guard at its end. Each time Python would walk through the million
-    objects of the imported libraries: 0.2 s, most of the cost of a short stage.
-
-    Yields:
-        Nothing.
+    transformers collects at every stage's start, and the guard at its end. Each time Python would walk through the
+    million objects of the imported libraries: 0.2 s, most of the cost of a short stage.
     """
     frozen_by_others = gc.get_freeze_count() > 0
     if not frozen_by_others:
@@ -144,9 +133,8 @@ def cheap_garbage_collection() -> Iterator[None]:
 
 
 def _dismantle(trainer: Trainer) -> None:
-    for name in ("backward", "clip_grad_norm_", "prepare"):
-        trainer.accelerator.__dict__.pop(name, None)
-    for name in ("model_wrapped", "deepspeed", "optimizer", "lr_scheduler", "ref_model"):
+    undo_all(trainer.accelerator)
+    for name in ("model_wrapped", "optimizer", "lr_scheduler", "ref_model"):
         if hasattr(trainer, name):
             setattr(trainer, name, None)
     for name in ("model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"):
@@ -155,5 +143,7 @@ def _dismantle(trainer: Trainer) -> None:
 
 
 def _configs(model: Any) -> list[Any]:
-    configs = [each.config for each in _wrapped(model) if hasattr(getattr(each, "config", None), "use_cache")]
-    return list({id(each): each for each in configs}.values())
+    configs = [
+        module.config for module in wrapped_models(model) if hasattr(getattr(module, "config", None), "use_cache")
+    ]
+    return list({id(config): config for config in configs}.values())

@@ -1,4 +1,4 @@
-"""Ending a run at a signal: save at the next step boundary, and leave with a status that says why."""
+"""Ends a run at a signal: saves at the end of the step, and exits with a status that says why."""
 
 import _thread
 import logging
@@ -16,18 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-_MESSAGE = "%s: saving at the next step boundary, then ending. A second signal ends at once."
-
-
+_MESSAGE = "%s: saving at the end of the step, then ending. A second signal ends at once."
 _STATUS = 128  # plus the signal's number, as shells give it
 
 
 class RunInterrupted(SystemExit):
-    """A run was ended by a signal; everything is saved. Its `code` is 128 plus the signal's number.
+    """A signal ended the run; everything is saved.
 
-    Left uncaught it ends the process with that status: 143 after SIGTERM, 130 after SIGINT.
+    Uncaught it ends the process with the status 128 plus the signal's number: 143 after SIGTERM, 130 after SIGINT.
 
     Args:
         number: The signal's number.
@@ -39,28 +35,22 @@ class RunInterrupted(SystemExit):
 
 
 class StopRequest:
-    """Remembers the first signal; the second one ends the process at once, as if nobody listened."""
+    """Remembers the first signal; the second one ends the process at once."""
 
     def __init__(self) -> None:
         self._number = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen to SIGTERM and SIGINT within the block.
-
-        Python only lets the main thread listen; elsewhere signals do what they always do.
-
-        Yields:
-            Nothing.
-        """
+        """Listen to SIGTERM and SIGINT within the block, if this is the main thread: Python allows no other."""
         self._number = 0
         here = threading.current_thread() is threading.main_thread()
-        previous = {each: signal.signal(each, self._receive) for each in _SIGNALS} if here else {}
+        previous = {number: signal.signal(number, self._receive) for number in _SIGNALS} if here else {}
         try:
             yield
         finally:
-            for each, handler in previous.items():
-                signal.signal(each, handler)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._number:
@@ -71,11 +61,7 @@ class StopRequest:
         _thread.start_new_thread(logger.warning, (_MESSAGE, signal.Signals(number).name))
 
     def agreed(self) -> int:
-        """Ask all processes, each of which has to ask at the same place.
-
-        Returns:
-            Number of the signal that one of them got; 0 for none.
-        """
+        """Number of the signal that any process got; 0 for none. Collective: call on every rank."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self._number
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
@@ -85,10 +71,10 @@ class StopRequest:
         return self._number
 
     def raise_if_agreed(self) -> None:
-        """End the run if a process got a signal.
+        """End the run if any process got a signal. Collective: call on every rank.
 
         Raises:
-            RunInterrupted: If so.
+            RunInterrupted: If one did.
         """
         number = self.agreed()
         if number:
@@ -96,11 +82,11 @@ class StopRequest:
 
 
 class StopAtStep(TrainerCallback):
-    """Saves a checkpoint and ends a stage's training at the end of the step at which a signal was there.
+    """Saves a checkpoint and ends a stage at the end of the step in which a signal came.
 
     Args:
         request: Where signals are remembered.
-        saves: Whether the host can write a checkpoint; otherwise the run goes on from the stage's start.
+        saves: Whether a checkpoint can be resumed from; otherwise the run resumes at the stage's start.
     """
 
     def __init__(self, request: StopRequest, *, saves: bool = True) -> None:
@@ -111,7 +97,7 @@ class StopAtStep(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Ask the host to save and stop, unless the stage is over anyway."""
+        """Save and stop, unless the stage is over anyway."""
         if self._request.agreed() and state.global_step < state.max_steps:
             control.should_training_stop = True
             control.should_save = self._saves

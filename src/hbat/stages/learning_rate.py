@@ -6,28 +6,29 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
+from hbat.engines.patches import at_scheduler
+
 
 def extend_schedule(trainer: Trainer, kind: str, *, round_index: int, num_rounds: int, steps_before: int) -> None:
     """Make a stage's trainer follow the objective's schedule.
 
     Args:
         trainer: The stage's trainer, before `train()`.
-        kind: `stage` leaves the host's schedule as it is. `run` makes the stage a section of one schedule over all
-            stages of the objective, which assumes that those to come have as many steps as this one. `decay`
-            multiplies the host's by `1 - n / N`.
+        kind: `stage` leaves the trainer's schedule as it is. `run` makes the stage a section of one schedule over all
+            stages of the objective, and assumes that those to come have as many steps as this one. `decay` multiplies
+            the trainer's by `1 - n / N`.
         round_index: n, from 0.
         num_rounds: N.
         steps_before: Optimizer steps of the objective's earlier stages.
     """
     if kind == "stage":
         return
-    make = trainer.create_scheduler
 
-    def create_scheduler(num_training_steps: int, optimizer: Any = None) -> Any:
+    def make(inner: Callable[..., Any], num_training_steps: int, optimizer: Any = None) -> Any:
         total, shift, factor = num_training_steps, 0, 1.0 - round_index / num_rounds
         if kind == "run":
             total, shift, factor = steps_before + num_training_steps * (num_rounds - round_index), steps_before, 1.0
-        scheduler = make(total) if optimizer is None else make(total, optimizer)
+        scheduler = inner(total) if optimizer is None else inner(total, optimizer)
         if not isinstance(scheduler, LambdaLR):
             raise TypeError(
                 f"`lr_schedule: {kind}` needs a schedule of the step alone, but this trainer makes a "
@@ -36,16 +37,16 @@ def extend_schedule(trainer: Trainer, kind: str, *, round_index: int, num_rounds
         _transform(scheduler, shift, factor)
         return scheduler
 
-    trainer.create_scheduler = create_scheduler  # type: ignore[method-assign]
+    at_scheduler(trainer, make)
 
 
 def _transform(scheduler: LambdaLR, shift: int, factor: float) -> None:
     def changed(inner: Callable[[int], float]) -> Callable[[int], float]:
         return lambda step: factor * inner(step + shift)
 
-    scheduler.lr_lambdas = [changed(each) for each in scheduler.lr_lambdas]
+    scheduler.lr_lambdas = [changed(inner) for inner in scheduler.lr_lambdas]
     rates = [
-        base * each(scheduler.last_epoch) for base, each in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        base * rate(scheduler.last_epoch) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     ]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -7,65 +7,65 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hbat.engines.backward import after_backward
-from hbat.engines.deepspeed.zero3 import Partitions, shares
-from hbat.engines.deepspeed.zero12 import Fragments, before_step, engine_of
+from hbat.engines.engine import Engine
+from hbat.engines.patches import after_backward, at_clipping
 from hbat.engines.sharded import first_not_finite, whole_of
 from hbat.ewc.parameters import canonical_name, trainable_parameters
 from hbat.state.plan import Stage
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Raises `FloatingPointError` before the optimizer's step; the host would log an average instead and go on.
+    """Raises `FloatingPointError` before the optimizer's step; transformers would log an average instead and continue.
 
-    The loss is looked at on `on_pre_optimizer_step`, the gradient where the host clips it: its norm, which the host
-    needs anyway. Gradients in float16 are left to the loss scaling, whose business infinite ones are.
+    The loss is checked on `on_pre_optimizer_step`, the gradient where it is clipped: its norm, which clipping needs
+    anyway. Gradients in float16 are left to the loss scaling, whose business infinite ones are.
 
     Args:
         trainer: The stage's trainer.
         stage: The stage, for the message.
+        engine: The engine of the run.
     """
 
-    def __init__(self, trainer: Trainer, stage: Stage) -> None:
+    def __init__(self, trainer: Trainer, stage: Stage, engine: Engine) -> None:
         self._stage = stage
         self._trainer = trainer
-        self._bad: Tensor | None = None  # stays on the device, so that only one read a step waits for it
-        self._looked_at = -1  # step at which the gradient has been looked at
+        self._engine = engine
+        self._bad: Tensor | None = None  # stays on the device, so that only one read per step waits for it
+        self._checked_step = -1
         trainer.add_callback(self)
-        after_backward(trainer.accelerator, self._see)
-        if trainer.accelerator.scaler is None and not trainer.is_deepspeed_enabled:
-            trainer.accelerator.clip_grad_norm_ = self._clip
+        after_backward(trainer.accelerator, self._note)
+        if trainer.accelerator.scaler is None and not engine.clips_itself:
+            at_clipping(trainer.accelerator, self._clip)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Under DeepSpeed: look at the gradient before the engine's step, which would be left out without a word."""
-        engine = engine_of(self._trainer.accelerator)
-        if engine is not None:
+        """With an engine that clips inside its step: check the gradients before, it would silently skip the step."""
+        if self._engine.clips_itself:
             model: Any = self._trainer.model
-            own = shares(trainable_parameters(model))
-            before_step(engine, lambda: self._require_finite_shares(own))
+            local = self._engine.local(trainable_parameters(model))
+            self._engine.before_clipping(self._trainer, lambda: self._require_finite(local.gradients()))
 
-    def _require_finite_shares(self, own: Fragments | Partitions) -> None:
-        name = first_not_finite(own.gradients())
+    def _require_finite(self, gradients: Mapping[str, Tensor]) -> None:
+        name = first_not_finite(gradients)
         if name is not None:
             raise self._error(repr(name))
 
-    def _see(self, loss: Tensor) -> None:
+    def _note(self, loss: Tensor) -> None:
         bad = ~torch.isfinite(loss).all()
         self._bad = bad if self._bad is None else self._bad | bad
 
     def _clip(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0) -> Tensor:
-        # What torch's `clip_grad_norm_` does, with a look at the norm in between: clipping would spread a NaN to all.
+        # torch's `clip_grad_norm_`, with a check of the norm in between: clipping would spread a NaN to all.
         self._require_finite_loss()
         parameters = list(parameters)
         norm = self._finite_norm(parameters, norm_type)
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        self._looked_at = self._trainer.state.global_step
+        self._checked_step = self._trainer.state.global_step
         return norm
 
     def _finite_norm(self, parameters: list[nn.Parameter], norm_type: float = 2.0) -> Tensor:
-        gradients = [each.grad for each in parameters if each.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = whole_of(torch.nn.utils.get_total_norm(gradients, norm_type=norm_type))
         if not bool(torch.isfinite(norm)):
             raise self._error(self._offender())
@@ -79,8 +79,8 @@ class StopOnNonFinite(TrainerCallback):
 
     def _offender(self) -> str:
         model: Any = self._trainer.model
-        gradients = {canonical_name(name): each.grad for name, each in model.named_parameters()}
-        name = first_not_finite({name: each for name, each in gradients.items() if each is not None})
+        gradients = {canonical_name(name): parameter.grad for name, parameter in model.named_parameters()}
+        name = first_not_finite({name: gradient for name, gradient in gradients.items() if gradient is not None})
         return "all parameters together (each alone is finite)" if name is None else repr(name)
 
     def _require_finite_loss(self) -> None:
@@ -94,25 +94,21 @@ class StopOnNonFinite(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Look at losses and gradient, unless that has been done where gradients are clipped.
+        """Check losses and gradient, unless that was done where gradients are clipped.
 
         Raises:
-            FloatingPointError: If one was not finite.
+            FloatingPointError: If one is not finite.
         """
         self._require_finite_loss()
         # transformers 4.57 asks for no norm where it does not clip.
-        looked_at = self._looked_at == state.global_step or engine_of(self._trainer.accelerator) is not None
-        if not looked_at and self._trainer.accelerator.scaler is None:
+        is_checked = self._checked_step == state.global_step or self._engine.clips_itself
+        if not is_checked and self._trainer.accelerator.scaler is None:
             model: Any = self._trainer.model
             self._finite_norm(list(model.parameters()))
 
 
 def require_finite_importance(importance: Mapping[str, Tensor], stage: Stage) -> None:
-    """Refuse importance that is NaN or infinite: it would spread to every stage to come.
-
-    Args:
-        importance: What a stage yielded, by name.
-        stage: The stage, for the message.
+    """Refuse importance that is NaN or infinite: it would spread to every later stage.
 
     Raises:
         FloatingPointError: If one is not finite.
@@ -123,11 +119,7 @@ def require_finite_importance(importance: Mapping[str, Tensor], stage: Stage) ->
 
 
 def require_finite_weights(parameters: Mapping[str, Tensor], stage: Stage) -> None:
-    """Refuse to go on from weights that are NaN or infinite: a gradient can be so where the loss was not.
-
-    Args:
-        parameters: Weights at the stage's end, by name.
-        stage: The stage, for the message.
+    """Refuse to continue from weights that are NaN or infinite: a gradient can be so where the loss was not.
 
     Raises:
         FloatingPointError: If one is not finite.

@@ -1,57 +1,73 @@
-"""Tries every objective's trainer before the first stage."""
+"""Tries every objective's trainer before the first stage, so that a run fails at once and not after hours."""
 
+import importlib.util
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from hbat.config.hbat import HBATConfig
-from hbat.objectives.objective import Objective
+from hbat.objectives.track import Track
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.learning_rate import extend_schedule
 
+#: Options for which transformers and TRL import a package only when training begins, and its name for pip.
+_IMPORTED_LATE = {"use_liger_kernel": ("liger_kernel", "liger-kernel")}
 
-def rehearse(
-    objectives: Mapping[str, Objective],
-    config: HBATConfig,
-    sections: Mapping[str, TrainingArguments],
-    train_dataset: Mapping[str, Dataset],
-    eval_dataset: Mapping[str, Dataset],
-    builder: TrainerBuilder,
-) -> None:
-    """Build each objective's trainer once, most on a few rows, so that the host refuses now and not after hours.
+
+def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilder) -> None:
+    """Build each objective's trainer, optimizer and schedule once, most on a few rows, and the run's reporters.
 
     Args:
-        objectives: The objectives by name.
+        tracks: The tracks of the run.
         config: The run's configuration.
-        sections: Configuration of each objective.
-        train_dataset: Training rows by objective.
-        eval_dataset: Evaluation rows by objective; an objective may be left out.
         builder: Builder of trainers on the run's model. The stage's start must have been taken.
 
     Raises:
         ValueError: If a trainer cannot be built; the message names its objective.
+        ImportError: If a package is missing that an option needs.
     """
+    _require_packages(tracks, config)
     with tempfile.TemporaryDirectory() as folder:
-        for name, objective in objectives.items():
-            rows = {"train_dataset": train_dataset[name]}
-            if name in eval_dataset:  # the host asks for it where a section sets `eval_strategy`
-                rows["eval_dataset"] = eval_dataset[name]
-            if not objective.rehearses_all_rows:
-                counts = {"train_dataset": objective.rows_of_a_stage(sections[name]), "eval_dataset": 1}
-                rows = {key: first_rows(each, counts[key]) for key, each in rows.items()}
-            with _named(name), builder.building(objective, folder, **rows) as trainer:
-                kind = config.lr_schedule_of(name)
+        for track in tracks:
+            rows: dict[str, Any] = {"train_dataset": track.train_dataset}
+            if track.eval_dataset is not None:  # the trainer asks for it where its arguments set `eval_strategy`
+                rows["eval_dataset"] = track.eval_dataset
+            if not track.objective.rehearses_all_rows:
+                counts = {"train_dataset": track.objective.minimum_rows(track.args), "eval_dataset": 1}
+                rows = {name: first_rows(dataset, counts[name]) for name, dataset in rows.items()}
+            with _named(track.name), builder.building(track, folder, **rows) as trainer:
+                kind = config.lr_schedule_of(track.name)
                 extend_schedule(trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0)
                 trainer.create_optimizer_and_scheduler(num_training_steps=1)
 
 
+def _require_packages(tracks: Sequence[Track], config: HBATConfig) -> None:
+    for track in tracks:
+        for option, (module, package) in _IMPORTED_LATE.items():
+            if getattr(track.args, option, False) and importlib.util.find_spec(module) is None:
+                raise ImportError(
+                    f"`{track.name}.{option}` is set, but {package} is not installed. Install it with `pip install "
+                    f"{package}`, or remove the option."
+                )
+    if config.report_to in {None, "none"}:
+        return
+    reporters = [config.report_to] if isinstance(config.report_to, str) else list(config.report_to)
+    for reporter in reporters:
+        try:
+            for callback in get_reporting_integration_callbacks([reporter]):
+                callback()
+        except (ImportError, RuntimeError) as error:
+            raise ImportError(f"`report_to` has {reporter!r}, which cannot be used: {error}") from error
+
+
 @contextmanager
 def _named(objective: str) -> Iterator[None]:
-    # The host raises anything from anywhere, and seldom says which section or data set it means.
+    # Trainers raise anything from anywhere, and seldom say which section or data set they mean.
     try:
         yield
     except (ImportError, NotImplementedError, MemoryError, torch.OutOfMemoryError):
@@ -65,13 +81,5 @@ def _named(objective: str) -> Iterator[None]:
 
 
 def first_rows(dataset: Dataset, count: int) -> Dataset:
-    """Take as many rows as a trainer needs to be built.
-
-    Args:
-        dataset: At least one row.
-        count: Number of rows.
-
-    Returns:
-        The first rows, again and again where there are too few.
-    """
+    """The first `count` rows of a data set, repeated where there are too few."""
     return dataset.select([index % len(dataset) for index in range(count)])

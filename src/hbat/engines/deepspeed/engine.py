@@ -28,6 +28,7 @@ class DeepSpeed(Engine):
 
     def __init__(self) -> None:
         self._precision = FullPrecision([])
+        self._trainer: Any = None
 
     def check(self, tracks: Sequence[Trained], ewc: EWCConfig | None) -> None:
         """See `Engine`."""
@@ -55,6 +56,8 @@ class DeepSpeed(Engine):
         try:
             yield
         finally:
+            if self._trainer is not None:
+                self._trainer.deepspeed = self._trainer = None  # the engine, whose memory is freed with it
             for model in models:
                 zero12.release(model)
             self._precision.give_back()
@@ -71,6 +74,7 @@ class DeepSpeed(Engine):
 
     def adapt(self, trainer: Trainer) -> None:
         """See `Engine`."""
+        self._trainer = trainer
         if trainer.is_deepspeed_enabled:  # not where it is left aside
             without_empty_groups(trainer)
         self._precision.attach(trainer)

@@ -1,31 +1,24 @@
-"""Proximal policy optimisation with TRL's own trainer, for as long as it is there."""
+"""Proximal policy optimisation with TRL's own trainer, which exists below TRL 1.13."""
 
 import importlib.util
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from hbat.data.faults import RowCheck
 from hbat.data.formats import prompt_faults
 from hbat.objectives.objective import Objective
 
-#: What a section leaves out and TRL would fill with what its trainer does not do.
+#: Values that TRL's defaults would set to what its trainer does not do.
 _DEFAULTS = {"bf16": False, "save_strategy": "no"}
 
 
-#: Fields that TRL's trainer works out of others, and writes into the configuration.
-_DERIVED = (
-    "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
-    "mini_batch_size",
-)  # fmt: skip
-
-
 def is_available() -> bool:
-    """Whether TRL still has a PPOTrainer.
-
-    Returns:
-        True below TRL 1.13.
-    """
+    """Whether the installed TRL has a PPOTrainer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that trl.experimental is experimental
         try:
@@ -34,14 +27,56 @@ def is_available() -> bool:
             return False
 
 
-def ppo(config: Any) -> Objective:
-    """Describe PPO with TRL's PPOTrainer.
+@dataclass(frozen=True, kw_only=True)
+class TRLPPO(Objective):
+    """PPO with TRL's PPOTrainer; `trl_ppo` makes one."""
+
+    name: str = "ppo"
+    uses_reference: bool = True
+    metric: str = "reward"
+    greater_is_better: bool = True
+    takes_rewards: bool = True
+    engines: tuple[str, ...] = ("ddp",)
+    #: TRL's trainer computes them from others, and writes them into its arguments.
+    recomputed_fields: tuple[str, ...] = (
+        "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size",
+        "local_mini_batch_size", "mini_batch_size",
+    )  # fmt: skip
+
+    def row_check(self) -> RowCheck:
+        """The check of prompts."""
+        return prompt_faults
+
+    def minimum_rows(self, args: Any) -> int:
+        """Prompts of one rollout."""
+        return int(args.per_device_train_batch_size)
+
+    def epoch_steps(self, args: Any, rows: int) -> int:
+        """Rollouts of one epoch."""
+        return math.ceil(rows / self.minimum_rows(args))
+
+    def state_dict(self, trainer: Any) -> Mapping[str, Tensor]:
+        """The critic's own weights."""
+        from hbat.objectives.trl_ppo.trainer import critic_of  # noqa: PLC0415 - cannot be imported otherwise
+
+        return critic_of(trainer)
+
+    def load_state_dict(self, trainer: Any, state: Mapping[str, Tensor]) -> None:
+        """Load them into the next stage's trainer."""
+        from hbat.objectives.trl_ppo.trainer import restore_critic  # noqa: PLC0415 - cannot be imported otherwise
+
+        restore_critic(trainer, state)
+
+    def can_resume_at(self, args: Any, rows: int, step: int) -> bool:
+        """Never: TRL's trainer saves nothing inside a stage."""
+        return False
+
+
+def trl_ppo(*, config: Any) -> TRLPPO:
+    """Make the objective `ppo` with TRL's trainer.
 
     Args:
         config: Fields of `trl.experimental.ppo.PPOConfig`, or a ready one.
-
-    Returns:
-        The objective `ppo`.
 
     Raises:
         ImportError: If TRL has no PPOTrainer.
@@ -51,31 +86,10 @@ def ppo(config: Any) -> Objective:
             "`ppo_backend` is 'trl', but the installed TRL has no PPOTrainer: it was dropped in TRL 1.13. Use "
             '`ppo_backend: hbat`, or install an older one with `pip install "trl<1.13"`.'
         )
-    from hbat.objectives.trl_ppo import trainer as trl_ppo_trainer  # noqa: PLC0415 - cannot be imported otherwise
+    from hbat.objectives.trl_ppo import trainer  # noqa: PLC0415 - cannot be imported otherwise
 
-    return Objective(
-        name="ppo",
-        trainer_class=trl_ppo_trainer.TRLPPOTrainer,
-        config_class=trl_ppo_trainer.PPOConfig,
+    return TRLPPO(
+        trainer_class=trainer.TRLPPOTrainer,
+        config_class=trainer.PPOConfig,
         config=_DEFAULTS | dict(config or {}) if config is None or isinstance(config, Mapping) else config,
-        uses_reference=True,
-        faults=prompt_faults,
-        metric="reward",
-        greater_is_better=True,
-        takes_rewards=True,
-        trains_shards=False,
-        minimum_rows=_rollout_size,
-        epoch_steps=_rollouts,
-        keeps=trl_ppo_trainer.critic_of,
-        restores=trl_ppo_trainer.restore_critic,
-        resumes_inside=False,
-        derived=_DERIVED,
     )
-
-
-def _rollout_size(args: Any) -> int:
-    return int(args.per_device_train_batch_size)
-
-
-def _rollouts(args: Any, rows: int) -> int:
-    return math.ceil(rows / _rollout_size(args))

@@ -1,4 +1,4 @@
-"""Rows that TRL leaves out of a stage are counted, and a stage without rows is an error that says why."""
+"""Rows that TRL drops from a stage are counted, and a stage without rows is an error that says why."""
 
 import inspect
 import logging
@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 
 from hbat.data.load import DatasetError
 
-leaves_out = pytest.mark.skipif(
+drops_rows = pytest.mark.skipif(
     "label != -100" not in inspect.getsource(trl.SFTTrainer), reason="this TRL trains on rows with nothing to learn"
 )
 LONG = "a long question " * 20
@@ -31,15 +31,15 @@ def train(folder, sft, dpo):
     return runs.train(cases.tiny_llama(), folder, num_rounds=1, data={"sft": sft, "dpo": dpo}, **lengths)
 
 
-@leaves_out
+@drops_rows
 def test_a_stage_of_which_no_row_is_left_is_named(tmp_path):
     expected = r"stage 1 \(.*dpo\): none of the 8 rows of train_dataset\['dpo'\] is left .*`dpo\.max_length` is 64"
     with pytest.raises(DatasetError, match=expected):
         train(tmp_path, cases.sft_rows(8), long_pairs(8))
 
 
-@leaves_out
-def test_rows_that_are_left_out_are_counted(tmp_path, caplog):
+@drops_rows
+def test_rows_that_the_trainer_drops_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="hbat.stages.runner"):
         train(
             tmp_path,
@@ -47,9 +47,9 @@ def test_rows_that_are_left_out_are_counted(tmp_path, caplog):
             concatenate_datasets([cases.preference_rows(5), long_pairs(3)]),
         )
     said = [each.message for each in caplog.records if each.name == "hbat.stages.runner"]
-    assert [each.partition(" are left out")[0] for each in said] == [
-        "stage 0 (round 1 of 1, sft): 2 of 8 rows of train_dataset['sft']",
-        "stage 1 (round 1 of 1, dpo): 3 of 8 rows of train_dataset['dpo']",
+    assert [message.partition(": `")[0] for message in said] == [
+        "stage 0 (round 1 of 1, sft): the trainer drops 2 of 8 rows of train_dataset['sft']",
+        "stage 1 (round 1 of 1, dpo): the trainer drops 3 of 8 rows of train_dataset['dpo']",
     ]
 
 
