@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from hbat import HBATConfig, HBATTrainer, RunInterrupted
+from hbat import HBATConfig, HBATTrainer
+from hbat.stages.interruption import RunInterrupted
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 #: Rows of an optimizer step, over all processes.
