@@ -38,7 +38,7 @@ class FlatLocal(Local):
         device = self.weights[name].device
         if whole_shape(tensor) == () and whole_shape(parameter) != ():
             return tensor.to(device)
-        return self._shared(parameter, self._cut(tensor.detach(), parameter).to(device))
+        return self._shared(parameter, self._cut(tensor, parameter).to(device))
 
     def gradients(self) -> dict[str, Tensor]:
         """Slices of the gradients as the engine has them, between backward pass and step."""

@@ -80,11 +80,10 @@ def gather(model: nn.Module) -> None:
 
 
 def _whole(parameter: Any) -> Tensor:
-    share: Tensor = parameter.ds_tensor
-    count = parameter.ds_numel
-    whole = share.new_empty(share.numel() * torch.distributed.get_world_size())
-    torch.distributed.all_gather_into_tensor(whole, share.detach().contiguous())
-    return (whole if whole.numel() == count else whole[:count].clone()).view(parameter.ds_shape)
+    own = parameter.ds_tensor.detach().contiguous()
+    shares = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(shares, own)
+    return torch.cat(shares)[: parameter.ds_numel].clone().view(parameter.ds_shape)
 
 
 def _forget(owner: Any, names: Iterable[str]) -> None:
