@@ -4,9 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from support_table import ENGINES, FEATURES, Cell, Shown, cells
+from support_table import COLUMNS, ENGINES, FEATURES, Cell, Shown, cells
 
-from hbat.engines.checks import COLUMNS
 from hbat.engines.refusals import REFUSALS
 
 _HEAD = """# What runs with what
@@ -39,21 +38,21 @@ def _engines() -> list[str]:
     numbers = _numbers()
     head = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     return head + [
-        f"| {engine} | {' | '.join(_shown(each, numbers) for each in row)} |" for engine, row in ENGINES.items()
+        f"| {engine} | {' | '.join(_shown(cell, numbers) for cell in row)} |" for engine, row in ENGINES.items()
     ]
 
 
 def _features() -> list[str]:
     numbers = _numbers()
-    return ["| | |", "|---|---|", *(f"| {name} | {_shown(each, numbers)} |" for name, each in FEATURES.items())]
+    return ["| | |", "|---|---|", *(f"| {name} | {_shown(cell, numbers)} |" for name, cell in FEATURES.items())]
 
 
 def _refusals() -> list[str]:
     written = []
-    for name, each in REFUSALS.items():
-        where = f"TRL's words, in {each.at[0]}" if each.by_host else f"by {', '.join(each.at)}"
-        text = each.says.replace("{{", "{").replace("}}", "}")
-        written.append(f"* **{name}** (`{each.kind.__name__}`, {where}): {text}")
+    for name, refusal in REFUSALS.items():
+        where = f"by TRL, in {refusal.at[0]}" if refusal.by_trl else f"by {', '.join(refusal.at)}"
+        text = refusal.says.replace("{{", "{").replace("}}", "}")
+        written.append(f"* **{name}** (`{refusal.kind.__name__}`, {where}): {text}")
     return written
 
 
@@ -62,7 +61,7 @@ def _tests() -> list[str]:
 
 
 def _numbers() -> dict[str, int]:
-    tests = dict.fromkeys(each.by for each in cells() if isinstance(each, Shown))
+    tests = dict.fromkeys(cell.by for cell in cells() if isinstance(cell, Shown))
     return {test: number for number, test in enumerate(tests, 1)}
 
 

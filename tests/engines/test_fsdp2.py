@@ -17,9 +17,10 @@ from hbat.ppo.networks.policy_and_critic import SeparateCritic
 
 ASKED = {"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}
 UNTESTED = {
-    "objective under FSDP2": (track("grpo", engines=("ddp",), **ASKED), None),
-    "precomputed reference under FSDP2": (track("dpo", precompute_ref_log_probs=True, **ASKED), None),
-    "8-bit optimizers under FSDP2": (track(optim="adamw_bnb_8bit", **ASKED), None),
+    "untested objective": (track("grpo", engines=("ddp",), **ASKED), None),
+    "precomputed reference": (track("dpo", precompute_ref_log_probs=True, **ASKED), None),
+    "untested optimizer": (track(optim="adamw_bnb_8bit", **ASKED), None),
+    "compilation": (track(torch_compile=True, **ASKED), None),
     "Fisher of samples under FSDP2": (track(**ASKED), EWCConfig(source="fisher", estimator="empirical")),
 }
 
@@ -33,7 +34,7 @@ def test_what_was_not_tested_on_sharded_parameters_is_refused(engine, name):
 
 
 def test_paged_optimizers_are_refused_like_those_in_eight_bits():
-    with refused("8-bit optimizers under FSDP2"):
+    with refused("untested optimizer"):
         FSDP2().check([track(optim="paged_adamw_32bit", **ASKED)], None)
 
 
@@ -104,7 +105,7 @@ def test_ways_to_shard_that_are_not_supported_are_refused(act, name):
 
 def test_compilation_is_refused():
     require_supported(trainer_with(plugin()))
-    with refused("FSDP2 with compilation"):
+    with refused("compilation"):
         require_supported(trainer_with(plugin(), torch_compile=True))
 
 

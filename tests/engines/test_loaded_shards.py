@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import torch
-from refused import refused, track
+from refused import track
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -27,11 +27,6 @@ def test_ways_beside_sharding_are_named():
     assert unsupported_ways(in_shards(tp_size=1, pp_size=1)) == []
     found = unsupported_ways(in_shards(dp_replicate_size=2, fsdp_cpu_offload=True))
     assert found == ["dp_replicate_size=2", "fsdp_cpu_offload=True"]
-
-
-def test_compilation_is_refused():
-    with refused("FSDP2 with compilation"):
-        LoadedShards().check([track(), track("dpo", torch_compile=True)], None)
 
 
 def test_the_model_is_not_sharded_again_and_its_trainers_write_no_checkpoints():

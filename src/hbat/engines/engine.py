@@ -10,6 +10,7 @@ from transformers import Trainer
 from hbat.config.ewc import EWCConfig
 from hbat.engines.environment import forget_deepspeed
 from hbat.engines.patches import after_backward
+from hbat.engines.refusals import REFUSALS
 from hbat.engines.sharded import shared_as
 
 Undo = Callable[[], None]
@@ -79,6 +80,20 @@ class Engine:
             NotImplementedError: If an option, an objective or a combination is not supported.
             ValueError: If the arguments of the objectives ask for different engines.
         """
+
+    def refuse_untested(self, track: Trained, *, optimizer_is_tested: Callable[[str], bool]) -> None:
+        """Refuse an objective and options of its trainer that no engine but the base class supports."""
+        args = track.args
+        optimizer = str(getattr(args.optim, "value", args.optim))
+        refused = {
+            "untested objective": self.name not in track.engines,
+            "untested optimizer": not optimizer_is_tested(optimizer),
+            "precomputed reference": getattr(args, "precompute_ref_log_probs", False),
+            "compilation": args.torch_compile,
+        }
+        for what, asked in refused.items():
+            if asked:
+                raise REFUSALS[what].error(objective=track.name, optimizer=optimizer, engine=self.name)
 
     def check_penalty(self, *, method: str, bound: bool) -> None:
         """Refuse an `EWCCallback` that cannot act; `bound` says whether it is bound to a trainer."""

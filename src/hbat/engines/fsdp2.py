@@ -38,7 +38,7 @@ class FSDP2(Engine):
 
     def check(self, tracks: Sequence[Trained], ewc: EWCConfig | None) -> None:
         """See `Engine`."""
-        self.refuse_untested(tracks, ewc)
+        self._refuse_untested(tracks, ewc)
         _require_agreement(tracks)
         if process_count() == 1:
             raise REFUSALS["FSDP2 in one process"].error()
@@ -49,18 +49,9 @@ class FSDP2(Engine):
         require_supported(trainer)
         self._accelerator = trainer.accelerator
 
-    def refuse_untested(self, tracks: Sequence[Trained], ewc: EWCConfig | None) -> None:
-        """Refuse objectives, optimizers and consolidation that were not tested on sharded parameters."""
+    def _refuse_untested(self, tracks: Sequence[Trained], ewc: EWCConfig | None) -> None:
         for track in tracks:
-            optimizer = str(getattr(track.args.optim, "value", track.args.optim))
-            refused = {
-                "objective under FSDP2": self.name not in track.engines,
-                "precomputed reference under FSDP2": getattr(track.args, "precompute_ref_log_probs", False),
-                "8-bit optimizers under FSDP2": "bit" in optimizer or "paged" in optimizer,
-            }
-            for what, asked in refused.items():
-                if asked:
-                    raise REFUSALS[what].error(objective=track.name, name=optimizer)
+            self.refuse_untested(track, optimizer_is_tested=lambda name: "bit" not in name and "paged" not in name)
         if ewc is not None and ewc.source == "fisher" and ewc.estimator == "empirical":
             raise REFUSALS["Fisher of samples under FSDP2"].error()
 
@@ -120,11 +111,12 @@ def require_supported(trainer: Trainer) -> None:
         "FSDP2 with activation checkpointing": plugin.activation_checkpointing,
         "FSDP2 on a mesh": mesh is not None and mesh.ndim > 1,
         "FSDP2 with an optimizer without state": in_one_file and getattr(args.optim, "value", args.optim) == "sgd",
-        "FSDP2 with compilation": args.torch_compile,
     }
     for what, asked in refused.items():
         if asked:
             raise REFUSALS[what].error(engine=what, where="accelerate's plug-in")
+    if args.torch_compile:
+        raise REFUSALS["compilation"].error(engine=FSDP2.name)
 
 
 def shard_with(trainer: Trainer, model: nn.Module) -> None:

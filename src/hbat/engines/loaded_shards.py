@@ -12,7 +12,6 @@ from transformers import Trainer
 from hbat.config.ewc import EWCConfig
 from hbat.engines.engine import Trained
 from hbat.engines.fsdp2 import FSDP2
-from hbat.engines.refusals import REFUSALS
 from hbat.engines.sharded import is_sharded, part_of
 
 
@@ -24,9 +23,7 @@ class LoadedShards(FSDP2):
 
     def check(self, tracks: Sequence[Trained], ewc: EWCConfig | None) -> None:
         """See `Engine`."""
-        self.refuse_untested(tracks, ewc)
-        if any(track.args.torch_compile for track in tracks):
-            raise REFUSALS["FSDP2 with compilation"].error()
+        self._refuse_untested(tracks, ewc)
 
     @contextmanager
     def stage(self, models: Sequence[nn.Module], args: Any) -> Iterator[None]:

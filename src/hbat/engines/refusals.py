@@ -69,25 +69,23 @@ REFUSALS: Mapping[str, Refusal] = {
         "instead; it saves as much memory.",
         HBAT,
     ),
-    "FSDP2 with compilation": _untested("`torch_compile` is not supported under FSDP. Remove it.", HBAT),
     "FSDP2 with an optimizer without state": _untested(
         "`optim: sgd` is not supported with FSDP's `state_dict_type: FULL_STATE_DICT`: torch cannot load a full state "
         "dict for an optimizer without state. Set `SHARDED_STATE_DICT`.",
         HBAT,
     ),
-    "8-bit optimizers under FSDP2": _untested(
-        "`{objective}.optim` is {name!r}, whose state does not support sharded parameters. Use 'adamw_torch', whose "
-        "state FSDP shards.",
+    "untested objective": _untested(
+        "The objective {objective!r} was not tested under {engine}. Train it with DDP, or, if it is an `Objective` of "
+        "your own that you have tested, name {engine!r} among its `engines`.",
         HBAT,
     ),
-    "objective under FSDP2": _untested(
-        "The objective {objective!r} is not supported under FSDP. Train it with DDP, or use `ppo` or `dpo`.", HBAT
+    "untested optimizer": _untested(
+        "`{objective}.optim` is {optimizer!r}, whose state was not tested under {engine}. Use 'adamw_torch'.", HBAT
     ),
-    "precomputed reference under FSDP2": _untested(
-        "`{objective}.precompute_ref_log_probs` is not supported under FSDP: TRL cannot hash a sharded model. Remove "
-        "it.",
-        HBAT,
+    "precomputed reference": _untested(
+        "`{objective}.precompute_ref_log_probs` is not supported under {engine}. Remove it.", HBAT
     ),
+    "compilation": _untested("`torch_compile` is not supported under {engine}. Remove it.", HBAT),
     "separate critic under FSDP2": _untested(
         "`critic: separate` is not supported under FSDP: a separate model cannot be copied from a sharded policy. Set "
         "`critic: shared`.",
@@ -127,24 +125,10 @@ REFUSALS: Mapping[str, Refusal] = {
         "(`fsdp_version: 2`).",
         PPO,
     ),
-    "objective under DeepSpeed": _untested(
-        "The objective {objective!r} is not supported under DeepSpeed. Train it with DDP, or use `sft`, `dpo` or "
-        "`kto`, or an `Objective` of your own with 'deepspeed' among its `engines`.",
-        HBAT,
-    ),
     "optimizer by DeepSpeed": _untested(
         "DeepSpeed's configuration has {owned}, which a run sets anew for each stage. Remove it, and set `optim`, "
         "`learning_rate` and `lr_scheduler_type` for the objectives.",
         HBAT,
-    ),
-    "optimizer under DeepSpeed": _untested(
-        "`{objective}.optim` is {name!r}, whose state was not tested under DeepSpeed. Use 'adamw_torch'.", HBAT
-    ),
-    "precomputed reference under DeepSpeed": _untested(
-        "`{objective}.precompute_ref_log_probs` is not supported under DeepSpeed. Remove it.", HBAT
-    ),
-    "compilation under DeepSpeed": _untested(
-        "`torch_compile` is not supported under DeepSpeed. Remove it from `{objective}`.", HBAT
     ),
     "DeepSpeed for some objectives": _untested(
         "`deepspeed` is set for {names} only. Set it to the same value for all objectives.", HBAT

@@ -1,4 +1,4 @@
-"""What DeepSpeed refuses as an engine, and what it changes of trainers. Distributed: `distributed/test_deepspeed.py`."""
+"""What DeepSpeed refuses, and what it changes of trainers. What it trains: `distributed/test_deepspeed.py`."""
 
 import json
 import os
@@ -16,11 +16,11 @@ from hbat.engines.deepspeed.engine import DeepSpeed
 
 ASKED = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 UNTESTED = {
-    "objective under DeepSpeed": (track("grpo", engines=("ddp", "fsdp2"), **ASKED), None),
+    "untested objective": (track("grpo", engines=("ddp", "fsdp2"), **ASKED), None),
     "optimizer by DeepSpeed": (track(deepspeed=ASKED["deepspeed"] | {"optimizer": {"type": "AdamW"}}), None),
-    "optimizer under DeepSpeed": (track(**ASKED | {"optim": "adafactor"}), None),
-    "precomputed reference under DeepSpeed": (track("dpo", precompute_ref_log_probs=True, **ASKED), None),
-    "compilation under DeepSpeed": (track(**ASKED | {"torch_compile": True}), None),
+    "untested optimizer": (track(**ASKED | {"optim": "adafactor"}), None),
+    "precomputed reference": (track("dpo", precompute_ref_log_probs=True, **ASKED), None),
+    "compilation": (track(**ASKED | {"torch_compile": True}), None),
     "DeepSpeed for some objectives": (track("kto"), None),
     "proximal steps under DeepSpeed": (track(**ASKED), EWCConfig(method="proximal")),
     "frozen tensors under DeepSpeed": (track(**ASKED), EWCConfig(freeze=0.5)),

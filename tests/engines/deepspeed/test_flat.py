@@ -38,16 +38,16 @@ def zero2(values, gradients):
     groups = [["a", "b"], ["c"]]
     flats = [torch.cat([values[name].flatten() for name in group]) for group in groups]
     flats[1] = torch.cat([torch.zeros(2), flats[1]])
+    rows = {number: [gradients[name].clone() for name in group] for number, group in enumerate(groups)}
     for number, group in enumerate(groups):
         start = 2 * number
         for index, name in enumerate(group):
             parameter, count = parameters[name], parameters[name].numel()
-            row = [gradients[other].clone() for other in group]
             parameter._index_in_param_group = index  # noqa: SLF001
             parameter._hp_mapping = SimpleNamespace(  # noqa: SLF001
                 hp_fragment=flats[number][start : start + count], lp_fragment_address=address(0, count),
-                hp_fragment_address=address(start, count), gradient_dict={number: row}, param_group_index=number,
-                get_lp_grad_fragment=lambda at, row=row: row[at],
+                hp_fragment_address=address(start, count), gradient_dict=rows, param_group_index=number,
+                get_lp_grad_fragment=lambda at, group=number: rows[group][at],
             )  # fmt: skip
             start += count
     inner = torch.optim.Adam([{"params": [flat]} for flat in flats])
@@ -161,13 +161,11 @@ def test_gradients_in_bfloat16_become_float32_for_the_engine_too():
     values, gradients = draw(1), draw(2)
     parameters, _, _ = zero2(values, {name: gradient.bfloat16() for name, gradient in gradients.items()})
     local = DeepSpeed().local(parameters)
-    row = parameters["a"]._hp_mapping.gradient_dict  # noqa: SLF001
-    row[0][1]._zero_padding = True  # noqa: SLF001 - which DeepSpeed's norm leaves out
-    for name in "ab":
-        parameters[name]._hp_mapping.get_lp_grad_fragment = lambda index: row[0][index]  # noqa: SLF001
+    rows = parameters["a"]._hp_mapping.gradient_dict  # noqa: SLF001
+    rows[0][1]._zero_padding = True  # noqa: SLF001 - which DeepSpeed's norm leaves out
     local.take_gradients()
-    assert [gradient.dtype for gradient in row[0]] == [torch.float32] * 2
-    assert row[0][1]._zero_padding  # noqa: SLF001
+    assert [gradient.dtype for gradient in rows[0]] == [torch.float32] * 2
+    assert rows[0][1]._zero_padding  # noqa: SLF001
     assert torch.equal(whole_of(local.weights["a"].grad), gradients["a"].bfloat16().float().flatten())
 
 

@@ -34,7 +34,10 @@ class DeepSpeed(Engine):
         """See `Engine`."""
         asked = [track for track in tracks if is_asked(track.args)]
         for track in asked:
-            _refuse_untested(track)
+            self.refuse_untested(track, optimizer_is_tested=_OPTIMIZERS.__contains__)
+            config = deepspeed_config(track.args)
+            if owned := [key for key in ("optimizer", "scheduler") if config.get(key)]:
+                raise REFUSALS["optimizer by DeepSpeed"].error(owned=owned)
         if len(asked) < len(tracks):
             raise REFUSALS["DeepSpeed for some objectives"].error(names=sorted(track.name for track in asked))
         if ewc is not None:
@@ -110,19 +113,3 @@ class DeepSpeed(Engine):
             return
         with zero3.flat_groups(optimizer):
             flat.load_state(optimizer.optimizer, zero3.slots(optimizer, parameters), saved)
-
-
-def _refuse_untested(track: Trained) -> None:
-    args, config = track.args, deepspeed_config(track.args)
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    owned = [key for key in ("optimizer", "scheduler") if config.get(key)]
-    refused = {
-        "objective under DeepSpeed": DeepSpeed.name not in track.engines,
-        "optimizer by DeepSpeed": bool(owned),
-        "optimizer under DeepSpeed": optimizer not in _OPTIMIZERS,
-        "precomputed reference under DeepSpeed": bool(getattr(args, "precompute_ref_log_probs", False)),
-        "compilation under DeepSpeed": bool(args.torch_compile),
-    }
-    for what, asked in refused.items():
-        if asked:
-            raise REFUSALS[what].error(objective=track.name, name=optimizer, owned=owned)

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ class FlatLocal(Local):
         device = next(iter(parameters.values())).device.type
         self._mesh: DeviceMesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
         super().__init__({})
-        self.weights = {name: self._shared(each, self._weight(each)) for name, each in parameters.items()}
+        self.weights = self._slices(self._weight)
 
     @torch.no_grad()
     def of(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class FlatLocal(Local):
 
     def gradients(self) -> dict[str, Tensor]:
         """Slices of the gradients as the engine has them, between backward pass and step."""
-        return {name: self._shared(each, self._gradient(each)) for name, each in self._parameters.items()}
+        return self._slices(self._gradient)
 
     def take_gradients(self) -> None:
         """Put them into `weights[...].grad`."""
@@ -53,6 +53,9 @@ class FlatLocal(Local):
         """Forget them: the engine uses them up in its step."""
         for weight in self.weights.values():
             weight.grad = None
+
+    def _slices(self, slice_of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        return {name: self._shared(parameter, slice_of(parameter)) for name, parameter in self._parameters.items()}
 
     def _shared(self, parameter: nn.Parameter, own: Tensor) -> Tensor:
         shape = torch.Size([math.prod(whole_shape(parameter))])
