@@ -49,7 +49,7 @@ def _text(cell: Cell, numbers: dict[str, int]) -> str:
 def _refusals() -> list[str]:
     lines = []
     for name, refusal in REFUSALS.items():
-        where = f"TRL's message, in {refusal.at[0]}" if refusal.by_host else f"by {', '.join(refusal.at)}"
+        where = f"TRL's message, in {refusal.at[0]}" if refusal.by_trl else f"by {', '.join(refusal.at)}"
         text = refusal.says.replace("{{", "{").replace("}}", "}")
         lines.append(f"* **{name}** (`{refusal.kind.__name__}`, {where}): {text}")
     return lines

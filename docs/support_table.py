@@ -10,9 +10,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shown:
-    """A combination that works, with the test that shows it: its pytest id below `tests/`."""
+    """A combination that works.
+
+    Attributes:
+        by: The test that shows it, as pytest names it, below `tests/`.
+    """
 
     by: str
+
+
+#: What is trained: the columns of the table of engines; the last two have a quantised base.
+COLUMNS = ("full", "LoRA", "QLoRA, 4-bit", "QLoRA, 8-bit")
 
 
 Cell = Shown | str  # a string is a key of REFUSALS
@@ -24,22 +32,25 @@ _PLAIN = "trainer/test_trainer.py::test_a_run_without_a_penalty_equals_plain_tra
 _QLORA = "trainer/test_qlora.py::test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone"
 
 
-_DDP = "engines/test_ddp.py::test_two_processes_end_with_the_weights_of_one"
+_DDP = "engines/distributed/test_ddp.py::test_two_processes_end_with_the_weights_of_one"
 
 
-_FSDP = "engines/test_fsdp2.py::test_two_processes_end_with_the_weights_of_one"
+_FSDP = "engines/distributed/test_fsdp2.py::test_two_processes_end_with_the_weights_of_one"
 
 
-_NATIVE = "engines/test_fsdp2_native.py::test_two_processes_end_with_the_weights_of_one"
+_NATIVE = "engines/distributed/test_loaded_shards.py::test_two_processes_end_with_the_weights_of_one"
 
 
-_ZERO = "engines/test_deepspeed.py::test_two_processes_end_with_the_weights_of_one"
+_ZERO = "engines/distributed/test_deepspeed.py::test_two_processes_end_with_the_weights_of_one"
 
 
-_BFLOAT16 = "engines/test_deepspeed_bf16.py::test_without_a_penalty_weights_are_those_of_plain_trainers_that_hand_over"
+_HALF = "engines/distributed/test_deepspeed_bf16.py"
 
 
-_QLORA_DDP = "engines/test_qlora_ddp.py::test_two_processes_train_one_adapter"
+_BFLOAT16 = f"{_HALF}::test_without_a_penalty_weights_are_those_of_plain_trainers_that_hand_over"
+
+
+_QLORA_DDP = "engines/distributed/test_qlora.py::test_two_processes_train_one_adapter"
 
 
 #: How a run is launched and where its weights lie, by what is trained.
@@ -88,31 +99,31 @@ FEATURES: Mapping[str, Cell] = {
     "PPO in FSDP2, LoRA": Shown(f"{_FSDP}[adam, ppo and lora]"),
     "PPO with `critic: separate`, FSDP2": "separate critic under FSDP2",
     "KTO, FSDP2": Shown(f"{_FSDP}[kto]"),
-    "GRPO, RLOO and TRL's PPO, FSDP2": "objective under FSDP2",
+    "GRPO, RLOO and TRL's PPO, FSDP2": "untested objective",
     "resuming inside a stage, FSDP2": Shown(
-        "engines/test_fsdp2.py::test_two_processes_that_were_killed_go_on_to_the_last_bit"
+        "engines/distributed/test_fsdp2.py::test_two_processes_that_were_killed_resume_to_the_last_bit"
     ),
     "gradient checkpointing, FSDP2": Shown(f"{_FSDP}[checkpointing]"),
     "FSDP's own activation checkpointing": "FSDP2 with activation checkpointing",
-    "`precompute_ref_log_probs`, FSDP2": "precomputed reference under FSDP2",
-    "8-bit and paged optimizers, FSDP2": "8-bit optimizers under FSDP2",
+    "`precompute_ref_log_probs`, FSDP2": "precomputed reference",
+    "8-bit and paged optimizers, FSDP2": "untested optimizer",
     "plain SGD with `FULL_STATE_DICT`, FSDP2": "FSDP2 with an optimizer without state",
-    "`torch_compile`, FSDP2": "FSDP2 with compilation",
+    "`torch_compile`, FSDP2": "compilation",
     "FSDP2 over a mesh of several dimensions (HSDP)": "FSDP2 on a mesh",
     "FSDP2 in one process": "FSDP2 in one process",
     "FSDP2 on a CPU": "FSDP2 left aside",
     "EWCCallback and PPOTrainer alone, FSDP2": Shown(
-        "engines/test_fsdp2.py::test_callback_and_ppo_trainer_alone_train_what_they_train_in_one_process"
+        "engines/distributed/test_fsdp2.py::test_callback_and_ppo_trainer_alone_train_what_they_train_in_one_process"
     ),
     "KTO, FSDP2 by the model": Shown(f"{_NATIVE}[kto]"),
     "Fisher with `estimator: gnb`, FSDP2 by the model": Shown(f"{_NATIVE}[fisher]"),
     "gradient checkpointing, FSDP2 by the model": Shown(f"{_NATIVE}[checkpointing]"),
-    "an interrupted stage starts again, FSDP2 by the model": Shown(
-        "engines/test_fsdp2_native.py::"
+    "a stage that was cut off begins again, FSDP2 by the model": Shown(
+        "engines/distributed/test_loaded_shards.py::"
         "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not"
     ),
     "EWCCallback and PPOTrainer alone, FSDP2 by the model": Shown(
-        "engines/test_fsdp2_native.py::test_callback_and_ppo_trainer_alone_train_what_they_train_in_one_process"
+        "engines/distributed/test_loaded_shards.py::test_callback_and_ppo_trainer_alone_train_what_they_train_in_one_process"
     ),
     "FSDP2 by the model with replicas, offload, mixed precision or other parallelism": (
         "FSDP2 by the model in other ways"
@@ -124,43 +135,40 @@ FEATURES: Mapping[str, Cell] = {
     "FSDP2 by the model, and `fsdp` or `deepspeed` in the sections": "FSDP2 twice",
     "KTO, ZeRO-2": Shown(f"{_ZERO}[2-kto]"),
     "gradient checkpointing, ZeRO-2": Shown(f"{_ZERO}[2-checkpointing]"),
-    "an interrupted stage starts again, ZeRO-2": Shown(
-        "engines/test_deepspeed.py::"
+    "a stage that was cut off begins again, ZeRO-2": Shown(
+        "engines/distributed/test_deepspeed.py::"
         "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not[2-sft and dpo]"
     ),
     "EWCCallback bound to a trainer, ZeRO-2": Shown(
-        "engines/test_deepspeed.py::test_a_bound_callback_trains_what_it_trains_in_one_process[2]"
+        "engines/distributed/test_deepspeed.py::test_a_bound_callback_trains_what_it_trains_in_one_process[2]"
     ),
     "KTO, ZeRO-3": Shown(f"{_ZERO}[3-kto]"),
     "gradient checkpointing, ZeRO-3": Shown(f"{_ZERO}[3-checkpointing]"),
-    "an interrupted stage starts again, ZeRO-3": Shown(
-        "engines/test_deepspeed.py::"
+    "a stage that was cut off begins again, ZeRO-3": Shown(
+        "engines/distributed/test_deepspeed.py::"
         "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not[3-adam]"
     ),
     "EWCCallback bound to a trainer, ZeRO-3": Shown(
-        "engines/test_deepspeed.py::test_a_bound_callback_trains_what_it_trains_in_one_process[3]"
+        "engines/distributed/test_deepspeed.py::test_a_bound_callback_trains_what_it_trains_in_one_process[3]"
     ),
     "ZeRO++ and MiCS, ZeRO-3": "quantised or grouped shares under DeepSpeed",
     "EWCCallback in `callbacks` alone, ZeRO": "EWCCallback alone under DeepSpeed",
-    "PPO, GRPO and RLOO, ZeRO": "objective under DeepSpeed",
+    "PPO, GRPO and RLOO, ZeRO": "untested objective",
     "PPOTrainer alone, ZeRO": "PPOTrainer under DeepSpeed",
     "bf16, full, ZeRO-1": Shown(f"{_BFLOAT16}[1-full]"),
     "bf16, full, ZeRO-2": Shown(f"{_BFLOAT16}[2-full]"),
     "bf16, LoRA, ZeRO-2": Shown(f"{_BFLOAT16}[2-lora]"),
     "bf16 with a model loaded in bfloat16, ZeRO-2": Shown(f"{_BFLOAT16}[2-coarse]"),
-    "the penalty in bf16, ZeRO-2": Shown(
-        "engines/test_deepspeed_bf16.py::test_the_penalty_joins_the_gradients_in_float32[2]"
-    ),
+    "the penalty in bf16, ZeRO-2": Shown(f"{_HALF}::test_the_penalty_joins_the_gradients_in_float32[2]"),
     "fp16 or `torch_autocast`, ZeRO": "half precision under DeepSpeed",
     "`bf16_master_weights_and_grads`, `bf16_optimizer_states`, ZeRO": "bfloat16 options under DeepSpeed",
     "`optimizer` or `scheduler` in DeepSpeed's configuration": "optimizer by DeepSpeed",
-    "8-bit, paged and other optimizers, ZeRO": "optimizer under DeepSpeed",
-    "`precompute_ref_log_probs`, ZeRO": "precomputed reference under DeepSpeed",
-    "`torch_compile`, ZeRO": "compilation under DeepSpeed",
+    "8-bit, paged and other optimizers, ZeRO": "untested optimizer",
+    "`precompute_ref_log_probs`, ZeRO": "precomputed reference",
+    "`torch_compile`, ZeRO": "compilation",
     "DeepSpeed in some sections alone": "DeepSpeed for some objectives",
     "`ewc.method: proximal`, ZeRO": "proximal steps under DeepSpeed",
     "`ewc.freeze`, ZeRO": "frozen tensors under DeepSpeed",
-    "`ewc.anchor_device: cpu`, FSDP2 and ZeRO": "anchor on the CPU",
     "PPO on a 4-bit base": Shown(f"{_QLORA}[ppo-4-bit]"),
     "PPO on an 8-bit base": Shown(f"{_QLORA}[ppo-8-bit]"),
     "PPO on a 4-bit base in DDP": Shown(f"{_QLORA_DDP}[4-bit with ppo]"),
@@ -201,5 +209,9 @@ FEATURES: Mapping[str, Cell] = {
 
 
 def cells() -> list[Cell]:
-    """Every cell, in the table's order."""
+    """List what the table holds.
+
+    Returns:
+        Every cell, in the table's order.
+    """
     return [*(cell for row in ENGINES.values() for cell in row), *FEATURES.values()]

@@ -12,7 +12,7 @@ from hbat.engines.processes import decided_by_main, is_launched_with, is_main_pr
 PROGRAM = """
 import pathlib, sys, time
 import torch
-from hbat.processes import decided_by_main, is_main_process, process_count, wait_for_everyone
+from hbat.engines.processes import decided_by_main, is_main_process, process_count, wait_for_everyone
 
 torch.distributed.init_process_group("gloo")
 assert torch.distributed.get_world_size() == 2
@@ -32,7 +32,7 @@ try:
 except ZeroDivisionError:
     assert main
 except RuntimeError as error:
-    assert not main and str(error) == "The main process stopped; its message says why."
+    assert not main and str(error) == "Rank 0 stopped with an error; see its message."
 else:
     raise AssertionError
 torch.distributed.destroy_process_group()

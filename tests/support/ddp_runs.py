@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from hbat.config.hbat import HBATConfig
-from hbat.trainer import HBATTrainer
+from hbat import HBATConfig, HBATTrainer
+from hbat.stages.interruption import RunInterrupted
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 #: Rows of an optimizer step, over all processes.
@@ -210,6 +210,14 @@ class Gone(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Signalled(Gone):
+    """The first process alone gets a signal to end."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stage == 3 and state.global_step == 1 and args.process_index == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Told(Gone):
     """The launcher is told to end, as schedulers do it, and hands that on to its processes."""
 
@@ -225,9 +233,32 @@ class Told(Gone):
         assert heard.wait(20)  # the launcher kills what is there after 30 seconds
 
 
+def leave(run, place):
+    """Write what is compared with a run in one process."""
+    rank = int(os.environ["RANK"])
+    assert torch.distributed.get_world_size() == PROCESSES == 2
+    weights = {key: whole(tensor).contiguous() for key, tensor in cases.weights(run.model).items()}
+    save_file(weights, place / f"weights-{rank}.safetensors")
+    found = result(run) | {"began at": BEGAN_AT.copy(), "processes": PROCESSES}
+    for more in MORE_RESULTS:
+        found |= more(run, place)
+    (place / f"result-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def stop(folder, name="sft and dpo"):
+    """A run that a signal stops inside a stage and that resumes in the same processes."""
+    BEGAN_AT.clear()
+    place = folder / "stopped" / name.replace(" ", "-")
+    try:
+        train(name, place / "run", callbacks=[Signalled()])
+    except RunInterrupted:
+        leave(train(name, place / "run", resume=True), place)
+
+
 def main(folder, names, mode):
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
+    if mode == "train and stop":
+        stop(folder)
     for name in names:
         BEGAN_AT.clear()
         place = folder / name.replace(" ", "-")
@@ -236,13 +267,7 @@ def main(folder, names, mode):
         if mode == "end":
             train(name, place / "run", callbacks=[Told()])
         run = train(name, place / "run", resume=mode == "resume", save_steps=1 if mode == "resume" else None)
-        assert torch.distributed.get_world_size() == PROCESSES == 2
-        weights = {key: whole(each).contiguous() for key, each in cases.weights(run.model).items()}
-        save_file(weights, place / f"weights-{rank}.safetensors")
-        found = result(run) | {"began at": BEGAN_AT.copy(), "processes": PROCESSES}
-        for each in MORE_RESULTS:
-            found |= each(run, place)
-        (place / f"result-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+        leave(run, place)
     torch.distributed.destroy_process_group()
 
 

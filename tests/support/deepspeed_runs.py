@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import cases
 import ddp_runs
+import launched
 import torch
 import trl
 from safetensors.torch import save_file
@@ -26,6 +27,12 @@ PIECES = {
     "sub_group_size": 4096, "stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 4096,
     "stage3_max_live_parameters": 4096, "stage3_gather_16bit_weights_on_model_save": True,
 }  # fmt: skip
+
+
+def launch(worker, folder, stage, mode, *names):
+    """Start this or another worker. DeepSpeed compiles its communication on CPUs once, which takes minutes."""
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja, which compiles
+    return launched.launch(worker, folder, stage, mode, *names, environment={"PATH": tools}, timeout=1200)
 
 
 def engine(stage):
@@ -163,9 +170,9 @@ def main(folder, stage, mode, names, *, before):
     ddp_runs.ENGINE |= {"use_cpu": False, "ddp_backend": "gloo"}
     ddp_runs.CALLBACKS.append(Engaged)
     ddp_runs.MORE_RESULTS.extend([clean, saved])
-    if mode == "train":
-        for each in before:
-            each(folder)
+    if mode == "train and check":
+        for check in before:
+            check(folder)
     ddp_runs.main(folder, names, mode)
 
 

@@ -145,8 +145,11 @@ def ppo_alone(folder, engine, make=cases.tiny_llama):
     return trainer
 
 
+ALONE = {"callback": callback_alone, "ppo": ppo_alone}
+
+
 def alone(folder, make=cases.tiny_llama):
-    for name, train in {"callback": callback_alone, "ppo": ppo_alone}.items():
+    for name, train in ALONE.items():
         trainer = train(folder, ddp_runs.ENGINE, make)
         assert is_sharded(trainer.model)
         weights = {key: ddp_runs.whole(each).contiguous() for key, each in trainable_parameters(trainer.model).items()}
@@ -195,6 +198,7 @@ def main(folder, mode, names):
         return
     if mode == "train and check":
         checks(folder)
+        ddp_runs.stop(folder, "lora")
     ddp_runs.main(folder, names, mode)
 
 

@@ -1,1 +1,6 @@
-"""One process, DDP, FSDP2 and DeepSpeed behind one interface; what is refused."""
+"""How one model trains on one process or several: each engine is a subclass of `Engine`, and only here it is named.
+
+`engine` has the interface, and its base class is one process or DDP; `fsdp2`, `loaded_shards` and `deepspeed` override
+it. `choose` finds the engine of a run. `checks` refuses what is untested, with the messages of `refusals`. `patches`
+has every patch on a trainer, `sharded` the helpers for DTensors, `processes` rank, barrier and broadcast.
+"""

@@ -10,6 +10,7 @@ from transformers import Trainer
 from hbat.config.ewc import EWCConfig
 from hbat.engines.environment import forget_deepspeed
 from hbat.engines.patches import after_backward
+from hbat.engines.refusals import REFUSALS
 from hbat.engines.sharded import shared_as
 
 Undo = Callable[[], None]
@@ -80,6 +81,20 @@ class Engine:
             ValueError: If the arguments of the objectives ask for different engines.
         """
 
+    def refuse_untested(self, track: Trained, *, optimizer_is_tested: Callable[[str], bool]) -> None:
+        """Refuse an objective and options of its trainer that no engine but the base class supports."""
+        args = track.args
+        optimizer = str(getattr(args.optim, "value", args.optim))
+        refused = {
+            "untested objective": self.name not in track.engines,
+            "untested optimizer": not optimizer_is_tested(optimizer),
+            "precomputed reference": getattr(args, "precompute_ref_log_probs", False),
+            "compilation": args.torch_compile,
+        }
+        for what, asked in refused.items():
+            if asked:
+                raise REFUSALS[what].error(objective=track.name, optimizer=optimizer, engine=self.name)
+
     def check_penalty(self, *, method: str, bound: bool) -> None:
         """Refuse an `EWCCallback` that cannot act; `bound` says whether it is bound to a trainer."""
 
@@ -95,7 +110,8 @@ class Engine:
     def building(self, args: Any, *, evaluating: bool) -> Iterator[dict[str, Any]]:
         """Around a trainer's construction: yields changes of its arguments `args`."""
         forget_deepspeed()  # transformers remembers the last configuration, also one built for another purpose
-        yield {}
+        # No stage could resume from its checkpoints; snapshots of the weights alone are for the user.
+        yield {} if self.resumes_inside_stage or args.save_only_model else {"save_strategy": "no"}
 
     def adapt(self, trainer: Trainer) -> None:
         """Patch a trainer that was just built with what this engine needs."""

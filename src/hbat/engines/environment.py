@@ -1,4 +1,4 @@
-"""TODO: say what this file owns."""
+"""Global state that transformers and accelerate keep: DeepSpeed's configuration, and variables of the environment."""
 
 import os
 from collections.abc import Iterator
@@ -6,29 +6,26 @@ from contextlib import contextmanager
 
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-_ENVIRONMENT = ("ACCELERATE_", "FSDP_")  # transformers < 5 leaks precision and engine of any configuration here
+_PREFIXES = ("ACCELERATE_", "FSDP_")  # transformers < 5 sets precision and engine of any TrainingArguments here
 
 
 def forget_deepspeed() -> None:
-    """Let the host forget the configuration of DeepSpeed that it saw last, until it sees the next one.
-
-    With one of ZeRO-3 it would make every model that it loads partitioned, and take every model for such a one.
-    """
+    """Clear transformers' global DeepSpeed configuration: with one of ZeRO-3 every model it loads is partitioned."""
     unset_hf_deepspeed_config()
 
 
 @contextmanager
 def kept_environment() -> Iterator[None]:
-    """Take back what building trainer arguments leaves in the environment and in transformers."""
-    before = _environment()
+    """Undo what building TrainingArguments leaves in the environment and in transformers."""
+    before = _variables()
     try:
         yield
     finally:
-        for key in _environment().keys() - before.keys():
-            del os.environ[key]
+        for name in _variables().keys() - before.keys():
+            del os.environ[name]
         os.environ.update(before)
         forget_deepspeed()
 
 
-def _environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key.startswith(_ENVIRONMENT)}
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(_PREFIXES)}

@@ -1,4 +1,4 @@
-"""Who writes, who decides, and who waits, where several processes train together."""
+"""Rank, barrier, broadcast."""
 
 import os
 from collections.abc import Callable
@@ -9,53 +9,39 @@ _FAILED = -(1 << 62)
 
 
 def is_launched_with(variable: str) -> bool:
-    """Whether `accelerate launch` was told to use something.
-
-    Args:
-        variable: The variable of the environment in which it says so.
-
-    Returns:
-        True for the words that accelerate takes for yes. (Its own reader raises at words that it does not know.)
-    """
+    """Whether `accelerate launch` set a variable to true, in any spelling that accelerate takes."""
+    # accelerate's own reader raises at other words.
     return os.environ.get(variable, "").lower() in {"1", "true", "yes", "on", "y", "t"}
 
 
 def is_main_process() -> bool:
-    """Whether this process writes for all.
-
-    Returns:
-        True in a single process and on rank 0.
-    """
-    # Asking accelerate would initialise its state before a stage's configuration can.
+    """Whether this is rank 0."""
+    # Asking accelerate would initialise its state before a stage's arguments can.
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def process_count() -> int:
-    """Number of processes that train together.
-
-    Returns:
-        1 in a single process.
-    """
+    """World size."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def wait_for_everyone() -> None:
-    """Let no process go on before all are here, so that none reads what another is writing."""
+    """Barrier."""
     if _are_connected():
         torch.distributed.barrier()
 
 
 def decided_by_main(decide: Callable[[], int]) -> int:
-    """Let the main process decide for all, as where one alone looks at what lies on disk.
+    """Broadcast what `decide` returns on rank 0; it is called there alone.
 
     Args:
-        decide: Called on the main process; what it raises is raised there, and an error about it on the others.
+        decide: What it raises is raised on rank 0.
 
     Returns:
-        The same number on every process.
+        The same number on every rank.
 
     Raises:
-        RuntimeError: If the main process could not decide.
+        RuntimeError: On the other ranks, if `decide` raised.
     """
     if not _are_connected():
         return decide()
@@ -64,9 +50,9 @@ def decided_by_main(decide: Callable[[], int]) -> int:
         if is_main_process():
             decided.fill_(decide())
     finally:
-        torch.distributed.broadcast(decided, src=0)  # after an error too, so that nobody waits for ever
+        torch.distributed.broadcast(decided, src=0)  # after an error too, or the other ranks would wait forever
     if int(decided) == _FAILED:
-        raise RuntimeError("The main process stopped; its message says why.")
+        raise RuntimeError("Rank 0 stopped with an error; see its message.")
     return int(decided)
 
 
@@ -76,5 +62,5 @@ def _are_connected() -> bool:
 
 def _device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
-    speaks_cpu = any(each in torch.distributed.get_backend() for each in ("gloo", "mpi"))
+    speaks_cpu = any(backend in torch.distributed.get_backend() for backend in ("gloo", "mpi"))
     return torch.device("cpu") if speaks_cpu or accelerator is None else accelerator

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hbat.engines.fsdp2 import _copy_of_parts, is_loaded_in_shards
+from hbat.engines.loaded_shards import copy_of_shards, is_loaded_in_shards
 
 
 def switch_off_dropout(model: nn.Module) -> None:
@@ -72,4 +72,4 @@ def frozen_copy(model: Any) -> nn.Module:
     Returns:
         A frozen copy in evaluation mode, sharded where the model was loaded so.
     """
-    return _copy_of_parts(model) if is_loaded_in_shards(model) else unpatched_copy(model)
+    return copy_of_shards(model) if is_loaded_in_shards(model) else unpatched_copy(model)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hbat.config.hbat import HBATConfig
 from hbat.engines.checks import refuse_model
-from hbat.engines.deepspeed.zero3 import gather
+from hbat.engines.choose import make_whole
 from hbat.engines.processes import is_main_process
 from hbat.ewc.parameters import trainable_parameters
 from hbat.model.adapters import ADAPTER, refuse_adapters
@@ -72,7 +72,7 @@ def load_model(model: Any, config: HBATConfig, peft_config: Any, *, takes_refere
         raise TypeError(f"`model` is a {type(model).__name__}; give a name, a path or a model.")
     elif config.model_init_kwargs:
         raise ValueError("`model_init_kwargs` is set, but the model is loaded already. Leave one of the two out.")
-    gather(model)  # one that the host loaded while it knew of ZeRO-3
+    make_whole(model)
     refuse_adapters(model, takes_reference=takes_reference)
     refuse_model(model, gets_adapter=peft_config is not None)
     if peft_config is not None:

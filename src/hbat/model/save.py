@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hbat.engines.fsdp2 import written_as_whole
+from hbat.engines.loaded_shards import written_as_whole
 from hbat.engines.processes import is_main_process
 from hbat.engines.sharded import is_sharded, whole_state
 from hbat.model.adapters import ADAPTER

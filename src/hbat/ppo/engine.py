@@ -8,7 +8,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from hbat.engines import checks
 from hbat.engines.deepspeed.request import is_asked
-from hbat.engines.fsdp2 import is_loaded_in_shards, keep_sharded, require_supported, shard_with, written_as_whole
+from hbat.engines.fsdp2 import keep_sharded, require_supported, shard_with
+from hbat.engines.loaded_shards import is_loaded_in_shards, written_as_whole
 from hbat.engines.refusals import REFUSALS
 from hbat.engines.sharded import give_back, is_sharded, shared_as, whole_state, whole_tensors
 

@@ -2,66 +2,53 @@
 
 import functools
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cases
 import ddp_runs
 import deepspeed_runs
+import launched
 import pytest
 import runs
-import test_ddp
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra `deepspeed`"),
     pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning"),
 ]
-TIMEOUT = 1200  # seconds; DeepSpeed compiles its communication on CPUs once, which takes minutes
-
+#: What `make test` runs, where DeepSpeed is installed.
+QUICK = [(2, "sft and dpo"), (3, "lora")]
 STAGES = [1, 2, 3]
 NAMES = [
     "sft and dpo", "lora", "tied", "accumulation", "adam", "adam and lora of rank one", "kto", "fisher",
     "fisher of samples", "checkpointing", "odd sizes",
 ]  # fmt: skip
 each_run = pytest.mark.parametrize(
-    ("stage", "name"), [pytest.param(stage, name, id=f"{stage}-{name}") for stage in STAGES for name in NAMES]
+    ("stage", "name"),
+    [
+        pytest.param(stage, name, id=f"{stage}-{name}", marks=() if (stage, name) in QUICK else pytest.mark.slow)
+        for stage in STAGES
+        for name in NAMES
+    ],
 )
 each_stage = pytest.mark.parametrize("stage", STAGES)
 
 
-def launch(folder, stage, mode, *names, worker=Path(deepspeed_runs.__file__)):
-    """Run two processes."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "ACCELERATE"))}
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"  # ninja, which compiles
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [*torchrun, str(worker), str(folder), str(stage), mode, *names],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=TIMEOUT,
-        env=kept | {"PATH": tools, "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"},
-    )
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Folder of all runs at one stage of ZeRO, which share one start of the processes."""
+    """Folder of runs at one stage of ZeRO, which share one start of the processes."""
 
     @functools.cache
-    def train(stage):
+    def train(stage, mode, *names):
         folder = tmp_path_factory.mktemp(f"zero-{stage}")
-        done = launch(folder, stage, "train", *NAMES)
-        assert done.returncode == 0, done.stderr[-4000:]
+        launched.succeeded(deepspeed_runs.launch(deepspeed_runs, folder, stage, mode, *names))
         return folder
 
-    return train
+    def trained(stage, name=None):
+        quick = (stage, name) in QUICK
+        return train(stage, "train", name) if quick else train(stage, "train and check", *NAMES)
+
+    return trained
 
 
 @pytest.fixture(scope="module")
@@ -72,26 +59,28 @@ def one(tmp_path_factory):
 @each_run
 def test_two_processes_end_with_the_weights_of_one(stage, name, two, one):
     """That the optimizer has a piece of the weights alone, the runs themselves assert at every step."""
-    test_ddp.assert_weights_of_one(name, two(stage), one(name))
+    launched.assert_weights_of_one(name, two(stage, name), one(name))
 
 
 @each_run
 def test_importance_tables_and_logs_are_those_of_one_process(stage, name, two, one):
-    test_ddp.assert_numbers_of_one(name, two(stage), one(name))
+    launched.assert_numbers_of_one(name, two(stage, name), one(name))
 
 
 @each_run
 def test_no_stage_leaves_anything_of_the_engine_on_the_model(stage, name, two):
-    found = test_ddp.read(two(stage), name)[1]
+    found = launched.read(two(stage, name), name)[1]
     assert (found["marks"], found["views"]) == ([], 0)
 
 
+@pytest.mark.slow
 @each_stage
 @pytest.mark.parametrize("name", ["sft and dpo", "lora"])
 def test_the_reference_is_the_model_at_the_start_of_every_stage(stage, name, two):
-    assert test_ddp.read(two(stage), name)[1]["first rewards"] == {"1": [0.0, 0.0], "3": [0.0, 0.0]}
+    assert launched.read(two(stage), name)[1]["first rewards"] == {"1": [0.0, 0.0], "3": [0.0, 0.0]}
 
 
+@pytest.mark.slow
 @each_stage
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_moments_are_kept_by_parameter_as_in_one_process(stage, objective, two, one):
@@ -103,12 +92,14 @@ def test_moments_are_kept_by_parameter_as_in_one_process(stage, objective, two, 
         assert float((mine[name] - each).abs().max()) <= 1e-4 * float(each.abs().max()) + 1e-9, name
 
 
+@pytest.mark.slow
 @each_stage
 def test_what_is_saved_is_a_whole_model_like_any_other(stage, two):
     model = AutoModelForCausalLM.from_pretrained(two(stage) / "sft-and-dpo" / "model")
-    assert runs.same(cases.weights(model), test_ddp.read(two(stage), "sft and dpo")[0])
+    assert runs.same(cases.weights(model), launched.read(two(stage), "sft and dpo")[0])
 
 
+@pytest.mark.slow
 @each_stage
 def test_a_gradient_that_is_not_finite_on_one_process_stops_all(stage, two):
     """DeepSpeed would leave the step out and go on."""
@@ -117,30 +108,25 @@ def test_a_gradient_that_is_not_finite_on_one_process_stops_all(stage, two):
     assert "The gradient of " in messages.pop()
 
 
+@pytest.mark.slow
 @each_stage
 def test_a_bound_callback_trains_what_it_trains_in_one_process(stage, two, tmp_path):
-    trainer = deepspeed_runs.callback_alone(tmp_path)
-    found = load_file(two(stage) / "callback.safetensors")
-    assert cases.largest_difference(found, cases.weights(trainer.model)) < 1e-6
-    log = json.loads((two(stage) / "callback.json").read_text())
-    for key in ("ewc/penalty", "ewc/drift", "ewc/grad_norm_ratio", "grad_norm"):
-        expected = [each[key] for each in trainer.state.log_history if key in each]
-        assert [each[key] for each in log if key in each] == pytest.approx(expected, rel=2e-3), key
+    launched.assert_trained_as_in_one("callback", two(stage), deepspeed_runs.callback_alone(tmp_path))
 
 
+@pytest.mark.slow
 @each_stage
 def test_a_callback_that_is_not_bound_is_refused(stage, two):
     for rank in (0, 1):
         assert "Call `callback.bind(trainer)`" in (two(stage) / f"unbound-{rank}.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "name"), [(2, "sft and dpo"), (2, "adam"), (3, "adam")])
 def test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not(stage, name, two, tmp_path):
-    killed = launch(tmp_path, stage, "kill", name)
-    assert killed.returncode != 0
-    done = launch(tmp_path, stage, "resume", name)
-    assert done.returncode == 0, done.stderr[-4000:]
-    weights, found = test_ddp.read(tmp_path, name)
-    assert found["began at"] == [0]  # the last stage alone, from its start: DeepSpeed's checkpoints are not read
-    assert runs.same(weights, test_ddp.read(two(stage), name)[0])
-    assert found["table"] == test_ddp.read(two(stage), name)[1]["table"]
+    """No checkpoint is written: DeepSpeed could read none of another stage's engine."""
+    arguments = (deepspeed_runs, tmp_path, stage)
+    assert deepspeed_runs.launch(*arguments, "kill", name).returncode != 0
+    assert not list(tmp_path.rglob("checkpoint-*"))
+    launched.succeeded(deepspeed_runs.launch(*arguments, "resume", name))
+    launched.assert_same_run(name, tmp_path, two(stage), began_at=[0], log=False)  # the last stage alone

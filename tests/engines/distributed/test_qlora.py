@@ -1,12 +1,10 @@
 """Two processes train one adapter on a quantised base, each with its own copy of it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cases
+import launched
 import pytest
 import qlora_cases
 import qlora_runs
@@ -15,41 +13,30 @@ import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("bitsandbytes")
-pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
-TIMEOUT = 600  # seconds; a process that is lost leaves the other waiting
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = qlora_cases.save_base(tmp_path_factory.mktemp("two"))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "ACCELERATE"))}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, qlora_runs.__file__, str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=TIMEOUT,
-        env=environment | {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launched.succeeded(launched.launch(qlora_runs, folder))
     return folder
 
 
 def read(folder, name, rank):
-    place = folder / name.replace(" ", "-")
+    place = launched.place_of(folder, name)
     return load_file(place / f"{rank}.safetensors"), json.loads((place / f"{rank}.json").read_text())
 
 
 def logged(log, key):
-    return [each[key] for each in log if key in each]
+    return [entry[key] for entry in log if key in entry]
 
 
 @pytest.mark.parametrize("name", qlora_runs.RUNS)
 def test_two_processes_train_one_adapter(name, two, tmp_path):
     weights, log = read(two, name, 0)
     assert runs.same(weights, read(two, name, 1)[0])
-    assert {each.dtype for each in weights.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     start = cases.weights(qlora_cases.qlora(two, qlora_runs.RUNS[name][0]))
     assert cases.largest_difference(weights, start) > 1e-3
     first = "ppo/kl" if "ppo" in name else "dpo/rewards/chosen"
@@ -66,5 +53,5 @@ def test_their_losses_are_those_of_one_process(name, two, tmp_path):
         assert logged(log, key) == pytest.approx(logged(expected, key), rel=2e-3)
     # Of the penalty the difference of weights counts, of which rounding is a larger part.
     assert logged(log, "ewc/penalty") == pytest.approx(logged(expected, "ewc/penalty"), rel=0.2, abs=1e-6)
-    assert [each.get("step") for each in log] == [each.get("step") for each in expected]
+    assert [entry.get("step") for entry in log] == [entry.get("step") for entry in expected]
     assert Path(two, name, "run", "hbat_state.json").exists()

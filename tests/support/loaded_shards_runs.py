@@ -1,6 +1,6 @@
 """The runs of `ddp_runs`, with a model that transformers has sharded by FSDP2 when it loaded it.
 
-`torchrun --nproc_per_node 2 native_runs.py FOLDER MODE NAMES` leaves weights, logs and tables in FOLDER.
+`torchrun --nproc_per_node 2 loaded_shards_runs.py FOLDER MODE NAMES` leaves weights, logs and tables in FOLDER.
 """
 
 import functools

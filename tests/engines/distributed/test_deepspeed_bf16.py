@@ -8,10 +8,10 @@ from pathlib import Path
 import bf16_runs
 import cases
 import ddp_runs
+import deepspeed_runs
+import launched
 import pytest
 import runs
-import test_ddp
-import test_deepspeed
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra `deepspeed`"),
     pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning"),
 ]
-WORKER = Path(bf16_runs.__file__)
 NAMES = ["sft and dpo", "lora", "tied", "accumulation", "adam", "kto", "fisher"]
 STAGES = (1, 2)  # with ZeRO-3 half precision is refused
 each_stage = pytest.mark.parametrize("stage", STAGES)
@@ -42,8 +41,8 @@ def two(tmp_path_factory):
     @functools.cache
     def train(stage):
         folder = tmp_path_factory.mktemp(f"bf16-{stage}")
-        done = test_deepspeed.launch(folder, stage, "train", *NAMES, *bf16_runs.STILL, worker=WORKER)
-        assert done.returncode == 0, done.stderr[-4000:]
+        names = [*NAMES, *bf16_runs.STILL]
+        launched.succeeded(deepspeed_runs.launch(bf16_runs, folder, stage, "train and check", *names))
         return folder
 
     return train
@@ -61,17 +60,17 @@ def norm(tensors):
 @each_run
 def test_two_processes_end_near_one_that_computes_in_float32(stage, name, two, one):
     """Gradients have the 8 bits of bfloat16: of the way that the weights went, a share of it may differ."""
-    weights, found = test_ddp.read(two(stage), name)
+    weights, found = launched.read(two(stage), name)
     assert found["processes"] == 2
     expected, start = cases.weights(one(name).model), cases.weights(ddp_runs.model_of(name))
     moved = norm({key: expected[key] - start[key] for key in start})
     assert norm({key: weights[key] - expected[key] for key in start}) < 0.05 * moved
-    assert runs.same(weights, test_ddp.read(two(stage), name, 1)[0])
+    assert runs.same(weights, launched.read(two(stage), name, 1)[0])
 
 
 @each_run
 def test_a_run_leaves_a_float32_model_and_a_base_that_is_what_it_was(stage, name, two):
-    found = test_ddp.read(two(stage), name)[1]
+    found = launched.read(two(stage), name)[1]
     assert found["dtypes"] == ["torch.float32"]
     assert found["frozen"]
     assert (found["marks"], found["views"]) == ([], 0)
@@ -79,7 +78,7 @@ def test_a_run_leaves_a_float32_model_and_a_base_that_is_what_it_was(stage, name
 
 @each_run
 def test_every_stage_starts_at_its_anchor_and_its_reference(stage, name, two):
-    found = test_ddp.read(two(stage), name)[1]
+    found = launched.read(two(stage), name)[1]
     assert found["first drifts"] == [0.0] * 3
     assert all(each == [0.0, 0.0] for each in found["first rewards"].values())
     assert len(found["first rewards"]) == (2 if name != "kto" else 0)
@@ -92,7 +91,7 @@ def test_stages_without_a_learning_rate_leave_every_bit(stage, name, two):
     start = cases.weights(ddp_runs.MODELS[options.get("model", "full")](0))
     assert not runs.same(start, {key: each.bfloat16().float() for key, each in start.items()})
     for rank in (0, 1):
-        weights, found = test_ddp.read(two(stage), name, rank)
+        weights, found = launched.read(two(stage), name, rank)
         assert runs.same(weights, start)
         assert found["dtypes"] == ["torch.float32"]
 
@@ -132,7 +131,7 @@ def test_moments_are_kept_by_parameter_in_float32(stage, objective, two, one):
 @each_stage
 def test_what_is_saved_is_the_float32_model(stage, two):
     model = AutoModelForCausalLM.from_pretrained(two(stage) / "sft-and-dpo" / "model", dtype="float32")
-    weights = test_ddp.read(two(stage), "sft and dpo")[0]
+    weights = launched.read(two(stage), "sft and dpo")[0]
     assert runs.same(cases.weights(model), weights)
     assert not runs.same(weights, {key: each.bfloat16().float() for key, each in weights.items()})
 
@@ -146,11 +145,6 @@ def test_a_gradient_that_is_not_finite_on_one_process_stops_all(stage, two):
 
 @pytest.mark.parametrize("name", ["sft and dpo", "adam"])
 def test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not(name, two, tmp_path):
-    killed = test_deepspeed.launch(tmp_path, 2, "kill", name, worker=WORKER)
-    assert killed.returncode != 0
-    done = test_deepspeed.launch(tmp_path, 2, "resume", name, worker=WORKER)
-    assert done.returncode == 0, done.stderr[-4000:]
-    weights, found = test_ddp.read(tmp_path, name)
-    assert found["began at"] == [0]
-    assert runs.same(weights, test_ddp.read(two(2), name)[0])
-    assert found["table"] == test_ddp.read(two(2), name)[1]["table"]
+    assert deepspeed_runs.launch(bf16_runs, tmp_path, 2, "kill", name).returncode != 0
+    launched.succeeded(deepspeed_runs.launch(bf16_runs, tmp_path, 2, "resume", name))
+    launched.assert_same_run(name, tmp_path, two(2), began_at=[0], log=False)

@@ -5,16 +5,16 @@ import json
 
 import cases
 import ddp_runs
-import native_runs
+import fsdp_runs
+import launched
+import loaded_shards_runs
 import pytest
 import runs
-import test_ddp
-import test_fsdp2
-import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning"),
     pytest.mark.skipif(
         not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"),
@@ -22,7 +22,7 @@ pytestmark = [
     ),
 ]
 
-#: Runs that share a start of the processes. `make test` runs the first; the others take minutes (`make test-all`).
+#: Runs that share a start of the processes.
 GROUPS = [
     ["sft and dpo"],
     ["accumulation", "tensor importance, proximal", "fisher", "checkpointing", "kto", "ppo"],
@@ -34,10 +34,8 @@ GROUPS = [
         "adam, freeze, end_weight, random importance",
     ],
 ]
-QUICK, SLOW = GROUPS[0], [*GROUPS[1], *GROUPS[2]]
-each_run = pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-some_runs = pytest.mark.parametrize("name", ["sft and dpo", pytest.param("lora", marks=pytest.mark.slow)])
-launch = functools.partial(test_fsdp2.launch, environment={}, worker=native_runs)
+each_run = pytest.mark.parametrize("name", [name for group in GROUPS for name in group])
+launch = functools.partial(launched.launch, loaded_shards_runs)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +48,9 @@ def two(tmp_path_factory):
         return folder, launch(folder, mode, *group)  # not raised here, or each test would try again
 
     def trained(name):
-        group = next((each for each in GROUPS if name in each), None)
+        group = next((group for group in GROUPS if name in group), None)
         folder, done = train("alone") if group is None else train("train", *group)
-        assert done.returncode == 0, done.stderr[-4000:]
+        launched.succeeded(done)
         return folder
 
     return trained
@@ -66,17 +64,17 @@ def one(tmp_path_factory):
 @each_run
 def test_two_processes_end_with_the_weights_of_one(name, two, one):
     """That every trainer's parameters and gradients are shared, the runs themselves assert at every step."""
-    test_ddp.assert_weights_of_one(name, two(name), one(name))
+    launched.assert_weights_of_one(name, two(name), one(name))
 
 
 @each_run
 def test_importance_tables_and_logs_are_those_of_one_process(name, two, one):
-    test_ddp.assert_numbers_of_one(name, two(name), one(name))
+    launched.assert_numbers_of_one(name, two(name), one(name))
 
 
 @each_run
 def test_each_process_holds_half_of_model_anchor_reference_and_importance(name, two):
-    shares = [test_ddp.read(two(name), name, rank)[1]["shares"] for rank in (0, 1)]
+    shares = [launched.read(two(name), name, rank)[1]["shares"] for rank in (0, 1)]
     full = ddp_runs.RUNS[name].get("model", "full") == "full"
     assert shares[0].keys() >= ({"model", "anchor", "reference"} if full else {"model"})
     for what, share in shares[0].items():
@@ -84,9 +82,9 @@ def test_each_process_holds_half_of_model_anchor_reference_and_importance(name, 
         assert 0.45 < share < 0.55, what
 
 
-@some_runs
+@pytest.mark.parametrize("name", ["sft and dpo", "lora"])
 def test_the_reference_is_the_model_at_the_start_of_every_stage(name, two):
-    assert test_ddp.read(two(name), name)[1]["first rewards"] == {"1": [0.0, 0.0], "3": [0.0, 0.0]}
+    assert launched.read(two(name), name)[1]["first rewards"] == {"1": [0.0, 0.0], "3": [0.0, 0.0]}
 
 
 def test_what_is_saved_is_a_whole_model_like_any_other(two):
@@ -94,31 +92,27 @@ def test_what_is_saved_is_a_whole_model_like_any_other(two):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert model.config.architectures == ["LlamaForCausalLM"]
     assert "distributed_config" not in json.loads((folder / "model" / "config.json").read_text())
-    assert runs.same(cases.weights(model), test_ddp.read(two("sft and dpo"), "sft and dpo")[0])
+    assert runs.same(cases.weights(model), launched.read(two("sft and dpo"), "sft and dpo")[0])
 
 
-@pytest.mark.slow
 def test_what_is_saved_is_the_adapter_alone(two):
     from peft import PeftModel
 
     saved = two("lora") / "lora" / "model"
     assert not [each for each in saved.iterdir() if each.is_dir()]
     model = PeftModel.from_pretrained(cases.tiny_llama(0), saved, is_trainable=True)
-    assert runs.same(cases.weights(model), test_ddp.read(two("lora"), "lora")[0])
+    assert runs.same(cases.weights(model), launched.read(two("lora"), "lora")[0])
 
 
-@pytest.mark.slow
 def test_an_adapter_holds_no_trainer_of_a_stage_that_is_over(two):
-    assert test_ddp.read(two("lora"), "lora")[1]["hooks"] == 0
+    assert launched.read(two("lora"), "lora")[1]["hooks"] == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", test_fsdp2.ALONE)
+@pytest.mark.parametrize("name", fsdp_runs.ALONE)
 def test_callback_and_ppo_trainer_alone_train_what_they_train_in_one_process(name, two, tmp_path):
-    test_fsdp2.assert_trained_as_in_one(name, two("alone"), test_fsdp2.ALONE[name](tmp_path, {}))
+    launched.assert_trained_as_in_one(name, two("alone"), fsdp_runs.ALONE[name](tmp_path, {}))
 
 
-@pytest.mark.slow
 def test_a_ppo_trainer_alone_saves_adapter_and_critic(two):
     from peft import PeftModel
 
@@ -130,31 +124,18 @@ def test_a_ppo_trainer_alone_saves_adapter_and_critic(two):
     assert runs.same(found | {name: critic[name] for name in expected.keys() - found.keys()}, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("how", "name"), [("kill", "sft and dpo"), ("kill", "adam and lora of rank one"),
                                            ("kill", "ppo"), ("end", "sft and dpo")])  # fmt: skip
 def test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not(how, name, two, tmp_path):
     """No checkpoint is written, with `save_steps: 1` where they are killed or at the signal: none could be read."""
-    ended = launch(tmp_path, how, name)
-    assert ended.returncode != 0
+    assert launch(tmp_path, how, name).returncode != 0
     assert not list(tmp_path.rglob("checkpoint-*"))
-    done = launch(tmp_path, "resume", name)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "one that is cut off begins anew" in done.stderr
-    weights, found = test_ddp.read(tmp_path, name)
-    assert found["began at"] == [0]  # the last stage alone
-    assert runs.same(weights, test_ddp.read(two(name), name)[0])
-    assert found["table"] == test_ddp.read(two(name), name)[1]["table"]
-    assert found["log"] == test_ddp.read(two(name), name)[1]["log"]
+    done = launched.succeeded(launch(tmp_path, "resume", name))
+    assert "a stage that is cut off begins again" in done.stderr
+    launched.assert_same_run(name, tmp_path, two(name), began_at=[0])  # the last stage alone
 
 
-@pytest.mark.slow
 def test_the_command_trains_a_model_that_its_configuration_has_loaded_in_shards(tmp_path):
-    done = launch(tmp_path, "command line")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "loaded in shards" in done.stderr
-    saved = load_file(tmp_path / "run" / "model.safetensors")
-    start = cases.tiny_llama(0).state_dict()
-    assert saved.keys() == start.keys()
-    assert all(torch.isfinite(each).all() for each in saved.values())
-    assert 1e-3 < cases.largest_difference(saved, start) < 1.0
+    done = launched.succeeded(launch(tmp_path, "command line"))
+    assert "a stage that is cut off begins again" in done.stderr
+    launched.assert_trained(load_file(tmp_path / "run" / "model.safetensors"))

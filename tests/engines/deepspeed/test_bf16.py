@@ -1,4 +1,4 @@
-"""What an engine rounds comes back as precise as it was. With DeepSpeed: `test_deepspeed_bf16.py`."""
+"""What an engine rounds comes back as precise as it was. With DeepSpeed: `distributed/test_deepspeed_bf16.py`."""
 
 from types import MethodType, SimpleNamespace
 
@@ -43,7 +43,7 @@ def trainer_of(model, *, precision="bf16", enabled=True):
 
 
 def run(model, *, by, ends=True, others=()):
-    precision, trainer = FullPrecision(model, *others), trainer_of(model)
+    precision, trainer = FullPrecision([model, *others]), trainer_of(model)
     precision.attach(trainer)
     trainer.accelerator.prepare(model)
     engine = trainer.accelerator.deepspeed_engine_wrapped.engine
@@ -61,7 +61,7 @@ def test_nothing_is_kept_where_nothing_is_rounded(precision, enabled):
     model = cases.tiny_llama()
     trainer = trainer_of(model, precision=precision, enabled=enabled)
     before, prepare = [each.data_ptr() for each in model.parameters()], trainer.accelerator.prepare
-    kept = FullPrecision(model)
+    kept = FullPrecision([model])
     kept.attach(trainer)
     assert not rounds_weights(trainer)
     assert trainer.accelerator.prepare is prepare
@@ -100,7 +100,7 @@ def test_a_stage_that_was_cut_off_gives_back_its_start():
 def test_a_reference_that_its_trainer_rounded_comes_back():
     reference = cases.tiny_llama(1)
     before = cases.weights(reference)
-    kept = FullPrecision(reference)
+    kept = FullPrecision([reference])
     reference.bfloat16()
     kept.give_back()
     assert all(torch.equal(each, before[name]) for name, each in cases.weights(reference).items())
