@@ -6,13 +6,13 @@ import cases
 import pytest
 import runs
 from accelerate import FullyShardedDataParallelPlugin
+from hbat.ppo.fsdp2 import shard_policy_and_critic
 from refused import refused, track
 from torch.nn import Linear
 
 from hbat.config.ewc import EWCConfig
 from hbat.engines.fsdp2 import FSDP2, fsdp_version, keep_sharded, require_supported
 from hbat.engines.loaded_shards import LoadedShards
-from hbat.ppo.fsdp2 import shard_policy_and_critic
 from hbat.ppo.networks.policy_and_critic import SeparateCritic
 
 ASKED = {"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}
