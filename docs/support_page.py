@@ -4,9 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from support_table import ENGINES, FEATURES, Cell, Shown, cells
+from support_table import COLUMNS, ENGINES, FEATURES, Cell, Shown, cells
 
-from hbat.engines.checks import COLUMNS
 from hbat.engines.refusals import REFUSALS
 
 _HEAD = """# What runs with what
