@@ -16,7 +16,7 @@ all weights after the last step. What is different, and kept out of these runs:
 * Critic: TRL's is a model of its own, ours a value head on the policy's trunk unless `critic="separate"`, as here.
 * Reference: with an adapter TRL's is the model without it, ours the adapter as it was when the trainer was built. Here
   the adapter starts at zero.
-* Clipping of gradients: TRL ignores `max_grad_norm`; ours clips, as the host does. Here it is off.
+* Clipping of gradients: TRL ignores `max_grad_norm`; ours clips, as transformers does. Here it is off.
 * Entropy: TRL's `objective/entropy` is minus the log-probability of a completion; `policy/entropy_avg` is the exact
   entropy during the updates, over padding as well. Ours is the exact one of the rollout's tokens.
 * Approximate KL: TRL's is half the mean squared log-ratio, padding included; ours is k3 over tokens of completions.

@@ -9,7 +9,7 @@ from hbat.ppo.rollouts.generation import CompletionSampler
 
 LENGTH = 12
 PROMPTS = [[70, 71, 72], [80], [90, 91, 92, 93, 94, 95, 96], [100, 101]]
-#: No end token at all; the completions of the tiny model would go on for ever.
+#: No end token at all; the completions of the tiny model would never end.
 ENDLESS = {"eos_token_id": []}
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 

@@ -26,7 +26,7 @@ def rewarder(model, tokenizer, batch=8):
 
 @torch.no_grad()
 def alone(model, rows):
-    """The score of each row of tokens, computed on its own by the host."""
+    """The score of each row of tokens, computed on its own by transformers."""
     model.eval()
     return torch.cat([model(input_ids=torch.tensor([row])).logits[:, 0] for row in rows])
 
@@ -289,7 +289,7 @@ def test_a_model_without_tokenizer_is_refused(tmp_path):
         load_reward_tokenizer(model, tmp_path)
 
 
-def test_only_models_of_the_host_are_reward_models():
+def test_only_models_of_transformers_are_reward_models():
     assert is_reward_model(tiny_scorer())
     assert not is_reward_model(torch.nn.Linear(1, 1))
     assert not is_reward_model(len)

@@ -310,7 +310,7 @@ def test_an_interrupt_of_the_waiting_thread_cancels_the_functions():
     cancelled = threading.Event()
 
     async def judge(completions):
-        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+        threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
         try:
             await forever(completions)
         finally:
