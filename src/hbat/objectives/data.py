@@ -28,13 +28,6 @@ def checked_inputs(
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """Check the data sets of a run and every row of them.
 
-    Args:
-        config: Configuration of the run.
-        objectives: The objectives by name.
-        sections: Configurations by objective.
-        train_dataset: Training data sets by objective.
-        eval_dataset: Evaluation data sets by objective; not every objective needs one.
-
     Returns:
         Training and evaluation data sets by objective, without the rows that were dropped.
 
@@ -75,22 +68,7 @@ def fitting_inputs(
     model: Any,
     tokenizer: Any,
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """Check the data sets that `checked_inputs` returned against model and tokenizer.
-
-    Args:
-        config: Configuration of the run.
-        objectives: The objectives by name.
-        sections: Configurations by objective.
-        datasets: Training and evaluation data sets by objective.
-        model: The model.
-        tokenizer: The tokenizer, or a processor, which renders messages in its own way.
-
-    Returns:
-        Training and evaluation data sets by objective, without the rows that were dropped.
-
-    Raises:
-        DatasetError: If columns or rows do not fit.
-    """
+    """Check what `checked_inputs` returned against the model and its tokenizer or processor, and drop rows again."""
     vocabulary = int(getattr(model.get_input_embeddings(), "num_embeddings", 0) or sys.maxsize)
     is_processor = hasattr(tokenizer, "tokenizer")
 
