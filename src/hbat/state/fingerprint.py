@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from hbat.config.ewc import EWCConfig
 from hbat.config.fields import nearest
 from hbat.config.hbat import HBATConfig
 from hbat.data.digest import data_digest
@@ -75,7 +76,7 @@ def fingerprint(
             "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
             "end_weight": {name: config.end_weight_of(name) for name in config.objective_names},
         },
-        "ewc": None if config.ewc is None else asdict(config.ewc),
+        "ewc": None if config.ewc is None else _plain_ewc(config.ewc),
         "data": {
             name: {
                 "rows": len(each),
@@ -101,6 +102,11 @@ def fingerprint(
         described[name] = {key: value for key, value in args.to_dict().items() if not _is_incidental(key)}
     plain: dict[str, Any] = json.loads(json.dumps(described, default=str))
     return plain
+
+
+def _plain_ewc(config: EWCConfig) -> dict[str, Any]:
+    # Not where the anchor lies, which changes no result.
+    return {key: value for key, value in asdict(config).items() if key != "anchor_device"}
 
 
 def _is_incidental(key: str) -> bool:
