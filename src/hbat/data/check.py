@@ -23,16 +23,10 @@ _MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 
 @dataclass
 class FaultyRows:
-    """The faulty rows of a data set.
+    """Indices of the faulty rows, the first fault as a sentence, and the number of rows with each kind of fault."""
 
-    Attributes:
-        first: The first fault as a sentence, with its row and field.
-        rows: Indices of the faulty rows.
-        kinds: Number of rows with each kind of fault; a row can have several.
-    """
-
-    first: str = ""
     rows: list[int] = field(default_factory=list)
+    first: str = ""
     kinds: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: int, faults: Sequence[Fault]) -> None:

@@ -16,14 +16,7 @@ _GATHERED_ROWS = 200_000
 
 
 def data_digest(dataset: Dataset) -> str:
-    """Compute the checksum of all rows. A custom transform counts with what it makes of them.
-
-    Args:
-        dataset: The data set.
-
-    Returns:
-        A string that is equal for the same rows in the same order, with the columns in any order.
-    """
+    """Compute a checksum of all rows in order, as a custom transform returns them; columns may be in any order."""
     transformed = dataset.format["type"] == "custom"
     digests: dict[str, xxhash.xxh3_128] = {}
     for rows in _transformed_rows(dataset) if transformed else _arrow_rows(dataset):

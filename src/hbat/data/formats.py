@@ -39,15 +39,8 @@ _IGNORED = -100  # the label that torch's cross-entropy ignores
 
 
 def sft_faults(row: Mapping[str, Any], *, text_field: str = "text") -> Iterator[Fault]:
-    """Find the faults of a row for TRL's `SFTTrainer`, looking for its columns in the order of that trainer.
-
-    Args:
-        row: The row.
-        text_field: Column of plain text (`dataset_text_field` of `SFTConfig`).
-
-    Yields:
-        The faults; none for a good row.
-    """
+    """Find the faults of a row for TRL's `SFTTrainer` with `dataset_text_field=text_field`; none for a good one."""
+    # Columns are looked for in the order of that trainer.
     if "input_ids" in row:
         yield from _token_faults(row)
         return

@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,13 @@ def _load_file(path: str, split: str | None, name: str) -> Dataset:
         raise DatasetError(
             f"{name}: {path} has an unsupported extension; expected {', '.join(_BUILDERS)} (text also as .gz)."
         )
-    reason = "the file is empty" if not file.stat().st_size else _null_row(file) if builder == "json" else None
+    reason = (
+        "the file is empty"
+        if not file.stat().st_size
+        else _problem_before_reading(file)
+        if builder == "json"
+        else None
+    )
     if reason is None:
         try:
             # Not `load_dataset`, which reports to a server that a file was loaded and waits for its answer.
@@ -122,12 +128,14 @@ def _load_file(path: str, split: str | None, name: str) -> Dataset:
     raise DatasetError(f"{name}: cannot read {path}: {reason}.")
 
 
-def _null_row(file: Path) -> str | None:
-    """Find a row that is `null`: pyarrow ends the process, without a message, at a block that begins with one."""
+def _problem_before_reading(file: Path) -> str | None:
+    # pyarrow ends the process, without a message, at a block of rows that begins with `null`.
     try:
         with _opened(file) as lines:
             first = next((line.strip() for line in lines if line.strip()), "")
             lines.seek(0)
+            if not first:
+                return "the file is empty"
             if first.startswith("["):
                 return _bad_element(json.loads(lines.read().removeprefix("\ufeff")))
             if first != "null" and not first.endswith("}"):  # one object over several lines
@@ -149,36 +157,23 @@ def _bad_element(rows: Any) -> str | None:
 
 
 def _json_problem(file: Path) -> str | None:
+    number, is_list = 0, False
     try:
         with _opened(file) as lines:
             is_list = _suffix(file.name) == ".json" and lines.read(1) == "["
             lines.seek(0)
-            return _text_problem(lines.read(), "") if is_list else _line_problem(lines)
+            for number, text in enumerate([lines.read()] if is_list else lines, start=1):
+                if text.strip() and not isinstance(json.loads(text), list if is_list else dict):
+                    return f"line {number} is not a JSON object"
+    except json.JSONDecodeError as error:
+        return f"it is not valid JSON: {error.msg} (line {error.lineno if is_list else number} column {error.colno})"
+    except RecursionError:
+        return "it is nested too deeply" if is_list else f"line {number} is nested too deeply"
     except EOFError:
         return "the compressed file is truncated"
     except (OSError, ValueError, zlib.error) as error:
         return _one_line(error)
-
-
-def _line_problem(lines: Iterable[str]) -> str | None:
-    empty = True
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            empty = False
-            if problem := _text_problem(line, f"line {number} "):
-                return problem
-    return "the file is empty" if empty else None
-
-
-def _text_problem(text: str, where: str) -> str | None:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{where}column {error.colno}" if where else f"line {error.lineno} column {error.colno}"
-        return f"it is not valid JSON: {error.msg} ({place})"
-    except RecursionError:
-        return f"{where}{'is' if where else 'it is'} nested too deeply"
-    return f"{where}is not a JSON object" if where and not isinstance(value, dict) else None
+    return None
 
 
 def _opened(file: Path) -> Any:

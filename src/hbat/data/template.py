@@ -32,23 +32,14 @@ _READ: dict[Any, _Read] = {
 
 
 def row_fit(check: RowCheck | None, tokenizer: Any, vocabulary: int) -> "RowFit | None":
-    """Make the second check of rows: whether those that are good in themselves fit tokenizer and model.
-
-    Args:
-        check: The first check, that of the objective.
-        tokenizer: The tokenizer; None if the section brings its own chat template.
-        vocabulary: Number of tokens of the model.
-
-    Returns:
-        The second check; None if `check` is a custom one, which does not tell what the objective reads.
-    """
+    """Make the check of rows against a tokenizer (if any) and a vocabulary size; None if `check` is a custom one."""
     function: Any = check
     read = _READ.get(getattr(function, "func", function))
     return None if read is None else RowFit(read, tokenizer, vocabulary)
 
 
 class RowFit:
-    """Check of one row against tokenizer and model. See `row_fit`."""
+    """Finds what is wrong with a row, good in itself, for a tokenizer and a model. Made by `row_fit`."""
 
     def __init__(self, read: _Read, tokenizer: Any, vocabulary: int) -> None:
         self._read = read

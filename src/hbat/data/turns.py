@@ -29,17 +29,7 @@ def turn_faults(
     last: Sequence[str] = (),
     keys: tuple[str, str] = ("role", "content"),
 ) -> Iterator[TurnFault]:
-    """Find the faults of a conversation, turn by turn.
-
-    Args:
-        turns: The messages.
-        first: Roles that may begin it; empty for any.
-        last: Roles that may end it; empty for any.
-        keys: Names of the keys for the role and the content of a message.
-
-    Yields:
-        The faults in order.
-    """
+    """Find the faults of a conversation that may begin and end with the roles `first` and `last` (empty: any)."""
     role_key, content_key = keys
     previous = None
     for index, turn in enumerate(turns):
@@ -92,20 +82,10 @@ def _content_faults(index: int, turn: Turn, role: str, key: str) -> Iterator[Tur
 
 
 def turn_marker(text: str, role: str) -> str | None:
-    """Describe the beginning of another turn inside the text of one, as transcripts leave it when split wrongly.
-
-    A user may quote a conversation, so in a user's text only a marker at the beginning or glued to the end of a
-    sentence counts. In an assistant's text, a marker at the beginning of any line counts as well.
-
-    Args:
-        text: The text of a turn.
-        role: The role of its author.
-
-    Returns:
-        The problem in words, or None.
-    """
+    """Describe the start of another turn inside the text of one, as wrongly split transcripts leave it."""
     if not any(marker in text for marker in _MARKERS):
         return None
+    # A user may quote a conversation, so the beginning of a line counts only in an assistant's text.
     found = _LEADING.match(text) or _GLUED.search(text) or (_OWN_LINE.search(text) if role == "assistant" else None)
     if found is None:
         return None
