@@ -181,6 +181,17 @@ def test_a_value_that_was_given_on_either_side_or_came_with_no_other_version_is_
     assert "Defaults" not in str(raised.value)
 
 
+def test_a_field_of_a_field_is_given_with_it():
+    nested = BEFORE | {"dpo": {"beta": 0.1, "options": {"a": 1}}}, BEFORE | {"dpo": {"beta": 0.1, "options": {"a": 2}}}
+    for given, message in (
+        (["options"], "another run: dpo.options.a: 1 -> 2"),
+        ([], "Defaults .*: dpo.options.a: 1 ->"),
+    ):
+        before, now = (Fingerprint(*both) for both in zip(nested, [{"dpo": given}] * 2, (OLD, NEW), strict=True))
+        with pytest.raises(RunStateError, match=message):
+            accepted(before, now, [], output_dir="run")
+
+
 def test_a_changed_value_and_a_default_that_moved_are_told_apart():
     with pytest.raises(
         RunStateError, match=r"another run: run\.processes: 1 -> 2 .*\. Defaults .*: dpo\.beta: 0\.1 -> "
