@@ -19,13 +19,13 @@ BEFORE = {
 
 def with_(**values):
     """The fingerprint with other values at dotted names."""
-    now = {key: dict(each) for key, each in BEFORE.items()}
+    now = {section: dict(content) for section, content in BEFORE.items()}
     for name, value in values.items():
         *path, last = name.split("__")
         place = now
-        for each in path:
-            place[each] = dict(place[each])
-            place = place[each]
+        for key in path:
+            place[key] = dict(place[key])
+            place = place[key]
         place[last] = value
     return now
 
@@ -39,7 +39,7 @@ def accept(now, *allowed):
 
 
 def lines(before, now):
-    return [str(each) for each in changes(before, now)]
+    return [str(change) for change in changes(before, now)]
 
 
 def test_changes_are_sorted_and_dotted_and_show_what_came_and_went():
@@ -92,7 +92,7 @@ FIXED = {
 }
 
 
-@pytest.mark.parametrize(("name", "now", "why"), [(name, *each) for name, each in FIXED.items()], ids=FIXED)
+@pytest.mark.parametrize(("name", "now", "why"), [(name, *rest) for name, rest in FIXED.items()], ids=FIXED)
 def test_what_would_train_garbage_cannot_be_allowed(name, now, why):
     prefix = name.split(".")[0] + "."
     for allowed in (name, prefix) if "." in name else (name,):
@@ -179,6 +179,17 @@ def test_a_value_that_was_given_on_either_side_or_came_with_no_other_version_is_
     with pytest.raises(RunStateError, match=r"another run: sft\.learning_rate: 1\.0 -> 2\.0\. ") as raised:
         resume(with_(sft__learning_rate=2.0), **given)
     assert "Defaults" not in str(raised.value)
+
+
+def test_a_field_of_a_field_is_given_with_it():
+    nested = BEFORE | {"dpo": {"beta": 0.1, "options": {"a": 1}}}, BEFORE | {"dpo": {"beta": 0.1, "options": {"a": 2}}}
+    for given, message in (
+        (["options"], "another run: dpo.options.a: 1 -> 2"),
+        ([], "Defaults .*: dpo.options.a: 1 ->"),
+    ):
+        before, now = (Fingerprint(*both) for both in zip(nested, [{"dpo": given}] * 2, (OLD, NEW), strict=True))
+        with pytest.raises(RunStateError, match=message):
+            accepted(before, now, [], output_dir="run")
 
 
 def test_a_changed_value_and_a_default_that_moved_are_told_apart():

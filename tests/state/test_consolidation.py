@@ -91,8 +91,8 @@ def test_uniform_importance_is_the_same_everywhere_and_sums_to_one_over_tensors(
 @pytest.mark.parametrize(("granularity", "shapes"), [("tensor", [(), ()]), ("element", [(3, 4), (5,)])])
 def test_random_importance_has_the_shapes_that_were_asked_for(granularity, shapes):
     drawn = consolidation(source="random", granularity=granularity).control(PARAMETERS, SFT)
-    assert [tuple(each.shape) for each in drawn.values()] == shapes
-    assert all(bool(((each >= 0) & (each < 1)).all()) for each in drawn.values())
+    assert [tuple(tensor.shape) for tensor in drawn.values()] == shapes
+    assert all(bool(((tensor >= 0) & (tensor < 1)).all()) for tensor in drawn.values())
 
 
 def test_random_importance_depends_on_seed_and_stage_alone():
@@ -137,7 +137,7 @@ def test_the_authors_softmax_says_that_it_holds_a_single_tensor():
     found.add("sft", REAL)
     with pytest.warns(SaturationWarning, match=r"holds 1\.00 effective tensors of 8.*`ewc\.normalization: mean`"):
         importance = found.importance(DPO)
-    assert [float(each) for each in importance.values()] == [0.0] * 7 + [1.0]
+    assert [float(share) for share in importance.values()] == [0.0] * 7 + [1.0]
 
 
 def test_the_saturation_warning_can_be_silenced():

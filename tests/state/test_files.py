@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and disks that are full or may not be written to."""
+"""Atomic writes, and disks that are full or may not be written to."""
 
 import contextlib
 import errno
@@ -63,7 +63,7 @@ def test_values_that_json_cannot_hold_leave_the_file_as_it_was(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"value": 2, "other": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"value": 1}
-    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -140,7 +140,7 @@ def test_a_disk_that_is_really_full_keeps_the_old_file(tmp_path):
                 write()
             assert error.value.errno == errno.ENOSPC
         assert torch.equal(safetensors.torch.load_file(folder / "w.safetensors")["w"], torch.ones(10_000))
-        assert [each.name for each in folder.iterdir()] == ["w.safetensors"]
+        assert [file.name for file in folder.iterdir()] == ["w.safetensors"]
         write_tensors(folder / "w.safetensors", {"w": torch.zeros(20_000)})
 
 

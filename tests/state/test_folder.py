@@ -31,7 +31,7 @@ def same(first, second):
 
 
 def files(folder):
-    return sorted(str(each.relative_to(folder)) for each in folder.rglob("*") if each.is_file())
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
 def commit_boundary(folder, number):
@@ -102,7 +102,7 @@ def test_a_commit_removes_the_files_that_no_kept_state_names_and_only_those(tmp_
     assert files(tmp_path) == kept
     assert (tmp_path / "state" / "a-folder").is_dir()
     commit_boundary(folder, 2)
-    assert files(tmp_path) == [each.replace("001", "002") for each in kept]
+    assert files(tmp_path) == [name.replace("001", "002") for name in kept]
 
 
 def test_two_kinds_may_name_one_file(tmp_path):
@@ -129,9 +129,9 @@ def test_folders_of_other_stages_go_and_those_of_the_user_stay(tmp_path):
     RunFolder(tmp_path, writes=False).remove_stages_but(2)
     assert len(list(tmp_path.iterdir())) == 6
     RunFolder(tmp_path).remove_stages_but(2)
-    assert {each.name for each in tmp_path.iterdir()} == {"stage-002-sft", "stage-notes", "other"}
+    assert {path.name for path in tmp_path.iterdir()} == {"stage-002-sft", "stage-notes", "other"}
     RunFolder(tmp_path).remove_stages_but(None)
-    assert {each.name for each in tmp_path.iterdir()} == {"stage-notes", "other"}
+    assert {path.name for path in tmp_path.iterdir()} == {"stage-notes", "other"}
 
 
 @pytest.mark.parametrize(
@@ -152,13 +152,13 @@ def test_a_process_that_only_reads_changes_nothing_on_disk(tmp_path):
     commit_boundary(RunFolder(tmp_path), 1)
     (tmp_path / "state" / "garbage").touch()
     (tmp_path / "stage-001-dpo").mkdir()
-    before = {each: (tmp_path / each).stat().st_mtime_ns for each in files(tmp_path)}
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
     reader = RunFolder(tmp_path, writes=False)
     state = reader.read()
     reader.write_tensors(state, "weights", 2, tensors(2))
     reader.commit(state)
     reader.remove_stage("stage-001-dpo")
-    assert {each: (tmp_path / each).stat().st_mtime_ns for each in files(tmp_path)} == before
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)} == before
     assert (tmp_path / "stage-001-dpo").is_dir()
     assert state.files["weights"] == "weights-002.safetensors"  # it still follows where the run stands
     RunFolder(tmp_path / "other", writes=False).commit(state)

@@ -61,16 +61,16 @@ def complete(path):
 
 
 def names(path):
-    return sorted(str(each.relative_to(path)) for each in path.rglob("*") if each.is_file())
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
 
 
 @every_limit
 def test_as_many_states_are_kept_as_asked_for_and_none_of_them_shares_its_fate(limit, tmp_path):
     run(tmp_path, limit, range(6))
     manifests = [STATE_FILE, "hbat_state.previous.json", "hbat_state.previous-2.json"][:limit]
-    assert sorted(each.name for each in tmp_path.glob("*.json")) == sorted(manifests)
+    assert sorted(file.name for file in tmp_path.glob("*.json")) == sorted(manifests)
     weights = {"weights-000.safetensors", *(f"weights-00{5 - age}.safetensors" for age in range(limit))}
-    assert {each.name for each in (tmp_path / "state").glob("weights-*")} == weights
+    assert {file.name for file in (tmp_path / "state").glob("weights-*")} == weights
     for age in range(limit):
         assert complete(tmp_path)[1].next_stage == 5 - age
         KeptStates(tmp_path, limit).manifest(age).unlink()
@@ -91,12 +91,12 @@ def test_a_lower_limit_takes_effect_at_the_next_commit_and_a_higher_one_as_state
     run(tmp_path, 3, range(4))
     folder = RunFolder(tmp_path, keeps=1)
     boundary(folder, folder.read(), 4)
-    assert [each for each in names(tmp_path) if each.endswith("json")] == [STATE_FILE]
+    assert [name for name in names(tmp_path) if name.endswith("json")] == [STATE_FILE]
     folder = RunFolder(tmp_path, keeps=3)
     state = folder.read()
     for number in (5, 6):
         boundary(folder, state, number)
-    assert len([each for each in names(tmp_path) if each.endswith("json")]) == 3
+    assert len([name for name in names(tmp_path) if name.endswith("json")]) == 3
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
@@ -161,8 +161,8 @@ def test_a_crash_at_any_file_operation_leaves_a_complete_state(stage, moment, li
         for again in range(state.next_stage + bool(state.files), 5):
             boundary(folder, state, again)
             evaluated(folder, state)
-        assert {each: (path / each).read_bytes() for each in names(path)} == {
-            each: (tmp_path / "whole" / each).read_bytes() for each in names(tmp_path / "whole")
+        assert {name: (path / name).read_bytes() for name in names(path)} == {
+            name: (tmp_path / "whole" / name).read_bytes() for name in names(tmp_path / "whole")
         }
     assert seen == sorted(seen)  # one commit point each
     assert set(seen) == {(stage - 1, stage), (stage, stage), (stage, stage + 1)}

@@ -97,7 +97,7 @@ def test_a_full_disk_keeps_the_lock_without_the_name_of_its_holder(tmp_path, mon
     def full(*_):
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(os, "ftruncate", full)
+    monkeypatch.setattr(os, "write", full)
     with locked(tmp_path), pytest.raises(RunStateError, match="Another process trains into"), locked(tmp_path):
         pass
 

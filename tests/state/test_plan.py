@@ -59,12 +59,12 @@ def test_fewer_rows_than_rounds_is_an_error():
 @given(st.integers(1, 6), st.lists(st.sampled_from(["sft", "dpo", "kto", "ppo"]), min_size=1, unique=True))
 def test_plan_runs_the_objectives_in_order_in_every_round(num_rounds, objectives):
     stages = plan(num_rounds, objectives)
-    assert [(each.index, each.round, each.objective) for each in stages] == oracle.stages(num_rounds, objectives)
-    assert {each.num_rounds for each in stages} == {num_rounds}
+    assert [(stage.index, stage.round, stage.objective) for stage in stages] == oracle.stages(num_rounds, objectives)
+    assert {stage.num_rounds for stage in stages} == {num_rounds}
 
 
 def test_folders_of_stages_are_unique_and_sort_in_the_order_of_the_run():
-    folders = [each.folder for each in plan(20, ["sft", "dpo"])]
+    folders = [stage.folder for stage in plan(20, ["sft", "dpo"])]
     assert folders[:3] == ["stage-000-sft", "stage-001-dpo", "stage-002-sft"]
     assert folders == sorted(set(folders))
 

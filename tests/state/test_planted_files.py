@@ -1,4 +1,4 @@
-"""Whatever lies in a run's folder runs no code: it is left out, or refused by name."""
+"""Whatever lies in a run's folder runs no code: it is skipped, or refused by name."""
 
 import json
 import logging
@@ -114,7 +114,7 @@ def every_file(names, *unmarked):
 @pytest.mark.parametrize(
     ("name", "form"), every_file([*READ, *UNREAD], ("optimizer.pt", "torch"), ("trainer_state.json", "pickle"))
 )
-def test_a_checkpoint_with_a_planted_file_is_left_out_and_the_stage_starts_anew(
+def test_a_checkpoint_with_a_planted_file_is_skipped_and_the_stage_starts_anew(
     name, form, run_folder, marker, whole, caplog
 ):
     new = not (checkpoint(run_folder) / name).exists()

@@ -99,7 +99,7 @@ def test_a_stage_that_is_done_leaves_no_checkpoints_and_no_old_tensors(tmp_path)
         finish(run, stage)
     assert not (tmp_path / PLAN[0].folder).exists()
     assert (tmp_path / PLAN[1].folder).exists()
-    assert {each.name for each in (tmp_path / "state").iterdir()} == {
+    assert {file.name for file in (tmp_path / "state").iterdir()} == {
         "weights-000.safetensors",  # the run's start, for evaluations
         "weights-001.safetensors",
         "importance-sft-000.safetensors",
@@ -237,10 +237,10 @@ def test_a_stage_that_a_change_concerns_starts_anew(name, stays, tmp_path):
 def test_a_refused_change_leaves_everything_as_it_was(tmp_path):
     finish(start(tmp_path), PLAN[0])
     (tmp_path / PLAN[1].folder / "checkpoint-3").mkdir(parents=True)
-    before = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with pytest.raises(RunStateError, match=r"dpo\.beta: 0\.1 -> 0\.2"):
         resume(tmp_path, CHANGED, allow_changed=["run."])
-    assert {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()} == before
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     assert (tmp_path / PLAN[1].folder / "checkpoint-3").exists()
 
 
@@ -274,7 +274,7 @@ def test_damage_of_any_file_is_gone_around_or_named(kind, limit, damage, tmp_pat
     assert f"{file} " in caplog.text
     assert _held(again) == _expected(2)
     assert same(again.kept["dpo"], tensors(1))
-    assert [each.exists() for each in (tmp_path / stage.folder for stage in PLAN)] == [False, False, True, False]
+    assert [(tmp_path / stage.folder).exists() for stage in PLAN] == [False, False, True, False]
     for stage in PLAN[2:]:
         finish(again, stage, kept=tensors(stage.index) if stage.objective == "dpo" else None)
     assert _held(resume(tmp_path)) == _expected(4)

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments and go on: configurations, processes, and what their ends are compared by.
+"""Runs that are killed at random moments and resumed: configurations, processes, and how their ends are compared.
 
 Everything is imported once; every run is a fork of this process, which itself never computes. So a run costs what it
 trains, and a kill is a real one: SIGKILL from outside after a time, SIGKILL at an operation on the run's files, or the
@@ -106,7 +106,7 @@ def _digest(tensor):
     return f"{hashlib.sha256(values.tobytes()).hexdigest()[:16]} {values.dtype} {list(values.shape)}"
 
 
-#: Entries of the log that no two runs share: times; and the host's count of tokens, which begins anew at a checkpoint.
+#: Entries of the log that no two runs share: times; and TRL's count of tokens, which begins anew at a checkpoint.
 _UNLIKE = ("num_tokens", "step_time", "seconds/")
 
 
@@ -406,7 +406,7 @@ def _left(folder, stages=4):
 
 
 def kill_and_resume(number, case, seed, folder, *, most_kills=4, whole=None):
-    """Kill a run again and again, let it go on until it is done, and compare its end with the uninterrupted run's."""
+    """Kill a run again and again, resume it until it is done, and compare its end with the uninterrupted run's."""
     chance = random.Random(f"{seed} {number}")
     began, report, run = time.monotonic(), Report(number, seed, case), Path(folder) / "run"
     shutil.rmtree(folder, ignore_errors=True)
@@ -418,7 +418,7 @@ def kill_and_resume(number, case, seed, folder, *, most_kills=4, whole=None):
     planned = chance.randint(1, most_kills)
     while True:
         kill = draw_kill(chance, whole, _left(run), first=not report.kills) if len(report.kills) < planned else None
-        if run.exists():  # to look at, should the run not go on from here
+        if run.exists():  # to look at, should the run not resume from here
             shutil.copytree(run, run.with_name(f"before-{len(report.kills)}"), dirs_exist_ok=True)
         outcome = attempt(case, run, kill=kill)
         report.resumes += bool(report.kills)

@@ -267,7 +267,7 @@ def test_a_checkpoint_of_the_host_that_does_not_fit_is_named_and_the_run_goes_on
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
-import runs, test_trainer_damage as module
+import runs, test_damage as module
 from transformers import TrainerCallback
 
 class Hold(TrainerCallback):
@@ -282,9 +282,10 @@ if __name__ == "__main__":
 
 
 def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path):
-    tests = Path(__file__).parents[1] / "support"
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent / "support"), str(here.parents[1] / "src")]
     script, folder = tmp_path / "first.py", tmp_path / "run"
-    script.write_text(SCRIPT.format(paths=[str(tests), str(tests.parent / "src")]), encoding="utf-8")
+    script.write_text(SCRIPT.format(paths=paths), encoding="utf-8")
     command = [sys.executable, str(script), str(folder)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ

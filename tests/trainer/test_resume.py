@@ -96,7 +96,7 @@ def test_a_run_cut_off_while_it_is_evaluated_evaluates_again(tmp_path, monkeypat
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
-import cases, runs, test_trainer_resume as module
+import cases, runs, test_resume as module
 
 class Gone(module.Kill):
     def _hit(self, event, step):
@@ -110,9 +110,10 @@ if __name__ == "__main__":
 
 
 def test_a_process_that_was_killed_goes_on_in_another(whole, tmp_path):
-    tests = Path(__file__).parents[1] / "support"
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent / "support"), str(here.parents[1] / "src")]
     script, folder = tmp_path / "killed.py", tmp_path / "run"
-    script.write_text(SCRIPT.format(paths=[str(tests), str(tests.parent / "src")]), encoding="utf-8")
+    script.write_text(SCRIPT.format(paths=paths), encoding="utf-8")
     done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, check=False, env=os.environ)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     assert (folder / "stage-002-sft" / "checkpoint-1").is_dir()

@@ -1,1 +1,5 @@
-"""What a run reports: live (`reporter`), as files (`log`, `scores`, `plots`, `card`), and its table (`matrix`)."""
+"""What a run reports.
+
+`reporter`: live, to the log, the reporters and the progress bar. `log`: the log file. `matrix`: the table of scores
+and what it says; `scores`: when they are taken and where they go; `plots`: its picture. `card`: the model card.
+"""

@@ -115,8 +115,8 @@ def accepted(before: Fingerprint, now: Fingerprint, allowed: Sequence[str], *, o
 
 
 def _is_default(change: Change, *fingerprints: Fingerprint) -> bool:
-    section, _, name = change.name.partition(".")
-    return all(section in each.given and name not in each.given[section] for each in fingerprints)
+    section, *field = change.name.split(".")[:2]
+    return bool(field) and all(field[0] not in described.given.get(section, field) for described in fingerprints)
 
 
 def _other_run(refused: Sequence[Change], named: Sequence[Change], output_dir: str) -> str:
