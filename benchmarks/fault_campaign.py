@@ -217,15 +217,15 @@ def document(given: argparse.Namespace, reports: list[dict[str, Any]], rows: lis
     parts += [
         "## Other faults",
         (
-            "Each run meets the fault, then goes on without it. The full disks are small file systems in memory that "
-            "run out of room at up to seven different points, in the run's own files and in the host's."
+            "Each run meets the fault, then is resumed without it. The full disks are small file systems in memory "
+            "that run out of room at up to seven different points, in the run's own files and in transformers' files."
         ),
         "\n".join(rows_table(faults)),
         *(f"{each['left_out']}." for each in rows if "left_out" in each),
         "## Damaged files",
         (
-            "A run is killed in its last stage, one file is damaged, and the run goes on. *Identical*: it ended bit "
-            "for bit as it should; *warned*: the log names the damaged file."
+            "A run is killed in its last stage, one file is damaged, and the run is resumed. *Identical*: it ended "
+            "bit for bit as it should; *warned*: the log names the damaged file."
         ),
         "\n".join(damage_table(faults)),
     ]

@@ -11,70 +11,51 @@ from hbat.engines.refusals import REFUSALS
 _HEAD = """# What runs with what
 
 Each combination is either shown by a test, which is named, or refused when the trainer is built, with an error that
-says what to use instead. Tests run on a CPU, in one process or in two over gloo; they do not show that a kernel of a
-GPU is right. This page is written by `make support` from the table that the checks use (`docs/support_table.py`).
+says what to use instead. The tests run on a CPU, in one process or in two over gloo; they do not show that a GPU's
+kernels are right. This page is written by `python docs/support_page.py docs/support.md` from `docs/support_table.py`.
 """
 
 
 def page() -> str:
-    """Write the page.
-
-    Returns:
-        Markdown.
-    """
-    parts = [
+    """Write the page, as Markdown."""
+    numbers = {test: number for number, test in enumerate(dict.fromkeys(_shown_tests()), 1)}
+    return "\n".join([
         _HEAD,
         "## Engines\n",
-        *_engines(),
+        f"| | {' | '.join(COLUMNS)} |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+        *(f"| {engine} | {' | '.join(_text(cell, numbers) for cell in row)} |" for engine, row in ENGINES.items()),
         "\n## Everything else\n",
-        *_features(),
+        "| | |",
+        "|---|---|",
+        *(f"| {feature} | {_text(cell, numbers)} |" for feature, cell in FEATURES.items()),
         "\n## Refusals\n",
         *_refusals(),
-    ]
-    return "\n".join([*parts, "\n## Tests\n", *_tests(), ""])
+        "\n## Tests\n",
+        *(f"{number}. `tests/{test}`" for test, number in numbers.items()),
+        "",
+    ])
 
 
-def _engines() -> list[str]:
-    numbers = _numbers()
-    head = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    return head + [
-        f"| {engine} | {' | '.join(_shown(cell, numbers) for cell in row)} |" for engine, row in ENGINES.items()
-    ]
+def _shown_tests() -> list[str]:
+    return [cell.by for cell in cells() if isinstance(cell, Shown)]
 
 
-def _features() -> list[str]:
-    numbers = _numbers()
-    return ["| | |", "|---|---|", *(f"| {name} | {_shown(cell, numbers)} |" for name, cell in FEATURES.items())]
-
-
-def _refusals() -> list[str]:
-    written = []
-    for name, refusal in REFUSALS.items():
-        where = f"by TRL, in {refusal.at[0]}" if refusal.by_trl else f"by {', '.join(refusal.at)}"
-        text = refusal.says.replace("{{", "{").replace("}}", "}")
-        written.append(f"* **{name}** (`{refusal.kind.__name__}`, {where}): {text}")
-    return written
-
-
-def _tests() -> list[str]:
-    return [f"{number}. `tests/{test}`" for test, number in _numbers().items()]
-
-
-def _numbers() -> dict[str, int]:
-    tests = dict.fromkeys(cell.by for cell in cells() if isinstance(cell, Shown))
-    return {test: number for number, test in enumerate(tests, 1)}
-
-
-def _shown(cell: Cell, numbers: dict[str, int]) -> str:
+def _text(cell: Cell, numbers: dict[str, int]) -> str:
     return f"test {numbers[cell.by]}" if isinstance(cell, Shown) else f"refused: {cell}"
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Write the page to a file.
+def _refusals() -> list[str]:
+    lines = []
+    for name, refusal in REFUSALS.items():
+        where = f"TRL's message, in {refusal.at[0]}" if refusal.by_trl else f"by {', '.join(refusal.at)}"
+        text = refusal.says.replace("{{", "{").replace("}}", "}")
+        lines.append(f"* **{name}** (`{refusal.kind.__name__}`, {where}): {text}")
+    return lines
 
-    Args:
-        arguments: The file's path.
-    """
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the page to the file that is named first."""
     Path(arguments[0]).write_text(page(), encoding="utf-8")
 
 

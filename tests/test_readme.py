@@ -1,55 +1,153 @@
+"""What README and docs/ say is true: programs run, options and links exist, generated pages are current."""
+
 import ast
 import dataclasses
-import pathlib
+import importlib
 import re
+import tomllib
+from pathlib import Path
 
+import cases
+import datasets
 import pytest
+import runs
 import torch
+import trl
+import yaml
+from configuration import PAGE, page
 
-import hbat
+from hbat.cli.run_file import described_keys
 from hbat.config.ewc import EWCConfig
-from hbat.config.hbat import HBATConfig
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
+REPOSITORY = "https://github.com/hbat-trl/hbat/blob/main/"
+IMAGES = "https://raw.githubusercontent.com/hbat-trl/hbat/main/"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PAGES = {f"docs/{file.name}": file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md"))}
+TEXTS = {"README.md": README, "CONTRIBUTING.md": CONTRIBUTING} | PAGES
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_every_program_in_the_readme_is_python_and_imports_what_there_is(block):
-    for node in ast.walk(ast.parse(block)):
-        if isinstance(node, ast.ImportFrom) and node.module == "hbat":
-            assert all(hasattr(hbat, each.name) for each in node.names)
+def blocks(language, text):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_the_plain_torch_loop_of_the_readme_learns_and_is_held_back():
-    (loop,) = (each for each in BLOCKS if "torch.optim.SGD" in each)
+def program(name, holding):
+    (found,) = (block for block in blocks("python", TEXTS[name]) if holding in block)
+    return found
+
+
+def run(text, **names):
+    exec(compile(text, "documentation", "exec"), names)  # noqa: S102 - programs that the documentation shows
+    return names
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_program_is_python_and_imports_what_there_is(name):
+    for block in blocks("python", TEXTS[name]):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.filterwarnings("default")  # about options that the program leaves at their defaults
+def test_the_program_of_the_readme_trains_and_saves_an_adapter(tmp_path, monkeypatch):
+    cases.tiny_llama().save_pretrained(tmp_path / "model")
+    cases.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = {"trl-lib/tldr": cases.sft_rows(8), "trl-lib/tldr-preference": cases.preference_rows(8)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows[name])
+    monkeypatch.chdir(tmp_path)
+    text = program("README.md", "HBATTrainer")
+    assert len(text.splitlines()) <= 21
+    text = text.replace("Qwen/Qwen3-0.6B", str(tmp_path / "model")).replace("={", '={"use_cpu": True, ', 2)
+    trainer = run(text)["trainer"]
+    assert {entry.split("/")[0] for log in trainer.state.log_history for entry in log} >= {"sft", "dpo"}
+    assert (tmp_path / "qwen3-hbat" / "adapter_model.safetensors").exists()
+
+
+def test_the_plain_torch_loop_learns_and_is_held_back():
+    loop = program("docs/ewc.md", "torch.optim.SGD")
     torch.manual_seed(0)
-    held = {}
-    exec(compile(loop, "README.md", "exec"), held)  # noqa: S102 - the program that the README shows
+    held = run(loop)
     torch.manual_seed(0)
-    free = {}
-    exec(compile(loop.replace("0.5 *", "0.0 *"), "README.md", "exec"), free)  # noqa: S102
+    free = run(loop.replace("0.5 *", "0.0 *"))
     assert free["loss"].item() < held["loss"].item() < 4.0
 
 
-def test_the_options_in_the_readme_exist_with_the_defaults_that_it_names():
-    fields = {each.name: each for each in dataclasses.fields(HBATConfig)}
-    fields |= {f"ewc.{each.name}": each for each in dataclasses.fields(EWCConfig)}
-    rows = re.findall(r"^\| `([\w.]+)` \| `?([\w.]+)`?", README, flags=re.MULTILINE)
-    assert len(rows) >= 10
-    for name, default in rows:
-        expected = fields[name].default
-        assert default == {None: "none"}.get(expected, str(expected).removesuffix(".0") if expected != 1.0 else "1.0")
-
-
-def test_the_make_targets_in_the_documents_exist():
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = set(
-        re.findall(
-            r"\bmake ([a-z-]+)\b", "\n".join(re.findall(r"```bash\n(.*?)```", README + contributing, re.DOTALL))
-        )
+def test_the_program_of_two_trainers_changes_the_weights(tmp_path):
+    model = cases.tiny_llama()
+    before = cases.weights(model)
+    args = trl.SFTConfig(output_dir=str(tmp_path), report_to="none", **runs.section())
+    run(program("docs/ewc.md", "EWCCallback"))["train_both"](
+        model, cases.sft_rows(4, 1), cases.sft_rows(4, 2), args=args, processing_class=cases.tiny_tokenizer()
     )
-    assert named
-    assert named <= targets
+    assert not runs.same(before, cases.weights(model))
+
+
+# --- options, versions, commands -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_option_that_is_named_exists(name):
+    known = {key for key, _ in described_keys()}
+    for block in blocks("yaml", TEXTS[name]):
+        assert set(yaml.safe_load(block)) <= known, block
+    consolidation = {field.name for field in dataclasses.fields(EWCConfig)}
+    assert set(re.findall(r"`ewc\.(\w+)", TEXTS[name])) <= consolidation
+
+
+def test_the_page_of_options_is_written_from_the_help_texts():
+    assert PAGE.read_text(encoding="utf-8") == page(), "Run `python docs/configuration.py`."
+
+
+def test_the_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for name, text in TEXTS.items():
+        shown = "\n".join([*blocks("bash", text), *re.findall(r"`(make .*?)`", text)])
+        assert set(re.findall(r"\bmake ([a-z-]+)\b", shown)) <= targets, name
+
+
+def test_the_versions_that_are_named_are_those_that_are_tested():
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^(\w+)==(\d+\.\d+)", constraints, flags=re.MULTILINE))
+    oldest = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8")
+    for library, lower, upper in re.findall(r"(TRL|transformers) ([\d.]+) to ([\d.]+\d)", PAGES["docs/limits.md"]):
+        assert upper == pins[library.lower()]
+        assert f"{library.lower()}=={lower}." in oldest
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == PROJECT["version"]
+    assert citation["repository-code"] == PROJECT["urls"]["Repository"]
+
+
+# --- where things are ------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short_and_lists_every_wing():
+    assert len(README.splitlines()) <= 150
+    source = ROOT / "src" / "hbat"
+    wings = {folder.parent.name for folder in source.glob("*/__init__.py")} | {"trainer"}
+    assert sorted(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)) == sorted(wings)
+
+
+def test_links_of_the_readme_are_absolute_and_lead_to_files():
+    targets = re.findall(r"\]\((.*?)\)", README)
+    assert all(target.startswith("https://") for target in targets)
+    own = [re.sub(f"^({REPOSITORY}|{IMAGES})", "", target) for target in targets if "hbat-trl/hbat/" in target]
+    assert len(own) > 10
+    assert [name for name in own if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_between_pages_lead_to_files(name):
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\((?!https:)(.*?)\)", PAGES[name])]
+    assert [target for target in targets if target and not (ROOT / "docs" / target).is_file()] == []
+
+
+def test_the_index_lists_every_page():
+    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", PAGES["docs/index.md"]))
+    assert listed == {Path(name).name for name in PAGES} - {"index.md"}

@@ -3,13 +3,11 @@
 Two sets of trained weights in the shape of a model of 7B parameters: all weights of some of its blocks in float32, and
 a LoRA adapter of all its blocks in float32 and in bfloat16 (what QLoRA trains). With importance by tensor, parameter,
 anchor and gradient are read and the gradient is written; by element, importance is read as well. An adapter is small:
-there the launches of kernels count, and milliseconds say more than bandwidth. `from the CPU` is `anchor_device: cpu`,
-where the link to the main memory is the limit. Without a GPU: toy size on the CPU.
+there the launches of kernels count, and milliseconds say more than bandwidth. Without a GPU: toy size on the CPU.
 
     python benchmarks/gpu/penalty.py [--toy] [--repeats 20]
 """
 
-import itertools
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from scale import SCALES, Scale, device, fastest, hardware, parser_of, random_llama, release, scale_name
 from workload import save
 
-from hbat import add_penalty_gradient_, trainable_parameters
-from hbat.ewc.placement import in_main_memory, let_go, on_device, snapshot_in_main_memory
+from hbat.ewc import add_penalty_gradient_, snapshot, trainable_parameters
+from hbat.ewc.parameters import on_device
 
 STRENGTH = 10.0
 #: Name of a set of weights: whether it is an adapter, and the type of its weights.
@@ -66,29 +64,24 @@ def copy_bandwidth(size: int, repeats: int) -> float:
     return 2 * 4 * source.numel() / fastest(lambda: target.copy_(source), repeats)
 
 
-def measure(
-    parameters: dict[str, torch.nn.Parameter], *, element: bool, offloaded: bool, repeats: int
-) -> dict[str, Any]:
+def measure(parameters: dict[str, torch.nn.Parameter], *, element: bool, repeats: int) -> dict[str, Any]:
     """Time the penalty's gradient.
 
     Args:
         parameters: Parameters with gradients.
         element: Whether importance is given by element.
-        offloaded: Whether anchor and importance lie in the main memory (`anchor_device: cpu`).
         repeats: How often.
 
     Returns:
         Least seconds, and the bytes that any implementation moves.
     """
-    place = in_main_memory if offloaded else on_device
-    anchor = place(snapshot_in_main_memory(parameters), parameters)
-    importance = place(
+    anchor = snapshot(parameters)
+    importance = on_device(
         {name: torch.rand(each.shape if element else ()) for name, each in parameters.items()}, parameters
     )
     seconds = fastest(
         lambda: add_penalty_gradient_(parameters, anchor, importance, strength=STRENGTH), repeats
     )  # fmt: skip
-    let_go(anchor, importance)
     moved = sum(each.numel() * (4 * each.element_size() + 4 * element) for each in parameters.values())
     return {"seconds": seconds, "bytes": moved}
 
@@ -107,10 +100,10 @@ def main() -> None:
         release()
         parameters = trained(SCALES[name], lora=lora, dtype=dtype)
         count = sum(each.numel() for each in parameters.values())
-        for element, offloaded in itertools.product((False, True), repeat=2):
-            each = measure(parameters, element=element, offloaded=offloaded, repeats=given.repeats)
+        for element in (False, True):
+            each = measure(parameters, element=element, repeats=given.repeats)
             speed = each["bytes"] / each["seconds"]
-            key = f"{label}, by {'element' if element else 'tensor'}{', from the CPU' if offloaded else ''}"
+            key = f"{label}, by {'element' if element else 'tensor'}"
             result[key] = each | {"elements": count, "tensors": len(parameters), "of_a_copy": speed / bandwidth}
             print(
                 f"{key:48}{len(parameters):9}{count:12}{1e3 * each['seconds']:9.3f}{speed / 1e9:9.1f}"

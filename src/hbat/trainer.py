@@ -20,7 +20,7 @@ from hbat.objectives.track import Track, build_tracks, fit
 from hbat.reports.log import load_log
 from hbat.reports.matrix import ForgettingMatrix
 from hbat.reports.reporter import RunReporter, mean_loss
-from hbat.reports.results import write_model_card
+from hbat.reports.card import write_model_card
 from hbat.reports.scores import RunScores
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.evaluator import Evaluator

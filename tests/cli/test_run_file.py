@@ -137,7 +137,7 @@ def test_an_override_takes_precedence_over_the_file_and_a_later_one_over_an_earl
 
 
 def test_numbers_from_the_file_and_from_the_command_line_have_the_same_type(run_file):
-    file = run_file("ewc: {f_max: 1e1}\nsft: {learning_rate: 1e-5}\naverage: 5e-1")
+    file = run_file("ewc: {f_max: 1e1}\nsft: {learning_rate: 1e-5}\nend_weight: 5e-1")
     for run in (parsed(file), parsed(file, "--ewc.f_max", "1e1", "--sft.learning_rate=1e-5", "--end_weight", "5e-1")):
         assert (run.config.ewc.f_max, run.config.sft, run.config.end_weight) == (10.0, {"learning_rate": 1e-5}, 0.5)
         assert isinstance(run.config.ewc.f_max, float)
@@ -187,7 +187,7 @@ def test_consolidation_is_switched_off_by_null(run_file):
         ("", "--datasets [a.jsonl]", ["`datasets`", "a mapping"]),
         ("", "--objectives [sft]", ["`datasets.dpo` has no objective"]),
         ("eval_datasets: {dp: x.jsonl}", "", ["`eval_datasets.dp`", "`dpo`"]),
-        ("num_rounds: two", "", ["`num_rounds`", "a whole number"]),
+        ("num_rounds: two", "", ["`num_rounds`", "an integer"]),
         ("num_rounds: 0", "", ["`num_rounds` is 0"]),
         ("ewc: {fmax: 3}", "", ["`ewc.fmax`", "`f_max`"]),
         ("ewc: {f_max: strong}", "", ["`ewc.f_max`", "a number"]),
@@ -195,8 +195,8 @@ def test_consolidation_is_switched_off_by_null(run_file):
         ("sft: 3", "", ["`sft` is 3", "a mapping or null"]),
         ("grpo: 3", "", ["`grpo` is 3", "a mapping or null"]),
         ("ppo_backend: mine", "", ["`ppo_backend` is 'mine'", "'trl'"]),
-        ("reward_funcs: 3", "", ["`reward_funcs` is 3", "a text or a list or null"]),
-        ("reward_funcs: [3]", "", ["`reward_funcs` is [3]", "a text or a list or null"]),
+        ("reward_funcs: 3", "", ["`reward_funcs` is 3", "a string or a list or null"]),
+        ("reward_funcs: [3]", "", ["`reward_funcs` is [3]", "a string or a list or null"]),
         ("peft: 16", "", ["`peft`", "a mapping"]),
         ("env: {A: [1]}", "", ["`env.A`"]),
         ("optimizer_state: keep", "", ["`optimizer_state`", "'carry'"]),

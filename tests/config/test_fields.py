@@ -17,7 +17,7 @@ class Colour(enum.Enum):
 
 @dataclass(kw_only=True)
 class Paint:
-    """A section: its class refuses negative coats, as hosts refuse combinations of values."""
+    """A section: its class refuses negative coats, as TRL refuses combinations of values."""
 
     colour: Colour = Colour.RED
     coats: int = 1
@@ -43,7 +43,7 @@ FITS = [
     (True, bool, True),
     (None, type(None), None),
     (None, int | None, None),
-    (None, Optional[int], None),  # noqa: UP045 - hosts write it so
+    (None, Optional[int], None),  # noqa: UP045 - as TRL writes it
     ("7", Optional[int], 7),  # noqa: UP045
     ("0.5", Union[int, float], 0.5),  # noqa: UP007
     ("5", int | float, 5),
@@ -71,7 +71,7 @@ FITS = [
 ]
 
 
-@pytest.mark.parametrize(("value", "hint", "expected"), FITS, ids=lambda each: str(each)[:30])
+@pytest.mark.parametrize(("value", "hint", "expected"), FITS, ids=lambda value: str(value)[:30])
 def test_a_value_that_fits_is_taken_and_a_number_may_be_text(value, hint, expected):
     found = convert(value, hint, "field")
     assert found == expected
@@ -79,18 +79,18 @@ def test_a_value_that_fits_is_taken_and_a_number_may_be_text(value, hint, expect
 
 
 DOES_NOT_FIT = [
-    (True, int, "a whole number"),
+    (True, int, "an integer"),
     (False, float, "a number"),
-    (True, int | None, "a whole number or null"),
+    (True, int | None, "an integer or null"),
     (1, bool, "true or false"),
     ("true", bool, "true or false"),
-    (1.5, int, "a whole number"),
-    ("1.5", int, "a whole number"),
-    ("1e3", int, "a whole number"),
+    (1.5, int, "an integer"),
+    ("1.5", int, "an integer"),
+    ("1e3", int, "an integer"),
     ("fast", float, "a number"),
     ("", float, "a number"),
-    (None, int, "a whole number"),
-    (3, str, "a text"),
+    (None, int, "an integer"),
+    (3, str, "a string"),
     ("step", Literal["no", "steps"], "one of 'no', 'steps'"),
     (["no"], Literal["no", "steps"], "one of 'no', 'steps'"),
     ("blue", Colour, "one of 'red'"),
@@ -103,7 +103,7 @@ DOES_NOT_FIT = [
 ]
 
 
-@pytest.mark.parametrize(("value", "hint", "kind"), DOES_NOT_FIT, ids=lambda each: str(each)[:30])
+@pytest.mark.parametrize(("value", "hint", "kind"), DOES_NOT_FIT, ids=lambda value: str(value)[:30])
 def test_a_value_of_another_type_is_refused_with_what_it_must_be(value, hint, kind):
     with pytest.raises(TypeError) as error:
         convert(value, hint, "paint.field")
@@ -130,7 +130,7 @@ def test_a_section_is_built_from_plain_values():
         ({"zzz": 1}, ValueError, "`paint.zzz` is not an option."),
         ({3: 1}, ValueError, "`paint.3` is not an option."),
         ({"inner": 1}, ValueError, "`paint.inner` is not an option."),
-        ({"coats": "two"}, TypeError, "`paint.coats` is 'two'; it must be a whole number."),
+        ({"coats": "two"}, TypeError, "`paint.coats` is 'two'; it must be an integer."),
         ({"coats": -1}, ValueError, "`paint.coats`: coats cannot be negative"),
         ({"gloss": 1}, ValueError, "`paint.gloss`: no mirrors"),
         ({"colour": "red"}, ValueError, "`paint.colour` cannot be set here: Set the house's."),
@@ -162,26 +162,26 @@ def test_a_class_whose_annotations_cannot_be_read_takes_any_value():
     assert build_section("own", unreadable, {"size": "large"}).size == "large"
 
 
-# --- the host's sections ---------------------------------------------------------------------------------------------
+# --- sections of TRL -------------------------------------------------------------------------------------------------
 
-HOSTS = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}
-each_host = pytest.mark.parametrize("section", HOSTS)
+TRL_CONFIGS = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}
+each_section = pytest.mark.parametrize("section", TRL_CONFIGS)
 
 
-@each_host
-def test_the_hosts_configuration_is_built_with_numbers_as_text(section, tmp_path):
+@each_section
+def test_a_configuration_of_trl_is_built_with_numbers_as_text(section, tmp_path):
     values = {"output_dir": str(tmp_path), "learning_rate": "1e-5", "max_steps": "7", "use_cpu": True, "bf16": False}
-    args = build_section(section, HOSTS[section], values)
+    args = build_section(section, TRL_CONFIGS[section], values)
     assert (args.learning_rate, args.max_steps) == (1e-5, 7)
 
 
-@each_host
+@each_section
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
         ({"learning_rte": 1e-5}, ValueError, r"^`{}\.learning_rte` is not an option\. Did you mean `learning_rate`\?"),
         ({"learning_rate": "fast"}, TypeError, r"^`{}\.learning_rate` is 'fast'; it must be a number"),
-        ({"max_steps": 1.5}, TypeError, r"^`{}\.max_steps` is 1\.5; it must be a whole number"),
+        ({"max_steps": 1.5}, TypeError, r"^`{}\.max_steps` is 1\.5; it must be an integer"),
         ({"bf16": "maybe"}, TypeError, r"^`{}\.bf16` is 'maybe'; it must be true or false"),
         ({"optim": "adamm"}, ValueError, r"^`{}\.optim`: .*adamm"),
         ({"lr_scheduler_type": "cosin"}, ValueError, r"^`{}\.lr_scheduler_type`: .*cosin"),
@@ -189,16 +189,18 @@ def test_the_hosts_configuration_is_built_with_numbers_as_text(section, tmp_path
     ],
     ids=["unknown", "text", "fraction", "boolean", "optimizer", "schedule", "strategy"],
 )
-def test_what_the_host_refuses_begins_with_the_section(section, values, error, message, tmp_path):
+def test_what_trl_refuses_begins_with_the_section(section, values, error, message, tmp_path):
     with pytest.raises(error, match=message.format(section)):
-        build_section(section, HOSTS[section], {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False} | values)
+        build_section(
+            section, TRL_CONFIGS[section], {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False} | values
+        )
 
 
-@pytest.mark.parametrize("config_class", [*HOSTS.values(), EWCConfig, HBATConfig])
+@pytest.mark.parametrize("config_class", [*TRL_CONFIGS.values(), EWCConfig, HBATConfig])
 def test_every_default_is_of_its_fields_type(config_class):
     hints = get_type_hints(config_class)
-    for each in dataclasses.fields(config_class):
-        if not each.init or (each.default is each.default_factory is dataclasses.MISSING):
+    for option in dataclasses.fields(config_class):
+        if not option.init or (option.default is option.default_factory is dataclasses.MISSING):
             continue
-        default = each.default if each.default is not dataclasses.MISSING else each.default_factory()
-        assert convert(default, hints[each.name], each.name) == default
+        default = option.default if option.default is not dataclasses.MISSING else option.default_factory()
+        assert convert(default, hints[option.name], option.name) == default

@@ -18,7 +18,7 @@ def test_defaults_are_valid_and_need_only_a_folder():
 
 @pytest.mark.parametrize("config_class", [EWCConfig, HBATConfig])
 def test_every_option_has_a_help_text(config_class):
-    assert all(each.metadata["help"].strip().endswith(".") for each in dataclasses.fields(config_class))
+    assert all(option.metadata["help"].strip().endswith(".") for option in dataclasses.fields(config_class))
 
 
 # --- EWC -------------------------------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ def test_every_option_has_a_help_text(config_class):
         ({"normalization": "maximum"}, r"`ewc\.normalization` is 'maximum'.* Did you mean `max`\?|'maximum', which"),
         ({"method": "proximate"}, r"`ewc\.method` is 'proximate'.* Did you mean `proximal`\?"),
         ({"estimator": "gbn"}, r"`ewc\.estimator` is 'gbn'.* Did you mean `gnb`\?"),
-        ({"f_max": -1}, r"`ewc\.f_max` is -1; it must be a number at least 0"),
+        ({"f_max": -1}, r"`ewc\.f_max` is -1; it must be a number of at least 0"),
         ({"f_max": math.nan}, r"`ewc\.f_max` is nan"),
         ({"f_max": "10"}, r"`ewc\.f_max` is '10'; it must be a number"),
         ({"f_max": True}, r"`ewc\.f_max` is True; it must be a number"),
@@ -41,10 +41,9 @@ def test_every_option_has_a_help_text(config_class):
         ({"freeze": 1.5}, r"`ewc\.freeze` is 1\.5; it must be a number between 0 and 1"),
         ({"freeze": 1.0}, r"`ewc\.freeze` is 1\.0; it must be below 1"),
         ({"freeze": 1}, r"`ewc\.freeze` is 1; it must be below 1"),
-        ({"fisher_samples": 0}, r"`ewc\.fisher_samples` is 0; it must be a .*number.* at least 1"),
-        ({"anchor_device": "cuda"}, r"`ewc\.anchor_device` is 'cuda', which is not one of 'model', 'cpu'"),
+        ({"fisher_samples": 0}, r"`ewc\.fisher_samples` is 0; it must be an integer of at least 1"),
         ({"fisher_batch_size": 0}, r"`ewc\.fisher_batch_size` is 0"),
-        ({"normalization": "softmax"}, r"softmax` runs over tensors but `ewc\.granularity` is 'element'"),
+        ({"normalization": "softmax"}, r"softmax` is taken over tensors, but `ewc\.granularity` is 'element'"),
         (
             {"preset": "authors", "freeze": 0.2},
             r"`ewc\.preset: authors` sets `ewc\.freeze` to 0\.0, but 0\.2 was given",
@@ -64,8 +63,7 @@ def test_the_authors_preset_sets_all_of_their_choices_and_keeps_the_strength():
 
 
 def test_the_help_of_the_authors_preset_says_all_that_it_sets():
-    fields = {each.name: each for each in dataclasses.fields(EWCConfig)}
-    text = fields["preset"].metadata["help"]
+    text = EWCConfig.__dataclass_fields__["preset"].metadata["help"]
     preset = EWCConfig(preset="authors")
     for name in ("source", "granularity", "normalization", "method"):
         assert f"`{name}: {getattr(preset, name)}`" in text
@@ -90,21 +88,21 @@ def test_any_number_in_range_is_accepted(f_max, freeze):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"output_dir": ""}, r"`output_dir` is ''; name a folder"),
-        ({"output_dir": 3}, r"`output_dir` is 3; name a folder"),
-        ({"num_rounds": 0}, r"`num_rounds` is 0; it must be a whole number of at least 1"),
-        ({"num_rounds": 2.0}, r"`num_rounds` is 2\.0; it must be a whole number"),
-        ({"num_rounds": True}, r"`num_rounds` is True; it must be a whole number"),
-        ({"keep_states": 0}, r"`keep_states` is 0; it must be a whole number of at least 1"),
-        ({"seed": -1}, r"`seed` is -1; it must be a whole number of at least 0"),
-        ({"seed": 0.5}, r"`seed` is 0\.5; it must be a whole number"),
-        ({"objectives": []}, r"`objectives` is \[\]; give a list such as"),
-        ({"objectives": "sft"}, r"`objectives` is 'sft'; give a list such as"),
-        ({"objectives": ["sft", "sft"]}, r"an objective can stand in a round only once"),
+        ({"output_dir": ""}, r"`output_dir` is ''; it must be the path of a directory"),
+        ({"output_dir": 3}, r"`output_dir` is 3; it must be the path of a directory"),
+        ({"num_rounds": 0}, r"`num_rounds` is 0; it must be an integer of at least 1"),
+        ({"num_rounds": 2.0}, r"`num_rounds` is 2\.0; it must be an integer"),
+        ({"num_rounds": True}, r"`num_rounds` is True; it must be an integer"),
+        ({"keep_states": 0}, r"`keep_states` is 0; it must be an integer of at least 1"),
+        ({"seed": -1}, r"`seed` is -1; it must be an integer of at least 0"),
+        ({"seed": 0.5}, r"`seed` is 0\.5; it must be an integer"),
+        ({"objectives": []}, r"`objectives` is \[\]; it must be a list such as"),
+        ({"objectives": "sft"}, r"`objectives` is 'sft'; it must be a list such as"),
+        ({"objectives": ["sft", "sft"]}, r"an objective can occur only once per round"),
         ({"optimizer_state": "keep"}, r"`optimizer_state` is 'keep', which is not one of 'reset', 'carry'"),
         ({"on_bad_rows": "dorp"}, r"`on_bad_rows` is 'dorp'.* Did you mean `drop`\?"),
         ({"on_nan": "rolback"}, r"`on_nan` is 'rolback', which is not one of 'stop', 'rollback'.* Did you mean"),
-        ({"max_rollbacks": -1}, r"`max_rollbacks` is -1; it must be a whole number of at least 0"),
+        ({"max_rollbacks": -1}, r"`max_rollbacks` is -1; it must be an integer of at least 0"),
         ({"lr_schedule": "stages"}, r"`lr_schedule` is 'stages'.* Did you mean `stage`\?"),
         ({"lr_schedule": {"dpo": "decline"}}, r"`lr_schedule` is 'decline'"),
         ({"lr_schedule": {"dop": "run"}}, r"`lr_schedule` names the objective 'dop'.* Did you mean `dpo`\?"),
@@ -121,7 +119,7 @@ def test_a_wrong_option_of_the_run_is_named_with_what_would_be_right(options, me
 
 
 def test_an_ewc_section_of_a_wrong_type_is_refused():
-    with pytest.raises(TypeError, match=r"`ewc` is a float; give a mapping, an EWCConfig or null"):
+    with pytest.raises(TypeError, match=r"`ewc` is a float; it must be a mapping, an `EWCConfig` or null"):
         HBATConfig(output_dir="run", ewc=10.0)
 
 
@@ -133,11 +131,11 @@ def test_the_ewc_section_may_be_a_mapping_an_object_or_nothing():
 
 def test_one_word_holds_for_all_objectives_and_a_mapping_for_those_it_names():
     config = HBATConfig(output_dir="run", lr_schedule="run", end_weight=0.5)
-    assert [config.lr_schedule_of(each) for each in ("sft", "dpo")] == ["run", "run"]
-    assert [config.end_weight_of(each) for each in ("sft", "dpo")] == [0.5, 0.5]
+    assert [config.lr_schedule_of(name) for name in ("sft", "dpo")] == ["run", "run"]
+    assert [config.end_weight_of(name) for name in ("sft", "dpo")] == [0.5, 0.5]
     config = HBATConfig(output_dir="run", lr_schedule={"dpo": "decay"}, end_weight={"sft": 0.25})
-    assert [config.lr_schedule_of(each) for each in ("sft", "dpo")] == ["stage", "decay"]
-    assert [config.end_weight_of(each) for each in ("sft", "dpo")] == [0.25, 1.0]
+    assert [config.lr_schedule_of(name) for name in ("sft", "dpo")] == ["stage", "decay"]
+    assert [config.end_weight_of(name) for name in ("sft", "dpo")] == [0.25, 1.0]
 
 
 def test_an_objective_of_ones_own_counts_by_its_name():

@@ -1,7 +1,5 @@
-"""Whatever a row or a configuration holds: its fault is named before anything is trained, or it is trained on."""
+"""Whatever a row holds: its fault is named before anything is trained, or it is trained on."""
 
-import dataclasses
-import functools
 import tempfile
 from pathlib import Path
 
@@ -11,36 +9,34 @@ import pytest
 import runs
 import trl
 from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from junk import fixed, one_line
 
-from hbat.cli.run_file import parse
-from hbat.cli.yaml import PlainYAMLError, load_yaml
-from hbat.config.ewc import EWCConfig
 from hbat.config.hbat import HBATConfig
 from hbat.data.check import check_dataset
 from hbat.data.load import DatasetError
-from hbat.objectives.built_in import build_sections, resolve
 from hbat.trainer import HBATTrainer
 
-#: The same examples in every run.
-fixed = functools.partial(
-    settings, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-)
+slow = pytest.mark.slow
+#: `make test-all` draws ten times as many rows.
+thoroughly = pytest.mark.parametrize("times", [1, pytest.param(10, marks=slow)])
 each_format = pytest.mark.parametrize(("objective", "form"), bad_rows.FORMATS)
 
-#: The least that a stage of each objective takes.
+#: Cheap stages of each objective.
 SECTIONS = {
     "ppo": {"rollout_batch_size": 2, "max_completion_length": 2},
     "grpo": {"num_generations": 2, "max_completion_length": 2},
 }
 OBJECTIVES = ["sft", "dpo", "ppo", "grpo"]
-if not any(each.__module__.startswith("trl.experimental") for each in trl.KTOTrainer.__mro__):
+if not any(base.__module__.startswith("trl.experimental") for base in trl.KTOTrainer.__mro__):
     OBJECTIVES.append("kto")
+#: The format of each objective that `make test` trains on.
+USUAL = {"sft": "messages", "dpo": "pair of texts", "kto": "judged text", "ppo": "messages", "grpo": "text"}
 
 
 def of_rows(*rows):
-    """A data set of these rows, or of the last alone, or None, where Arrow cannot hold them in one."""
+    """A data set of these rows, or of the last alone, or None if Arrow cannot hold them."""
     for several in (list(rows), [rows[-1]]):
         try:
             return Dataset.from_list(several)
@@ -49,20 +45,13 @@ def of_rows(*rows):
     return None
 
 
-def one_line(error, start):
-    message = str(error)
-    assert message.startswith(start)
-    assert "\n" not in message
-    assert len(message) < 2000
-    return message
-
-
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
+@thoroughly
 @each_format
-def test_good_rows_have_no_fault(objective, form):
-    @fixed(max_examples=40)
+def test_good_rows_have_no_fault(objective, form, times):
+    @fixed(max_examples=5 * times)
     @given(bad_rows.GOOD[objective][form])
     def check(row):
         assert list(bad_rows.CHECKS[objective](row)) == []
@@ -70,17 +59,18 @@ def test_good_rows_have_no_fault(objective, form):
     check()
 
 
+@thoroughly
 @each_format
-def test_a_fault_is_named_with_its_row_field_and_kind(objective, form):
+def test_a_fault_is_named_with_its_row_field_and_kind(objective, form, times):
     good = bad_rows.GOOD[objective][form]
 
-    @fixed(max_examples=40)
+    @fixed(max_examples=10 * times)
     @given(bad_rows.spoiled(objective, form), good)
     def check(bad, before):
         row, field, kinds = bad
         faults = bad_rows.CHECKS[objective]
         found = list(faults(row))
-        assert kinds & {each.kind for each in found}, found
+        assert kinds & {fault.kind for fault in found}, found
         data = of_rows(before, row)
         if data is None:
             return
@@ -91,20 +81,24 @@ def test_a_fault_is_named_with_its_row_field_and_kind(objective, form):
     check()
 
 
+@thoroughly
 @pytest.mark.parametrize("objective", bad_rows.GOOD)
-def test_no_row_confuses_its_check(objective):
-    @fixed(max_examples=200)
+def test_no_row_confuses_its_check(objective, times):
+    @fixed(max_examples=50 * times)
     @given(bad_rows.disturbed(objective))
     def check(row):
-        for each in bad_rows.CHECKS[objective](row):
-            assert each.kind
-            assert each.problem
+        for fault in bad_rows.CHECKS[objective](row):
+            assert fault.kind
+            assert fault.problem
 
     check()
 
 
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
 def lengths(completions, **columns):
-    return [float(len(str(each))) for each in completions]
+    return [float(len(str(completion))) for completion in completions]
 
 
 def trainer(objective, rows, folder):
@@ -143,11 +137,13 @@ def outcome(objective, rows):
         return "trained"
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_whatever_a_row_holds_it_is_refused_by_name_or_trained_on(objective):
+@pytest.mark.parametrize(
+    ("objective", "examples"), [("sft", 8), *(pytest.param(name, 20, marks=slow) for name in OBJECTIVES)]
+)
+def test_whatever_a_row_holds_it_is_refused_by_name_or_trained_on(objective, examples):
     found = set()
 
-    @fixed(max_examples=20)
+    @fixed(max_examples=examples)
     @given(bad_rows.disturbed(objective), st.one_of(*bad_rows.GOOD[objective].values()), st.booleans())
     def check(row, other, alone):
         rows = of_rows(row if alone else other, row, row, row)
@@ -158,9 +154,16 @@ def test_whatever_a_row_holds_it_is_refused_by_name_or_trained_on(objective):
     assert "refused" in found
 
 
-@pytest.mark.parametrize(("objective", "form"), [each for each in bad_rows.FORMATS if each[0] in OBJECTIVES])
+@pytest.mark.parametrize(
+    ("objective", "form"),
+    [
+        pytest.param(objective, form, marks=() if USUAL[objective] == form else slow)
+        for objective, form in bad_rows.FORMATS
+        if objective in OBJECTIVES
+    ],
+)
 def test_good_rows_of_every_format_are_trained_on(objective, form):
-    @fixed(max_examples=2)
+    @fixed(max_examples=1 if USUAL[objective] == form else 2)
     @given(st.lists(bad_rows.GOOD[objective][form], min_size=4, max_size=4))
     def check(rows):
         kto = objective == "kto" and "label" in rows[0]  # TRL needs good and bad ones
@@ -169,92 +172,3 @@ def test_good_rows_of_every_format_are_trained_on(objective, form):
         assert outcome(objective, Dataset.from_list(several)) == "trained"
 
     check()
-
-
-# --- configurations --------------------------------------------------------------------------------------------------
-
-JUNK = st.sampled_from([
-    None,
-    "",
-    "x",
-    True,
-    -1,
-    0,
-    10**400,
-    float("nan"),
-    float("inf"),
-    -0.5,
-    [],
-    {},
-    ["x"],
-    {"x": 1},
-    b"x",
-    "1e-3",
-    "no",
-])
-
-
-def fields(config_class, but=()):
-    return st.sampled_from([each.name for each in dataclasses.fields(config_class) if each.name not in but])
-
-
-def refused_or_taken(names, build):
-    message = names[0]
-    try:
-        build()
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        message = one_line(error, "")
-    assert any(each in message for each in names), message
-
-
-@fixed(max_examples=300)
-@given(fields(HBATConfig), JUNK)
-def test_any_value_of_the_runs_fields_is_taken_or_refused_by_name(key, value):
-    refused_or_taken([key], lambda: HBATConfig(**{"output_dir": "unused", key: value}))
-
-
-@fixed(max_examples=300)
-@given(fields(EWCConfig), JUNK)
-def test_any_value_of_a_field_of_ewc_is_taken_or_refused_by_name(key, value):
-    refused_or_taken([f"ewc.{key}"], lambda: HBATConfig(output_dir="unused", ewc={key: value}))
-
-
-@pytest.mark.filterwarnings("ignore")  # the host's, about values that it takes
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_any_value_of_a_field_of_the_host_is_taken_or_refused_by_name(objective):
-    @fixed(max_examples=300)
-    @given(fields(getattr(trl, f"{objective.upper()}Config")), JUNK)
-    def check(key, value):
-        config = HBATConfig(output_dir="unused", objectives=[objective], **{objective: runs.section() | {key: value}})
-        # What cuts a model over devices is named by its key alone; a host seldom names the key itself.
-        refused_or_taken([objective, key], lambda: build_sections(resolve(config), config))
-
-    check()
-
-
-@fixed(max_examples=300)
-@given(st.one_of(st.text(max_size=30), st.text("ab:{}[]&*!-,'\"\n #?|>%@`", max_size=30)))
-def test_any_text_is_plain_yaml_or_refused_in_one_line(text):
-    try:
-        load_yaml(text)
-    except PlainYAMLError as error:
-        one_line(error, "")
-
-
-@fixed(max_examples=150)
-@given(st.dictionaries(st.sampled_from(["datasets", "sft", "ewc", "peft", "env", "objectives", "num_round"]), JUNK))
-def test_any_run_file_is_taken_or_refused_in_one_line(values):
-    import yaml
-
-    required = {"model_name_or_path": "m", "output_dir": "o", "datasets": {"sft": "a.jsonl", "dpo": "b.jsonl"}}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "run.yaml")
-        plain = {key: None if isinstance(value, bytes) else value for key, value in values.items()}
-        try:
-            file.write_text(yaml.safe_dump(required | plain), encoding="utf-8")
-        except ValueError:  # Python writes no number of 400 digits
-            return
-        try:
-            parse(file)
-        except (ValueError, TypeError) as error:
-            one_line(error, "")

@@ -38,8 +38,8 @@ def test_an_empty_turn_is_named_with_its_row_and_field():
     ]
     rows[2]["messages"][1]["content"] = " "
     assert refusal(Dataset.from_list(rows), sft_faults) == (
-        f"{NAME}, row 2, field `messages[1].content`: the text is empty. It is the only one of 3. "
-        "Correct the data, or set `on_bad_rows: drop` to train without such rows."
+        f"{NAME}, row 2, field `messages[1].content`: the content is empty. Faulty rows: 1 of 3 (empty turn: 1). "
+        "Fix the data, or set `on_bad_rows: drop` to train without these rows."
     )
 
 
@@ -48,8 +48,8 @@ def test_all_faulty_rows_are_counted_by_kind():
     rows[7]["chosen"] = rows[1003]["chosen"] = ""
     rows[2400]["rejected"] = rows[2400]["chosen"]
     message = refusal(Dataset.from_list(rows))
-    assert f"{NAME}, row 7, field `chosen`: the text is empty. 3 of 2500 rows are faulty" in message
-    assert "(empty text: 2, identical pair: 1)" in message
+    assert f"{NAME}, row 7, field `chosen`: the text is empty." in message
+    assert "Faulty rows: 3 of 2500 (empty text: 2, identical pair: 1)." in message
 
 
 def test_faulty_rows_are_dropped_and_counted(caplog):
@@ -59,13 +59,13 @@ def test_faulty_rows_are_dropped_and_counted(caplog):
         kept = check(Dataset.from_list(rows), on_bad_rows="drop", num_rounds=4)
     assert kept["prompt"][:] == ["Question 0", "Question 2", "Question 3", "Question 4"]
     assert len(caplog.records) == 1
-    assert caplog.messages[0].startswith(f"{NAME}: 1 of 5 rows are faulty and left out (empty text: 1).")
+    assert caplog.messages[0].startswith(f"{NAME}: dropped 1 of 5 rows (empty text: 1). First: row 1, field `chosen`")
 
 
 def test_too_few_rows_left_after_dropping_are_refused():
     rows = pairs()
     rows[1]["chosen"] = ""
-    assert "without them 4 are left, but 5 are needed" in refusal(
+    assert "Without them 4 rows remain, but 5 are needed" in refusal(
         Dataset.from_list(rows), on_bad_rows="drop", num_rounds=5
     )
 
@@ -73,9 +73,9 @@ def test_too_few_rows_left_after_dropping_are_refused():
 @pytest.mark.parametrize(
     ("dataset", "advice"),
     [
-        (None, "is missing"),
-        (DatasetDict({"train": Dataset.from_list(pairs())}), "Did you mean dataset['train']?"),
-        (DatasetDict({"valid": Dataset.from_list(pairs())}), "Did you mean dataset['valid']?"),
+        (None, "is None; it must be a `datasets.Dataset`"),
+        (DatasetDict({"train": Dataset.from_list(pairs())}), "Did you mean `dataset['train']`?"),
+        (DatasetDict({"valid": Dataset.from_list(pairs())}), "Did you mean `dataset['valid']`?"),
         (IterableDataset.from_generator(pairs), "Load it without `streaming=True`"),
         (pairs(), "Dataset.from_list(rows)"),
         ("a/name", "is a str"),
@@ -88,10 +88,10 @@ def test_what_is_no_data_set_is_refused_with_advice(dataset, advice):
 
 
 def test_fewer_rows_than_rounds_are_refused():
-    message = refusal(Dataset.from_list(pairs(11)), num_rounds=3, rows_a_round=4)
-    assert "11 for 3 rounds; every round needs at least 4 rows, which its section sets" in message
+    message = refusal(Dataset.from_list(pairs(11)), num_rounds=3, rows_per_round=4)
+    assert "too few rows: 11 for 3 rounds; every round needs at least 4 rows (set by the batch sizes" in message
     message = refusal(Dataset.from_list(pairs(3)), num_rounds=4)
-    assert "3 for 4 rounds; every round needs at least one row" in message
+    assert "too few rows: 3 for 4 rounds; every round needs at least 1 row." in message
 
 
 def test_no_row_is_looked_at_without_a_check():
@@ -104,7 +104,7 @@ def test_a_missing_column_names_those_there_are_and_the_nearest():
     message = refusal(Dataset.from_list(rows), on_bad_rows="drop")
     assert "has no column `rejected`. Its columns: `prompt`, `chosen`, `rejectd`." in message
     assert "`rejectd`: Did you mean `rejected`?" in message
-    assert "Preference data has `prompt`, `chosen`, `rejected`; or" in message
+    assert "DPO expects `prompt`, `chosen`, `rejected`; or" in message
 
 
 def test_a_data_set_of_nothing_but_images_lacks_its_columns():
@@ -113,14 +113,14 @@ def test_a_data_set_of_nothing_but_images_lacks_its_columns():
 
 
 def test_tokenized_preference_data_is_refused():
-    assert "DPO takes no tokenized data (`input_ids`)" in refusal(Dataset.from_list([{"input_ids": [1, 2]}]))
+    assert "DPO does not accept tokenized data (`input_ids`)" in refusal(Dataset.from_list([{"input_ids": [1, 2]}]))
 
 
 def test_a_pair_that_reverses_an_earlier_one_names_it():
     rows = pairs()
     rows.append({"prompt": "Question 3", "chosen": "Bad 3", "rejected": "Good 3"})
     message = refusal(Dataset.from_list(rows))
-    assert f"{NAME}, row 5, field `chosen`: row 3 has the same pair with chosen and rejected swapped." in message
+    assert f"{NAME}, row 5, field `chosen`: row 3 is the same pair with chosen and rejected swapped." in message
     assert check(Dataset.from_list(rows), on_bad_rows="drop")["prompt"][:] == [f"Question {n}" for n in range(5)]
 
 
@@ -164,7 +164,7 @@ def test_column_types_that_differ_by_row_are_faults_of_rows(tmp_path):
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": true, "rejected": "c"}'
     )
     dataset = Dataset.from_json(str(file), cache_dir=str(tmp_path / "cache"))
-    assert "row 1, field `chosen`: True is neither text nor a list of messages." in refusal(dataset)
+    assert "row 1, field `chosen`: True is neither a string nor a list of messages." in refusal(dataset)
 
 
 def test_a_text_that_is_not_utf_8_is_refused(tmp_path):

@@ -1,5 +1,5 @@
 import pytest
-from messages import CALL, IMAGE, TOOL, assistant, user
+from messages import CALL, IMAGE, SYSTEM, TOOL, assistant, dialogue, user
 
 from hbat.data.formats import preference_faults, sft_faults
 
@@ -12,7 +12,7 @@ GOOD_SFT = [
     {"prompt": "The sky is", "completion": " blue."},
     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": " Hello"},
     {"prompt": [user()], "completion": [assistant()]},
-    {"prompt": [{"role": "system", "content": "Be brief."}, user()], "completion": [assistant()], "tools": None},
+    {"prompt": [SYSTEM, user()], "completion": [assistant()], "tools": None},
     {"prompt": [user(), CALL, TOOL], "completion": [assistant()]},
     {"messages": [user(), assistant(), user("And red?"), assistant()]},
     {"messages": [{"role": "developer", "content": "Be brief."}, user(), CALL, TOOL, TOOL, assistant()]},
@@ -127,10 +127,6 @@ def test_a_faulty_sft_row_is_named_by_kind_and_field(kind, field, row):
     assert [(fault.kind, fault.field) for fault in sft_faults(row)] == [(kind, field)]
 
 
-def dialogue(*texts):
-    return "".join(f"\n\n{('Human', 'Assistant')[at % 2]}: {text}" for at, text in enumerate(texts))
-
-
 FAULTY_PAIRS = [
     ("missing column", "rejected", {"prompt": "Hi", "chosen": "Hello"}),
     ("missing column", "chosen", {"input_ids": [1]}),
@@ -207,9 +203,9 @@ def test_a_text_column_of_another_name_is_checked():
 
 def test_a_turn_of_a_written_out_dialogue_is_named_by_its_number():
     row = {"chosen": dialogue("Hi", "Hello", "Bye", ""), "rejected": dialogue("Hi", "Hello", "Bye", "Bye")}
-    assert [fault.problem for fault in preference_faults(row)] == ["turn 4 in the text: the text is empty"]
+    assert [fault.problem for fault in preference_faults(row)] == ["turn 4 of the text: the content is empty"]
 
 
 def test_tokenized_preference_data_is_refused_with_the_reason():
     (fault,) = preference_faults({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]})
-    assert "DPO takes no tokenized data (`prompt_ids`)" in fault.problem
+    assert "DPO does not accept tokenized data (`prompt_ids`)" in fault.problem

@@ -80,7 +80,7 @@ def test_a_missing_file_is_named_with_the_nearest_in_its_folder(folder, file):
 
 
 def test_a_missing_folder_is_named():
-    assert "there is no file none/a.jsonl (nor is there a folder none)." in refusal("none/a.jsonl")
+    assert "there is no file none/a.jsonl (and no directory none)." in refusal("none/a.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_a_missing_folder_is_named():
         ("a.jsonl", b'{"a": 1}\n{"a": ', "(line 2 column"),
         ("a.json", b'[{"a": 1},\n{"a" 2}]', "(line 2 column 6)"),
         ("a.jsonl", b'{"a": 1}\n3\n', "line 2 is not a JSON object"),
-        ("a.jsonl", b'{"a": 1}\nnull\n', "line 2 is `null` and no JSON object"),
-        ("a.jsonl", b"null\n", "line 1 is `null` and no JSON object"),
-        ("a.jsonl.gz", gzip.compress(b"null\n", mtime=0), "line 1 is `null` and no JSON object"),
+        ("a.jsonl", b'{"a": 1}\nnull\n', "line 2 is `null`, not a JSON object"),
+        ("a.jsonl", b"null\n", "line 1 is `null`, not a JSON object"),
+        ("a.jsonl.gz", gzip.compress(b"null\n", mtime=0), "line 1 is `null`, not a JSON object"),
         ("a.json", b'[{"a": 1}, null]', "row 1 of its list is not a JSON object"),
         ("a.json", b"[null]", "row 0 of its list is not a JSON object"),
         ("a.json", b'[{"a": 1}, 3]', "row 1 of its list is not a JSON object"),
@@ -103,11 +103,11 @@ def test_a_missing_folder_is_named():
         ("a.jsonl", b"\n\n", "the file is empty"),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), "the file is empty"),
         ("a.jsonl", b"\xff\xfe{}", "can't decode byte 0xff"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": "hello"}\n' * 500, mtime=0)[:-30], "the compressed file is cut off"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": "hello"}\n' * 500, mtime=0)[:-30], "the compressed file is truncated"),
         ("a.jsonl.gz", b'{"a": 1}\n', "Not a gzipped file"),
         ("a.parquet", b"abc", "Parquet file size is 3 bytes"),
         ("a.csv", b"", "the file is empty"),
-        ("a.txt", b"abc", "is of no known kind; give .jsonl, .json, .csv, .parquet"),
+        ("a.txt", b"abc", "has an unsupported extension; expected .jsonl, .json, .csv, .parquet"),
     ],
 )
 def test_an_unreadable_file_is_named_with_its_problem(folder, file, content, problem):
@@ -130,7 +130,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(source):
 
 @pytest.mark.parametrize("source", ["no such thing", "a/b/c"])
 def test_what_is_neither_a_file_nor_a_name_is_refused(source):
-    assert "neither a file that exists nor the name of a data set" in refusal(source)
+    assert "neither an existing file nor a name on the Hugging Face Hub" in refusal(source)
 
 
 def test_a_hub_name_goes_to_the_hub_with_its_options(monkeypatch):
@@ -160,7 +160,7 @@ def test_a_split_that_is_not_there_is_named(folder):
         ({}, "has no `path`"),
         ({"split": "train"}, "has no `path`"),
         ({"path": "a/b", "splitt": "train"}, "Did you mean `split`?"),
-        ({"path": "a.jsonl", "revision": "main"}, "`revision` has no meaning for the file a.jsonl"),
+        ({"path": "a.jsonl", "revision": "main"}, "`revision` does not apply to the file a.jsonl"),
     ],
 )
 def test_a_source_that_cannot_be_meant_is_refused(source, problem):

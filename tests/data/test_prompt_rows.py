@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset
-from messages import CALL, IMAGE, TOOL, assistant, user
+from messages import CALL, IMAGE, SYSTEM, TOOL, assistant, user
 
 from hbat.data.check import check_dataset
 from hbat.data.formats import kto_faults, prompt_faults
@@ -15,7 +15,7 @@ GOOD_PROMPTS = [
     {"prompt": "\n\nHuman: Hi\n\nAssistant: It is"},
     {"prompt": [user()]},
     {"prompt": [user(), assistant(), user("And red?")]},
-    {"prompt": [{"role": "system", "content": "Be brief."}, user()]},
+    {"prompt": [SYSTEM, user()]},
     {"prompt": [user(), CALL, TOOL]},
     {"prompt": [IMAGE], "images": []},
 ]
@@ -78,18 +78,18 @@ FAULTY_KTO = [
 
 @pytest.mark.parametrize(("kind", "field", "row"), FAULTY_PROMPTS)
 def test_what_is_wrong_with_a_prompt_is_named_with_its_field(kind, field, row):
-    assert (kind, field) in [(each.kind, each.field) for each in prompt_faults(row)]
+    assert (kind, field) in [(fault.kind, fault.field) for fault in prompt_faults(row)]
 
 
 @pytest.mark.parametrize(("kind", "field", "row"), FAULTY_KTO)
 def test_what_is_wrong_with_a_row_of_kto_is_named_with_its_field(kind, field, row):
-    assert (kind, field) in [(each.kind, each.field) for each in kto_faults(row)]
+    assert (kind, field) in [(fault.kind, fault.field) for fault in kto_faults(row)]
 
 
 def test_the_message_about_a_data_set_says_what_it_needs():
     rows = Dataset.from_list([{"messages": [user()]}])
-    with pytest.raises(DatasetError, match=r"no column `prompt`.*Data of an online objective has `prompt`"):
+    with pytest.raises(DatasetError, match=r"no column `prompt`.*Online objectives expect `prompt`"):
         check_dataset(rows, name="data", faults=prompt_faults)
     rows = Dataset.from_list([{"prompt": "a", "completion": "b", "rating": True}])
-    with pytest.raises(DatasetError, match=r"no column `label`.*KTO data has `prompt`, `completion`, `label`; or"):
+    with pytest.raises(DatasetError, match=r"no column `label`.*KTO expects `prompt`, `completion`, `label`; or"):
         check_dataset(rows, name="data", faults=kto_faults)

@@ -1,9 +1,7 @@
-"""Rows as they stand in public data sets: the faulty ones are refused, the clean ones pass."""
+"""Rows of public data sets: the faulty ones are refused, the clean ones pass."""
 
 import gzip
 import json
-import os
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -12,14 +10,20 @@ from hbat.data.check import check_dataset, search
 from hbat.data.formats import preference_faults, sft_faults
 from hbat.data.load import DatasetError
 
-DATA = Path(os.environ.get("HBAT_SHARED_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
+#: The test files, or with `make test-all` the larger training files as well.
+each_size = pytest.mark.parametrize("size", ["test", pytest.param("train", marks=pytest.mark.slow)])
 
 
 def read(path):
-    if not DATA.is_dir():
-        pytest.skip("the data samples are not here; HBAT_SHARED_DATA names their folder")
-    with gzip.open(DATA / path, "rt", encoding="utf-8") as lines:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def faulty(shared_data):
+    """Faulty rows of one public data set, as `{"source": ..., "kind": ..., "row": ...}`."""
+    rows = read(shared_data / "malformed" / "real_rows.jsonl.gz")
+    return lambda *sources: [entry for entry in rows if entry["source"] in sources]
 
 
 def refusal(rows, faults):
@@ -29,18 +33,17 @@ def refusal(rows, faults):
     return {fault.kind for row in rows for fault in faults(row)} | set(search(Dataset.from_list(rows), faults).kinds)
 
 
-def test_faulty_rows_with_their_own_columns_are_refused():
-    for each in read("malformed/real_rows.jsonl.gz"):
-        if each["source"] in {"hh_helpful", "pandalm"}:
-            rows = each["row"] if isinstance(each["row"], list) else [each["row"]]
-            with pytest.raises(DatasetError, match="has no column `chosen`"):
-                check_dataset(Dataset.from_list(rows), name="train_dataset['it']", faults=preference_faults)
+def test_faulty_rows_with_their_own_columns_are_refused(faulty):
+    for entry in faulty("hh_helpful", "pandalm"):
+        rows = entry["row"] if isinstance(entry["row"], list) else [entry["row"]]
+        with pytest.raises(DatasetError, match="has no column `chosen`"):
+            check_dataset(Dataset.from_list(rows), name="train_dataset['it']", faults=preference_faults)
 
 
-def test_faulty_rows_with_a_text_column_are_refused_where_the_text_shows_it():
-    for each in read("malformed/real_rows.jsonl.gz"):
-        if each["source"] == "hh_helpful" and each["kind"] != "reply has the same role as its parent":
-            assert refusal([each["row"]], sft_faults) == {"role marker"}
+def test_faulty_rows_with_a_text_column_are_refused_where_the_text_shows_it(faulty):
+    for entry in faulty("hh_helpful"):
+        if entry["kind"] != "reply has the same role as its parent":
+            assert refusal([entry["row"]], sft_faults) == {"role marker"}
 
 
 def turns_of(text):
@@ -63,15 +66,14 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("convert", [str, turns_of])
-def test_faulty_dialogues_of_hh_harmless_are_refused(convert):
-    for each in read("malformed/real_rows.jsonl.gz"):
-        if each["source"] == "hh_harmless":
-            row = {side: convert(each["row"][side]) for side in ("chosen", "rejected")}
-            side, _, kind = each["kind"].rpartition(": ")
-            kinds = refusal([row], preference_faults)
-            # The source's count takes "Human:" glued into a turn for the next turn; here it is the marker that it is.
-            accepted = {HARMLESS[kind]} | ({"role marker"} if kind.startswith("two turns") else set())
-            assert kinds & accepted, (side, kind, kinds)
+def test_faulty_dialogues_of_hh_harmless_are_refused(convert, faulty):
+    for entry in faulty("hh_harmless"):
+        row = {side: convert(entry["row"][side]) for side in ("chosen", "rejected")}
+        side, _, kind = entry["kind"].rpartition(": ")
+        kinds = refusal([row], preference_faults)
+        # The source counts "Human:" glued into a turn as the next turn; here it is a marker.
+        accepted = {HARMLESS[kind]} | ({"role marker"} if kind.startswith("two turns") else set())
+        assert kinds & accepted, (side, kind, kinds)
 
 
 HELPFUL = {
@@ -82,71 +84,68 @@ HELPFUL = {
 
 
 @pytest.mark.parametrize("prefix", ["", "Assistant:"])
-def test_faulty_threads_of_hh_helpful_are_refused(prefix):
-    for each in read("malformed/real_rows.jsonl.gz"):
-        if each["source"] == "hh_helpful":
-            thread = each["row"] if isinstance(each["row"], list) else [each["row"]]
-            turns = [{"role": one["role"], "content": one["text"].removeprefix(prefix).strip()} for one in thread]
-            row = {"messages": [{"role": "user", "content": "Hello"}, *turns]}
-            assert refusal([row], sft_faults) & HELPFUL[each["kind"]]
+def test_faulty_threads_of_hh_helpful_are_refused(prefix, faulty):
+    for entry in faulty("hh_helpful"):
+        thread = entry["row"] if isinstance(entry["row"], list) else [entry["row"]]
+        turns = [{"role": turn["role"], "content": turn["text"].removeprefix(prefix).strip()} for turn in thread]
+        row = {"messages": [{"role": "user", "content": "Hello"}, *turns]}
+        assert refusal([row], sft_faults) & HELPFUL[entry["kind"]]
+
+
+PANDALM = {"a response is empty": {"empty turn", "empty text"}, "a text field is not a string": {"not text"}}
 
 
 @pytest.mark.parametrize("as_messages", [True, False])
-def test_faulty_answers_of_pandalm_are_refused(as_messages):
+def test_faulty_answers_of_pandalm_are_refused(as_messages, faulty):
     def answer(text):
         return [{"role": "assistant", "content": text}] if as_messages else text
 
-    for each in read("malformed/real_rows.jsonl.gz"):
-        if each["source"] == "pandalm":
-            raw = each["row"]
-            question = f"{raw['instruction']}\n\n{raw['input']}"
-            prompt = [{"role": "user", "content": question}] if as_messages else question
-            row = {"prompt": prompt, "chosen": answer(raw["response1"]), "rejected": answer(raw["response2"])}
-            expected = {
-                "a response is empty": {"empty turn", "empty text"},
-                "a text field is not a string": {"not text"},
-            }
-            kinds = {fault.kind for fault in preference_faults(row)}
-            assert kinds & expected[each["kind"]]
+    for entry in faulty("pandalm"):
+        raw = entry["row"]
+        question = f"{raw['instruction']}\n\n{raw['input']}"
+        prompt = [{"role": "user", "content": question}] if as_messages else question
+        row = {"prompt": prompt, "chosen": answer(raw["response1"]), "rejected": answer(raw["response2"])}
+        assert {fault.kind for fault in preference_faults(row)} & PANDALM[entry["kind"]]
 
 
-def test_a_pair_that_differs_in_capitals_is_refused():
-    rows = [each["row"] for each in read("malformed/real_rows.jsonl.gz") if each["source"] == "llmbar"]
+def test_a_pair_that_differs_in_capitals_is_refused(faulty):
+    rows = [entry["row"] for entry in faulty("llmbar")]
     assert refusal(rows, preference_faults) == {"nearly identical pair"}
 
 
-def test_every_reversed_pair_is_refused():
-    clean = read("preference/ukpconvarg_train.jsonl.gz") + read("preference/ukpconvarg_test.jsonl.gz")
+def test_every_reversed_pair_is_refused(faulty, shared_data):
+    clean = [row for size in ("train", "test") for row in read(shared_data / f"preference/ukpconvarg_{size}.jsonl.gz")]
     known = {json.dumps(row) for row in clean}
-    reversed_rows = [each["row"] for each in read("malformed/real_rows.jsonl.gz") if each["source"] == "ukpconvarg"]
-    for row in reversed_rows:
-        other = {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]}
-        rows = [row] if json.dumps(other) in known else [other, row]
-        found = search(Dataset.from_list(clean + rows), preference_faults)
-        assert found.rows == [len(clean) + len(rows) - 1]
-        assert set(found.kinds) == {"reversed pair"}
+    reversed_rows = [entry["row"] for entry in faulty("ukpconvarg")]
+    others = [{"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in reversed_rows]
+    rows = [other for other in others if json.dumps(other) not in known]
+    rows += [row for row in clean if row in others]
+    assert len(rows) >= len(others)
+    found = search(Dataset.from_list(rows + reversed_rows), preference_faults)
+    assert found.rows == list(range(len(rows), len(rows) + len(reversed_rows)))
+    assert set(found.kinds) == {"reversed pair"}
 
 
-def samples(kind):
-    found = [
-        path for folder in ("preference", "sft", "summarisation") for path in sorted((DATA / folder).glob("*.gz"))
-    ]
-    return [str(path.relative_to(DATA)) for path in found if ("preference" in str(path.relative_to(DATA))) == kind]
-
-
-def test_clean_instructions_have_no_fault():
-    read("malformed/real_rows.jsonl.gz")
-    for path in samples(kind=False):
-        rows = read(path)
+@each_size
+def test_clean_instructions_have_no_fault(size, shared_data):
+    files = [*shared_data.glob(f"sft/*_{size}.jsonl.gz"), *shared_data.glob(f"summarisation/*_sft_{size}.jsonl.gz")]
+    assert len(files) > 5
+    for file in files:
+        rows = read(file)
         whole = [{"messages": row["prompt"] + row["completion"]} for row in rows]
-        assert not search(Dataset.from_list(rows), sft_faults).rows, path
-        assert not search(Dataset.from_list(whole), sft_faults).rows, path
+        assert not search(Dataset.from_list(rows), sft_faults).rows, file
+        assert not search(Dataset.from_list(whole), sft_faults).rows, file
 
 
-def test_clean_pairs_have_no_fault():
-    read("malformed/real_rows.jsonl.gz")
-    for path in samples(kind=True):
-        rows = read(path)
+@each_size
+def test_clean_pairs_have_no_fault(size, shared_data):
+    files = [
+        *shared_data.glob(f"preference/*_{size}.jsonl.gz"),
+        *shared_data.glob(f"summarisation/*_preference_{size}.jsonl.gz"),
+    ]
+    assert len(files) > 5
+    for file in files:
+        rows = read(file)
         implicit = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
-        assert not search(Dataset.from_list(rows), preference_faults).rows, path
-        assert not search(Dataset.from_list(implicit), preference_faults).rows, path
+        assert not search(Dataset.from_list(rows), preference_faults).rows, file
+        assert not search(Dataset.from_list(implicit), preference_faults).rows, file

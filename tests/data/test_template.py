@@ -6,6 +6,7 @@ import cases
 import pytest
 import runs
 from datasets import Dataset
+from messages import SYSTEM, assistant, user
 
 from hbat.config.hbat import HBATConfig
 from hbat.data.formats import kto_faults, preference_faults, prompt_faults, sft_faults
@@ -13,16 +14,6 @@ from hbat.data.load import DatasetError
 from hbat.data.template import row_fit
 from hbat.trainer import HBATTrainer
 
-
-def user(text="Why?"):
-    return {"role": "user", "content": text}
-
-
-def assistant(text="So."):
-    return {"role": "assistant", "content": text}
-
-
-SYSTEM = {"role": "system", "content": "Be brief."}
 TOOL = {"role": "tool", "content": "3"}
 
 
@@ -37,7 +28,7 @@ def check_of(row):
 
 def faults(row, tokenizer=None, vocabulary=cases.VOCABULARY_SIZE):
     fit = row_fit(check_of(row), tokenizer or cases.strict_tokenizer(), vocabulary)
-    return [(each.kind, each.field) for each in fit(row)]
+    return [(fault.kind, fault.field) for fault in fit(row)]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +69,7 @@ def test_a_conversation_that_the_template_refuses_is_named(field, row):
     assert faults(row) == [("template", field)]
 
 
-def test_parts_of_a_message_are_refused_where_the_template_takes_only_text():
+def test_content_blocks_are_refused_where_the_template_takes_only_text():
     row = {"messages": [user([{"type": "text", "text": "Hi"}]), assistant()]}
     assert faults(row, cases.tiny_tokenizer()) == [("template", "messages")]
 
@@ -111,7 +102,7 @@ def test_a_template_is_tried_once_for_each_order_of_roles():
     assert tokenizer.calls == 2
 
 
-def test_only_data_sets_with_messages_or_tokens_are_gone_through():
+def test_only_data_sets_with_messages_or_tokens_are_checked():
     check = row_fit(sft_faults, cases.tiny_tokenizer(), 10)
     assert not check.concerns(cases.sft_rows(2))
     assert check.concerns(cases.sft_rows(2, conversational=True))
@@ -147,7 +138,7 @@ ROWS = [{"messages": [user(), assistant()]} for _ in range(9)] + [{"messages": [
 
 def test_a_row_late_in_the_data_is_named_before_anything_is_trained(tmp_path):
     expected = (
-        r"^train_dataset\['sft'\], row 9, field `messages`: the tokenizer's chat template refuses it: .*System role"
+        r"^train_dataset\['sft'\], row 9, field `messages`: the tokenizer's chat template rejects it: .*System role"
     )
     with pytest.raises(DatasetError, match=expected):
         build(ROWS, tmp_path / "out")
@@ -158,11 +149,11 @@ def test_such_rows_are_dropped_and_counted_where_that_is_asked_for(tmp_path, cap
     with caplog.at_level(logging.WARNING, logger="hbat"):
         trainer = build(ROWS, tmp_path / "out", on_bad_rows="drop")
     assert len(trainer.train_dataset["sft"]) == 9
-    assert "train_dataset['sft']: 1 of 10 rows are faulty and left out (template: 1)." in caplog.text
+    assert "train_dataset['sft']: dropped 1 of 10 rows (template: 1)." in caplog.text
 
 
 def test_a_token_beyond_the_vocabulary_is_named_before_anything_is_trained(tmp_path):
-    with pytest.raises(DatasetError, match=r"row 1, field `input_ids\[0\]`: the model has no token 5000; it has 261"):
+    with pytest.raises(DatasetError, match=r"row 1, field `input_ids\[0\]`: the model has no token 5000"):
         build([{"input_ids": [1, 2]}, {"input_ids": [5000]}], tmp_path / "out")
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from hbat.ewc import kernels as foreach
-from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty
+from hbat.ewc import kernels
+from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, proximal_step_
 
 SHAPES = {f"matrix {index}": torch.empty(6, 4) for index in range(5)} | {
     "vector": torch.empty(9),
@@ -14,125 +14,92 @@ SHAPES = {f"matrix {index}": torch.empty(6, 4) for index in range(5)} | {
     "empty": torch.empty(0, 3),
 }
 
-KINDS = ["element", "scalar", "number", "mixed"]
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
-
-def build(kind, seed=0):
-    """Parameters with gradients, an anchor nearby and an importance; `mixed` has some of every kind."""
-    anchor, step, gradient, weights = (cases.random_like(SHAPES, seed + each, std=1.0) for each in range(4))
-    parameters = {name: nn.Parameter(each + 0.1 * step[name]) for name, each in anchor.items()}
-    for name, each in parameters.items():
-        each.grad = gradient[name]
+def build(seed=0):
+    """Parameters with gradients, an anchor nearby, and importance of every kind in turn."""
+    anchor, step, gradient, weights = (cases.random_like(SHAPES, seed + offset, std=1.0) for offset in range(4))
+    parameters = {name: nn.Parameter(start + 0.1 * step[name]) for name, start in anchor.items()}
     importance = {}
-    for index, (name, each) in enumerate(weights.items()):
-        own = KINDS[index % 3] if kind == "mixed" else kind
-        mean = torch.tensor(0.1 * (index + 1))
-        importance[name] = {"element": each.abs(), "scalar": mean, "number": float(mean)}[own]
+    for index, (name, parameter) in enumerate(parameters.items()):
+        parameter.grad = gradient[name]
+        importance[name] = [weights[name].abs(), torch.tensor(0.1 * (index + 1)), 0.1 * (index + 1)][index % 3]
     return parameters, anchor, importance
 
 
-@pytest.fixture(params=[1 << 18, 1, 30, 48], ids="batch of {}".format)
-def _batch(request, monkeypatch):
-    """Sizes of a batch: all tensors, each on its own, sizes that cut between tensors."""
-    monkeypatch.setattr(foreach, "_CPU_BATCH", request.param)
+@pytest.mark.parametrize("size", [1 << 18, 1, 30, 48])
+def test_batches_hold_every_element_once_with_what_belongs_to_it(size, monkeypatch):
+    monkeypatch.setattr(kernels, "_CPU_BATCH", size)
+    parameters, anchor, importance = build()
+    found = {name: [] for name in SHAPES}
+    for batch in kernels.batches(parameters, anchor, importance, with_gradient=True):
+        assert sum(difference.numel() for difference in batch.differences) <= size
+        assert len({isinstance(weight, torch.Tensor) for weight in batch.importances}) == 1
+        columns = (batch.parameters, batch.anchors, batch.gradients, batch.importances, batch.differences)
+        for name, *own in zip(batch.names, *columns, strict=True):
+            found[name].append([torch.as_tensor(value).expand(own[0].shape).reshape(-1) for value in own])
+    for name, parameter in parameters.items():
+        values = [torch.cat(pieces) for pieces in zip(*found[name], strict=True)]
+        weight = torch.as_tensor(importance[name]).expand(parameter.shape)
+        expected = [parameter.detach(), anchor[name], parameter.grad, weight, parameter.detach() - anchor[name]]
+        assert all(torch.equal(value, whole.reshape(-1)) for value, whole in zip(values, expected, strict=True))
 
 
-@every_kind
-@pytest.mark.usefixtures("_batch")
-def test_small_tensors_get_the_gradient_of_the_block_loop(kind, monkeypatch):
-    parameters, anchor, importance = build(kind)
-    blocks = build(kind)[0]
-    assert foreach.add_small_pulls_(parameters, anchor, importance, 2.0 * 0.7 * 8.0) == {}
-    monkeypatch.setattr(foreach, "_SMALL", 0)
-    add_penalty_gradient_(blocks, anchor, importance, strength=0.7, scale=8.0)
-    for name, each in parameters.items():
-        torch.testing.assert_close(each.grad, blocks[name].grad, rtol=3e-7, atol=1e-6)
-        if isinstance(importance[name], torch.Tensor) and importance[name].dim() > 0:
-            assert torch.equal(each.grad, blocks[name].grad)
+def test_small_tensors_share_a_batch():
+    parameters, anchor, _ = build()
+    (batch,) = kernels.batches(parameters, anchor, dict.fromkeys(SHAPES, 1.0), with_gradient=False)
+    assert batch.names == list(SHAPES)
 
 
-@every_kind
-@pytest.mark.usefixtures("_batch")
-def test_small_tensors_get_the_gradient_of_autograd(kind):
-    parameters, anchor, importance = build(kind)
-    before = {name: each.grad.clone() for name, each in parameters.items()}
+def test_tensors_without_a_gradient_are_skipped_if_gradients_are_requested():
+    parameters, anchor, importance = build()
+    parameters["vector"].grad = None
+    names = [
+        {name for batch in kernels.batches(parameters, anchor, importance, with_gradient=flag) for name in batch.names}
+        for flag in (True, False)
+    ]
+    assert names == [SHAPES.keys() - {"vector"}, SHAPES.keys()]
+
+
+def test_differences_and_gradients_of_any_precision_are_computed_in_float32():
+    parameters, anchor, importance = build()
+    for index, dtype in enumerate((torch.bfloat16, torch.float64)):
+        changed = nn.Parameter(parameters[f"matrix {index}"].detach().to(dtype))
+        changed.grad = parameters[f"matrix {index}"].grad.to(dtype)
+        parameters[f"matrix {index}"] = changed
+    anchor["matrix 2"] = anchor["matrix 2"].bfloat16()
+    importance["matrix 0"], importance["matrix 3"] = importance["matrix 0"].bfloat16(), importance["matrix 3"].double()
+    before = {name: parameter.grad.clone() for name, parameter in parameters.items()}
     pull = torch.autograd.grad(0.7 * ewc_penalty(parameters, anchor, importance), list(parameters.values()))
     add_penalty_gradient_(parameters, anchor, importance, strength=0.7)
-    for (name, each), own in zip(parameters.items(), pull, strict=True):
-        np.testing.assert_allclose(
-            oracle.array(each.grad), oracle.array(before[name]) + oracle.array(own), rtol=1e-6, atol=1e-6
-        )
+    for (name, parameter), own in zip(parameters.items(), pull, strict=True):
+        assert parameter.grad.dtype == parameter.dtype
+        rounding = 2.0**-8 if parameter.dtype == torch.bfloat16 else 1e-6
+        expected = oracle.array(before[name]) + oracle.array(own)
+        np.testing.assert_allclose(oracle.array(parameter.grad), expected, rtol=rounding, atol=rounding)
 
 
-@every_kind
-def test_only_gradients_change(kind):
-    parameters, anchor, importance = build(kind)
-    add_penalty_gradient_(parameters, anchor, importance)
-    again = build(kind)
-    for found, expected in zip((parameters, anchor, importance), again, strict=True):
-        assert all(torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name])) for name in SHAPES)
-
-
-@pytest.mark.parametrize("changed", ["parameter", "anchor", "gradient", "importance", "shape of the anchor", "large"])
-def test_what_is_not_float32_of_one_shape_and_small_is_left_to_the_block_loop(changed, monkeypatch):
-    parameters, anchor, importance = build("element")
-    name, before = "vector", build("element")[0]["vector"].grad
-    if changed == "parameter":
-        parameters[name] = nn.Parameter(parameters[name].detach().bfloat16())
-        parameters[name].grad = before.bfloat16()
-    elif changed == "gradient":
-        parameters[name] = nn.Parameter(parameters[name].detach().double())
-        parameters[name].grad = before.double()
-    elif changed == "anchor":
-        anchor[name] = anchor[name].bfloat16()
-    elif changed == "importance":
-        importance[name] = importance[name].double()
-    elif changed == "shape of the anchor":
-        anchor[name] = anchor[name].view(3, 3)
-    else:
-        monkeypatch.setattr(foreach, "_SMALL", 9)
-    untouched = parameters[name].grad.clone()
-    left = foreach.add_small_pulls_(parameters, anchor, importance, 2.0)
-    assert name in left
-    assert "scalar" not in left
-    assert torch.equal(parameters[name].grad, untouched)
-
-
-def test_tensors_without_a_gradient_are_neither_changed_nor_left():
-    parameters, anchor, importance = build("element")
-    parameters["vector"].grad = None
-    assert foreach.add_small_pulls_(parameters, anchor, importance, 2.0) == {}
-    assert parameters["vector"].grad is None
-
-
-def test_a_small_tensor_that_is_not_contiguous_is_refused_as_a_large_one_is():
-    weight = nn.Parameter(torch.zeros(3, 4))
+@pytest.mark.parametrize("size", [12, 5])
+def test_tensors_need_not_be_contiguous(size, monkeypatch):
+    monkeypatch.setattr(kernels, "_CPU_BATCH", size)
+    weight = nn.Parameter(torch.ones(4, 3).t())
     weight.grad = torch.zeros(4, 3).t()
-    assert list(foreach.add_small_pulls_({"w": weight}, {"w": torch.zeros(3, 4)}, {"w": 1.0}, 2.0)) == ["w"]
-    with pytest.raises(ValueError, match="not contiguous"):
-        add_penalty_gradient_({"w": weight}, {"w": torch.zeros(3, 4)}, {"w": 1.0})
+    anchor, importance = torch.zeros(3, 4), torch.arange(12.0).view(3, 4)
+    measured = add_penalty_gradient_({"w": weight}, {"w": anchor}, {"w": importance}, measure=True)
+    assert float(measured.penalty) == 66.0
+    assert torch.equal(weight.grad, 2.0 * importance)
+    proximal_step_({"w": weight}, {"w": anchor}, {"w": importance}, strength=1.0, learning_rates={"w": 0.5})
+    assert torch.equal(weight.detach(), 1.0 / (1.0 + importance))
 
 
-@every_kind
-def test_scratch_memory_is_one_batch(kind, monkeypatch):
-    made = []
-    subtract = torch._foreach_sub  # noqa: SLF001 - torch has no public name for it
-
-    def record(*args):
-        made.append(subtract(*args))
-        return made[-1]
-
-    monkeypatch.setattr(torch, "_foreach_sub", record)
-    monkeypatch.setattr(foreach, "_CPU_BATCH", 48)
-    add_penalty_gradient_(*build(kind))
-    assert len(made) > 1
-    assert max(sum(each.numel() for each in batch) for batch in made) <= 48
-
-
-@every_kind
-def test_what_is_added_does_not_depend_on_whether_the_step_is_measured(kind):
-    (plain, anchor, importance), measured = build(kind), build(kind)[0]
+def test_what_is_added_does_not_depend_on_whether_the_step_is_measured():
+    (plain, anchor, importance), (measured, _, _) = build(), build()
     add_penalty_gradient_(plain, anchor, importance, strength=0.7)
     assert add_penalty_gradient_(measured, anchor, importance, strength=0.7, measure=True) is not None
     assert all(torch.equal(plain[name].grad, measured[name].grad) for name in SHAPES)
+
+
+def test_only_gradients_change():
+    parameters, anchor, importance = build()
+    add_penalty_gradient_(parameters, anchor, importance)
+    for found, expected in zip((parameters, anchor, importance), build(), strict=True):
+        assert all(torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name])) for name in SHAPES)

@@ -19,6 +19,18 @@ def test_fields_become_the_hosts_configuration(tmp_path):
     assert (args.learning_rate, args.max_length, args.report_to) == (3e-4, 20, [])
 
 
+@pytest.mark.parametrize("none", ["none", ["none"]])
+def test_a_section_may_say_that_its_stages_report_to_none(none, tmp_path):
+    args = objective(runs.section(report_to=none)).base_args(str(tmp_path))
+    assert args.report_to == []
+
+
+@pytest.mark.parametrize("reporter", ["wandb", "all", ["none", "wandb"], None])
+def test_a_section_may_not_name_reporters_of_its_own(reporter, tmp_path):
+    with pytest.raises(ValueError, match=r"`mine\.report_to` cannot be set here: .*Set the run's `report_to`"):
+        objective({"report_to": reporter}).base_args(str(tmp_path))
+
+
 def test_a_ready_configuration_is_taken_as_it_is(tmp_path):
     ready = trl.SFTConfig(output_dir=str(tmp_path), report_to="none", **runs.section())
     assert objective(ready).base_args("elsewhere") is ready

@@ -74,7 +74,7 @@ def test_the_column_of_text_that_is_configured_is_the_one_checked(ready, tmp_pat
     faults = sft(config).faults
     good = Dataset.from_list([{"content": "Some text."}])
     assert check_dataset(good, name="data", faults=faults) is good
-    with pytest.raises(DatasetError, match=r"has no column `content`.*SFT data has `content`; `messages`"):
+    with pytest.raises(DatasetError, match=r"has no column `content`.*SFT expects `content`; `messages`"):
         check_dataset(Dataset.from_list([{"text": "Some text."}]), name="data", faults=faults)
 
 
@@ -83,4 +83,4 @@ def test_the_column_of_text_is_text_unless_configured(config):
     assert not list(sft(config).faults({"text": "Some text."}))
     (fault,) = sft(config).faults({"story": "Some text."})
     assert fault.field == "text"
-    assert "SFT data has `text`; `messages`" in fault.problem
+    assert "SFT expects `text`; `messages`" in fault.problem

@@ -10,7 +10,7 @@ from hbat.config.hbat import HBATConfig
 from hbat.objectives.trl_ppo.models import AnnouncedBatches, RewardsAsModel, collate
 from hbat.objectives.trl_ppo.objective import is_available, ppo
 from hbat.ppo.rewards.rewards import Rewards
-from hbat.ppo.rollouts.prompts import tokenise
+from hbat.ppo.rollouts.prompts import tokenize_prompts
 from hbat.trainer import HBATTrainer
 
 with_trl = pytest.mark.skipif(not is_available(), reason="TRL has no PPOTrainer since 1.13")
@@ -83,7 +83,7 @@ def of_stages(run, key):
 
 @pytest.mark.skipif(is_available(), reason="TRL has a PPOTrainer")
 def test_a_trl_without_ppo_is_named_at_construction(tmp_path):
-    with pytest.raises(ImportError, match=r"dropped in TRL 1\.13.*ppo_backend: hbat.*trl<1\.13"):
+    with pytest.raises(ImportError, match=r"removed in TRL 1\.13.*ppo_backend: hbat.*trl<1\.13"):
         build(cases.tiny_llama(), tmp_path)
 
 
@@ -95,7 +95,7 @@ def test_rewards_get_prompts_completions_and_columns_of_the_same_rows(conversati
         seen.extend(zip(prompts, completions, completion_ids, answer, strict=True))
         return [float(len(each)) for each in completion_ids]
 
-    rows = tokenise(prompts(4, conversational=conversational), tokenizer)
+    rows = tokenize_prompts(prompts(4, conversational=conversational), tokenizer)
     model = RewardsAsModel(Rewards(reward), tokenizer, lambda: None)
     batch = collate(list(rows), tokenizer.pad_token_id)
     texts = ["one", "two of them", "", "last"]
@@ -262,9 +262,9 @@ def test_a_schedule_over_rounds_reaches_the_optimizer(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"bf16": True}, "computes in the weights' precision"),
+        ({"bf16": True}, "trains in the weights' precision"),
         ({"gradient_accumulation_steps": 2}, "another number of optimizer steps"),
-        ({"save_strategy": "steps"}, "nor goes on from a checkpoint"),
+        ({"save_strategy": "steps"}, "nor resumes from a checkpoint"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "neither evaluates inside a stage"),
         ({"total_episodes": 8}, "Both `max_steps` and `total_episodes`"),
         ({"response_length": 127}, "leaves room for 1"),
@@ -302,5 +302,5 @@ def test_a_stage_takes_no_checkpoint(tmp_path):
         processing_class=cases.tiny_tokenizer(),
         reward_funcs=vowels,
     )
-    with pytest.raises(ValueError, match="cannot go on from a checkpoint"):
+    with pytest.raises(ValueError, match="cannot resume from a checkpoint"):
         trainer.train(resume_from_checkpoint="checkpoint-2")

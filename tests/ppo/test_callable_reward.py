@@ -58,7 +58,7 @@ def test_a_callable_that_hides_its_signature_gets_everything():
 
 @pytest.mark.parametrize("function", [list, lambda answer: [], lambda *args: [], lambda *prompts: []])
 def test_a_function_that_takes_neither_prompts_nor_completions_is_refused(function):
-    with pytest.raises(ValueError, match=r"'mine' takes \[.*\], which holds neither `prompts` nor `completions`"):
+    with pytest.raises(ValueError, match=r"'mine' takes \[.*\], which names neither `prompts` nor `completions`"):
         CallableReward(function, "mine")
 
 
@@ -72,7 +72,7 @@ def test_a_function_with_parameters_by_position_only_is_refused():
 
 def test_a_parameter_that_is_no_column_is_named_with_the_columns_there_are():
     reward = CallableReward(lambda completions, solution, level=1: [], "mine")
-    with pytest.raises(RewardError, match=r"'mine' needs \['solution'\], .* their columns are \['answer'\]"):
+    with pytest.raises(RewardError, match=r"'mine' needs \['solution'\], .* columns of the data set are \['answer'\]"):
         reward.arguments(INPUTS)
 
 
@@ -154,7 +154,7 @@ def test_a_value_that_is_not_finite_is_refused_with_its_row(value):
 
 
 def test_nan_in_a_tensor_is_refused_too():
-    with pytest.raises(RewardError, match="returned nan for row 0"):
+    with pytest.raises(RewardError, match="returned nan of type float for row 0"):
         values(torch.tensor([float("nan"), 1, 1]))
 
 

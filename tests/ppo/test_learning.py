@@ -54,7 +54,7 @@ def train(model, folder, seed, **options):
     return trainer
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_ppo_raises_the_reward_of_greedy_answers_to_unseen_prompts(seed, tmp_path):
     model = small_base(seed)
     before = greedy_reward(model, seed)
@@ -62,6 +62,7 @@ def test_ppo_raises_the_reward_of_greedy_answers_to_unseen_prompts(seed, tmp_pat
     assert greedy_reward(model, seed) > before + MARGIN
 
 
+@pytest.mark.slow  # `test_trainer.py` works the KL penalty out by hand
 def test_a_stronger_pull_keeps_the_policy_nearer_to_its_reference(tmp_path):
     """The KL of the last rollout, summed over a completion's tokens, at a twentieth and at one."""
     last = []

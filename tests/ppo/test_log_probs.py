@@ -15,7 +15,7 @@ from hbat.ppo.networks.token_model import token_statistics
 VOCABULARY = 11
 #: Logits in memory at once: everything, three tokens, two tokens and a bit, one token, less than one.
 SIZES = [2**24, 3 * VOCABULARY, 2 * VOCABULARY + 5, VOCABULARY, 1]
-every_size = pytest.mark.parametrize("most_logits", SIZES)
+every_size = pytest.mark.parametrize("max_logits", SIZES)
 
 
 def build(rows=2, tokens=5, width=4, seed=0, dtype=torch.float64):
@@ -54,10 +54,10 @@ def expected(hidden, tokens, head, temperature):
 
 @every_size
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
-def test_values_equal_the_oracle(most_logits, temperature):
+def test_values_equal_the_oracle(max_logits, temperature):
     hidden, tokens, head = build()
     found = token_statistics(
-        hidden, tokens, head, vocabulary=VOCABULARY, temperature=temperature, most_logits=most_logits
+        hidden, tokens, head, vocabulary=VOCABULARY, temperature=temperature, max_logits=max_logits
     )
     for each, wanted in zip(found, expected(hidden, tokens, head, temperature), strict=True):
         assert each.dtype == torch.float32
@@ -67,19 +67,19 @@ def test_values_equal_the_oracle(most_logits, temperature):
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 70), st.integers(0, 99))
 @settings(max_examples=30)
-def test_any_number_of_rows_tokens_and_logits_gives_the_same(rows, tokens, most_logits, seed):
+def test_any_number_of_rows_tokens_and_logits_gives_the_same(rows, tokens, max_logits, seed):
     hidden, ids, head = build(rows, tokens, seed=seed)
     with torch.no_grad():
         whole = token_statistics(hidden, ids, head, vocabulary=VOCABULARY)
-        parts = token_statistics(hidden, ids, head, vocabulary=VOCABULARY, most_logits=most_logits)
+        parts = token_statistics(hidden, ids, head, vocabulary=VOCABULARY, max_logits=max_logits)
     for first, second in zip(whole, parts, strict=True):
         torch.testing.assert_close(first, second)
 
 
 @every_size
-def test_without_entropy_it_is_zero_and_the_log_probabilities_the_same(most_logits):
+def test_without_entropy_it_is_zero_and_the_log_probabilities_the_same(max_logits):
     hidden, tokens, head = build()
-    options = {"vocabulary": VOCABULARY, "most_logits": most_logits}
+    options = {"vocabulary": VOCABULARY, "max_logits": max_logits}
     with_entropy = token_statistics(hidden, tokens, head, **options)
     without = token_statistics(hidden, tokens, head, with_entropy=False, **options)
     assert torch.equal(with_entropy[0], without[0])
@@ -88,9 +88,9 @@ def test_without_entropy_it_is_zero_and_the_log_probabilities_the_same(most_logi
 
 
 @every_size
-def test_half_precision_is_left_before_the_logarithm(most_logits):
+def test_half_precision_is_left_before_the_logarithm(max_logits):
     hidden, tokens, head = build(dtype=torch.bfloat16)
-    found = token_statistics(hidden, tokens, head, vocabulary=VOCABULARY, most_logits=most_logits)
+    found = token_statistics(hidden, tokens, head, vocabulary=VOCABULARY, max_logits=max_logits)
     logits = head(hidden).tolist()
     wanted = [
         [oracle.log_prob(each, token) for each, token in zip(*pair, strict=True)]
@@ -116,10 +116,10 @@ def gradients(hidden, tokens, head, **options):
 
 @every_size
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_gradients_equal_the_formula(most_logits, temperature):
+def test_gradients_equal_the_formula(max_logits, temperature):
     """d log p_t / d z_j = [j = t] - p_j and dH / d z_j = -p_j (log p_j + H), each over the temperature."""
     hidden, tokens, head = build(rows=1, tokens=4)
-    found = gradients(hidden, tokens, head, vocabulary=VOCABULARY, temperature=temperature, most_logits=most_logits)
+    found = gradients(hidden, tokens, head, vocabulary=VOCABULARY, temperature=temperature, max_logits=max_logits)
     generator = torch.Generator().manual_seed(5)
     of_log_prob, of_entropy = (torch.randn(1, 4, generator=generator)[0].tolist() for _ in range(2))
     by_hidden, by_weight, by_bias = (torch.zeros_like(each) for each in (hidden, head.weight, head.bias))
@@ -137,13 +137,13 @@ def test_gradients_equal_the_formula(most_logits, temperature):
         torch.testing.assert_close(each, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("most_logits", SIZES[1:])
+@pytest.mark.parametrize("max_logits", SIZES[1:])
 @pytest.mark.parametrize("with_entropy", [True, False])
-def test_gradients_in_parts_are_those_of_the_whole(most_logits, with_entropy):
+def test_gradients_in_parts_are_those_of_the_whole(max_logits, with_entropy):
     hidden, tokens, head = build(rows=3)
     options = {"vocabulary": VOCABULARY, "with_entropy": with_entropy}
     whole = gradients(hidden, tokens, head, **options)
-    parts = gradients(hidden, tokens, head, most_logits=most_logits, **options)
+    parts = gradients(hidden, tokens, head, max_logits=max_logits, **options)
     for first, second in zip(whole, parts, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
@@ -152,7 +152,7 @@ def test_parts_see_the_same_precision_in_the_backward_pass():
     hidden, tokens, head = build(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         whole = gradients(hidden, tokens, head, vocabulary=VOCABULARY)
-        parts = gradients(hidden, tokens, head, vocabulary=VOCABULARY, most_logits=1)
+        parts = gradients(hidden, tokens, head, vocabulary=VOCABULARY, max_logits=1)
     for first, second in zip(whole, parts, strict=True):
         torch.testing.assert_close(first, second, rtol=2e-2, atol=2e-2)
 
@@ -161,12 +161,12 @@ def test_parts_see_the_same_precision_in_the_backward_pass():
 
 
 @every_size
-def test_a_token_that_is_ruled_out_has_no_part_in_value_or_gradient(most_logits):
+def test_a_token_that_is_ruled_out_has_no_part_in_value_or_gradient(max_logits):
     hidden, _, head = build()
     tokens = torch.tensor([[0, 1, 2, 4, 5], [6, 7, 8, 9, 10]])  # not 3
     barrier = torch.zeros(VOCABULARY, dtype=torch.float64)
     barrier[3] = -math.inf
-    options = {"vocabulary": VOCABULARY, "most_logits": most_logits}
+    options = {"vocabulary": VOCABULARY, "max_logits": max_logits}
     found = token_statistics(hidden, tokens, lambda states: head(states) + barrier, **options)
     rest = [each for each in range(VOCABULARY) if each != 3]
 
@@ -212,21 +212,21 @@ def test_in_parts_no_logits_are_kept_for_the_backward_pass():
     with saved_for_backward() as whole:
         token_statistics(hidden, tokens, head, vocabulary=VOCABULARY)
     with saved_for_backward() as parts:
-        token_statistics(hidden, tokens, head, vocabulary=VOCABULARY, most_logits=10 * VOCABULARY)
+        token_statistics(hidden, tokens, head, vocabulary=VOCABULARY, max_logits=10 * VOCABULARY)
     assert max(whole) == tokens.numel() * VOCABULARY
     assert max(parts) <= hidden.numel()
     assert sum(parts) <= 2 * (hidden.numel() + tokens.numel()) + 20 * head.weight.numel()
 
 
 @every_size
-def test_no_more_logits_are_computed_at_once_than_asked_for(most_logits):
+def test_no_more_logits_are_computed_at_once_than_asked_for(max_logits):
     hidden, tokens, head = build(rows=4)
     sizes = []
     head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
-    found = token_statistics(hidden, tokens, head, vocabulary=VOCABULARY, most_logits=most_logits)
+    found = token_statistics(hidden, tokens, head, vocabulary=VOCABULARY, max_logits=max_logits)
     sum(each.sum() for each in found).backward()
-    assert max(sizes) <= max(most_logits, VOCABULARY)
-    whole = tokens.numel() * VOCABULARY <= most_logits
+    assert max(sizes) <= max(max_logits, VOCABULARY)
+    whole = tokens.numel() * VOCABULARY <= max_logits
     assert sum(sizes) == tokens.numel() * VOCABULARY * (1 if whole else 2)  # once more in the backward pass
 
 
@@ -235,5 +235,5 @@ def test_without_gradients_parts_are_computed_once():
     sizes = []
     head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
     with torch.no_grad():
-        token_statistics(hidden, tokens, head, vocabulary=VOCABULARY, most_logits=1)
+        token_statistics(hidden, tokens, head, vocabulary=VOCABULARY, max_logits=1)
     assert sizes == [VOCABULARY] * tokens.numel()

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
-from hbat.ppo.rollouts.prompts import TOKENS, check_lengths, context_length, pad_left, prompt_tokens, tokenise
+from hbat.ppo.rollouts.prompts import TOKENS, check_lengths, context_length, pad_left, prompt_tokens, tokenize_prompts
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_arguments_reach_the_chat_template():
 
 def test_rows_get_their_tokens_and_keep_their_columns(tokenizer):
     rows = Dataset.from_list([{"prompt": "ab", "answer": 1}, {"prompt": "c", "answer": 2}])
-    found = tokenise(rows, tokenizer)
+    found = tokenize_prompts(rows, tokenizer)
     assert found.column_names == ["prompt", "answer", TOKENS]
     assert [tokenizer.decode(each) for each in found[TOKENS]] == ["ab", "c"]
 
@@ -93,21 +93,21 @@ def test_a_rows_own_template_arguments_come_on_top_of_the_shared_ones():
     tokenizer.chat_template = "{{ messages[0]['content'] }}{{ mark }}"
     options = [{"mark": "?"}, None]
     rows = Dataset.from_list([{"prompt": user("ab"[row]), "chat_template_kwargs": options[row]} for row in range(2)])
-    found = tokenise(rows, tokenizer, {"mark": "!"})
+    found = tokenize_prompts(rows, tokenizer, {"mark": "!"})
     assert [tokenizer.decode(each) for each in found[TOKENS]] == ["a?", "b!"]
 
 
 def test_rows_without_prompts_are_refused_with_what_they_have(tokenizer):
     with pytest.raises(ValueError, match=r"needs a column `prompt`.*has question, answer"):
-        tokenise(Dataset.from_list([{"question": "a", "answer": "b"}]), tokenizer)
+        tokenize_prompts(Dataset.from_list([{"question": "a", "answer": "b"}]), tokenizer)
 
 
 def test_conversations_need_a_chat_template():
     tokenizer = cases.tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        tokenise(Dataset.from_list([{"prompt": user("hi")}]), tokenizer)
-    assert len(tokenise(Dataset.from_list([{"prompt": "hi"}]), tokenizer)) == 1
+        tokenize_prompts(Dataset.from_list([{"prompt": user("hi")}]), tokenizer)
+    assert len(tokenize_prompts(Dataset.from_list([{"prompt": "hi"}]), tokenizer)) == 1
 
 
 # --- lengths ---------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_its_row_and_how_many_there
 
 
 def test_completions_that_fill_the_whole_context_are_refused():
-    with pytest.raises(ValueError, match="`max_completion_length` is 10, but the model reads only 10"):
+    with pytest.raises(ValueError, match="`max_completion_length` is 10, but the model's context is only 10"):
         check(of_lengths(1), completion_length=10)
 
 

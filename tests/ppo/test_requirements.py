@@ -32,7 +32,7 @@ def test_a_prompt_that_just_fits_is_trained_on(tmp_path):
 
 
 def test_completions_longer_than_the_context_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="`max_completion_length` is 128, but the model reads only 128"):
+    with pytest.raises(ValueError, match="`max_completion_length` is 128, but the model's context is only 128"):
         build(cases.tiny_llama(0), tmp_path, max_completion_length=128)
 
 
@@ -70,7 +70,7 @@ def built_with(tokenizer, folder, model=None, rows=None, **options):
 
 
 def test_a_tokenizer_without_end_token_is_refused_unless_something_else_ends_completions(tmp_path):
-    with pytest.raises(ValueError, match="no end token, so no completion would ever end"):
+    with pytest.raises(ValueError, match="no EOS token, so no completion would ever end"):
         built_with(without("eos_token"), tmp_path)
     trainer = built_with(without("eos_token"), tmp_path, generation_kwargs={"eos_token_id": 1}, max_steps=1)
     trainer.train()
@@ -134,7 +134,7 @@ def test_a_second_adapter_is_refused_and_a_first_one_is_trained(tmp_path):
 def test_arguments_of_another_trainer_are_refused(tmp_path):
     from transformers import TrainingArguments
 
-    with pytest.raises(TypeError, match="`args` is a TrainingArguments; give a `PPOConfig`"):
+    with pytest.raises(TypeError, match="`args` is a TrainingArguments; pass a `PPOConfig`"):
         PPOTrainer(cases.tiny_llama(0), TrainingArguments(str(tmp_path)), ppo_cases.prompts())
 
 
@@ -152,7 +152,7 @@ REFUSED = {
     "critic": ({"critic": "both"}, "`critic` is 'both'"),
     "path of a critic": ({"critic_model_name_or_path": "x"}, "`critic: separate`"),
     "adaptive without penalty": ({"adaptive_kl": True, "kl_coef": 0.0}, "`adaptive_kl` multiplies `kl_coef`"),
-    "own fields": ({"generation_kwargs": {"max_new_tokens": 3}}, "sets 'max_new_tokens', which is PPO's own"),
+    "own fields": ({"generation_kwargs": {"max_new_tokens": 3}}, "sets 'max_new_tokens', which PPO sets itself"),
     "misspelt": ({"generation_kwargs": {"repetition_penality": 2}}, "Did you mean `repetition_penalty`"),
     "best model": (
         {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},

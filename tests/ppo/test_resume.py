@@ -1,4 +1,4 @@
-"""PPO that was cut off anywhere, also in the middle of a rollout, goes on to the last bit."""
+"""PPO that was interrupted anywhere, also in the middle of a rollout, resumes bit for bit."""
 
 import functools
 import json
@@ -35,15 +35,16 @@ VARIANTS = {
     "lora": ("lora", {}),
     "separate critic": ("full", {"critic": "separate"}),
     "lora with a separate critic": ("lora", {"critic": "separate"}),
-    "bf16": ("full", {"bf16": True}),
-    "accumulation": ("full", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
-    "early stop": ("full", {"target_kl": 1e-7}),
-    "tied": ("tied", {}),
+    "bf16 and accumulation": (
+        "full",
+        {"bf16": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    ),
+    "tied and early stop": ("tied", {"target_kl": 1e-7}),
 }
 MODELS["tied"] = functools.partial(cases.tiny_llama, tied=True)
-#: Four optimizer steps a rollout, sixteen an epoch: in the first and the second pass over a rollout, at its end, and
+#: Four optimizer steps per rollout, eight per epoch: in the first and the second pass over a rollout, at its end, and
 #: in the second epoch.
-STEPS = {"first pass": 5, "second pass": 7, "boundary": 8, "second epoch": 22}
+STEPS = {"first pass": 5, "second pass": 7, "boundary": 4, "second epoch": 10}
 
 
 def settings(variant):
@@ -56,7 +57,7 @@ def whole(tmp_path_factory):
     @functools.cache
     def train(variant):
         make, options = settings(variant)
-        trainer = build(make(0), tmp_path_factory.mktemp("whole"), **options)
+        trainer = build(make(0), tmp_path_factory.mktemp("whole"), rows=ppo_cases.prompts(8), **options)
         trainer.train()
         return trainer
 
@@ -73,7 +74,7 @@ def log(trainer):
 
 def resumed(variant, folder, **more):
     make, options = settings(variant)
-    trainer = build(make(0), folder, **options | more)
+    trainer = build(make(0), folder, rows=ppo_cases.prompts(8), **options | more)
     (checkpoint,) = folder.glob("checkpoint-*")
     trainer.train(resume_from_checkpoint=str(checkpoint))
     return trainer
@@ -81,12 +82,20 @@ def resumed(variant, folder, **more):
 
 def assert_equal(trainer, expected):
     assert cases.largest_difference(trained(trainer), trained(expected)) == 0.0
-    assert trainer.state.global_step == expected.state.global_step == 32
+    assert trainer.state.global_step == expected.state.global_step == 16
     assert log(trainer)[:-1] == log(expected)[:-1]  # the last holds the mean loss since the start of the process
     assert trainer.kept_state()["kl_coef"] == expected.kept_state()["kl_coef"]
 
 
-CUTS = [(variant, "first pass") for variant in VARIANTS] + [("full", step) for step in STEPS if step != "first pass"]
+#: What each of the slow ones combines is also in one that is not.
+CUTS = [
+    *(("full", step) for step in STEPS),
+    ("lora with a separate critic", "first pass"),
+    ("bf16 and accumulation", "second pass"),
+    ("tied and early stop", "first pass"),
+    pytest.param("lora", "first pass", marks=pytest.mark.slow),
+    pytest.param("separate critic", "first pass", marks=pytest.mark.slow),
+]
 
 
 class Stop(Exception):  # noqa: N818 - it is no error
@@ -99,21 +108,23 @@ class CutOff(ppo_cases.PPOTrainer):
         raise Stop
 
 
+def interrupt(make, folder, step, **options):
+    trainer = build(make(0), folder, kind=CutOff, rows=ppo_cases.prompts(8), **options | SAVES | {"save_steps": step})
+    with pytest.raises(Stop):
+        trainer.train()
+
+
 @pytest.mark.parametrize(("variant", "step"), CUTS)
 def test_training_from_a_checkpoint_ends_as_if_it_was_never_cut_off(variant, step, whole, tmp_path):
     make, options = settings(variant)
-    first = build(make(0), tmp_path, kind=CutOff, **options | SAVES | {"save_steps": STEPS[step]})
-    with pytest.raises(Stop):
-        first.train()
+    interrupt(make, tmp_path, STEPS[step], **options)
     assert (tmp_path / f"checkpoint-{STEPS[step]}" / "rollout_0.safetensors").exists() == (step != "boundary")
     assert_equal(resumed(variant, tmp_path), whole(variant))
 
 
 def test_a_checkpoint_in_the_middle_of_a_rollout_without_it_is_refused(tmp_path):
     make, options = settings("full")
-    first = build(make(0), tmp_path, kind=CutOff, **options | SAVES | {"save_steps": 5})
-    with pytest.raises(Stop):
-        first.train()
+    interrupt(make, tmp_path, 5, **options)
     (tmp_path / "checkpoint-5" / "rollout_0.safetensors").unlink()
     with pytest.raises(RuntimeError, match="in the middle of rollout 1, which the checkpoint does not hold"):
         resumed("full", tmp_path)
@@ -121,12 +132,10 @@ def test_a_checkpoint_in_the_middle_of_a_rollout_without_it_is_refused(tmp_path)
 
 def test_a_checkpoint_holds_no_rollout_at_its_end_and_nothing_pickled_of_ours(tmp_path):
     make, options = settings("full")
-    first = build(make(0), tmp_path, kind=CutOff, **options | SAVES | {"save_steps": 8})
-    with pytest.raises(Stop):
-        first.train()
-    names = {each.name for each in (tmp_path / "checkpoint-8").iterdir()}
+    interrupt(make, tmp_path, 4, **options)
+    names = {file.name for file in (tmp_path / "checkpoint-4").iterdir()}
     assert names >= {"critic.safetensors", "ppo_state.json", "model.safetensors"}
-    state = json.loads((tmp_path / "checkpoint-8" / "ppo_state.json").read_text(encoding="utf-8"))
+    state = json.loads((tmp_path / "checkpoint-4" / "ppo_state.json").read_text(encoding="utf-8"))
     assert state["skips"] is False
 
 
@@ -156,15 +165,19 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     make, options = module.settings(sys.argv[3])
     options |= module.SAVES | {{"save_steps": 3}}
-    ppo_cases.build(make(0), sys.argv[1], kind=InUpdate, reward_funcs=letters, **options).train()
+    rows = ppo_cases.prompts(8)
+    ppo_cases.build(make(0), sys.argv[1], kind=InUpdate, rows=rows, reward_funcs=letters, **options).train()
 """
 
 
+@pytest.mark.slow  # processes; above, training is interrupted in one
 @pytest.mark.parametrize(("moment", "variant", "left"), [("rollout", "full", 6), ("update", "lora", 9)])
-def test_a_process_that_was_killed_goes_on_in_another(moment, variant, left, whole, tmp_path):
-    tests = Path(__file__).parents[1] / "support"
+def test_a_process_that_was_killed_resumes_in_another(moment, variant, left, whole, tmp_path):
+    tests = Path(__file__).parents[1]
     script, folder = tmp_path / "killed.py", tmp_path / "run"
-    script.write_text(SCRIPT.format(paths=[str(tests), str(tests.parent / "src")]), encoding="utf-8")
+    script.write_text(
+        SCRIPT.format(paths=[str(tests), str(tests / "support"), str(tests.parent / "src")]), encoding="utf-8"
+    )
     done = subprocess.run(
         [sys.executable, str(script), str(folder), moment, variant], capture_output=True, check=False, env=os.environ
     )

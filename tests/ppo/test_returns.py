@@ -5,11 +5,12 @@ import math
 import oracle
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbat.ppo.maths import advantages_and_returns, explained_variance, masked_mean, token_rewards, whiten
 
+few = settings(max_examples=25)
 NAN = float("nan")
 NUMBER = st.floats(-100, 100, width=32)
 SHARE = st.sampled_from([0.0, 0.3, 0.9, 0.95, 0.99, 1.0])
@@ -42,6 +43,7 @@ def assert_rows(found, mask, expected, *, rel=1e-9, abs_=1e-9):
 
 
 @given(completions())
+@few
 def test_the_masked_mean_is_the_mean_of_what_counts(rows):
     (values,) = rows
     everything = [each for row in values for each in row]
@@ -78,6 +80,7 @@ def test_rewards_of_an_example_worked_by_hand():
 
 
 @given(completions(), st.lists(NUMBER, min_size=4, max_size=4), st.floats(0, 2))
+@few
 def test_rewards_equal_the_oracle(rows, scores, kl_coef):
     (kl,) = rows
     values, mask = padded(kl, extra=2)
@@ -96,6 +99,7 @@ def test_rewards_take_the_precision_of_the_kl_terms():
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 @given(rows=completions(min_tokens=2))
+@few
 def test_whitening_equals_the_oracle(shift_mean, rows):
     (values,) = rows
     tensor, mask = padded(values, extra=1)
@@ -139,6 +143,7 @@ class Others:
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 @given(rows=completions(min_tokens=2), more=completions())
+@few
 def test_whitening_on_two_processes_is_whitening_of_all_their_values(shift_mean, rows, more):
     (here,), (there,) = rows, more
     expected = oracle.whiten([*here, *there], shift_mean=shift_mean)
@@ -178,6 +183,7 @@ def test_advantages_of_an_example_worked_by_hand():
 
 
 @given(completions(columns=2), SHARE, SHARE)
+@few
 def test_advantages_and_returns_equal_the_oracle(columns, gamma, lam):
     rewards, values = columns
     advantages, returns, mask = estimates(rewards, values, gamma, lam)
@@ -188,6 +194,7 @@ def test_advantages_and_returns_equal_the_oracle(columns, gamma, lam):
 
 
 @given(completions(columns=2), SHARE)
+@few
 def test_with_lambda_one_returns_are_the_discounted_rewards_to_come(columns, gamma):
     rewards, values = columns
     advantages, returns, mask = estimates(rewards, values, gamma, 1.0)
@@ -198,6 +205,7 @@ def test_with_lambda_one_returns_are_the_discounted_rewards_to_come(columns, gam
 
 
 @given(completions(columns=2), SHARE)
+@few
 def test_with_lambda_zero_advantages_are_one_step_differences(columns, gamma):
     rewards, values = columns
     advantages, _, mask = estimates(rewards, values, gamma, 0.0)
@@ -221,6 +229,7 @@ def test_what_lies_beyond_a_completion_does_not_reach_into_it():
 
 
 @given(completions(columns=2, min_tokens=2), st.sampled_from([1.0, 1e-3, 1e-6]))
+@few
 def test_explained_variance_equals_the_oracle(columns, scale):
     returns, values = ([[scale * each for each in row] for row in rows] for rows in columns)
     targets, mask = padded(returns)

@@ -1,5 +1,7 @@
 import asyncio
 import gc
+import signal
+import threading
 
 import pytest
 import torch
@@ -172,7 +174,7 @@ def test_an_error_in_a_model_names_it():
     model = tiny_scorer()
     with torch.no_grad():
         model.score.weight.fill_(float("nan"))
-    with pytest.raises(RewardError, match="'LlamaForSequenceClassification' returned nan for row 0"):
+    with pytest.raises(RewardError, match="'LlamaForSequenceClassification' returned nan of type float for row 0"):
         scored(model, processing_classes=tiny_tokenizer())
 
 
@@ -264,12 +266,77 @@ def test_asynchronous_results_are_checked_as_all_others():
         scored(judge)
 
 
-def test_an_interrupt_passes_through():
+async def forever(completions):
+    await asyncio.sleep(60)
+
+
+def test_the_first_failure_is_raised_at_once_and_cancels_the_others():
+    cancelled = threading.Event()
+
+    async def slow(completions):
+        try:
+            await forever(completions)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
     async def judge(completions):
-        raise KeyboardInterrupt
+        raise ValueError("first")
+
+    with pytest.raises(RewardError, match="'judge' raised ValueError: first"):
+        scored([slow, judge])
+    assert cancelled.wait(5)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_inside_a_function_reaches_the_caller_and_leaves_the_event_loop_alive(error):
+    errors = [error()]
+
+    async def judge(completions):
+        if errors:
+            raise errors.pop()
+        return ones(completions)
+
+    async def slow(completions):
+        return await forever(completions) if errors else ones(completions)
+
+    rewards = Rewards([slow, judge])
+    with pytest.raises(error):
+        rewards(PROMPTS, COMPLETIONS, completion_ids=IDS, columns={})
+    assert rewards(PROMPTS, COMPLETIONS, completion_ids=IDS, columns={})[0].tolist() == [2, 2, 2, 2]
+
+
+def test_an_interrupt_of_the_waiting_thread_cancels_the_functions():
+    cancelled = threading.Event()
+
+    async def judge(completions):
+        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+        try:
+            await forever(completions)
+        finally:
+            cancelled.set()
 
     with pytest.raises(KeyboardInterrupt):
         scored(judge)
+    assert cancelled.wait(5)
+
+
+def test_the_thread_of_the_event_loop_ends_with_the_rewards():
+    threads = set(threading.enumerate())
+
+    async def judge(completions):
+        threads.add(threading.current_thread())
+        return ones(completions)
+
+    others = set(threads)
+    rewards = Rewards(judge)
+    rewards(PROMPTS, COMPLETIONS, completion_ids=IDS, columns={})
+    (thread,) = threads - others
+    assert thread.is_alive()
+    del rewards
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 @pytest.mark.filterwarnings("error")

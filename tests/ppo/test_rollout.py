@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.rollouts.rollout import Rollout, Sequences, assess
-from hbat.ppo.update import update_loss
+from hbat.ppo.trainer import update_loss
 
 NAN = float("nan")
 PROMPT_LENGTHS = [3, 1, 2, 5]

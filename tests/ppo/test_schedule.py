@@ -51,7 +51,7 @@ def test_counts_of_an_example_worked_by_hand():
 
 def test_positions_of_an_example_worked_by_hand():
     plan = schedule()
-    found = [(each.rollout, each.update, each.part) for each in map(plan.position, range(10))]
+    found = [(each.rollout, each.update, each.micro_batch) for each in map(plan.position, range(10))]
     assert found == [
         (0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (0, 3, 0), (0, 3, 1), (1, 0, 0), (1, 0, 1),
     ]  # fmt: skip
@@ -64,7 +64,7 @@ def test_micro_steps_go_through_all_parts_of_all_updates_of_all_rollouts_in_orde
     expected = itertools.product(
         range(epochs * plan.rollouts_per_epoch), range(plan.updates_per_rollout), range(plan.micro_steps)
     )
-    assert [(each.rollout, each.update, each.part) for each in found] == list(expected)
+    assert [(each.rollout, each.update, each.micro_batch) for each in found] == list(expected)
 
 
 def test_only_its_first_micro_step_begins_a_rollout():
@@ -111,20 +111,20 @@ def test_every_pass_covers_each_row_of_a_rollout_exactly_once(plans, rollout):
     plan = plans[0]
     for number in range(plan.passes):
         updates = range(number * plan.updates_per_pass, (number + 1) * plan.updates_per_pass)
-        rows = [plan.row_indices(Position(rollout=rollout, update=each, part=0)) for each in updates]
+        rows = [plan.row_indices(Position(rollout=rollout, update=each, micro_batch=0)) for each in updates]
         assert all(each.shape == (plan.micro_steps, plan.micro_size) for each in rows)
         assert sorted(torch.stack(rows).flatten().tolist()) == list(range(plan.size))
 
 
 def test_the_parts_of_an_update_are_rows_of_one_table():
     plan = schedule()
-    tables = [plan.row_indices(Position(rollout=3, update=1, part=each)) for each in range(2)]
+    tables = [plan.row_indices(Position(rollout=3, update=1, micro_batch=each)) for each in range(2)]
     assert torch.equal(*tables)
 
 
 def test_passes_and_rollouts_have_orders_of_their_own():
     plan = schedule(size=64, prompts=64, micro_size=8, micro_steps=8, passes=3)
-    orders = [plan.row_indices(Position(rollout=r, update=u, part=0)) for r in range(3) for u in range(3)]
+    orders = [plan.row_indices(Position(rollout=r, update=u, micro_batch=0)) for r in range(3) for u in range(3)]
     assert len({tuple(each.flatten().tolist()) for each in orders}) == 9
 
 

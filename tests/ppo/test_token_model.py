@@ -156,7 +156,7 @@ def test_in_parts_the_statistics_are_the_same(name, monkeypatch):
     tokens = verified(model)
     with torch.no_grad():
         whole = tokens.statistics(*batch(), temperature=1.0)
-        defaults = {**log_probs_file.token_statistics.__kwdefaults__, "most_logits": 3 * 61}
+        defaults = {**log_probs_file.token_statistics.__kwdefaults__, "max_logits": 3 * 61}
         monkeypatch.setattr(log_probs_file.token_statistics, "__kwdefaults__", defaults)
         parts = tokens.statistics(*batch(), temperature=1.0)
     for first, second in zip(whole, parts, strict=True):

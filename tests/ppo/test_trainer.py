@@ -1,4 +1,4 @@
-"""What PPOTrainer gets from the host and adds: the right step, whatever the batches, precision and adapters."""
+"""PPOTrainer takes the right step, whatever the batches, the precision and the adapters, and what it adds to it."""
 
 import asyncio
 import math
@@ -19,7 +19,10 @@ from hbat.ppo.trainer import PPOTrainer
 
 CHECKPOINTING = next(key for key in cases.CHEAP_ARGS if key.endswith("checkpointing"))
 both_models = pytest.mark.parametrize("make", [cases.tiny_llama, cases.lora_llama], ids=["full", "lora"])
-both_critics = pytest.mark.parametrize("critic", ["shared", "separate"])
+slowly_both_models = pytest.mark.parametrize(
+    "make",
+    [pytest.param(cases.tiny_llama, id="full"), pytest.param(cases.lora_llama, id="lora", marks=pytest.mark.slow)],
+)
 
 
 def run(make, folder, **options):
@@ -126,17 +129,17 @@ def test_a_step_is_the_gradient_of_the_loss_worked_out_by_hand(tmp_path):
     assert torch.allclose(trainer.model.critic.head.weight.double(), head.weight - RATE * head.weight.grad, atol=2e-5)
 
 
-@both_models
+@slowly_both_models
 def test_micro_batches_add_up_to_the_whole_batch(make, tmp_path):
-    whole = run(make, tmp_path / "whole", per_device_train_batch_size=4)
-    parts = run(make, tmp_path / "parts", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    whole = run(make, tmp_path / "whole", per_device_train_batch_size=4, max_steps=4)
+    parts = run(make, tmp_path / "parts", per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=4)
     assert cases.largest_difference(trained(whole), trained(parts)) < 1e-5
     assert logged(whole, "loss") == pytest.approx(logged(parts, "loss"), abs=1e-5)
     assert logged(whole, "loss/policy") == pytest.approx(logged(parts, "loss/policy"), abs=1e-5)
 
 
 def test_how_rows_are_batched_for_generation_and_scoring_changes_nothing_in_greedy_rollouts(tmp_path):
-    greedy = {"top_k": 1}
+    greedy = {"top_k": 1, "max_steps": 5}
     whole = run(cases.tiny_llama, tmp_path / "whole", **greedy)
     parts = run(cases.tiny_llama, tmp_path / "parts", **greedy, generation_batch_size=3, scoring_batch_size=1)
     assert cases.largest_difference(trained(whole), trained(parts)) < 1e-5
@@ -154,11 +157,14 @@ def test_the_gradient_is_clipped(tmp_path):
     assert logged(trainer, "grad_norm")[0] > 1e-2
 
 
-@both_models
-@both_critics
+@pytest.mark.parametrize(
+    ("make", "critic"),
+    [(cases.tiny_llama, "shared"), (cases.lora_llama, "separate")],
+    ids=["full model with a shared critic", "adapter with a separate critic"],
+)
 def test_recomputing_activations_gives_the_same_weights(make, critic, tmp_path):
-    kept = run(make, tmp_path / "kept", critic=critic)
-    again = run(make, tmp_path / "again", critic=critic, **{CHECKPOINTING: True})
+    kept = run(make, tmp_path / "kept", critic=critic, max_steps=5)
+    again = run(make, tmp_path / "again", critic=critic, max_steps=5, **{CHECKPOINTING: True})
     assert cases.largest_difference(trained(kept), trained(again)) < 1e-6
 
 
@@ -170,7 +176,7 @@ def test_layers_compute_in_bfloat16_when_asked_and_weights_stay_float32(tmp_path
 
     model = cases.tiny_llama(0)
     model.model.layers[0].mlp.up_proj.register_forward_hook(look)
-    trainer = build(model, tmp_path, bf16=True)
+    trainer = build(model, tmp_path, bf16=True, max_steps=2)
     trainer.train()
     assert seen >= {(True, torch.bfloat16), (False, torch.bfloat16)}
     assert {each.dtype for each in trainer.model.parameters()} == {torch.float32}
@@ -179,23 +185,23 @@ def test_layers_compute_in_bfloat16_when_asked_and_weights_stay_float32(tmp_path
 
 @both_models
 def test_the_first_kl_is_zero_and_the_first_ratio_one(make, tmp_path):
-    trainer = run(make, tmp_path)
+    trainer = run(make, tmp_path, max_steps=5)
     assert logged(trainer, "kl")[0] == 0.0
     assert logged(trainer, "kl")[-1] != 0.0
     assert logged(trainer, "update/ratio")[0] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_dropout_is_off(tmp_path):
-    trainer = run(lambda seed: cases.lora_llama(seed, dropout=0.5), tmp_path)
+    trainer = run(lambda seed: cases.lora_llama(seed, dropout=0.5), tmp_path, max_steps=1)
     assert logged(trainer, "kl")[0] == 0.0
     assert logged(trainer, "update/ratio")[0] == pytest.approx(1.0, abs=1e-6)
 
 
-@both_critics
+@pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_an_adapter_is_trained_and_nothing_else_of_the_model(critic, tmp_path):
     model = cases.lora_llama(0)
     before = {name: each.detach().clone() for name, each in model.named_parameters()}
-    trainer = build(model, tmp_path, critic=critic)
+    trainer = build(model, tmp_path, critic=critic, max_steps=2)
     trainer.train()
     after = {name: each for name, each in trainer.policy.named_parameters() if ".ref." not in name}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -225,7 +231,8 @@ def test_a_critic_of_a_model_on_disk(tmp_path):
 
     tiny_scorer(vocabulary=cases.VOCABULARY_SIZE).save_pretrained(tmp_path / "scorer")
     cases.tiny_tokenizer().save_pretrained(tmp_path / "scorer")
-    trainer = run(cases.tiny_llama, tmp_path, critic="separate", critic_model_name_or_path=str(tmp_path / "scorer"))
+    options = {"critic": "separate", "critic_model_name_or_path": str(tmp_path / "scorer"), "max_steps": 2}
+    trainer = run(cases.tiny_llama, tmp_path, **options)
     assert all(math.isfinite(each) for each in logged(trainer, "loss/value"))
 
 
@@ -238,7 +245,7 @@ def test_a_critic_that_does_not_know_the_policys_tokens_is_refused(tmp_path):
 
 
 def test_the_critic_has_its_own_learning_rate(tmp_path):
-    trainer = build(cases.tiny_llama(0), tmp_path, critic_learning_rate=0.0, weight_decay=0.0)
+    trainer = build(cases.tiny_llama(0), tmp_path, critic_learning_rate=0.0, weight_decay=0.0, max_steps=2)
     before = trained(trainer)
     trainer.train()
     after = trained(trainer)
@@ -281,8 +288,8 @@ def test_the_kl_coefficient_moves_towards_its_target(tmp_path):
 
 
 def test_an_entropy_bonus_keeps_the_policy_broader(tmp_path):
-    without = run(cases.tiny_llama, tmp_path / "without", max_steps=24)
-    bonus = run(cases.tiny_llama, tmp_path / "bonus", max_steps=24, entropy_coef=1.0)
+    without = run(cases.tiny_llama, tmp_path / "without", max_steps=12)
+    bonus = run(cases.tiny_llama, tmp_path / "bonus", max_steps=12, entropy_coef=1.0)
     assert logged(bonus, "entropy")[-1] > logged(without, "entropy")[-1]
 
 
@@ -291,7 +298,9 @@ def test_completions_that_do_not_end_are_penalised(tmp_path):
         return [0.0] * len(completions)
 
     options = {"reward_funcs": nothing, "kind": Recorded, "kl_coef": 0.0, "whiten_advantages": False, "gamma": 1.0}
-    trainer = run(cases.tiny_llama, tmp_path, missing_eos_penalty=3.0, max_completion_length=3, lam=1.0, **options)
+    trainer = run(
+        cases.tiny_llama, tmp_path, missing_eos_penalty=3.0, max_completion_length=3, lam=1.0, max_steps=1, **options
+    )
     rollout = trainer.rollouts[0]  # the critic gives zero, so an advantage is the reward to come
     ended = (rollout.completion_ids == 1).any(1)
     assert rollout.advantages[:, 0].tolist() == [0.0 if each else -3.0 for each in ended]
@@ -311,9 +320,8 @@ def test_conversations_get_the_chat_template(tmp_path):
         seen.extend(zip(prompts, completions, strict=True))
         return [float(len(each[0]["content"])) for each in completions]
 
-    trainer = build(
-        cases.tiny_llama(0), tmp_path, kind=Recorded, rows=ppo_cases.prompts(conversational=True), reward_funcs=reward
-    )
+    rows = ppo_cases.prompts(conversational=True)
+    trainer = build(cases.tiny_llama(0), tmp_path, kind=Recorded, rows=rows, reward_funcs=reward, max_steps=1)
     trainer.train()
     prompt, _ = next(sequences_of(trainer.rollouts[0]))
     tokenizer = cases.tiny_tokenizer()
@@ -327,8 +335,8 @@ def test_async_rewards_are_awaited(tmp_path):
         await asyncio.sleep(0)
         return ppo_cases.letters(prompts, completions, completion_ids, target)
 
-    plain = run(cases.tiny_llama, tmp_path / "plain")
-    waited = run(cases.tiny_llama, tmp_path / "waited", reward_funcs=slow)
+    plain = run(cases.tiny_llama, tmp_path / "plain", max_steps=5)
+    waited = run(cases.tiny_llama, tmp_path / "waited", reward_funcs=slow, max_steps=5)
     assert cases.largest_difference(trained(plain), trained(waited)) == 0.0
 
 
@@ -358,9 +366,14 @@ def test_a_reward_that_fails_is_named(tmp_path):
 # --- consolidation ---------------------------------------------------------------------------------------------------
 
 
-@both_models
+@slowly_both_models
 def test_ewc_in_closed_form_equals_autograd(make, tmp_path):
-    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "max_grad_norm": 0.5}
+    options = {
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 1,
+        "max_grad_norm": 0.5,
+        "max_steps": 3,
+    }
 
     def ingredients(model):
         parameters = trainable_parameters(policy_of(model))
@@ -393,7 +406,7 @@ def test_ewc_in_closed_form_equals_autograd(make, tmp_path):
 
 
 def test_the_saved_model_is_the_policy(tmp_path):
-    trainer = run(cases.tiny_llama, tmp_path)
+    trainer = run(cases.tiny_llama, tmp_path, max_steps=1)
     trainer.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="float32")
     assert cases.largest_difference(cases.weights(loaded), cases.weights(trainer.policy)) == 0.0
@@ -406,14 +419,15 @@ def test_what_is_kept_brings_critic_and_kl_coefficient_to_another_trainer(tmp_pa
     assert second.kept_state().keys() == first.kept_state().keys()
     assert all(torch.equal(each, first.kept_state()[name]) for name, each in second.kept_state().items())
     other = build(cases.tiny_llama(0), tmp_path / "third", critic="separate")
-    with pytest.raises(ValueError, match="another one"):
+    with pytest.raises(ValueError, match="critic does not fit"):
         other.restore_state(first.kept_state())
 
 
 def test_evaluation_is_greedy_repeatable_and_leaves_training_alone(tmp_path):
     rows = ppo_cases.prompts(5)
-    plain = run(cases.tiny_llama, tmp_path / "plain")
-    watched = run(cases.tiny_llama, tmp_path / "watched", eval_dataset=rows, eval_strategy="steps", eval_steps=3)
+    plain = run(cases.tiny_llama, tmp_path / "plain", max_steps=5)
+    evaluated = {"eval_dataset": rows, "eval_strategy": "steps", "eval_steps": 3}
+    watched = run(cases.tiny_llama, tmp_path / "watched", max_steps=5, **evaluated)
     assert cases.largest_difference(trained(plain), trained(watched)) == 0.0
     first, second = watched.evaluate(), watched.evaluate()
     assert first == second
@@ -453,9 +467,11 @@ def test_callbacks_see_every_step(tmp_path):
             self._see("epoch")
 
     events = Events()
-    trainer = build(cases.tiny_llama(0), tmp_path, callbacks=[events], max_steps=-1, num_train_epochs=2)
+    trainer = build(
+        cases.tiny_llama(0), tmp_path, callbacks=[events], rows=ppo_cases.prompts(4), max_steps=-1, num_train_epochs=2
+    )
     trainer.train()
-    assert events.count == {"step begin": 32, "before optimizer": 32, "step end": 32, "epoch": 2}
+    assert events.count == {"step begin": 8, "before optimizer": 8, "step end": 8, "epoch": 2}
     assert trainer.state.epoch == 2.0
 
 

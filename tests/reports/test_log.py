@@ -24,7 +24,7 @@ def test_what_a_state_vouches_for_comes_back_and_no_more(tmp_path, caplog):
     assert json.loads(json.dumps(remembered)) == remembered
     again = load_log(tmp_path, 3, remembered)
     assert again == TrainerState(log_history=ENTRIES[:4], global_step=3)
-    assert TrainerState.load_from_json(str(tmp_path / LOG_FILE)).log_history == ENTRIES  # the host's own file
+    assert TrainerState.load_from_json(str(tmp_path / LOG_FILE)).log_history == ENTRIES  # as transformers reads it
     assert not caplog.records
 
 
@@ -45,7 +45,7 @@ def test_a_damaged_log_is_named_put_aside_and_begun_anew(damage, tmp_path, caplo
     assert (state.log_history, state.global_step) == ([], 5)
     (warning,) = caplog.records
     assert f"The log {tmp_path / LOG_FILE} is damaged (it" in warning.getMessage()
-    assert "goes on with an empty log" in warning.getMessage()
+    assert "is resumed with an empty log" in warning.getMessage()
     assert (tmp_path / "trainer_state.damaged.json").exists() is lies
     assert ("trainer_state.damaged.json" in warning.getMessage()) is lies
     assert not (tmp_path / LOG_FILE).exists()

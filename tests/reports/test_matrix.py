@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrices import TWO_ROUNDS, matrix
 
-from hbat.reports.matrix import ForgettingMatrix, as_metrics, scores
+from hbat.reports.matrix import ForgettingMatrix, as_metrics, directions, markdown_table, scores, table_rows
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
@@ -19,7 +19,7 @@ def test_scores_are_numbers_without_prefix_and_run_times():
     }  # fmt: skip
     found = scores(metrics)
     assert found == {"loss": 1.5, "rewards/margins": -2.0, "accuracy": 1.0}
-    assert all(type(each) is float for each in found.values())
+    assert all(type(score) is float for score in found.values())
 
 
 # --- backward transfer and interference ------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_three_objectives_each_forget_over_the_two_others():
 @given(st.lists(st.floats(-100, 100), min_size=3, max_size=9), st.floats(-50, 50))
 def test_a_shift_of_all_scores_changes_neither_measure(values, shift):
     def build(offset):
-        rows = [("sft" if index % 2 else "dpo", {"sft": each + offset}) for index, each in enumerate(values)]
+        rows = [("sft" if index % 2 else "dpo", {"sft": value + offset}) for index, value in enumerate(values)]
         return matrix(*rows)
 
     for measure in ("backward_transfer", "interference"):
@@ -97,14 +97,14 @@ def test_where_higher_is_better_the_signs_turn_and_keep_their_meaning():
     rows = [("sft", {"sft": 1.0}), ("ppo", {"sft": 3.0, "ppo": 0.5}), ("sft", {"sft": 2.0, "ppo": 0.25})]
     found = ForgettingMatrix({"sft": "loss", "ppo": "reward"}, better={"ppo": "higher"})
     for index, (objective, values) in enumerate(rows):
-        each = {name: {found.headline[name]: value} for name, value in values.items()}
-        found.add(stage=index, round_index=0, objective=objective, scores=each)
+        given_scores = {name: {found.headline[name]: value} for name, value in values.items()}
+        found.add(stage=index, round_index=0, objective=objective, scores=given_scores)
     assert found.backward_transfer() == {"sft": 1.0 - 2.0, "ppo": 0.25 - 0.5}
     assert found.interference() == {"sft": 3.0 - 1.0, "ppo": 0.5 - 0.25}
     assert found.as_dict()["better"] == {"sft": "lower", "ppo": "higher"}
 
 
-def test_scores_are_named_as_the_host_names_those_of_several_data_sets():
+def test_scores_are_named_as_transformers_names_those_of_several_data_sets():
     assert as_metrics({"sft": {"loss": 1.0}, "ppo": {"reward": 2.0}}) == {"eval_sft/loss": 1.0, "eval_ppo/reward": 2.0}
 
 
@@ -124,7 +124,7 @@ def test_a_stage_is_known_once_it_was_added():
 
 
 def test_lines_name_rounds_from_one_and_keep_the_order_of_objectives():
-    assert list(matrix(*TWO_ROUNDS).lines()) == [
+    assert matrix(*TWO_ROUNDS).lines() == [
         ("start", [4.0, 0.7]),
         ("round 1: sft", [2.0, 0.9]),
         ("round 1: dpo", [2.5, 0.4]),
@@ -152,3 +152,51 @@ def test_a_matrix_survives_json():
 def test_a_score_that_is_not_a_number_stays_visible():
     found = matrix(("sft", {"sft": math.nan}), ("dpo", {"sft": 1.0}))
     assert math.isnan(found.backward_transfer()["sft"])
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_line_for_every_row_and_one_for_backward_transfer():
+    assert markdown_table(matrix(*TWO_ROUNDS)).splitlines() == [
+        "| after | sft loss | dpo loss |",
+        "|---|---:|---:|",
+        "| start | 4.0000 | 0.7000 |",
+        "| round 1: sft | 2.0000 | 0.9000 |",
+        "| round 1: dpo | 2.5000 | 0.4000 |",
+        "| round 2: sft | 1.0000 | 0.5000 |",
+        "| round 2: dpo | 1.7500 | 0.2500 |",
+        "| backward transfer | -0.2500 | +0.1500 |",
+    ]
+
+
+def test_cells_are_texts_and_as_many_in_every_row():
+    head, rows = table_rows(matrix(*TWO_ROUNDS))
+    assert head == ["after", "sft loss", "dpo loss"]
+    assert rows[0] == ["start", "4.0000", "0.7000"]
+    assert rows[-1] == ["backward transfer", "-0.2500", "+0.1500"]
+    assert {len(cells) for cells in rows} == {3}
+
+
+def test_missing_scores_are_empty_cells():
+    lines = markdown_table(matrix(("sft", {"sft": 1.0}), ("dpo", {"dpo": 2.0}))).splitlines()
+    assert lines[2:] == [
+        "| round 1: sft | 1.0000 |  |",
+        "| round 1: dpo |  | 2.0000 |",
+        "| backward transfer |  |  |",
+    ]
+
+
+@pytest.mark.parametrize("rows", [[], TWO_ROUNDS[:1], TWO_ROUNDS[:2], TWO_ROUNDS])
+def test_every_line_has_as_many_cells_as_the_head(rows):
+    counts = {line.count("|") for line in markdown_table(matrix(*rows)).splitlines()}
+    assert counts == {4}
+
+
+def test_words_say_which_scores_are_better():
+    assert directions(matrix()) == "lower is better"
+    headline = {"ppo": "reward"}
+    assert directions(ForgettingMatrix(headline, better={"ppo": "higher"})) == "higher is better"
+    headline = {"sft": "loss", "ppo": "reward", "dpo": "loss"}
+    mixed = ForgettingMatrix(headline, better={"ppo": "higher"})
+    assert directions(mixed) == "lower is better for sft and dpo, higher is better for ppo"

@@ -9,7 +9,6 @@ import pytest
 from matrices import TWO_ROUNDS, matrix
 
 from hbat.reports.plots import can_draw, draw_matrix
-from hbat.reports.results import write_results
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -27,7 +26,7 @@ def hidden(monkeypatch):
             raise ImportError(name)
         return real_import(name, *args, **kwargs)
 
-    for name in [each for each in sys.modules if each.split(".")[0] == "matplotlib"]:
+    for name in [module for module in sys.modules if module.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(importlib.util, "find_spec", without)
     monkeypatch.setattr(builtins, "__import__", refuse)
@@ -79,12 +78,7 @@ def test_without_matplotlib_one_line_says_what_is_missing(hidden, tmp_path, capl
     assert not can_draw()
     with caplog.at_level(logging.INFO, logger="hbat.reports.plots"):
         draw_matrix(matrix(*TWO_ROUNDS), tmp_path / "evaluation.png")
-    assert [each.message for each in caplog.records] == [
+    assert [record.message for record in caplog.records] == [
         "matplotlib is not installed, so evaluation.png is not drawn (pip install 'hbat-trl[plots]')."
     ]
     assert not list(tmp_path.iterdir())
-
-
-def test_without_matplotlib_results_are_written_all_the_same(hidden, tmp_path):
-    write_results(tmp_path, matrix(*TWO_ROUNDS))
-    assert [each.name for each in tmp_path.iterdir()] == ["evaluation.json"]

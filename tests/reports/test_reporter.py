@@ -22,8 +22,8 @@ def reporter(tmp_path):
 
     def make(*, state=None, total=40, **options):
         config = HBATConfig(output_dir=str(tmp_path), **{"disable_tqdm": True} | options)
-        host = TrainingArguments(output_dir=str(tmp_path), **cases.CHEAP_ARGS)
-        made.append(RunReporter(config, MODEL, state or TrainerState(), total, host))
+        args = TrainingArguments(output_dir=str(tmp_path), **cases.CHEAP_ARGS)
+        made.append(RunReporter(config, MODEL, state or TrainerState(), total, args))
         return made[-1]
 
     yield make
@@ -128,7 +128,9 @@ def test_a_log_is_saved_and_read_back(reporter, tmp_path):
     again = load_log(tmp_path, 3, run.save())
     assert again.log_history == [{"sft/loss": 0.5, "step": 3}]
     assert again.global_step == 3
-    assert TrainerState.load_from_json(str(tmp_path / LOG)).log_history == again.log_history  # the host's own file
+    assert (
+        TrainerState.load_from_json(str(tmp_path / LOG)).log_history == again.log_history
+    )  # as transformers reads it
 
 
 def test_a_log_that_cannot_be_written_whole_leaves_the_last_one(reporter, tmp_path):
@@ -248,6 +250,7 @@ class _Cut(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow  # tests/trainer/test_resume.py compares the logs of such runs as well
 @pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")  # transformers < 5, of fast checkpoints
 def test_the_log_of_a_run_cut_off_inside_a_stage_is_that_of_a_run_that_was_not(tmp_path):
     sections = {name: {"max_steps": 4, "save_strategy": "steps", "save_steps": 2} for name in ("sft", "dpo")}

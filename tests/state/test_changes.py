@@ -2,7 +2,8 @@
 
 import pytest
 
-from hbat.state.fingerprint import Change, accepted, changes
+from hbat.state.changes import Change, accepted, changes
+from hbat.state.fingerprint import Fingerprint
 from hbat.state.manifest import RunStateError
 
 BEFORE = {
@@ -30,7 +31,8 @@ def with_(**values):
 
 
 def accept(now, *allowed):
-    return [str(each) for each in accepted(BEFORE, now, allowed, output_dir="run")]
+    before, after = (Fingerprint(values, {}, {}) for values in (BEFORE, now))
+    return [str(change) for change in accepted(before, after, allowed, output_dir="run")]
 
 
 # --- what changed ----------------------------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ def test_all_else_is_refused_with_the_full_list_and_what_could_be_allowed():
     assert str(raised.value) == (
         "`output_dir` 'run' holds another run: dpo.beta: 0.1 -> 0.2; run.num_rounds: 2 -> 3; sft.learning_rate: 1.0 "
         "-> 2.0. Values may change that `allow_changed` names, here dpo.beta, sft.learning_rate (`--allow-changed`). "
-        "Restore these values to go on with it, or choose another folder."
+        "Restore these values to resume it, or choose another folder."
     )
 
 
@@ -101,11 +103,13 @@ def test_what_would_train_garbage_cannot_be_allowed(name, now, why):
 @pytest.mark.parametrize(
     ("name", "now"),
     [
-        ("data.sft.content", with_(data__sft__content="other")), ("run.processes", with_(run__processes=2)),
-        ("run.end_weight.sft", with_(run__end_weight__sft=0.5)), ("tokenizer.template", with_(tokenizer__template="u")),
+        ("data.sft.content", with_(data__sft__content="other")),
+        ("run.processes", with_(run__processes=2)),
+        ("run.end_weight.sft", with_(run__end_weight__sft=0.5)),
+        ("tokenizer.template", with_(tokenizer__template="u")),
         ("ewc.f_max", with_(ewc__f_max=0)),
     ],
-)  # fmt: skip
+)
 def test_the_rest_can_be_allowed(name, now):
     assert len(accept(now, name)) == 1
     with pytest.raises(RunStateError, match=f"here {name} "):
@@ -124,7 +128,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(name, meant):
 def test_a_section_that_only_one_of_the_runs_has_is_allowed_as_it_is_named():
     assert accept(BEFORE | {"kto": {"beta": 1}}, "kto") == ["kto: None -> {'beta': 1}"]
     assert accept(with_(dpo__betas=3) | {"run": BEFORE["run"] | {"rewards": ["x"]}}, "run.rewards", "dpo.betas") == [
-        "run.rewards: None -> ['x']"  # of the host's fields only those that both have are compared
+        "run.rewards: None -> ['x']"  # of TRL's fields only those that both have are compared
     ]
 
 
@@ -137,3 +141,48 @@ def test_a_section_that_only_one_of_the_runs_has_is_allowed_as_it_is_named():
 )  # fmt: skip
 def test_a_change_concerns_the_stages_of_its_objective_or_all(name, concerned):
     assert Change(name, 1, 2).concerns("sft", ["sft", "dpo"]) is concerned
+
+
+# --- defaults of a library that moved --------------------------------------------------------------------------------
+
+
+OLD = {"trl": "1.2.0", "torch": "2.9.0"}
+NEW = {"trl": "1.3.0", "torch": "2.9.0", "peft": "0.18.0"}
+
+
+def resume(now, *allowed, given_before=(), given_now=(), versions=NEW):
+    before = Fingerprint(BEFORE, {"sft": [*given_before], "dpo": []}, OLD)
+    after = Fingerprint(now, {"sft": [*given_now], "dpo": []}, versions)
+    return [str(change) for change in accepted(before, after, allowed, output_dir="run")]
+
+
+def test_a_default_that_moved_is_named_with_both_versions_and_is_no_other_run():
+    with pytest.raises(RunStateError) as raised:
+        resume(with_(sft__learning_rate=2.0, dpo__beta=0.2))
+    assert str(raised.value) == (
+        "Defaults have changed since the run in `output_dir` 'run' was saved (peft none -> 0.18.0, trl 1.2.0 -> "
+        "1.3.0): dpo.beta: 0.1 -> 0.2; sft.learning_rate: 1.0 -> 2.0. Set the old values explicitly to keep them, or "
+        "accept the new ones with `allow_changed` (`--allow-changed dpo.beta,sft.learning_rate`)."
+    )
+
+
+def test_a_default_that_moved_can_be_kept_or_accepted():
+    assert resume(BEFORE, given_now=["learning_rate"]) == []
+    moved = with_(sft__learning_rate=2.0)
+    assert resume(moved, "sft.learning_rate") == resume(moved, "sft.") == ["sft.learning_rate: 1.0 -> 2.0"]
+
+
+@pytest.mark.parametrize(
+    "given", [{"given_before": ["learning_rate"]}, {"given_now": ["learning_rate"]}, {"versions": OLD}]
+)
+def test_a_value_that_was_given_on_either_side_or_came_with_no_other_version_is_no_default_that_moved(given):
+    with pytest.raises(RunStateError, match=r"another run: sft\.learning_rate: 1\.0 -> 2\.0\. ") as raised:
+        resume(with_(sft__learning_rate=2.0), **given)
+    assert "Defaults" not in str(raised.value)
+
+
+def test_a_changed_value_and_a_default_that_moved_are_told_apart():
+    with pytest.raises(
+        RunStateError, match=r"another run: run\.processes: 1 -> 2 .*\. Defaults .*: dpo\.beta: 0\.1 -> "
+    ):
+        resume(with_(run__processes=2, dpo__beta=0.2))

@@ -4,15 +4,13 @@ import pytest
 import xxhash
 from faults import every_damage
 
-from hbat.state import files as checksums
 from hbat.state.files import checksum, digest, fault
 
 
-@pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 25])
-def test_a_file_is_measured_by_size_and_content_whatever_the_block(size, tmp_path, monkeypatch):
-    monkeypatch.setattr(checksums, "_BLOCK", 10)
+@pytest.mark.parametrize("size", [0, 1, 2**18, 2**18 + 1, 2**20])  # it is read in blocks of 2**18 bytes
+def test_a_file_is_measured_by_size_and_content_whatever_the_block(size, tmp_path):
     file = tmp_path / "file"
-    content = bytes(range(size))
+    content = bytes(index % 251 for index in range(size))
     file.write_bytes(content)
     assert checksum(file) == {"bytes": size, "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
     assert fault(file, checksum(file)) is None

@@ -13,7 +13,7 @@ import torch
 from disks import files_of_at_most, mounted
 from faults import WRITE_OPERATIONS, Crash, Faults, at_every_operation, full_disk
 
-from hbat.state.files import StorageError, cannot_write, write_bytes, write_json, write_tensors, written_by_the_host
+from hbat.state.files import StorageError, cannot_write, storage_errors, write_bytes, write_json, write_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor(3)}
 
@@ -101,7 +101,7 @@ def test_a_full_disk_at_any_write_is_named_and_leaves_the_old_file(tmp_path):
         message = str(error)
         assert message.startswith(f"{folder}/")
         assert "cannot be written, with " in message
-        assert "No space left on device. What was on disk before is untouched; go on with `resume" in message
+        assert "No space left on device. What was on disk before is untouched; resume with `resume" in message
         assert len(read_all(folder)) == 3
         assert not list(folder.glob("*.tmp"))
     assert failures >= 12
@@ -166,12 +166,12 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_files_of_the_host_that_do_not_fit_are_named_by_their_folder(writer, tmp_path):
+def test_files_of_a_library_that_do_not_fit_are_named_by_their_folder(writer, tmp_path):
     (tmp_path / "checkpoint").mkdir()
     with (
-        pytest.raises(StorageError, match=r"checkpoint cannot be written, with .* free there: .* go on with"),
+        pytest.raises(StorageError, match=r"checkpoint cannot be written, with .* free there: .* resume with"),
         files_of_at_most(20_000),
-        written_by_the_host(tmp_path / "checkpoint"),
+        storage_errors(tmp_path / "checkpoint"),
     ):
         WRITERS[writer](tmp_path / "checkpoint" / "file")
 
@@ -179,14 +179,14 @@ def test_files_of_the_host_that_do_not_fit_are_named_by_their_folder(writer, tmp
 @pytest.mark.parametrize(
     "error", [FileNotFoundError(errno.ENOENT, "no such file"), RuntimeError("shapes differ"), KeyError("a")]
 )
-def test_other_errors_of_the_host_stay_as_they_are(error, tmp_path):
-    with pytest.raises(type(error)) as raised, written_by_the_host(tmp_path):
+def test_other_errors_of_a_library_stay_as_they_are(error, tmp_path):
+    with pytest.raises(type(error)) as raised, storage_errors(tmp_path):
         raise error
     assert raised.value is error
 
 
 def test_an_error_that_names_its_file_is_not_wrapped(tmp_path):
     own = cannot_write(tmp_path / "file", 1, OSError(errno.ENOSPC, "full"))
-    with pytest.raises(StorageError) as raised, written_by_the_host(tmp_path):
+    with pytest.raises(StorageError) as raised, storage_errors(tmp_path):
         raise own
     assert raised.value is own

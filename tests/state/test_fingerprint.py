@@ -1,9 +1,11 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
+from importlib import metadata
 
 import cases
 import pytest
@@ -12,24 +14,39 @@ from datasets import Dataset
 from trl import DPOConfig, SFTConfig
 
 from hbat.config.hbat import HBATConfig
-from hbat.state.fingerprint import changes, fingerprint
+from hbat.state.changes import accepted, changes
+from hbat.state.fingerprint import Fingerprint, fingerprint
+from hbat.state.manifest import RunStateError
 
 CLASSES = {"sft": SFTConfig, "dpo": DPOConfig}
 CHEAP = {"use_cpu": True, "bf16": False, "max_steps": 2}
 
 
-def described(folder="run", *, rows=None, sft=None, dpo=None, parameters=None, model=None, tokenizer=None, **options):
-    given = {"sft": sft or {}, "dpo": dpo or {}}
-    sections = {name: CLASSES[name](**{"output_dir": str(folder)} | CHEAP | given[name]) for name in CLASSES}
+def described(*args, **options):
+    return whole(*args, **options).values
+
+
+def whole(folder="run", *, rows=None, sft=None, dpo=None, parameters=None, model=None, tokenizer=None, **options):
+    given = {"sft": CHEAP | (sft or {}), "dpo": CHEAP | (dpo or {})}
+    sections = {name: CLASSES[name](**{"output_dir": str(folder)} | given[name]) for name in CLASSES}
     data = rows or {"sft": cases.sft_rows(6), "dpo": cases.preference_rows(6)}
     parameters = parameters or {"a": torch.zeros(2, 3), "b": torch.zeros(())}
     return fingerprint(
-        HBATConfig(output_dir=str(folder), **options), sections, data, parameters, model, processing_class=tokenizer
+        HBATConfig(output_dir=str(folder), **{**given, **options}),
+        sections,
+        data,
+        parameters,
+        model,
+        processing_class=tokenizer,
     )
 
 
 def differences(before, now):
-    return [str(each) for each in changes(before, now)]
+    return [str(change) for change in changes(before, now)]
+
+
+def names(before, now):
+    return [change.name for change in changes(before, now)]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +63,7 @@ def test_a_fingerprint_is_plain_json(base):
     assert json.loads(json.dumps(base)) == base
 
 
+@pytest.mark.slow  # a run that another process resumes, in tests/trainer/test_damage.py, shows it as well
 def test_a_fingerprint_is_the_same_in_another_process(base):
     program = "import json, test_fingerprint; print(json.dumps(test_fingerprint.described(), sort_keys=True))"
     here = pathlib.Path(__file__).resolve().parent
@@ -73,6 +91,7 @@ def test_a_fingerprint_is_the_same_in_another_process(base):
         ({"sft": {"learning_rate": 0.5}}, "sft.learning_rate: 2e-05 -> 0.5"),
         ({"dpo": {"beta": 0.2}}, "dpo.beta: 0.1 -> 0.2"),
         ({"dpo": {"seed": 1}}, "dpo.seed: 42 -> 1"),
+        ({"sft": {"eos_token": "<end>"}}, "sft.eos_token: None -> '<end>'"),
         ({"dpo": {"max_steps": 3}}, "dpo.max_steps: 2 -> 3"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
@@ -96,7 +115,7 @@ def _with(rows, **changes):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "names"),
+    ("dataset", "changed"),
     [
         (cases.sft_rows(6, seed=1), ["data.sft.content"]),
         (cases.sft_rows(6).select([1, 0, 2, 3, 4, 5]), ["data.sft.content"]),
@@ -106,17 +125,15 @@ def _with(rows, **changes):
     ],
     ids=["a row", "order", "number", "name", "column"],
 )
-def test_changed_data_is_named_by_data_set_and_by_what_changed(dataset, names, base):
-    lines = differences(base, described(rows=_with(None, sft=dataset)))
-    assert [each.split(":")[0] for each in lines] == names
+def test_changed_data_is_named_by_data_set_and_by_what_changed(dataset, changed, base):
+    assert names(base, described(rows=_with(None, sft=dataset))) == changed
 
 
 @pytest.mark.parametrize("changed", range(6))
 def test_a_change_in_any_row_shows(changed, base):
     rows = cases.preference_rows(6).to_list()
     rows[changed]["rejected"] += "!"
-    lines = differences(base, described(rows=_with(None, dpo=Dataset.from_list(rows))))
-    assert [each.split(":")[0] for each in lines] == ["data.dpo.content"]
+    assert names(base, described(rows=_with(None, dpo=Dataset.from_list(rows)))) == ["data.dpo.content"]
 
 
 def test_the_order_of_columns_is_no_change(base):
@@ -126,12 +143,12 @@ def test_the_order_of_columns_is_no_change(base):
 
 def test_other_parameters_show(base):
     more = {"a": torch.zeros(2, 3), "b": torch.zeros(()), "c": torch.zeros(1)}
-    assert [each.split(":")[0] for each in differences(base, described(parameters=more))] == [
+    assert names(base, described(parameters=more)) == [
         "parameters.shapes",
         "parameters.tensors",
     ]
     wider = {"a": torch.zeros(2, 4), "b": torch.zeros(())}
-    assert [each.split(":")[0] for each in differences(base, described(parameters=wider))] == ["parameters.shapes"]
+    assert names(base, described(parameters=wider)) == ["parameters.shapes"]
 
 
 def test_an_adapter_on_another_base_model_shows():
@@ -141,7 +158,7 @@ def test_an_adapter_on_another_base_model_shows():
         for seed in (1, 1, 2)
     )
     assert differences(first, again) == []
-    assert [each.split(":")[0] for each in differences(first, other)] == ["parameters.frozen"]
+    assert names(first, other) == ["parameters.frozen"]
 
 
 def packed(*values, dtype=torch.uint8, name="weight"):
@@ -163,13 +180,12 @@ def packed(*values, dtype=torch.uint8, name="weight"):
     ids=["value", "shape", "dtype", "name", "offloaded", "none"],
 )
 def test_a_frozen_tensor_of_any_kind_shows_by_name_shape_dtype_and_values(other):
-    lines = differences(described(model=packed(1, 2)), described(model=other))
-    assert [each.split(":")[0] for each in lines] == ["parameters.frozen"]
+    assert names(described(model=packed(1, 2)), described(model=other)) == ["parameters.frozen"]
 
 
 def test_trained_values_and_where_the_model_lies_do_not_count():
     models = cases.frozen_llama(), cases.frozen_llama()
-    models[1].config._name_or_path = "moved/elsewhere"  # noqa: SLF001 - the host's own place for it
+    models[1].config._name_or_path = "moved/elsewhere"  # noqa: SLF001 - where transformers keeps it
     with torch.no_grad():
         models[1].lm_head.weight.fill_(1.0)
     assert described(model=models[0]) == described(model=models[1])
@@ -203,7 +219,6 @@ def test_frozen_weights_are_named_alike_by_a_compiled_model():
         {"dpo": {"push_to_hub": True, "hub_model_id": "some/model", "hub_strategy": "end"}},
         {"dpo": {"save_only_model": True, "torch_empty_cache_steps": 5}},
         {"sft": {"include_num_input_tokens_seen": "all"}},
-        {"ewc": {"anchor_device": "cpu"}},
         {"parameters": {"a": torch.ones(2, 3), "b": torch.ones(())}},
     ],
     ids=str,
@@ -212,7 +227,7 @@ def test_where_and_how_much_is_logged_or_kept_does_not_count(options, base):
     assert differences(base, described(**options)) == []
 
 
-def test_another_release_of_the_host_with_other_fields_is_no_change(base):
+def test_another_release_of_trl_with_other_fields_is_no_change(base):
     other = json.loads(json.dumps(base))
     other["sft"] |= {"a_new_option": 3, "fsdp_config": {"new": True}}
     other["dpo"]["accelerator_config"]["a_new_option"] = 3
@@ -221,9 +236,8 @@ def test_another_release_of_the_host_with_other_fields_is_no_change(base):
     assert differences(other, base) == []
 
 
-def test_a_field_of_the_host_that_holds_options_counts_as_a_whole(base):
-    lines = differences(base, described(sft={"lr_scheduler_kwargs": {"num_cycles": 2}}))
-    assert [each.split(":")[0] for each in lines] == ["sft.lr_scheduler_kwargs"]
+def test_a_field_of_trl_that_holds_options_counts_as_a_whole(base):
+    assert names(base, described(sft={"lr_scheduler_kwargs": {"num_cycles": 2}})) == ["sft.lr_scheduler_kwargs"]
     before, now = ({"sft": {"lr_scheduler_kwargs": each}} for each in ({}, {"num_cycles": 2}))
     assert differences(before, now) == ["sft.lr_scheduler_kwargs.num_cycles: None -> 2"]
 
@@ -235,6 +249,44 @@ def test_our_own_sections_are_compared_key_by_key(section, base):
     assert differences(more, base) == [f"{section}.come: 1 -> None"]
 
 
+# --- defaults and versions -------------------------------------------------------------------------------------------
+
+
+def test_what_the_user_has_set_is_listed_by_section():
+    ready = DPOConfig(output_dir="run", beta=0.2, loss_type=["sigmoid"], **CHEAP)
+    own = types.SimpleNamespace(name="own", config={"learning_rate": 0.5})
+    config = HBATConfig(
+        output_dir="run", objectives=["sft", "dpo", "kto", own], sft={"max_steps": 3}, dpo=ready, ewc={"f_max": 3.0}
+    )
+    given = fingerprint(config, {}, {}, {}).given
+    assert (given["sft"], given["kto"], given["own"], given["ewc"]) == (
+        ["max_steps"],
+        [],
+        ["learning_rate"],
+        ["f_max"],
+    )
+    assert {"beta", "use_cpu", "max_steps"} <= set(given["dpo"])
+    assert not {"loss_type", "learning_rate", "seed"} & set(given["dpo"])
+    assert fingerprint(HBATConfig(output_dir="run", ewc=None), {}, {}, {}).given["ewc"] == []
+
+
+def test_a_run_of_another_trl_with_another_default_is_no_other_run(base):
+    now = whole()
+    values = base | {"dpo": base["dpo"] | {"beta": 0.3}}
+    before = Fingerprint(values, now.given, now.versions | {"trl": "1.0.0"})
+    message = rf"^Defaults have .*\(trl 1\.0\.0 -> {re.escape(now.versions['trl'])}\): dpo\.beta: 0\.3 -> 0\.1\. Set"
+    with pytest.raises(RunStateError, match=message):
+        accepted(before, now, [], output_dir="run")
+    assert accepted(before, whole(dpo={"beta": 0.3}), [], output_dir="run") == []
+    assert len(accepted(before, now, ["dpo.beta"], output_dir="run")) == 1
+
+
+def test_libraries_are_listed_with_their_versions():
+    versions = whole().versions
+    assert versions["trl"] == metadata.version("trl")
+    assert versions.keys() >= {"trl", "transformers", "accelerate", "datasets", "torch"}
+
+
 # --- data, tokenizer, processes --------------------------------------------------------------------------------------
 
 
@@ -243,8 +295,7 @@ def test_a_change_in_any_row_of_a_large_data_set_shows(changed):
     rows = [{"prompt": str(index), "completion": "x"} for index in range(2500)]
     before = described(rows=_with(None, sft=Dataset.from_list(rows)))
     rows[changed]["completion"] = "y"
-    lines = differences(before, described(rows=_with(None, sft=Dataset.from_list(rows))))
-    assert [each.split(":")[0] for each in lines] == ["data.sft.content"]
+    assert names(before, described(rows=_with(None, sft=Dataset.from_list(rows)))) == ["data.sft.content"]
 
 
 def test_another_number_of_processes_shows_with_the_reason(base, monkeypatch):
@@ -263,10 +314,7 @@ def test_the_tokenizer_counts_by_vocabulary_and_template():
     templated.chat_template = "{{ messages }}"
     larger.add_tokens(["<new>"])
     other_end.eos_token = other_end.pad_token
-    found = [
-        [each.split(":")[0] for each in differences(first, described(tokenizer=each))]
-        for each in (templated, larger, other_end)
-    ]
+    found = [names(first, described(tokenizer=each)) for each in (templated, larger, other_end)]
     assert found == [["tokenizer.template"], ["tokenizer.vocabulary"], ["tokenizer.vocabulary"]]
 
 

@@ -208,9 +208,7 @@ def test_a_whole_file_that_holds_no_tensors_is_named(tmp_path):
     file = tmp_path / "state" / "weights-001.safetensors"
     file.write_bytes((2**62).to_bytes(8, "little"))
     state.checksums[file.name] = checksum(file)
-    with pytest.raises(
-        DamagedStateError, match=r"weights-001\.safetensors cannot be read \(.+\)\. The run cannot go on"
-    ):
+    with pytest.raises(DamagedStateError, match=r"weights-001\.safetensors cannot be read \(.+\)\."):
         folder.read_tensors(state, "weights")
 
 
@@ -236,7 +234,7 @@ def test_a_run_goes_on_from_the_stage_before_where_the_newest_state_is_damaged(n
         assert same(folder.read_tensors(state, kind), tensors(1))
     (warning,) = caplog.records
     assert f"{tmp_path / name} " in warning.getMessage()
-    assert "goes on from its last complete state, at the start of stage 1; what came after" in warning.getMessage()
+    assert "is resumed from its last complete state, at the start of stage 1; what came after" in warning.getMessage()
     for number in (2, 3):
         commit_boundary(folder, number)
     caplog.clear()

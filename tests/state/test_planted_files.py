@@ -17,7 +17,8 @@ from hbat.cli.build import build_trainer
 from hbat.cli.run_file import parse
 from hbat.stages.checkpoints import seal
 from hbat.state.files import checksum, digest
-from hbat.state.folder import RunStateError
+from hbat.state.folder import RunFolder
+from hbat.state.manifest import RunStateError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning"),
@@ -25,6 +26,7 @@ pytestmark = [
 ]
 
 FORMS = ("pickle", "torch")
+slow = pytest.mark.slow
 SAVES = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 OPTIONS = {"sft": SAVES, "dpo": SAVES, "num_rounds": 1, "ewc": {"f_max": 1.0}}
 
@@ -91,8 +93,8 @@ def resumed(folder):
     return runs.train(cases.tiny_llama(), folder, resume=True, **OPTIONS)
 
 
-#: Files of a checkpoint inside a stage that the host reads, with what it says to a planted one.
-READ_BY_THE_HOST = {
+#: Files of a checkpoint inside a stage that transformers reads, with the error that a planted one raises.
+READ = {
     "optimizer.pt": "UnpicklingError",
     "scheduler.pt": "UnpicklingError",
     "rng_state.pth": "UnpicklingError",
@@ -102,8 +104,16 @@ READ_BY_THE_HOST = {
 UNREAD = ("training_args.bin", "pytorch_model.bin")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", [*READ_BY_THE_HOST, *UNREAD])
+def every_file(names, *unmarked):
+    """Each file in each form; those that are not named here are as slow, and alike."""
+    return [
+        pytest.param(name, form, marks=() if (name, form) in unmarked else slow) for name in names for form in FORMS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), every_file([*READ, *UNREAD], ("optimizer.pt", "torch"), ("trainer_state.json", "pickle"))
+)
 def test_a_checkpoint_with_a_planted_file_is_left_out_and_the_stage_starts_anew(
     name, form, run_folder, marker, whole, caplog
 ):
@@ -113,26 +123,28 @@ def test_a_checkpoint_with_a_planted_file_is_left_out_and_the_stage_starts_anew(
         run = resumed(run_folder)
     assert not marker.exists()
     assert runs.same(cases.weights(run.model), whole)
-    said = [each for each in caplog.messages if "checkpoint-1 is skipped: " in each]
+    said = [message for message in caplog.messages if "checkpoint-1 is skipped: " in message]
     assert bool(said) != new  # a file that was not there before is nobody's to read
     assert new or name in said[0]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", READ_BY_THE_HOST)
-def test_a_planted_file_that_is_sealed_as_well_is_refused_by_the_host_and_named(name, form, run_folder, marker):
-    """Checksums keep no attacker away, who can write them anew; the host's `weights_only=True` does."""
+@pytest.mark.parametrize(
+    ("name", "form"),
+    every_file(READ, ("optimizer.pt", "torch"), ("scheduler.pt", "pickle"), ("rng_state.pth", "torch")),
+)
+def test_a_planted_file_that_is_sealed_as_well_is_refused_by_transformers_and_named(name, form, run_folder, marker):
+    """Checksums keep no attacker away, who can write them anew; `weights_only=True` of transformers does."""
     malice.plant(checkpoint(run_folder) / name, marker, form)
     seal(checkpoint(run_folder))
-    expected = rf"checkpoint-1 cannot be resumed from \(({READ_BY_THE_HOST[name]}): .*Remove this folder"
+    expected = rf"checkpoint-1 cannot be resumed from \(({READ[name]}): .*Remove this folder"
     with pytest.raises(RunStateError, match=expected):
         resumed(run_folder)
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", UNREAD)
-def test_files_that_nobody_needs_are_not_read(name, run_folder, marker, whole):
-    malice.plant(checkpoint(run_folder) / name, marker, "torch")
+def test_files_that_nobody_needs_are_not_read(run_folder, marker, whole):
+    for name in UNREAD:
+        malice.plant(checkpoint(run_folder) / name, marker, "torch")
     seal(checkpoint(run_folder))
     assert runs.same(cases.weights(resumed(run_folder).model), whole)
     assert not marker.exists()
@@ -152,19 +164,19 @@ def rewrite(manifest, change):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_planted_state_is_refused_by_name(form, run_folder, marker):
-    for each in manifests(run_folder):
-        malice.plant(each, marker, form)
+    for manifest in manifests(run_folder):
+        malice.plant(manifest, marker, form)
     with pytest.raises(RunStateError, match=r"hbat_state\.json cannot be read"):
-        resumed(run_folder)
+        RunFolder(run_folder).read()
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_planted_tensors_are_refused_by_name(form, run_folder, marker):
-    for each in (run_folder / "state").iterdir():
-        malice.plant(each, marker, form)
+    for file in (run_folder / "state").iterdir():
+        malice.plant(file, marker, form)
     with pytest.raises(RunStateError, match=r"state/[\w-]+\.safetensors"):
-        resumed(run_folder)
+        RunFolder(run_folder).read()
     assert not marker.exists()
 
 
@@ -174,16 +186,17 @@ def test_planted_tensors_with_their_checksum_in_the_manifest_are_refused_by_name
         for name in values["checksums"]:
             values["checksums"][name] = checksum(run_folder / "state" / name)
 
-    for each in (run_folder / "state").iterdir():
-        malice.plant(each, marker, form)
-    for each in manifests(run_folder):
-        rewrite(each, trust)
+    for file in (run_folder / "state").iterdir():
+        malice.plant(file, marker, form)
+    for manifest in manifests(run_folder):
+        rewrite(manifest, trust)
+    folder = RunFolder(run_folder)
     with pytest.raises(RunStateError, match=r"\.safetensors cannot be read"):
-        resumed(run_folder)
+        folder.read_tensors(folder.read(), "weights")
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param("pickle", marks=slow), "torch"])
 def test_a_planted_log_and_files_that_no_state_names_run_nothing(form, run_folder, marker, whole):
     malice.plant(run_folder / "trainer_state.json", marker, form)
     malice.plant(run_folder / "state" / "extra.safetensors", marker, form)
@@ -206,23 +219,24 @@ def test_a_state_that_names_a_file_elsewhere_is_refused_by_that_name(path, run_f
     outside = tmp_path / "x.safetensors"
     shutil.copyfile(run_folder / "state" / "weights-000.safetensors", outside)
     path = str(outside) if path == "absolute" else path
-    for each in manifests(run_folder):
-        rewrite(each, lambda values: values["files"].update(weights=path))
+    for manifest in manifests(run_folder):
+        rewrite(manifest, lambda values: values["files"].update(weights=path))
     with pytest.raises(RunStateError) as caught:
-        resumed(run_folder)
+        RunFolder(run_folder).read()
     assert path in str(caught.value)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
+@slow
 def test_the_command_line_resumes_past_planted_files_or_names_them(tmp_path, marker, capfd):
     run_file = run_files.write(tmp_path, run_files.save_model(tmp_path / "model"), **SAVES)
     trainer = build_trainer(parse(run_file))
     trainer._runner._callbacks.append(Kill())  # noqa: SLF001 - to cut it off where a checkpoint is
     with pytest.raises(CutOffError):
         trainer.train()
-    for name in READ_BY_THE_HOST:
+    for name in READ:
         malice.plant(checkpoint(tmp_path / "out") / name, marker, "torch")
     seal(checkpoint(tmp_path / "out"))
     status, lines = run_files.train(run_file, capfd, "--resume")

@@ -7,6 +7,7 @@ from faults import Crash, at_every_operation, every_damage
 
 from hbat.config.ewc import EWCConfig
 from hbat.config.hbat import HBATConfig
+from hbat.state.fingerprint import Fingerprint
 from hbat.state.folder import RunFolder
 from hbat.state.manifest import RunStateError
 from hbat.state.plan import plan
@@ -24,20 +25,24 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def described(values=DESCRIBED, trl="1.2.0"):
+    return Fingerprint(values, {"sft": [], "dpo": ["beta"]}, {"trl": trl})
+
+
 def config(folder, **options):
     return HBATConfig(output_dir=str(folder), **options)
 
 
 def start(path, **options):
     made = config(path, **options)
-    return Run.start(made, RunFolder(path, keeps=made.keep_states), DESCRIBED, tensors(0))
+    return Run.start(made, RunFolder(path, keeps=made.keep_states), described(), tensors(0))
 
 
-def resume(path, described=DESCRIBED, *, allow_changed=(), needs_initial=False, **options):
+def resume(path, values=DESCRIBED, *, trl="1.2.0", allow_changed=(), needs_initial=False, **options):
     made = config(path, **options)
     folder = RunFolder(path, keeps=made.keep_states)
     changes = {"allow_changed": allow_changed, "needs_initial": needs_initial}
-    return Run.resume(made, folder, folder.read(), described, tensors(0), **changes)
+    return Run.resume(made, folder, folder.read(), described(values, trl), tensors(0), **changes)
 
 
 def finish(run, stage, *, steps=5, importance=True, moments=True, kept=None):
@@ -118,7 +123,7 @@ def test_what_an_objective_keeps_comes_back_for_its_next_stage(tmp_path):
 
 
 def opened(path, *, resume):
-    return Run.open(config(path), RunFolder(path), DESCRIBED, tensors(0), resume=resume)
+    return Run.open(config(path), RunFolder(path), described(), tensors(0), resume=resume)
 
 
 def test_a_folder_is_opened_for_a_new_run_or_for_the_one_that_lies_there(tmp_path):
@@ -151,7 +156,7 @@ def test_evaluations_are_part_of_the_state(tmp_path):
 
 def test_a_process_that_only_reads_follows_the_run_without_writing(tmp_path):
     folder = RunFolder(tmp_path, writes=False)
-    run = Run.start(config(tmp_path), folder, DESCRIBED, tensors(0))
+    run = Run.start(config(tmp_path), folder, described(), tensors(0))
     finish(run, PLAN[0])
     assert (run.state.next_stage, run.state.global_step) == (1, 5)
     assert same(run.consolidation.accumulated["sft"], tensors(1))
@@ -177,6 +182,25 @@ def test_every_change_is_named(tmp_path):
         resume(tmp_path, many)
 
 
+def test_a_default_that_moved_with_a_library_is_named_and_can_be_accepted_from_the_stage_on(tmp_path):
+    finish(start(tmp_path), PLAN[0])
+    moved = DESCRIBED | {"sft": {"learning_rate": 2}}
+    expected = r"^Defaults have changed .* \(trl 1\.2\.0 -> 1\.3\.0\): sft\.learning_rate: 1 -> 2\."
+    with pytest.raises(RunStateError, match=expected):
+        resume(tmp_path, moved, trl="1.3.0")
+    resume(tmp_path, moved, trl="1.3.0", allow_changed=["sft.learning_rate"])
+    state = resume(tmp_path, moved, trl="1.3.0").state
+    assert state.changes == [{"stage": 1, "changes": ["sft.learning_rate: 1 -> 2"]}]
+    assert (state.given, state.versions) == ({"sft": [], "dpo": ["beta"]}, {"trl": "1.3.0"})
+
+
+def test_another_version_that_changes_no_value_is_recorded_with_the_next_commit(tmp_path):
+    start(tmp_path)
+    finish(resume(tmp_path, trl="1.3.0"), PLAN[0])
+    manifest = json.loads((tmp_path / "hbat_state.json").read_text())
+    assert (manifest["versions"], manifest["changes"]) == ({"trl": "1.3.0"}, [])
+
+
 # --- changes that are allowed ----------------------------------------------------------------------------------------
 
 CHANGED = DESCRIBED | {"dpo": {"beta": 0.2}}
@@ -186,7 +210,7 @@ def test_an_allowed_change_is_recorded_and_holds_from_then_on(tmp_path, caplog):
     caplog.set_level("INFO", logger="hbat")
     finish(start(tmp_path), PLAN[0])
     run = resume(tmp_path, CHANGED, allow_changed=["dpo.beta"])
-    assert "From stage 1 on the run goes on with: dpo.beta: 0.1 -> 0.2." in caplog.text
+    assert "The run is resumed from stage 1 with: dpo.beta: 0.1 -> 0.2." in caplog.text
     assert run.state.changes == [{"stage": 1, "changes": ["dpo.beta: 0.1 -> 0.2"]}]
     again = resume(tmp_path, CHANGED)
     assert again.state.fingerprint == CHANGED
@@ -291,7 +315,7 @@ def _held(run):
     }
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", [*(pytest.param(index, marks=pytest.mark.slow) for index in range(3)), 3])
 def test_a_stage_cut_off_at_any_file_operation_is_wholly_done_or_not_at_all(index, tmp_path):
     number, outcomes = 0, []
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import cases
 from cases import strict_tokenizer
 from datasets import Dataset
+from messages import SYSTEM, assistant, dialogue, user
 
 from hbat.data.check import check_dataset
 from hbat.data.formats import kto_faults, preference_faults, prompt_faults, sft_faults
@@ -16,19 +17,6 @@ FILE = Path(__file__).resolve().parents[2] / "docs" / "bad-data.md"
 CHECKS = {"sft": sft_faults, "dpo": preference_faults, "kto": kto_faults, "ppo": prompt_faults}
 
 
-def user(text="Why is the sky blue?"):
-    return {"role": "user", "content": text}
-
-
-def assistant(text="It scatters blue light."):
-    return {"role": "assistant", "content": text}
-
-
-def dialogue(*texts):
-    return "".join(f"\n\n{('Human', 'Assistant')[at % 2]}: {text}" for at, text in enumerate(texts))
-
-
-SYSTEM = {"role": "system", "content": "Be brief."}
 PAIR = {"prompt": "Why?", "chosen": " So.", "rejected": " No."}
 JUDGED = {"prompt": "Why?", "completion": " So.", "label": True}
 
@@ -90,40 +78,41 @@ CASES = [
     ("template", "sft", [{"messages": [SYSTEM, user(), assistant()]}]),
 ]  # fmt: skip
 
-HEAD = """# Rows that are refused
+HEAD = """# Faulty rows
 
-Before the first stage every row of every data set is checked, by its objective's format and then against model and
-tokenizer. The first faulty row is named with its field, all are counted by kind. With `on_bad_rows: drop` such rows
-are left out instead, counted by kind in a warning; a missing column stays an error. Nothing is written before that.
+Before the first stage, every row of every data set is checked: first against the format of its objective, then against
+the model and its tokenizer. The error names the first faulty row and field and counts all faulty rows by kind. With
+`on_bad_rows: drop`, faulty rows are dropped with a warning that counts them; a missing column is always an error.
+Nothing is written to disk before these checks.
 
-This table is made by `python tests/support/bad_data.py`. "Met" are the kinds found among public preference and
-instruction data (HH-RLHF, PandaLM, LLMBar, UKPConvArg).
+`python tests/support/bad_data.py` writes this page. "Met" marks kinds found in public preference and instruction data
+(HH-RLHF, PandaLM, LLMBar, UKPConvArg).
 
 | kind | met | objective | message |
 |---|---|---|---|
 """
 TAIL = """
-The last message is of a tokenizer whose template knows no system turn.
+The last message comes from a tokenizer whose chat template accepts no system message.
 
 ## What is not a fault
 
-* The same row or pair twice.
-* A cycle of preferences (a over b, b over c, c over a); only a pair against its own reverse is found.
-* A text longer than `max_length`: TRL cuts it. A row of which nothing is left to learn is left out by newer TRL;
-  the run counts such rows in a warning, and a stage of which no row is left is an error.
-* A tie: a pair must have a better side, so leave ties out.
+* Duplicate rows or pairs.
+* A cycle of preferences (a over b, b over c, c over a). Only a pair and its own reverse are found.
+* A text longer than `max_length`: TRL truncates it. Newer versions of TRL drop a row of which nothing is left to
+  learn; the run counts such rows in a warning, and a stage without any rows left is an error.
+* Ties cannot be expressed: a pair needs a better side, so remove them.
 
 ## Files
 
-A file that cannot be read is named with its problem: missing (with the nearest name), empty, cut off, not JSON (with
-line and column), a line or an element that is no object, nested too deeply, not UTF-8, rows without columns, columns
-whose types differ between files. A data set with the column `image` or `images` is refused where the model has a
+The error for a file that cannot be read names its problem: missing (with the nearest name), empty, truncated, not JSON
+(with line and column), a line or an element that is not an object, nested too deeply, not UTF-8, rows without columns,
+or columns whose types differ between files. A data set with a column `image` or `images` is refused if the model has a
 tokenizer and no processor.
 """
 
 
 def message(objective, rows):
-    """What a run of this objective says to rows, first by their format, then by a strict tokenizer."""
+    """The error of a run of this objective about rows: their format first, then a strict tokenizer."""
     check = CHECKS[objective]
     fit = row_fit(functools.partial(check), strict_tokenizer(), cases.VOCABULARY_SIZE)
     data = Dataset.from_list(rows)
@@ -139,14 +128,14 @@ def kinds(objective, rows):
     """The kinds of fault that the last row shows alone."""
     found = list(CHECKS[objective](rows[-1]))
     fit = row_fit(CHECKS[objective], strict_tokenizer(), cases.VOCABULARY_SIZE)
-    return {each.kind for each in found or fit(rows[-1])}
+    return {fault.kind for fault in found or fit(rows[-1])}
 
 
 def document():
     lines = []
     for kind, objective, rows in CASES:
-        # What follows is the same in every message: the counts, and what to do.
-        text = message(objective, rows).partition(" It is the only one of")[0].replace("|", "\\|")
+        # The rest is the same in every message: the counts and the advice.
+        text = message(objective, rows).partition(" Faulty rows: ")[0].replace("|", "\\|")
         lines.append(f"| {kind} | {'yes' if kind in MET else ''} | `{objective}` | {text} |\n")
     return HEAD + "".join(lines) + TAIL
 

@@ -1,4 +1,4 @@
-"""Rows of every format drawn at random: good ones, ones with a named fault, and ones with anything anywhere."""
+"""Strategies for rows of every format: good ones, ones with a named fault, and ones with anything anywhere."""
 
 import json
 
@@ -16,11 +16,11 @@ def _turn(role, words):
 
 PROMPT = st.tuples(_turn("user", WORDS)).map(list)
 ANSWER = st.tuples(_turn("assistant", WORDS)).map(list)
-#: A user and an assistant who take turns.
+#: A conversation of alternating turns.
 DIALOGUE = st.lists(st.tuples(PROMPT, ANSWER), min_size=1, max_size=2).map(
     lambda it: [t for p, a in it for t in p + a]
 )
-#: The two sides of a pair differ in more than capitals and white space.
+#: The two sides of a pair differ in more than letter case and whitespace.
 SIDES = st.tuples(WORDS, WORDS).map(lambda it: (f"x{it[0]}", f"y{it[1]}"))
 
 
@@ -29,7 +29,7 @@ def _said(text):
 
 
 def _renamed(turns):
-    return [{"from": each["role"], "value": each["content"]} for each in turns]
+    return [{"from": turn["role"], "value": turn["content"]} for turn in turns]
 
 
 _PAIRS = {
@@ -114,7 +114,7 @@ def spoiled(draw, objective, form):
     if form == "tokens":
         row["input_ids"][draw(st.integers(0, len(row["input_ids"]) - 1))] = draw(st.sampled_from([-1, None]))
         return row, "input_ids", {"bad token ids"}
-    field = draw(st.sampled_from([each for each in row if each != "label"]))
+    field = draw(st.sampled_from([name for name in row if name != "label"]))
     if isinstance(row[field], str):
         row[field], kinds = TEXT_SPOILS[draw(st.sampled_from(sorted(TEXT_SPOILS)))]
         return row, field, kinds
@@ -129,7 +129,7 @@ def spoiled(draw, objective, form):
 
 # --- anything --------------------------------------------------------------------------------------------------------
 
-#: Columns that hold data, that TRL takes for its own, and that mean nothing.
+#: Columns that hold data, that TRL reserves, and that mean nothing.
 COLUMNS = (
     "text", "messages", "conversations", "prompt", "completion", "chosen", "rejected", "label", "labels", "input_ids",
     "completion_mask", "assistant_masks", "attention_mask", "seq_lengths", "tools", "chat_template_kwargs", "images",

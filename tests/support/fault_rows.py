@@ -1,4 +1,4 @@
-"""Faults of other kinds than a kill: signals, a second process, damaged files, a full disk, one that is read-only."""
+"""Faults other than a kill: signals, a second process, damaged files, a full or read-only disk."""
 
 import re
 import shutil
@@ -15,13 +15,13 @@ from kill_plan import Case, Kill, differences
 from killed_runs import attempt
 
 CASES = (Case("sft+ppo", checkpoints="in stages"), Case("sft+dpo", "lora", checkpoints="in stages"))
-#: Optimizer step of the run, counted over stages, at which the last stage has a checkpoint and steps left to train.
+#: Optimizer step, counted over stages, at which the last stage has a checkpoint and steps left to train.
 LAST_STEPS = {"sft+ppo": 21, "sft+dpo": 12}
 
 
 @dataclass
 class Row:
-    """What became of one fault."""
+    """The outcome of one fault."""
 
     fault: str
     case: Case
@@ -31,7 +31,7 @@ class Row:
 
 
 def _compared(outcome, whole):
-    """Identical or not, and what differs."""
+    """Whether the end is identical, and what differs."""
     if outcome.end is None:
         return f"status {outcome.status}", [outcome.error[-2000:]]
     wrong = differences(outcome.end, whole.end)
@@ -51,12 +51,12 @@ def terminated(case, whole, folder, seed):
     while True:
         shutil.rmtree(folder, ignore_errors=True)
         outcome = attempt(case, folder, kill=Kill("term", seconds=chance.uniform(0.0, 0.6 * whole.seconds)))
-        if outcome.end is None:  # else the signal came too late
+        if outcome.end is None:  # otherwise the signal came too late
             return _until_it_ends(case, folder, whole, "SIGTERM", {"status 143"}, f"status {outcome.status}")
 
 
 def second_process(case, whole, folder):
-    """A second process that trains into the folder of a first."""
+    """A second process that trains in the folder of a first."""
     first = killed_runs.start(case, folder)
     killed_runs.wait_until_it_trains(first)
     second = attempt(case, folder)
@@ -79,15 +79,15 @@ def interrupted(case, folder):
 
 def files_of(folder):
     """Files of a run and of the newest checkpoint in it."""
-    checkpoints = sorted(folder.glob("stage-*/checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))
-    for each in sorted(folder.rglob("*")):
-        relative = each.relative_to(folder)
-        if each.is_file() and (not relative.parts[0].startswith("stage-") or each.is_relative_to(checkpoints[-1])):
+    checkpoints = sorted(folder.glob("stage-*/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and (not relative.parts[0].startswith("stage-") or path.is_relative_to(checkpoints[-1])):
             yield relative
 
 
 def kind_of(relative, newest):
-    """A file's name without numbers; `newest` are the names that the newest manifest has."""
+    """A file's name without numbers; `newest` is the text of the newest manifest."""
     name = re.sub(r"-\d+", "", relative.name)
     if relative.parts[0] == "state":
         return f"state/{name}" + ("" if relative.name in newest else " (older)")
@@ -95,14 +95,14 @@ def kind_of(relative, newest):
 
 
 def damaged(case, whole, folder, before, relative, damage, kind):
-    """Go on with a run in which one file is damaged."""
+    """Resume a run after damaging one of its files."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(before, folder)
     DAMAGES[damage](folder / relative)
     outcome = attempt(case, folder)
     found, wrong = _compared(outcome, whole)
     said = relative.name in outcome.error or (relative.parent.name in outcome.error and len(relative.parts) > 2)
-    training = [each for each in wrong if not each.startswith(("log ", "files:"))]
+    training = [difference for difference in wrong if not difference.startswith(("log ", "files:"))]
     if outcome.end is None:
         named = said and "Error: " in outcome.error
         result, good = ("error that names it", True) if named else (found, False)
@@ -116,7 +116,7 @@ def damaged(case, whole, folder, before, relative, damage, kind):
 
 
 def all_damages(case, whole, folder):
-    """Every file of an interrupted run, damaged in every way; with an adapter only what is not the same without."""
+    """Every file of an interrupted run, damaged in every way; with an adapter only what is its own."""
     before = Path(folder) / "before"
     interrupted(case, before)
     manifest = (before / killed_runs.STATE_FILE).read_text(encoding="utf-8")
@@ -138,7 +138,7 @@ class CannotMountError(RuntimeError):
 
 @contextmanager
 def small_disk(size):
-    """A file system in memory, with a function that mounts it anew with other options."""
+    """A file system in memory, with a function that mounts it again with other options."""
     folder = Path(tempfile.mkdtemp(prefix="hbat-disk-"))
 
     def mount(options):
@@ -163,7 +163,7 @@ def _error(outcome):
 
 
 def full_disk(case, whole, size):
-    """A disk that gets full within the run, and then has room."""
+    """A disk that fills up during the run and then has room again."""
     with small_disk(size) as (folder, remount):
         outcome = attempt(case, folder / "run")
         if outcome.end is not None:
@@ -173,14 +173,14 @@ def full_disk(case, whole, size):
 
 
 def peak(case):
-    """Bytes that a run takes on disk at most, as far as what is left at its end says."""
+    """Bytes that a run takes on disk shortly before its end."""
     with small_disk("1g") as (folder, _):
         attempt(case, folder / "run", kill=Kill("step", number=LAST_STEPS[case.objectives]))
         return shutil.disk_usage(folder).used
 
 
 def read_only(case, whole, *, begun):
-    """A disk that may not be written to, before a run or within it."""
+    """A disk that becomes read-only before a run or during it."""
     with small_disk("1g") as (folder, remount):
         if begun:
             interrupted(case, folder / "run")
@@ -192,7 +192,7 @@ def read_only(case, whole, *, begun):
 
 
 def rows_of(case, folder, seed):
-    """Every fault of this file, one after the other; text says what was left out, and why."""
+    """Yield a row per fault of this file, or a string that says what was skipped and why."""
     folder = Path(folder)
     folder.mkdir(parents=True)
     whole = attempt(case, folder / "whole", resume=False)
@@ -208,6 +208,6 @@ def rows_of(case, folder, seed):
         for begun in (False, True):
             yield read_only(case, whole, begun=begun)
     except CannotMountError as error:
-        yield f"full disk and read-only folder left out: {error}"
+        yield f"full disk and read-only folder skipped: {error}"
     yield from all_damages(case, whole, folder)
     shutil.rmtree(folder)

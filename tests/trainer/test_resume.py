@@ -14,6 +14,7 @@ import runs
 from kills import CutOffError, Kill, assert_equal, options
 from transformers import TrainerCallback
 
+from hbat.state.files import digest
 from hbat.state.manifest import RunStateError
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
@@ -183,9 +184,12 @@ def test_what_only_concerns_logs_and_checkpoints_may_change(cut_off, tmp_path):
 
 
 MANIFESTS = {
-    "broken": ('{"format": 2, "finge', "holds no complete state .*cannot be read"),
-    "of another format": ('{"format": 99}', "has format 99; this version of hbat reads format 2"),
-    "of something else": ('{"format": 2, "epoch": 3}', "its checksum differs"),
+    "broken": ('{"format": 3, "finge', "holds no complete state .*cannot be read"),
+    "of another format": (
+        json.dumps({"format": 99, "checksum": digest({"format": 99})}),
+        "has format 99; this version of hbat reads format 3",
+    ),
+    "of something else": ('{"format": 3, "epoch": 3}', "its checksum differs"),
     "without a format": ("{}", "cannot be read"),
 }
 

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hbat.engines.processes import is_main_process
-from hbat.reports.results import RESULTS_FILE, directions, table_rows
+from hbat.reports.matrix import directions, table_rows
+from hbat.reports.scores import SCORES_FILE
 from hbat.trainer import HBATTrainer
 
 
@@ -30,7 +31,7 @@ def print_result(trainer: HBATTrainer) -> None:
         table.add_section()
         table.add_row(*transfer)
         console.print(table)
-        console.print(f"Scores: {folder / RESULTS_FILE}", highlight=False)
+        console.print(f"Scores: {folder / SCORES_FILE}", highlight=False)
     console.print(f"Model:  {folder}", highlight=False)
 
 

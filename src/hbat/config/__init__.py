@@ -1,1 +1,1 @@
-"""What a user can set: the run, EWC, and how sections are parsed."""
+"""Options of a run and of EWC, with their help texts and checks."""

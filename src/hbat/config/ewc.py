@@ -1,4 +1,4 @@
-"""What a user can set about elastic weight consolidation: fields, help and validation."""
+"""Options of elastic weight consolidation, with their help texts and checks."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,114 +6,114 @@ from typing import Literal
 from hbat.config.fields import check_choice, check_number, check_whole
 
 Source = Literal["displacement", "fisher", "uniform", "random"]
-
-
 Granularity = Literal["tensor", "element"]
-
-
 Normalization = Literal["mean", "max", "softmax"]
-
-
 Method = Literal["gradient", "proximal"]
-
-
-AnchorDevice = Literal["model", "cpu"]
-
-
 Estimator = Literal["gnb", "empirical"]
 
-
-#: The scale that the authors' code applies to a displacement before it squares it.
+#: The factor by which the authors' code multiplies a displacement before squaring it.
 AUTHORS_IMPORTANCE_SCALE = 1e10
+
+_AUTHORS_PRESET = {
+    "source": "displacement",
+    "granularity": "tensor",
+    "normalization": "softmax",
+    "importance_scale": AUTHORS_IMPORTANCE_SCALE,
+    "method": "gradient",
+    "freeze": 0.0,
+}
 
 
 @dataclass(kw_only=True)
 class EWCConfig:
-    """How elastic weight consolidation holds a stage back. The help of each field is its description."""
+    """Configuration of elastic weight consolidation (EWC). Each field is described by its `help`."""
 
     preset: Literal["authors"] | None = field(
         default=None,
         metadata={
-            "help": "`authors` sets the EWC of the authors' code, and nothing outside this section: `source: "
-            "displacement`, `granularity: tensor`, `normalization: softmax`, `importance_scale: 1e10`, `method: "
-            "gradient`, `freeze: 0`; `f_max` stays free. Their fresh optimizers and epochs are in "
-            "examples/configs/authors.yaml. With real displacements this softmax picks a single tensor, so it is "
-            "offered for comparison, not for use."
+            "help": "Named set of options. `authors` reproduces the EWC of the authors' code: `source: displacement`, "
+            "`granularity: tensor`, `normalization: softmax`, `importance_scale: 1e10`, `method: gradient` and "
+            "`freeze: 0`. `f_max` and all other sections keep their values; examples/configs/authors.yaml also sets "
+            "the authors' optimizers and epochs. With real displacements this softmax selects a single tensor, so use "
+            "the preset for comparison only."
         },
     )
     f_max: float = field(
         default=10.0,
         metadata={
-            "help": "Strength of the penalty: the coefficient of an element is f_max times its importance. 0 switches "
-            "the penalty off. The best value depends on the learning rate; `ewc/grad_norm_ratio` shows its effect."
+            "help": "Strength of the penalty. The coefficient of a weight is `f_max` times its importance. `0` "
+            "disables the penalty. The best value depends on the learning rate; monitor `ewc/grad_norm_ratio` to tune "
+            "it."
         },
     )
     source: Source = field(
         default="displacement",
         metadata={
-            "help": "What importance is computed from: how far the other objectives' stages moved the weights "
-            "(`displacement`, no pass over the data), the diagonal `fisher` of the log-likelihood on their data, or "
-            "the controls `uniform` (plain L2 pull to the anchor) and `random`."
+            "help": "What importance is computed from. `displacement`: how far the stages of the other objectives "
+            "moved each weight; needs no pass over the data. `fisher`: the diagonal Fisher information of the "
+            "log-likelihood on their data. `uniform` (plain L2 penalty towards the anchor) and `random` are controls."
         },
     )
     granularity: Granularity = field(
         default="element",
         metadata={
-            "help": "One importance for each `element` of a tensor, or one for each `tensor` (almost no memory)."
+            "help": "Whether importance has one value per `element` of a tensor or one per `tensor`. The latter needs "
+            "almost no memory."
         },
     )
     normalization: Normalization = field(
         default="mean",
         metadata={
-            "help": "`mean`: importance of K tensors sums to one over tensors (its mean over elements is 1/K). `max`: "
-            "the largest is one. `softmax`: over tensors, as in the authors' code; depends on `importance_scale`."
+            "help": "How importance is normalized. `mean`: the mean over all elements is 1/K for K tensors, so one "
+            "value per tensor sums to 1. `max`: the largest value is 1. `softmax`: a softmax over tensors, as in the "
+            "authors' code; requires `granularity: tensor` and depends on `importance_scale`."
         },
     )
     importance_scale: float = field(
         default=AUTHORS_IMPORTANCE_SCALE,
         metadata={
-            "help": "Only for `softmax`: the displacement is multiplied by this before it is squared, so the softmax "
-            "sees importance_scale^2 times the accumulated displacement. 1e10 is the authors' code."
+            "help": "Factor by which the displacement is multiplied before squaring, so the softmax is taken of "
+            "`importance_scale`^2 times the accumulated squared displacement. The default is that of the authors' "
+            "code. Only used with `normalization: softmax`."
         },
     )
     method: Method = field(
         default="gradient",
         metadata={
-            "help": "`gradient`: the penalty's gradient joins the task's before clipping, as if it were part of the "
-            "loss. `proximal`: after the optimizer step the weights are pulled towards the anchor by 1/(1 + 2 lr c); "
-            "independent of Adam's scaling, stable for any strength, and needs a larger `f_max`."
-        },
-    )
-    anchor_device: AnchorDevice = field(
-        default="model",
-        metadata={
-            "help": "Where anchor and importance lie during a stage: on the device of the `model`, or on the `cpu`, "
-            "from where a GPU fetches them piece by piece at each optimizer step, two pieces ahead. `cpu` saves at "
-            "most a copy of the weights for each of the two and costs the time of the transfer. Little is gained with "
-            "an adapter, and nothing for the anchor in a preference stage of a full model, where it is the reference "
-            "policy. Changes no result."
+            "help": "How the penalty is applied. `gradient`: its gradient is added to the loss gradient before "
+            "clipping, as if it were part of the loss. `proximal`: after each optimizer step with learning rate lr, "
+            "the distance to the anchor is multiplied by 1/(1 + 2 lr c) for the coefficient c; independent of Adam's "
+            "scaling and stable at any strength, but needs a larger `f_max`."
         },
     )
     freeze: float = field(
         default=0.0,
         metadata={
-            "help": "Fraction of the tensors, those with the largest importance, that get no update at all in a "
-            "stage. Below 1: at least one tensor always trains."
+            "help": "Fraction of tensors, those with the largest importance, that are not updated during a stage. "
+            "Must be below 1; at least one tensor always trains."
         },
     )
     estimator: Estimator = field(
         default="gnb",
         metadata={
-            "help": "For `source: fisher`. `gnb` samples the labels from the model and is unbiased with one backward "
-            "pass a batch; `empirical` uses the labels of the data, one backward pass a sample."
+            "help": "Estimator of the Fisher information. `gnb`: Gauss-Newton-Bartlett with labels sampled from the "
+            "model; unbiased, one backward pass per batch. `empirical`: uses the labels of the data, one backward "
+            "pass per sample. Only used with `source: fisher`."
         },
     )
     fisher_samples: int = field(
-        default=256, metadata={"help": "For `source: fisher`: at most this many rows of a stage's data are used."}
+        default=256,
+        metadata={
+            "help": "Maximum number of rows of a stage's data that the Fisher information is estimated on. Only used "
+            "with `source: fisher`."
+        },
     )
     fisher_batch_size: int = field(
         default=8,
-        metadata={"help": "For `source: fisher` with `gnb`: rows in a batch. Does not change the expectation."},
+        metadata={
+            "help": "Number of rows per batch of the `gnb` estimator. Does not change the expected value of the "
+            "estimate. Only used with `source: fisher`."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -125,7 +125,6 @@ class EWCConfig:
         check_choice("ewc.granularity", self.granularity, Granularity)
         check_choice("ewc.normalization", self.normalization, Normalization)
         check_choice("ewc.method", self.method, Method)
-        check_choice("ewc.anchor_device", self.anchor_device, AnchorDevice)
         check_choice("ewc.estimator", self.estimator, Estimator)
         check_number("ewc.f_max", self.f_max, 0)
         check_number("ewc.importance_scale", self.importance_scale, 0)
@@ -136,24 +135,16 @@ class EWCConfig:
         check_whole("ewc.fisher_batch_size", self.fisher_batch_size, 1)
         if self.normalization == "softmax" and self.granularity == "element":
             raise ValueError(
-                "`ewc.normalization: softmax` runs over tensors but `ewc.granularity` is 'element'. "
-                "Set `granularity: tensor`, or take `normalization: mean`."
+                "`ewc.normalization: softmax` is taken over tensors, but `ewc.granularity` is 'element'. "
+                "Set `granularity: tensor` or `normalization: mean`."
             )
 
     def _apply_authors_preset(self) -> None:
-        fixed: dict[str, object] = {
-            "source": "displacement",
-            "granularity": "tensor",
-            "normalization": "softmax",
-            "importance_scale": AUTHORS_IMPORTANCE_SCALE,
-            "method": "gradient",
-            "freeze": 0.0,
-        }
-        for name, value in fixed.items():
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) not in {default, value}:
+        for name, value in _AUTHORS_PRESET.items():
+            given = getattr(self, name)
+            if given not in {type(self).__dataclass_fields__[name].default, value}:
                 raise ValueError(
-                    f"`ewc.preset: authors` sets `ewc.{name}` to {value!r}, but {getattr(self, name)!r} was given. "
-                    "Leave one of the two out."
+                    f"`ewc.preset: authors` sets `ewc.{name}` to {value!r}, but {given!r} was given. Remove one of "
+                    "them."
                 )
             setattr(self, name, value)

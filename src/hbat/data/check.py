@@ -1,18 +1,24 @@
-"""Checking the data sets of a run before its first stage: type, size, columns and every row."""
+"""Checks a data set before the first stage: its type, size, columns and every row."""
 
 import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from hbat.config.fields import nearest
+from hbat.config.hbat import OnBadRows
 from hbat.data.faults import MISSING_COLUMN, Fault, RowCheck
 from hbat.data.formats import FIELDS, preference_faults
 from hbat.data.load import DatasetError
+
+logger = logging.getLogger(__name__)
+
+# Slow to decode, and not checked.
+_MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 
 
 @dataclass
@@ -20,22 +26,17 @@ class FaultyRows:
     """The faulty rows of a data set.
 
     Attributes:
-        first: The first fault in words, with its row and field.
-        rows: Numbers of the faulty rows.
-        kinds: How many rows show each kind of fault; a row can show several.
+        first: The first fault as a sentence, with its row and field.
+        rows: Indices of the faulty rows.
+        kinds: Number of rows with each kind of fault; a row can have several.
     """
 
     first: str = ""
     rows: list[int] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
 
-    def add(self, row: int, faults: list[Fault]) -> None:
-        """Count a row.
-
-        Args:
-            row: Its number.
-            faults: What is wrong with it.
-        """
+    def add(self, row: int, faults: Sequence[Fault]) -> None:
+        """Count the faults of a row."""
         if not self.rows:
             stop = "" if faults[0].problem.endswith("?") else "."
             self.first = f"row {row}, field `{faults[0].field}`: {faults[0].problem}{stop}"
@@ -44,33 +45,24 @@ class FaultyRows:
 
     @property
     def counts(self) -> str:
-        """The kinds of faults with their numbers of rows, most frequent first."""
-        return ", ".join(
-            f"{kind}: {count}" for kind, count in sorted(self.kinds.items(), key=lambda it: (-it[1], it[0]))
-        )
+        """Number of rows with each kind of fault, most frequent first."""
+        ordered = sorted(self.kinds.items(), key=lambda item: (-item[1], item[0]))
+        return ", ".join(f"{kind}: {count}" for kind, count in ordered)
 
 
-def search(rows: Any, faults: RowCheck) -> FaultyRows:
-    """Check every row of a data set.
-
-    Args:
-        rows: A `datasets.Dataset`, or anything with its `iter`.
-        faults: The check of one row. With `preference_faults`, a pair that reverses an earlier one is a fault, too.
-
-    Returns:
-        The faulty rows.
-    """
+def search(rows: Dataset, faults: RowCheck) -> FaultyRows:
+    """Check every row. With `preference_faults`, a pair that reverses an earlier one is faulty as well."""
     found = FaultyRows()
     reversals = _Reversals() if getattr(faults, "func", faults) is preference_faults else None
     number = 0
     for batch in rows.iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            here = list(faults(row))
-            if reversals and not here:  # a row that is faulty in itself contradicts nothing
-                here = list(reversals.faults(number, row))
-            if here:
-                found.add(number, here)
+            of_row = list(faults(row))
+            if reversals and not of_row:  # a row that is faulty in itself contradicts no other
+                of_row = list(reversals.faults(number, row))
+            if of_row:
+                found.add(number, of_row)
             number += 1
     return found
 
@@ -83,7 +75,7 @@ class _Reversals:
         chosen, rejected = (_digest(row.get("prompt"), row[side]) for side in ("chosen", "rejected"))
         other = self._seen.get((rejected, chosen))
         if other is not None:
-            yield Fault("reversed pair", "chosen", f"row {other} has the same pair with chosen and rejected swapped")
+            yield Fault("reversed pair", "chosen", f"row {other} is the same pair with chosen and rejected swapped")
         self._seen.setdefault((chosen, rejected), number)
 
 
@@ -92,64 +84,57 @@ def _digest(*values: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-logger = logging.getLogger(__name__)
-
-
-# Decoding these takes long, and no check looks at them.
-_MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
-
-
 def check_dataset(
     dataset: Any,
     *,
     name: str,
     faults: RowCheck | None,
     num_rounds: int = 1,
-    rows_a_round: int = 1,
-    on_bad_rows: Literal["raise", "drop"] = "raise",
+    rows_per_round: int = 1,
+    on_bad_rows: OnBadRows = "raise",
 ) -> Dataset:
-    """Check a data set before anything is trained on it: its type, its size, its columns and every row.
+    """Check a data set before anything is trained on it: its type, size, columns and every row.
 
     Args:
-        dataset: What the user gave.
+        dataset: What the user passed.
         name: How the user knows it; every message begins with it.
-        faults: The check of one row; None looks at no row.
-        num_rounds: Into how many parts it is cut.
-        rows_a_round: Rows that each part needs.
-        on_bad_rows: `raise` an error about the faulty rows, or `drop` them with a warning.
+        faults: Check of one row; None to check no rows.
+        num_rounds: Number of parts that the data set is split into.
+        rows_per_round: Minimum number of rows per part.
+        on_bad_rows: Whether to `raise` an error about faulty rows or `drop` them with a warning.
 
     Returns:
-        The data set, without its faulty rows where they are dropped.
+        The data set, without the rows that were dropped.
 
     Raises:
         DatasetError: If it cannot be trained on.
     """
     _check_type(dataset, name)
-    _check_size(len(dataset), name, num_rounds, rows_a_round)
-    if faults is None:
-        return dataset
-    rows = _readable(dataset)
-    try:
-        _check_columns(rows[0] if rows.column_names else {}, dataset.column_names, name, faults)
-        found = search(rows, faults)
-    except UnicodeDecodeError as error:  # a reader takes bytes as they come; the first look at the text fails
-        raise DatasetError(f"{name}: a text is not UTF-8 ({error}). Save the data as UTF-8.") from None
+    total, needed = len(dataset), num_rounds * rows_per_round
+    need = f"every round needs at least {rows_per_round} {'row' if rows_per_round == 1 else 'rows'}"
+    if rows_per_round > 1:
+        need += " (set by the batch sizes of its section)"
+    if total == 0:
+        raise DatasetError(f"{name} has no rows.")
+    if total < needed:
+        raise DatasetError(
+            f"{name} has too few rows: {total} for {num_rounds} {'round' if num_rounds == 1 else 'rounds'}; {need}. "
+            "Lower `num_rounds` or provide more data."
+        )
+    found = FaultyRows() if faults is None else _searched(dataset, name, faults)
     if not found.rows:
         return dataset
-    total, bad = len(dataset), len(found.rows)
+    bad = len(found.rows)
+    summary = f"Faulty rows: {bad} of {total} ({found.counts})."
     if on_bad_rows != "drop":
-        others = f"{bad} of {total} rows are faulty ({found.counts})" if bad > 1 else f"It is the only one of {total}"
         raise DatasetError(
-            f"{name}, {found.first} {others}. Correct the data, or set `on_bad_rows: drop` to train without such rows."
+            f"{name}, {found.first} {summary} Fix the data, or set `on_bad_rows: drop` to train without these rows."
         )
-    if total - bad < num_rounds * rows_a_round:
+    if total - bad < needed:
         raise DatasetError(
-            f"{name}, {found.first} {bad} of {total} rows are faulty ({found.counts}); without them {total - bad} are "
-            f"left, but {num_rounds * rows_a_round} are needed: {_need(rows_a_round)}."
+            f"{name}, {found.first} {summary} Without them {total - bad} rows remain, but {needed} are needed: {need}."
         )
-    logger.warning(
-        "%s: %d of %d rows are faulty and left out (%s). First: %s", name, bad, total, found.counts, found.first
-    )
+    logger.warning("%s: dropped %d of %d rows (%s). First: %s", name, bad, total, found.counts, found.first)
     dropped = set(found.rows)
     return dataset.select([number for number in range(total) if number not in dropped])
 
@@ -158,38 +143,29 @@ def _check_type(dataset: Any, name: str) -> None:
     if isinstance(dataset, Dataset):
         return
     if dataset is None:
-        raise DatasetError(f"{name} is missing (None). Give a `datasets.Dataset`.")
+        raise DatasetError(f"{name} is None; it must be a `datasets.Dataset`.")
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         split = "train" if "train" in dataset else next(iter(dataset), "train")
-        raise DatasetError(
-            f"{name} holds several splits ({', '.join(map(str, dataset)) or 'none'}). Did you mean dataset[{split!r}]?"
-        )
+        splits = ", ".join(map(str, dataset)) or "none"
+        raise DatasetError(f"{name} is a dictionary of splits ({splits}). Did you mean `dataset[{split!r}]`?")
     if isinstance(dataset, IterableDataset):
         raise DatasetError(
-            f"{name} is an IterableDataset, whose length is unknown, so it cannot be cut into rounds. "
-            "Load it without `streaming=True`."
+            f"{name} is an IterableDataset, which has no length, so it cannot be split into rounds. Load it without "
+            "`streaming=True`."
         )
-    advice = (
-        "Make one with `datasets.Dataset.from_list(rows)`." if isinstance(dataset, list | tuple) else "Load it first."
-    )
-    raise DatasetError(f"{name} is a {type(dataset).__name__}, not a `datasets.Dataset`. {advice}")
+    hint = " Create one with `datasets.Dataset.from_list(rows)`." if isinstance(dataset, list | tuple) else ""
+    raise DatasetError(f"{name} is a {type(dataset).__name__}; it must be a `datasets.Dataset`.{hint}")
 
 
-def _check_size(rows: int, name: str, num_rounds: int, rows_a_round: int) -> None:
-    if rows == 0:
-        raise DatasetError(f"{name} has no rows.")
-    if rows < num_rounds * rows_a_round:
-        rounds = "1 round" if num_rounds == 1 else f"{num_rounds} rounds"
-        raise DatasetError(
-            f"{name} has too few rows: {rows} for {rounds}; {_need(rows_a_round)}. "
-            "Lower `num_rounds`, or give more data."
-        )
-
-
-def _need(rows_a_round: int) -> str:
-    if rows_a_round == 1:
-        return "every round needs at least one row"
-    return f"every round needs at least {rows_a_round} rows, which its section sets by its batch sizes"
+def _searched(dataset: Dataset, name: str, faults: RowCheck) -> FaultyRows:
+    # A custom transform is part of the data; any other format (torch, numpy) only hides the lists.
+    plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
+    rows = plain.select_columns([column for column in plain.column_names if column not in _MEDIA])
+    try:
+        _check_columns(rows[0] if rows.column_names else {}, dataset.column_names, name, faults)
+        return search(rows, faults)
+    except UnicodeDecodeError as error:  # Arrow stores bytes unchecked; the first access to the text fails
+        raise DatasetError(f"{name}: a text is not UTF-8 ({error}). Save the data as UTF-8.") from None
 
 
 def _check_columns(row: Mapping[str, Any], columns: Sequence[str], name: str, faults: RowCheck) -> None:
@@ -201,9 +177,3 @@ def _check_columns(row: Mapping[str, Any], columns: Sequence[str], name: str, fa
                 f"{name} has no column `{fault.field}`. Its columns: {', '.join(f'`{column}`' for column in columns)}."
                 f"{close} {fault.problem[0].upper()}{fault.problem[1:]}. Rename or map the columns."
             )
-
-
-def _readable(dataset: Dataset) -> Dataset:
-    # A transform of the user's own is part of the data; any other format (torch, numpy) only hides the lists.
-    plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
-    return plain.select_columns([each for each in plain.column_names if each not in _MEDIA])

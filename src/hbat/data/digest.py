@@ -1,4 +1,4 @@
-"""A checksum over every row of a data set, of its content alone, however it lies in memory or on disk."""
+"""A checksum of all rows of a data set: of their content, however it lies in memory or on disk."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,23 +9,20 @@ import pyarrow as pa
 import xxhash
 from datasets import Dataset
 
-# Rows are taken by position, a fixed number at a time, so that how a file is cut into chunks does not show. A million
-# rows of prompt and completion, 121 bytes each, took one busy core 0.2 s in memory, 0.7 s from files, and 1.2 s from
-# files in shuffled order.
+# Rows are hashed in blocks of a fixed size, so that the chunks of a file do not matter. A million rows of prompt and
+# completion, 121 bytes each, took 0.2 s on one busy core from memory, 0.7 s from files, 1.2 s from shuffled files.
 _ROWS = 10_000
-
-
 _GATHERED_ROWS = 200_000
 
 
 def data_digest(dataset: Dataset) -> str:
-    """Checksum of all rows.
+    """Compute the checksum of all rows. A custom transform counts with what it makes of them.
 
     Args:
-        dataset: The data set. Where a function transforms its rows as they are read, what it makes of them counts.
+        dataset: The data set.
 
     Returns:
-        The same text for the same columns, in any order, with the same rows in the same order.
+        A string that is equal for the same rows in the same order, with the columns in any order.
     """
     transformed = dataset.format["type"] == "custom"
     digests: dict[str, xxhash.xxh3_128] = {}
@@ -61,7 +58,7 @@ def _array(column: Any) -> Any:
 
 
 def _add(digest: "xxhash.xxh3_128", array: Any) -> None:
-    """Add what an array says: bits of its buffers that no value comes from may differ between equal arrays."""
+    """Add the values of an array, not its buffers: bits that no value reads may differ between equal arrays."""
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     kind = array.type
@@ -75,7 +72,7 @@ def _add(digest: "xxhash.xxh3_128", array: Any) -> None:
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
         _add_numbers(digest, array.value_lengths().fill_null(0))
         _add(digest, array.flatten())
-    elif any(each(kind) for each in (pa.types.is_string, pa.types.is_large_string)):
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         _add_texts(digest, array.fill_null("") if array.null_count else array)
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
         digest.update(str(kind).encode())
@@ -86,17 +83,16 @@ def _add(digest: "xxhash.xxh3_128", array: Any) -> None:
 
 
 def _add_texts(digest: "xxhash.xxh3_128", array: Any) -> None:
-    _, places, characters = array.buffers()
+    _, offsets, characters = array.buffers()
     width = np.int64 if pa.types.is_large_string(array.type) else np.int32
-    bounds = np.frombuffer(places, width)[array.offset : array.offset + len(array) + 1] if len(array) else np.zeros(1)
+    bounds = np.frombuffer(offsets, width)[array.offset : array.offset + len(array) + 1] if len(array) else np.zeros(1)
     digest.update(np.diff(bounds).astype(np.int64).data)
     if characters is not None and len(array):
         digest.update(memoryview(characters)[int(bounds[0]) : int(bounds[-1])])
 
 
 def _add_numbers(digest: "xxhash.xxh3_128", array: Any) -> None:
-    numbers = array.to_numpy(zero_copy_only=False)
-    digest.update(np.ascontiguousarray(numbers).data)
+    digest.update(np.ascontiguousarray(array.to_numpy(zero_copy_only=False)).data)
 
 
 def _add_plain(digest: "xxhash.xxh3_128", values: Any) -> None:

@@ -1,22 +1,26 @@
-"""What can be wrong with parts of a row that several kinds of data share: values, prompts with answers, turns."""
+"""Faults that rows of several formats share: of values, prompts with answers, messages, and columns TRL reserves."""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hbat.data.turns import TurnFault, text_turns, turn_faults, turn_marker
+from hbat.data.turns import Turn, text_turns, turn_faults, turn_marker
 
 MISSING_COLUMN = "missing column"
-
-
 UNREADABLE = {"missing value", "not text", "not a message", "empty conversation", "mixed formats"}
 
-
 ASSISTANT = ("assistant",)
-
-
 ASKING = ("user", "tool")
+
+#: Columns that TRL derives from text; if they exist already, it trains on them.
+RESERVED = ("labels", "completion_mask", "assistant_masks", "seq_lengths")
+
+#: Columns that TRL reads as log-probabilities of the reference policy, which here is the model at the stage's start.
+OF_THE_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps")
+
+#: TRL calls a data set conversational if any of these columns is, whichever ones it trains on.
+_TELLING = ("prompt", "chosen", "rejected", "completion", "messages")
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,9 @@ class Fault:
     """Why a row cannot be trained on.
 
     Attributes:
-        kind: Short stable name, for counting.
-        field: Where in the row, as one would index it.
-        problem: The sentence, without its full stop.
+        kind: Short stable name, by which faults are counted.
+        field: Place in the row, as one would index it.
+        problem: A sentence without its full stop.
     """
 
     kind: str
@@ -34,27 +38,20 @@ class Fault:
     problem: str
 
 
+#: Yields the faults of a row; none for a good one.
 RowCheck = Callable[[Mapping[str, Any]], Iterator[Fault]]
 
 
 def value_faults(row: Mapping[str, Any], fields: Sequence[str]) -> Iterator[Fault]:
-    """Check that fields hold something, all as text or all as messages.
-
-    Args:
-        row: The row.
-        fields: Names of the fields.
-
-    Yields:
-        The faults.
-    """
+    """Check that fields hold something, and that all hold text or all hold messages."""
     found = False
     for field in fields:
         value = row.get(field)
         problem = None
         if value is None:
-            problem = ("missing value", "there is no value")
+            problem = ("missing value", "the value is missing")
         elif not isinstance(value, str | list | tuple):
-            problem = ("not text", f"{value!r:.60} is neither text nor a list of messages")
+            problem = ("not text", f"{value!r:.60} is neither a string nor a list of messages")
         elif not value and not isinstance(value, str):
             problem = ("empty conversation", "the list of messages is empty")
         elif isinstance(value, str) and not value.strip():
@@ -64,148 +61,83 @@ def value_faults(row: Mapping[str, Any], fields: Sequence[str]) -> Iterator[Faul
             yield Fault(problem[0], field, problem[1])
     texts = [field for field in fields if isinstance(row.get(field), str)]
     if not found and 0 < len(texts) < len(fields):
-        others = ", ".join(f"`{field}`" for field in fields if field not in texts)
-        yield Fault(
-            "mixed formats", texts[0], f"it is text, but {others} is a list of messages; give both in one form"
-        )
+        others = " and ".join(f"`{field}`" for field in fields if field not in texts)
+        yield Fault("mixed formats", texts[0], f"it is a string, but there are messages in {others}; use one format")
 
 
 def prompted_faults(row: Mapping[str, Any], sides: Sequence[str]) -> Iterator[Fault]:
-    """Check a prompt and the answers to it.
-
-    Args:
-        row: The row, with the field `prompt`.
-        sides: Fields of the answers.
-
-    Yields:
-        The faults.
-    """
-    fields = ("prompt", *sides)
-    found = list(value_faults(row, fields))
+    """Check a prompt and the answers to it, which stand in the fields `sides`."""
+    found = list(value_faults(row, ("prompt", *sides)))
     yield from found
     if found:
         return
     if not isinstance(row["prompt"], str):
-        yield from in_messages("prompt", turn_faults(row["prompt"], last=ASKING))
+        yield from message_faults("prompt", row["prompt"], last=ASKING)
         for side in sides:
-            yield from in_messages(side, turn_faults(row[side], first=ASSISTANT, last=ASSISTANT))
+            yield from message_faults(side, row[side], first=ASSISTANT, last=ASSISTANT)
         return
     for side in sides:
-        turns = text_turns(row["prompt"] + row[side])
-        if turns:
-            yield from in_text(side, turn_faults(turns, last=ASSISTANT))
+        if turns := text_turns(row["prompt"] + row[side]):
+            yield from dialogue_faults(side, turns, last=ASSISTANT)
         elif marker := turn_marker(row[side], "assistant"):
             yield Fault("role marker", side, marker)
 
 
-def in_messages(field: str, found: Iterator[TurnFault]) -> Iterator[Fault]:
-    """Place faults of turns in a field that holds messages.
-
-    Args:
-        field: The field.
-        found: Faults of its turns.
-
-    Yields:
-        The same, as faults of the row.
-    """
-    for index, part, kind, problem in found:
-        yield Fault(kind, f"{field}[{index}]{part and '.'}{part}", problem)
+def message_faults(field: str, messages: Sequence[Any], **rules: Any) -> Iterator[Fault]:
+    """Check a field that holds messages; the rules are those of `turn_faults`."""
+    for index, key, kind, problem in turn_faults(messages, **rules):
+        yield Fault(kind, f"{field}[{index}]{key and '.'}{key}", problem)
 
 
-def in_text(field: str, found: Iterator[TurnFault]) -> Iterator[Fault]:
-    """Place faults of turns in a field that holds them written out.
-
-    Args:
-        field: The field.
-        found: Faults of its turns.
-
-    Yields:
-        The same, as faults of the row.
-    """
-    for index, _, kind, problem in found:
-        yield Fault(kind, field, f"turn {index + 1} in the text: {problem}")
-
-
-#: What TRL makes out of text; where the column is there already, it trains on that.
-RESERVED = ("labels", "completion_mask", "assistant_masks", "seq_lengths")
-
-
-#: What TRL takes for log-probabilities of the reference policy, which here is the model at the stage's start.
-OF_THE_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps")
-
-
-#: TRL tells text from conversations by any one of these columns, no matter which ones it trains on.
-_TELLING = ("prompt", "chosen", "rejected", "completion", "messages")
+def dialogue_faults(field: str, turns: Sequence[Turn], **rules: Any) -> Iterator[Fault]:
+    """Check a field of text that was split into turns; the rules are those of `turn_faults`."""
+    for index, _, kind, problem in turn_faults(turns, **rules):
+        yield Fault(kind, field, f"turn {index + 1} of the text: {problem}")
 
 
 def reserved_faults(row: Mapping[str, Any], names: Collection[str]) -> Iterator[Fault]:
-    """Find columns with names that TRL keeps for itself.
-
-    Args:
-        row: The row.
-        names: The names.
-
-    Yields:
-        The faults.
-    """
+    """Find columns whose names TRL reserves."""
     for name in names:
         if name in row:
             yield Fault(
                 "reserved column",
                 name,
-                "TRL takes a column of this name for its own (labels, masks, log-probabilities, text to end); "
-                "rename or remove it",
+                "TRL reserves this name for a column of its own (labels, masks, log-probabilities or text); rename or "
+                "remove it",
             )
 
 
 def companion_faults(row: Mapping[str, Any], used: Collection[str]) -> Iterator[Fault]:
-    """Find columns that are not trained on, but make TRL take text for a conversation or the other way round.
-
-    Args:
-        row: The row.
-        used: The columns that are trained on.
-
-    Yields:
-        The faults.
-    """
+    """Find columns that are not `used`, but make TRL mistake text for a conversation or a conversation for text."""
     conversational = any(isinstance(row.get(name), list | tuple) for name in used)
     for name in _TELLING:
         if name in used or name not in row:
             continue
         if conversational and not _is_conversation(row[name]):
-            problem = "it holds no messages, but the data does"
+            problem = "it holds no messages, but the columns trained on do"
         elif not conversational and isinstance(row[name], list | tuple):
-            problem = "it holds a list, but the data is text"
+            problem = "it holds a list, but the columns trained on hold text"
         else:
             continue
-        advice = "TRL may take either to tell text from messages; rename or remove this column"
+        advice = "TRL may detect the format from this column; rename or remove it"
         yield Fault("mixed formats", name, f"{problem}. {advice}")
 
 
 def argument_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
-    """Find arguments of the chat template that it cannot take.
-
-    Args:
-        row: The row.
-
-    Yields:
-        The faults.
-    """
+    """Check the arguments of the chat template that a row brings along."""
     if "chat_template_kwargs" in row and not isinstance(row["chat_template_kwargs"], Mapping):
-        yield Fault(
-            "bad template arguments", "chat_template_kwargs", "it is no mapping; `{}` says that there are none"
-        )
+        yield Fault("bad template arguments", "chat_template_kwargs", "it is not a mapping; use `{}` for no arguments")
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError):
-            yield Fault("bad tools", "tools", "it is text, but not JSON")
+            yield Fault("bad tools", "tools", "the string is not valid JSON")
             return
     if tools is None:
         return
-    if not isinstance(tools, list | tuple) or not all(isinstance(each, Mapping) for each in tools):
-        yield Fault("bad tools", "tools", f"{tools!r:.60} is not a list of descriptions of tools (mappings)")
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        yield Fault("bad tools", "tools", f"{tools!r:.60} is not a list of tool schemas")
 
 
 def _is_conversation(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Loading a data set as a YAML file names it: from the Hugging Face Hub or from files."""
+"""Loads a data set as a YAML file names it: from the Hugging Face Hub or from files."""
 
 import gzip
 import json
@@ -14,28 +14,25 @@ from datasets import Dataset
 from hbat.config.fields import nearest
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
 _SOURCE_KEYS = ("path", "name", "split", "data_files", "revision")
-
-
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_EXPECTED = "expected a name on the Hugging Face Hub, a file or a list of files"
 
 
 class DatasetError(ValueError):
-    """A data set that cannot be trained on. The message names it, and the row and field where there is one."""
+    """A data set that cannot be trained on. The message names it, with the row and field if there is one."""
 
 
 def load(source: Any, *, name: str) -> Dataset:
     """Load a data set as a YAML file names it.
 
     Args:
-        source: Name on the Hugging Face Hub, a data file, a list of data files, or a mapping with `path`, `name`,
-            `split`, `data_files` and `revision`.
+        source: Name on the Hugging Face Hub, data file, list of data files, or mapping with `path`, `name`, `split`,
+            `data_files` and `revision`.
         name: How the user knows the data set; every message begins with it.
 
     Returns:
-        The data set; several files follow each other in the order given.
+        The data set. Several files are concatenated in the order given.
 
     Raises:
         DatasetError: If it cannot be found or read.
@@ -45,33 +42,29 @@ def load(source: Any, *, name: str) -> Dataset:
     if isinstance(source, list | tuple):
         return _load_files(source, None, name)
     if not isinstance(source, str | Path) or not str(source):
-        raise DatasetError(f"{name} is {source!r}. Give a name on the Hugging Face Hub, a file or a list of files.")
+        raise DatasetError(f"{name} is {source!r}; {_EXPECTED}.")
     return _load_mapping({"path": str(source)}, name)
 
 
 def _load_mapping(source: Mapping[str, Any], name: str) -> Dataset:
     for key in source:
         if key not in _SOURCE_KEYS:
-            valid = ", ".join(_SOURCE_KEYS)
+            valid = ", ".join(f"`{known}`" for known in _SOURCE_KEYS)
             raise DatasetError(
-                f"{name} has the key `{key}`, which is none of {valid}.{nearest(str(key), _SOURCE_KEYS)}"
+                f"{name} has the unknown key `{key}`; valid are {valid}.{nearest(str(key), _SOURCE_KEYS)}"
             )
     given = {key: value for key, value in source.items() if value is not None}
     path, split = given.pop("path", None), given.pop("split", None)
     if "data_files" in given and path in {None, *_BUILDERS.values()}:
         path = given.pop("data_files")
     if not path or isinstance(path, Mapping):
-        raise DatasetError(f"{name} has no `path`. Give a name on the Hugging Face Hub, a file or a list of files.")
-    files = [path] if isinstance(path, str) else list(path)
-    if isinstance(path, str) and not _is_file(path):
+        raise DatasetError(f"{name} has no `path`; {_EXPECTED}.")
+    if isinstance(path, str) and _suffix(path) not in _BUILDERS and not Path(path).expanduser().is_file():
         return _load_other(path, split, given, name)
+    files = [path] if isinstance(path, str) else list(path)
     if given:
-        raise DatasetError(f"{name}: `{next(iter(given))}` has no meaning for the file {files[0]}. Leave it out.")
+        raise DatasetError(f"{name}: `{next(iter(given))}` does not apply to the file {files[0]}. Remove it.")
     return _load_files(files, split, name)
-
-
-def _is_file(path: str) -> bool:
-    return _suffix(path) in _BUILDERS or Path(path).expanduser().is_file()
 
 
 def _suffix(path: str) -> str:
@@ -81,26 +74,25 @@ def _suffix(path: str) -> str:
 def _load_other(path: str, split: str | None, given: Mapping[str, Any], name: str) -> Dataset:
     folder = Path(path).expanduser()
     if not folder.is_dir() and not _HUB_NAME.fullmatch(path):
-        raise DatasetError(f"{name}: {path!r} is neither a file that exists nor the name of a data set on the Hub.")
+        raise DatasetError(f"{name}: {path!r} is neither an existing file nor a name on the Hugging Face Hub.")
     try:
         if (folder / "state.json").is_file():
             return datasets.load_from_disk(str(folder))
-        path = str(folder) if folder.is_dir() else path
-        options = dict(given)
-        return datasets.load_dataset(path, options.pop("name", None), split=split or "train", **options)
+        options = {"split": split or "train", **given}
+        return datasets.load_dataset(str(folder) if folder.is_dir() else path, options.pop("name", None), **options)
     except ConnectionError as error:
-        reason = f"the Hugging Face Hub cannot be reached ({_one_line(error)}), and it is not in the cache"
-    except Exception as error:  # noqa: BLE001 -- readers raise anything; the user gets one line
+        reason = f"the Hugging Face Hub cannot be reached ({_one_line(error)}), and the cache does not have it"
+    except Exception as error:  # noqa: BLE001 - readers raise anything; the user gets one line
         reason = _one_line(error)
-    raise DatasetError(f"{name}: cannot load {path!r}: {reason}. A data set of your own is given by its files.")
+    raise DatasetError(f"{name}: cannot load {path!r}: {reason}. To load local data, give its files.")
 
 
 def _load_files(paths: Sequence[Any], split: str | None, name: str) -> Dataset:
     if not paths:
         raise DatasetError(f"{name} is an empty list of files.")
-    parts = [_load_file(str(path), split, name) for path in paths]
+    loaded = [_load_file(str(path), split, name) for path in paths]
     try:
-        return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+        return datasets.concatenate_datasets(loaded) if len(loaded) > 1 else loaded[0]
     except (ValueError, TypeError) as error:
         reason = _one_line(error)
     raise DatasetError(f"{name}: the files {', '.join(map(str, paths))} do not have the same columns: {reason}.")
@@ -109,77 +101,61 @@ def _load_files(paths: Sequence[Any], split: str | None, name: str) -> Dataset:
 def _load_file(path: str, split: str | None, name: str) -> Dataset:
     file = Path(path).expanduser()
     if not file.is_file():
-        known = [each.name for each in file.parent.iterdir()] if file.parent.is_dir() else []
-        where = "" if file.parent.is_dir() else f" (nor is there a folder {file.parent})"
+        exists = file.parent.is_dir()
+        known = [sibling.name for sibling in file.parent.iterdir()] if exists else []
+        where = "" if exists else f" (and no directory {file.parent})"
         raise DatasetError(f"{name}: there is no file {path}{where}.{nearest(file.name, known)}")
-    if _suffix(path) not in _BUILDERS:
-        raise DatasetError(f"{name}: {path} is of no known kind; give {', '.join(_BUILDERS)} (.gz for text).")
-    if not file.stat().st_size:
-        raise DatasetError(f"{name}: cannot read {path}: the file is empty.")
-    builder = _BUILDERS[_suffix(path)]
-    if builder == "json" and (problem := _bad_row(file)):
-        raise DatasetError(f"{name}: cannot read {path}: {problem}.")
-    try:
-        # Not `load_dataset`, which tells a server that a file was loaded and waits for its answer.
-        return getattr(Dataset, f"from_{builder}")({"train": str(file)}, split=split or "train")
-    except Exception as error:  # noqa: BLE001 -- readers raise anything; the user gets one line
-        reason = (_json_problem(file) if builder == "json" else None) or _reason(error)
+    builder = _BUILDERS.get(_suffix(path))
+    if builder is None:
+        raise DatasetError(
+            f"{name}: {path} has an unsupported extension; expected {', '.join(_BUILDERS)} (text also as .gz)."
+        )
+    reason = "the file is empty" if not file.stat().st_size else _null_row(file) if builder == "json" else None
+    if reason is None:
+        try:
+            # Not `load_dataset`, which reports to a server that a file was loaded and waits for its answer.
+            return getattr(Dataset, f"from_{builder}")({"train": str(file)}, split=split or "train")
+        except Exception as error:  # noqa: BLE001 - readers raise anything; the user gets one line
+            line = _one_line(error)
+            line = "its rows have no columns" if "corresponds to no data" in line else line
+            reason = (_json_problem(file) if builder == "json" else None) or line
     raise DatasetError(f"{name}: cannot read {path}: {reason}.")
 
 
-def _reason(error: BaseException) -> str:
-    line = _one_line(error)
-    return "its rows have no columns" if "corresponds to no data" in line else line
-
-
-def _bad_row(file: Path) -> str | None:
-    # pyarrow ends the whole process at a block of rows that begins with `null`, without a message.
+def _null_row(file: Path) -> str | None:
+    """Find a row that is `null`: pyarrow ends the process, without a message, at a block that begins with one."""
     try:
         with _opened(file) as lines:
             first = next((line.strip() for line in lines if line.strip()), "")
+            lines.seek(0)
             if first.startswith("["):
-                lines.seek(0)
                 return _bad_element(json.loads(lines.read().removeprefix("\ufeff")))
             if first != "null" and not first.endswith("}"):  # one object over several lines
                 return None
-            lines.seek(0)
             found = (number for number, line in enumerate(lines, start=1) if line.strip() == "null")
             number = next(found, None)
-            return None if number is None else f"line {number} is `null` and no JSON object"
+            return None if number is None else f"line {number} is `null`, not a JSON object"
     except RecursionError:
         return "it is nested too deeply"
     except (EOFError, OSError, ValueError, zlib.error):
-        return None  # the reader says what is wrong
+        return None  # found again after reading
 
 
 def _bad_element(rows: Any) -> str | None:
-    if not isinstance(rows, list) or all(isinstance(each, str) for each in rows):  # texts are rows of `text`
+    if not isinstance(rows, list) or all(isinstance(row, str) for row in rows):  # strings are rows of `text`
         return None
-    number = next((at for at, each in enumerate(rows) if not isinstance(each, dict)), None)
-    return None if number is None else f"row {number} of its list is not a JSON object"
-
-
-def _opened(file: Path) -> Any:
-    return (gzip.open if file.name.lower().endswith(".gz") else open)(file, "rt", encoding="utf-8")
-
-
-def _one_line(error: BaseException) -> str:
-    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+    index = next((at for at, row in enumerate(rows) if not isinstance(row, dict)), None)
+    return None if index is None else f"row {index} of its list is not a JSON object"
 
 
 def _json_problem(file: Path) -> str | None:
     try:
         with _opened(file) as lines:
-            if _suffix(file.name) == ".json" and lines.read(1) == "[":
-                lines.seek(0)
-                return _text_problem(lines.read(), "")
+            is_list = _suffix(file.name) == ".json" and lines.read(1) == "["
             lines.seek(0)
-            return _line_problem(lines)
+            return _text_problem(lines.read(), "") if is_list else _line_problem(lines)
     except EOFError:
-        return "the compressed file is cut off"
+        return "the compressed file is truncated"
     except (OSError, ValueError, zlib.error) as error:
         return _one_line(error)
 
@@ -203,3 +179,14 @@ def _text_problem(text: str, where: str) -> str | None:
     except RecursionError:
         return f"{where}{'is' if where else 'it is'} nested too deeply"
     return f"{where}is not a JSON object" if where and not isinstance(value, dict) else None
+
+
+def _opened(file: Path) -> Any:
+    return (gzip.open if file.name.lower().endswith(".gz") else open)(file, "rt", encoding="utf-8")
+
+
+def _one_line(error: BaseException) -> str:
+    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

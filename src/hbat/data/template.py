@@ -1,4 +1,4 @@
-"""What is wrong with a row for the model that is trained: a template that refuses it, tokens that are not there."""
+"""Faults of a row for the model that is trained: messages its chat template rejects, tokens it does not have."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,8 @@ _TOKENS = ("input_ids", "labels")
 
 @dataclass(frozen=True)
 class _Read:
-    # What an objective reads of a row beside `prompt`: answers to it, whole conversations, tokens.
+    """What an objective reads of a row besides `prompt`: answers to it, whole conversations, tokens."""
+
     answers: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     tokens: bool = False
@@ -31,15 +32,15 @@ _READ: dict[Any, _Read] = {
 
 
 def row_fit(check: RowCheck | None, tokenizer: Any, vocabulary: int) -> "RowFit | None":
-    """Make the check of rows that an objective's own check has found good.
+    """Make the second check of rows: whether those that are good in themselves fit tokenizer and model.
 
     Args:
-        check: The objective's own check.
-        tokenizer: The tokenizer; None where a template of the section's own takes its place.
-        vocabulary: Number of tokens that the model has.
+        check: The first check, that of the objective.
+        tokenizer: The tokenizer; None if the section brings its own chat template.
+        vocabulary: Number of tokens of the model.
 
     Returns:
-        The check; None where it is not known what the objective reads.
+        The second check; None if `check` is a custom one, which does not tell what the objective reads.
     """
     function: Any = check
     read = _READ.get(getattr(function, "func", function))
@@ -47,15 +48,7 @@ def row_fit(check: RowCheck | None, tokenizer: Any, vocabulary: int) -> "RowFit 
 
 
 class RowFit:
-    """The check of one row against tokenizer and model.
-
-    A template is tried once for each sequence of roles, not for each row: what it refuses are roles and their order.
-
-    Args:
-        read: What the objective reads of a row.
-        tokenizer: The tokenizer, or None.
-        vocabulary: Number of tokens that the model has.
-    """
+    """Check of one row against tokenizer and model. See `row_fit`."""
 
     def __init__(self, read: _Read, tokenizer: Any, vocabulary: int) -> None:
         self._read = read
@@ -64,38 +57,23 @@ class RowFit:
         self._tried: dict[Any, str | None] = {}
 
     def concerns(self, dataset: Dataset) -> bool:
-        """Say whether the rows of a data set hold what is checked here.
-
-        Args:
-            dataset: The data set.
-
-        Returns:
-            False where all of it is text.
-        """
+        """Whether a data set has columns to check: False if all of its data is text."""
         read = {"prompt", *self._read.answers, *self._read.whole, *(_TOKENS if self._read.tokens else ())}
-        fields = [each for each in dataset.column_names if each in read]
-        return any("string" not in str(getattr(dataset.features[each], "dtype", "")) for each in fields)
+        features = [feature for name, feature in dataset.features.items() if name in read]
+        return any("string" not in str(getattr(feature, "dtype", "")) for feature in features)
 
     def __call__(self, row: Mapping[str, Any]) -> Iterator[Fault]:
-        """Find what is wrong with a row that is good in itself.
-
-        Args:
-            row: The row.
-
-        Yields:
-            The faults.
-        """
+        """Find the faults of a row that is good in itself."""
         if self._read.tokens and "input_ids" in row:
             yield from _token_faults(row, self._vocabulary)
-            return
-        if self._tokenizer is None:
-            return
-        for field, turns, asks in _conversations(row, self._read):
-            if refusal := self._refusal(turns, row, asks=asks):
-                yield Fault("template", field, f"the tokenizer's chat template refuses it: {refusal}")
-                return
+        elif self._tokenizer is not None:
+            for field, turns, asks in _conversations(row, self._read):
+                if refusal := self._refusal(turns, row, asks=asks):
+                    yield Fault("template", field, f"the tokenizer's chat template rejects it: {refusal}")
+                    return
 
     def _refusal(self, turns: Sequence[Turn], row: Mapping[str, Any], *, asks: bool) -> str | None:
+        """Try the template, once per sequence of roles where nothing else in the row can matter to it."""
         given = row.get("tools"), row.get("chat_template_kwargs")
         if any(given) or not all(isinstance(turn["content"], str) and not turn.get("tool_calls") for turn in turns):
             return self._try(turns, row, asks=asks)
@@ -106,7 +84,6 @@ class RowFit:
 
     def _try(self, turns: Sequence[Turn], row: Mapping[str, Any], *, asks: bool) -> str | None:
         present = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
-        options = dict(row.get("chat_template_kwargs") or {})
         tools = row.get("tools")
         try:
             self._tokenizer.apply_chat_template(
@@ -114,7 +91,7 @@ class RowFit:
                 tools=json.loads(tools) if isinstance(tools, str) else tools,
                 add_generation_prompt=asks,
                 tokenize=False,
-                **options,
+                **(row.get("chat_template_kwargs") or {}),
             )
         except Exception as error:  # noqa: BLE001 - a template raises anything
             return " ".join(f"{type(error).__name__}: {error}".split())
@@ -126,23 +103,22 @@ def _token_faults(row: Mapping[str, Any], vocabulary: int) -> Iterator[Fault]:
         tokens = row.get(field)
         if tokens and max(tokens) >= vocabulary:
             index = next(at for at, token in enumerate(tokens) if token >= vocabulary)
-            problem = f"the model has no token {tokens[index]}; it has {vocabulary}"
+            problem = f"the model has no token {tokens[index]}; its vocabulary size is {vocabulary}"
             yield Fault("unknown token", f"{field}[{index}]", problem)
 
 
 def _conversations(row: Mapping[str, Any], read: _Read) -> Iterator[tuple[str, Sequence[Turn], bool]]:
-    # As TRL renders them: the field, the turns, and whether an answer is asked for.
+    """Yield what TRL renders: the field, its turns, and whether a generation prompt is added."""
     if "prompt" in row:
         if isinstance(row["prompt"], list):
             yield "prompt", row["prompt"], True
             for side in read.answers:
                 if side in row:
                     yield side, row["prompt"] + row[side], False
-        return
-    if "conversations" in read.whole and "conversations" in row:
+    elif "conversations" in read.whole and "conversations" in row:
         turns = [{"role": turn["from"], "content": turn["value"]} for turn in row["conversations"]]
         yield "conversations", turns, False
-        return
-    for field in read.whole:
-        if isinstance(row.get(field), list):
-            yield field, row[field], False
+    else:
+        for field in read.whole:
+            if isinstance(row.get(field), list):
+                yield field, row[field], False

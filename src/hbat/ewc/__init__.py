@@ -1,1 +1,55 @@
-"""Elastic weight consolidation: the mathematics (tensors in, tensors out) and, in `callback`, when it acts."""
+"""Elastic weight consolidation: the mathematics (tensors in, tensors out) and, in `callback`, when it acts.
+
+The public functions need torch alone and load on first use:
+
+* importance: `displacement`, `diagonal_fisher`, `accumulate`, `normalize`, `effective_tensors`
+* penalty: `ewc_penalty`, `add_penalty_gradient_`, `proximal_step_`
+* parameters: `trainable_parameters`, `snapshot`
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hbat.ewc.fisher import Example, diagonal_fisher
+    from hbat.ewc.importance import accumulate, displacement, effective_tensors, normalize
+    from hbat.ewc.parameters import snapshot, trainable_parameters
+    from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, proximal_step_
+
+_HOMES = {
+    "Example": "fisher",
+    "accumulate": "importance",
+    "add_penalty_gradient_": "penalty",
+    "diagonal_fisher": "fisher",
+    "displacement": "importance",
+    "effective_tensors": "importance",
+    "ewc_penalty": "penalty",
+    "normalize": "importance",
+    "proximal_step_": "penalty",
+    "snapshot": "parameters",
+    "trainable_parameters": "parameters",
+}
+
+__all__ = [
+    "Example",
+    "accumulate",
+    "add_penalty_gradient_",
+    "diagonal_fisher",
+    "displacement",
+    "effective_tensors",
+    "ewc_penalty",
+    "normalize",
+    "proximal_step_",
+    "snapshot",
+    "trainable_parameters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"hbat.ewc.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'hbat.ewc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

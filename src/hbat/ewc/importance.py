@@ -1,7 +1,7 @@
-"""How much each tensor or element of a model matters to an objective: measured, accumulated, normalised.
+r"""Importance of each tensor or element of a model to an objective: measured, accumulated, normalized.
 
-Raw importance is what a stage yields (squared displacement or Fisher); normalised importance is what the penalty
-takes. Both are float32, finite and non-negative, of shape `()` for a tensor as a whole or of the tensor's own shape.
+A stage yields raw importance (squared displacement or Fisher information); the penalty takes normalized importance.
+Both are float32, finite and non-negative, with one value per tensor (shape `()`) or per element (the tensor's shape).
 """
 
 import math
@@ -27,58 +27,72 @@ def displacement(
 ) -> dict[str, Tensor]:
     r"""Squared change of each parameter over a stage: $d_i = (\theta_i - \theta^*_i)^2$.
 
+    The importance that HBAT takes (arXiv:2406.15178). Subtracted and squared in float32.
+
     Args:
-        parameters: Weights at the stage's end, by name.
-        anchor: Weights at its start, same names and shapes.
+        parameters: Weights $\theta$ at the stage's end, by name, of any floating dtype.
+        anchor: Weights $\theta^*$ at its start, of the same names and shapes.
         granularity: `element`, or `tensor` for the mean of $d$ over each tensor's elements.
-        device: Where the result shall lie; each tensor's goes there before the next one is worked on.
+        device: Device of the result, to which each tensor's moves before the next is computed; default: the
+            parameters' own.
 
     Returns:
-        Raw importance in float32, on the device of the parameters where no other is asked for.
+        Raw importance in float32, in squared units of the weights.
 
     Raises:
-        ValueError: If a change is not finite.
+        KeyError: If a parameter has no anchor.
+        ValueError: If a shape does not match or a change is not finite.
     """
     require_counterparts(parameters, anchor, "anchor")
     result, extremes, sums = {}, [], []
-    for name, each in parameters.items():
-        squared = (part_of(each).float() - part_of(anchor[name]).to(each.device).float()).square_()
+    for name, parameter in parameters.items():
+        squared = (part_of(parameter).float() - part_of(anchor[name]).to(parameter.device).float()).square_()
         extremes.append(_extremes(squared))
         if granularity == "element":
-            result[name] = as_part(squared, each).to(device or each.device)
+            result[name] = as_part(squared, parameter).to(device or parameter.device)
         else:
             sums.append(_sum(squared))
     _require_valid(parameters, extremes, "displacement")
     if granularity == "element":
         return result
     means = _means(parameters, sums).float()
-    return {name: mean.to(device or each.device) for (name, each), mean in zip(parameters.items(), means, strict=True)}
+    return {
+        name: mean.to(device or parameter.device)
+        for (name, parameter), mean in zip(parameters.items(), means, strict=True)
+    }
 
 
 @torch.no_grad()
 def accumulate(total: dict[str, Tensor], addition: Mapping[str, Tensor]) -> None:
-    """Add a stage's raw importance to an objective's sum, in place: $A_n = A_{n-1} + d_n$.
+    """Add a stage's raw importance to the sum of its objective, in place: $A_n = A_{n-1} + d_n$.
+
+    A plain sum over the objective's stages, without decay.
 
     Args:
-        total: The sum so far; empty before the first stage.
-        addition: What the stage yields.
+        total: The sum $A_{n-1}$ so far, by name; an empty dict before the first stage is filled with copies.
+        addition: Raw importance $d_n$ of the stage, of the same shapes.
+
+    Raises:
+        KeyError: If `addition` lacks a name of `total`.
+        ValueError: If a shape does not match.
     """
     if not total:
-        total.update({name: each.clone() for name, each in addition.items()})
+        total.update({name: tensor.clone() for name, tensor in addition.items()})
         return
     require_counterparts(total, addition, "importance")
-    for name, each in total.items():
-        each.add_(addition[name].to(each.device))
+    for name, tensor in total.items():
+        tensor.add_(addition[name].to(tensor.device))
 
 
 @torch.no_grad()
 def normalize(raw: Mapping[str, Tensor], normalization: str = "mean", scale: float = 1.0) -> dict[str, Tensor]:
-    r"""Turn raw importance into the penalty's $F$.
+    r"""Turn raw importance $A$ into the dimensionless $F$ of the penalty.
 
-    With K tensors: `mean` gives $F = A / (K \cdot \mathrm{mean}(A))$, where the mean runs over all entries (elements
-    or tensors), so that $F$ is free of $A$'s scale and a uniform $A$ gives $1/K$ everywhere; over tensors it sums to
-    one. `max` gives $F = A / \max(A)$. `softmax` gives $F = \mathrm{softmax}_k(s^2 A_k)$ over tensors, which depends
-    on $A$'s scale: with the authors' $s = 10^{10}$ it is one-hot for real displacements.
+    With K tensors: `mean` gives $F = A / (K \cdot \mathrm{mean}(A))$, the mean over all entries (elements or tensors),
+    so that $F$ does not depend on the scale of $A$ and a uniform $A$ gives $1/K$ everywhere; over tensors, $F$ sums to
+    one. `max` gives $F = A / \max(A)$. `softmax` gives $F = \mathrm{softmax}_k(s^2 A_k)$ over tensors, as
+    in the code of HBAT (arXiv:2406.15178), which depends on the scale of $A$: with its $s = 10^{10}$ it is one-hot
+    for real displacements.
 
     Args:
         raw: Raw importance by name.
@@ -86,12 +100,12 @@ def normalize(raw: Mapping[str, Tensor], normalization: str = "mean", scale: flo
         scale: $s$ of the softmax.
 
     Returns:
-        Importance of the same shapes; all zero where `raw` is.
+        Importance in float32, of the same shapes; all zero if `raw` is.
 
     Raises:
-        ValueError: If an entry is negative or not finite, or the softmax is asked for over elements.
+        ValueError: If an entry is negative or not finite, or the softmax is requested over elements.
     """
-    extremes = _require_valid(raw, [_extremes(part_of(each)) for each in raw.values()], "importance")
+    extremes = _require_valid(raw, [_extremes(part_of(tensor)) for tensor in raw.values()], "importance")
     if not raw:
         return {}
     if normalization == "softmax":
@@ -99,22 +113,24 @@ def normalize(raw: Mapping[str, Tensor], normalization: str = "mean", scale: flo
     if normalization == "max":
         divisor = -float(extremes[:, 1].min())
     else:
-        entries = sum(each.numel() for each in raw.values())
-        sums = torch.tensor([_sum(part_of(each)) for each in raw.values()], dtype=torch.float64)
+        entries = sum(tensor.numel() for tensor in raw.values())
+        sums = torch.tensor([_sum(part_of(tensor)) for tensor in raw.values()], dtype=torch.float64)
         divisor = math.fsum(summed(sums, raw.values()).tolist()) / entries * len(raw)
     if divisor == 0.0:
-        return {name: torch.zeros_like(each) for name, each in raw.items()}
-    return {name: _divided(each, divisor) for name, each in raw.items()}
+        return {name: torch.zeros_like(tensor) for name, tensor in raw.items()}
+    return {name: _divided(tensor, divisor) for name, tensor in raw.items()}
 
 
 def effective_tensors(importance: Mapping[str, Tensor]) -> float:
-    r"""How many tensors share the penalty: $1 / \sum_k p_k^2$ with $p$ the tensors' mean importance over its sum.
+    r"""Effective number of tensors that share the penalty: $1 / \sum_k p_k^2$.
+
+    $p_k$ is the mean importance of tensor k, over the sum of these means (the inverse participation ratio).
 
     Args:
-        importance: Importance by name.
+        importance: Raw or normalized importance by name.
 
     Returns:
-        Between 1 (a single tensor holds it all) and the number of tensors; 0 where all importance is zero.
+        From 1 (a single tensor has it all) to the number of tensors; 0 if all importance is zero.
     """
     means = tensor_means(importance)
     total = float(means.sum())
@@ -122,15 +138,7 @@ def effective_tensors(importance: Mapping[str, Tensor]) -> float:
 
 
 def most_important(raw: Mapping[str, Tensor], fraction: float) -> set[str]:
-    """Pick the tensors with the largest mean importance.
-
-    Args:
-        raw: Importance by name.
-        fraction: Share of the tensors to pick, rounded down.
-
-    Returns:
-        Their names; never those of all tensors.
-    """
+    """Names of the `fraction` of tensors (rounded down, never all) with the largest mean importance."""
     count = max(0, min(int(fraction * len(raw)), len(raw) - 1))
     order = torch.argsort(tensor_means(raw), descending=True, stable=True)[:count].tolist()
     names = list(raw)
@@ -138,24 +146,17 @@ def most_important(raw: Mapping[str, Tensor], fraction: float) -> set[str]:
 
 
 def tensor_means(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Average each tensor over all its elements, wherever they lie: one collective.
-
-    Args:
-        tensors: Tensors by name.
-
-    Returns:
-        Means in float64 on the CPU, in the same order.
-    """
-    return _means(tensors, [_sum(part_of(each)) for each in tensors.values()])
+    """Mean of each tensor, in float64 on the CPU, in the same order. With sharded tensors: one collective."""
+    return _means(tensors, [_sum(part_of(tensor)) for tensor in tensors.values()])
 
 
 def _means(tensors: Mapping[str, Tensor], sums: Sequence[float]) -> Tensor:
-    counts = torch.tensor([each.numel() for each in tensors.values()], dtype=torch.float64)
+    counts = torch.tensor([tensor.numel() for tensor in tensors.values()], dtype=torch.float64)
     return summed(torch.tensor(sums, dtype=torch.float64), tensors.values()) / counts
 
 
 def _sum(tensor: Tensor) -> float:
-    # In float64, which torch converts to before it adds up: so never the whole tensor at once.
+    # In pieces: to sum in float64, torch converts all of its input first.
     pieces = tensor.reshape(-1).split(_BLOCK)
     return float(torch.stack([piece.sum(dtype=torch.float64) for piece in pieces]).sum())
 
@@ -168,15 +169,15 @@ def _divided(tensor: Tensor, divisor: float) -> Tensor:
 
 
 def _softmax(raw: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    if any(each.dim() > 0 for each in raw.values()):
+    if any(tensor.dim() > 0 for tensor in raw.values()):
         raise ValueError("`normalization='softmax'` runs over tensors but the importance is per element; use 'mean'.")
-    exponents = torch.stack([each.double().cpu() for each in raw.values()]) * scale**2
+    exponents = torch.stack([tensor.double().cpu() for tensor in raw.values()]) * scale**2
     shares = torch.softmax(exponents, dim=0).float()
-    return {name: share.to(each.device) for (name, each), share in zip(raw.items(), shares, strict=True)}
+    return {name: share.to(tensor.device) for (name, tensor), share in zip(raw.items(), shares, strict=True)}
 
 
 def _extremes(part: Tensor) -> Tensor:
-    # Smallest and negated largest entry, so that both are minima. A part may be empty; zero changes no verdict.
+    # Smallest and negated largest entry, so that both reduce by minimum. A part may be empty; zero changes no verdict.
     if part.numel() == 0:
         return part.new_zeros(2, dtype=torch.float32)
     low, high = part.aminmax()
@@ -186,7 +187,7 @@ def _extremes(part: Tensor) -> Tensor:
 def _require_valid(tensors: Mapping[str, Tensor], extremes: Sequence[Tensor], what: str) -> Tensor:
     if not tensors:
         return torch.empty(0, 2)
-    found = smallest(torch.stack([each.to(extremes[0].device) for each in extremes]), tensors.values())
+    found = smallest(torch.stack([pair.to(extremes[0].device) for pair in extremes]), tensors.values())
     valid = (found[:, 0] >= 0) & torch.isfinite(found[:, 1])  # NaN fails the first comparison
     for index in (~valid).nonzero().flatten().tolist():
         low, high = found[index].tolist()

@@ -1,49 +1,44 @@
-"""Which tensors of a model consolidation is about, under names that survive wrapping. Owns no formula."""
+"""The tensors that consolidation is about: which, under which names, on which device."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hbat.engines.sharded import give_back, whole_shape
+from hbat.engines.sharded import give_back, shared_as, whole_shape
 
-_WRAPPED = {"_orig_mod", "_fsdp_wrapped_module"}
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
 
 
 def canonical_name(name: str) -> str:
-    """Name of a parameter as the bare model gives it.
-
-    Args:
-        name: Name from `named_parameters()` of a model that torch.compile, DDP or FSDP may have wrapped.
-
-    Returns:
-        The name without the wrappers' components.
-    """
-    parts = name.split(".")
-    while parts and parts[0] == "module":  # DDP; deeper down `module` can be a layer's own name
-        parts = parts[1:]
-    return ".".join(part for part in parts if part not in _WRAPPED)
+    """Parameter name without the components that torch.compile, DDP or another wrapper adds."""
+    components = name.split(".")
+    while components and components[0] == "module":  # DDP; deeper down `module` can be a layer's own name
+        components = components[1:]
+    return ".".join(component for component in components if component not in _WRAPPERS)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """List the parameters that training changes, each once.
 
     Tied tensors appear under their first name only; buffers, frozen parameters and frozen adapters (such as the
-    reference adapter of DPO) not at all. Not to be called between forward and backward pass: see `give_back`.
+    reference adapter of DPO) are excluded. Not to be called between forward and backward pass: a sharded model is
+    resharded first.
 
     Args:
-        model: The model, wrapped or not.
+        model: The model, wrapped (torch.compile, DDP) or not.
 
     Returns:
-        Parameters by canonical name, in the model's order.
+        Parameters by the name that the bare model gives them, in its order.
     """
     give_back(model)
-    return {canonical_name(name): each for name, each in model.named_parameters() if each.requires_grad}
+    return {canonical_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
 def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy parameters as they stand now.
+    """Copy parameters, to be the anchor of a penalty.
 
     Args:
         parameters: Tensors by name.
@@ -51,7 +46,30 @@ def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         Detached copies of the same dtype on the same device.
     """
-    return {name: each.detach().clone() for name, each in parameters.items()}
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def on_device(tensors: Mapping[str, Tensor | float], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Move anchor or importance to the devices of its parameters, sharded as these are.
+
+    Args:
+        tensors: Tensors of the parameters' shapes or of shape `()`, or numbers, by name.
+        parameters: Parameters by name.
+
+    Returns:
+        Tensors by parameter name; a tensor of shape `()` for a larger parameter becomes a number, which is read once
+        instead of at every step.
+    """
+    placed: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        value = tensors[name]
+        if not isinstance(value, Tensor):
+            placed[name] = value
+        elif value.dim() == 0 and parameter.dim() > 0:
+            placed[name] = float(value)
+        else:
+            placed[name] = shared_as(value.detach(), parameter).to(parameter.device)
+    return placed
 
 
 def require_counterparts(expected: Mapping[str, Tensor], given: Mapping[str, Tensor | float], what: str) -> None:
@@ -59,8 +77,8 @@ def require_counterparts(expected: Mapping[str, Tensor], given: Mapping[str, Ten
 
     Args:
         expected: Parameters by name.
-        given: What should hold one entry for each of them.
-        what: How to call `given` in the message, such as "anchor".
+        given: The mapping to check.
+        what: What `given` holds, for the message, such as "anchor".
 
     Raises:
         KeyError: If an entry is missing.
@@ -72,10 +90,10 @@ def require_counterparts(expected: Mapping[str, Tensor], given: Mapping[str, Ten
             f"{len(missing)} of {len(expected)} parameters have no {what}, first {missing[0]!r}. "
             f"Take the {what} from the same model with the same adapters."
         )
-    for name, each in expected.items():
-        shape, expected_shape = whole_shape(given[name]), whole_shape(each)
+    for name, parameter in expected.items():
+        shape, expected_shape = whole_shape(given[name]), whole_shape(parameter)
         if shape not in {(), expected_shape}:
             raise ValueError(
-                f"The {what} of {name!r} has the shape {tuple(shape)}, the parameter {tuple(expected_shape)}. "
+                f"The {what} of {name!r} has the shape {shape}, the parameter {expected_shape}. "
                 f"Take the {what} from the same model with the same adapters."
             )

@@ -7,7 +7,7 @@ from hbat.engines.loaded_shards import written_as_whole
 from hbat.engines.processes import is_main_process
 from hbat.engines.sharded import is_sharded, whole_state
 from hbat.model.adapters import ADAPTER
-from hbat.state.files import written_by_the_host
+from hbat.state.files import storage_errors
 
 
 def save(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -30,7 +30,7 @@ def save(folder: Path, model: Any, tokenizer: Any) -> None:
         return
     if hasattr(model, "peft_config"):
         options["selected_adapters"] = [ADAPTER]  # under FSDP the reference adapter lies beside it
-    with written_by_the_host(folder), written_as_whole(model):
+    with storage_errors(folder), written_as_whole(model):
         model.save_pretrained(folder, **options)
         tokenizer.save_pretrained(folder)
 

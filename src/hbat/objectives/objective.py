@@ -160,6 +160,8 @@ class Objective:
             args = self.config
         else:
             values = dict(self.config or {})
+            if values.get("report_to") in ("none", ["none"]):  # what every stage sets
+                del values["report_to"]
             build = {"output_dir": output_dir, "report_to": "none"}
             owned = {key: why for key, why in _OWNED_BY_RUN.items() if key in values}
             args = build_section(self.name, self.config_class, build | values, owned=owned)

@@ -142,7 +142,7 @@ def _checked(track: Track, config: HBATConfig, check: RowCheck | None) -> Track:
             name=f"{argument}[{track.name!r}]",
             faults=None if concerns is not None and not concerns(dataset) else check,
             num_rounds=rounds,
-            rows_a_round=rows_per_round,
+            rows_per_round=rows_per_round,
             on_bad_rows=config.on_bad_rows,
         )
 
@@ -163,6 +163,6 @@ def _refuse_media(track: Track) -> None:
         if found:
             raise DatasetError(
                 f"{argument}[{track.name!r}] has the column `{found[0]}`, but the model has a tokenizer and no "
-                "processor, so it reads text alone. Remove the column, or pass the processor of a vision-language "
+                "processor, so it reads only text. Remove the column, or pass the processor of a vision-language "
                 "model as `processing_class`."
             )

@@ -1,1 +1,1 @@
-"""What a run shows: progress, log, forgetting matrix, plots and model card."""
+"""What a run reports: live (`reporter`), as files (`log`, `scores`, `plots`, `card`), and its table (`matrix`)."""

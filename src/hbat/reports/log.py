@@ -1,4 +1,4 @@
-"""The log of a run on disk: the host's `trainer_state.json`, of which only what a state vouches for is read back."""
+"""The log file of a run, a `trainer_state.json` of transformers. Read back only as far as a state vouches for it."""
 
 import json
 import logging
@@ -14,7 +14,6 @@ from hbat.state.files import digest, write_json
 
 logger = logging.getLogger(__name__)
 
-
 LOG_FILE = "trainer_state.json"
 
 
@@ -26,20 +25,20 @@ def save_log(folder: Path, state: TrainerState) -> dict[str, Any]:
         state: The log.
 
     Returns:
-        What a state of the run remembers of it: the number of entries, to which more may come, and their checksum.
+        What the run's state records of it: the number of entries, to which more may come, and their checksum.
     """
     if state.is_world_process_zero:
-        write_json(folder / LOG_FILE, asdict(state))  # the host's own writing can be cut off
+        write_json(folder / LOG_FILE, asdict(state))  # `TrainerState.save_to_json` is not atomic
     return {"entries": len(state.log_history), "checksum": digest(state.log_history)}
 
 
 def load_log(folder: Path, step: int, expected: Mapping[str, Any]) -> TrainerState:
-    """Read the log of a run that goes on. Where it is damaged it begins anew, for training does not need it.
+    """Read the log of a run that is resumed. A damaged one is moved aside, for training does not need it.
 
     Args:
         folder: The run's folder.
-        step: Step at which the run goes on.
-        expected: What the run's state remembers of the log; later entries belong to work that is done again.
+        step: Step from which the run is resumed.
+        expected: What `save_log` returned at the last commit; later entries belong to work that is done again.
 
     Returns:
         The log, with nothing in it but its entries and the step.
@@ -56,12 +55,12 @@ def load_log(folder: Path, step: int, expected: Mapping[str, Any]) -> TrainerSta
         wrong = f"it cannot be read: {error!r}"
     if wrong is not None:
         entries = []
-        aside = _put_aside(file)
-        logger.warning("The log %s is damaged (%s). The run goes on with an empty log%s.", file, wrong, aside)
+        aside = _move_aside(file)
+        logger.warning("The log %s is damaged (%s). The run is resumed with an empty log%s.", file, wrong, aside)
     return TrainerState(log_history=entries, global_step=step)
 
 
-def _put_aside(file: Path) -> str:
+def _move_aside(file: Path) -> str:
     damaged = file.with_name("trainer_state.damaged.json")
     if not file.is_file() or not is_main_process():
         return ""

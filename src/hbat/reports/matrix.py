@@ -1,47 +1,26 @@
-"""The forgetting matrix: what every objective scores after every stage, and what the stages did to each other."""
+"""The forgetting matrix: what every objective scores after every stage, what it says, and how it reads as a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Better = Literal["lower", "higher"]
 
-
-#: Entries of the host's evaluation that are no score.
+#: Metrics of `Trainer.evaluate` that are no scores.
 _NOT_SCORES = (
-    "runtime",
-    "samples_per_second",
-    "steps_per_second",
-    "epoch",
-    "step",
-    "num_tokens",
-    "model_preparation_time",
-)
+    "runtime", "samples_per_second", "steps_per_second", "epoch", "step", "num_tokens", "model_preparation_time",
+)  # fmt: skip
 
 
 def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Take the scores out of what a trainer's `evaluate` returns.
-
-    Args:
-        metrics: Entries such as `eval_loss`.
-
-    Returns:
-        Numbers by name without the prefix, without run times.
-    """
+    """Take the scores out of the metrics of `Trainer.evaluate`: without the prefix `eval_`, without run times."""
     found = {key.removeprefix("eval_"): value for key, value in metrics.items()}
     return {key: float(value) for key, value in found.items() if key not in _NOT_SCORES and _is_number(value)}
 
 
 def as_metrics(scores_of: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Name scores as the host names those of several data sets.
-
-    Args:
-        scores_of: Scores by objective and metric.
-
-    Returns:
-        Scores by `eval_<objective>/<metric>`.
-    """
-    return {f"eval_{name}/{key}": value for name, each in scores_of.items() for key, value in each.items()}
+    """Name scores by objective and metric as transformers does those of several data sets: `eval_<name>/<metric>`."""
+    return {f"eval_{name}/{key}": value for name, values in scores_of.items() for key, value in values.items()}
 
 
 @dataclass
@@ -54,7 +33,7 @@ class ForgettingMatrix:
     Attributes:
         headline: Metric that stands for each objective.
         rows: The rows in order.
-        better: Which scores of an objective are the better ones; `lower` where it is left out.
+        better: Which scores of an objective are better, `lower` (default) or `higher`.
     """
 
     headline: Mapping[str, str]
@@ -62,14 +41,7 @@ class ForgettingMatrix:
     better: Mapping[str, Better] = field(default_factory=dict)
 
     def better_of(self, objective: str) -> Better:
-        """Say which scores of an objective are the better ones.
-
-        Args:
-            objective: Its name.
-
-        Returns:
-            `lower` or `higher`.
-        """
+        """Which scores of an objective are better, `lower` or `higher`."""
         return self.better.get(objective, "lower")
 
     def add(self, *, stage: int, round_index: int, objective: str | None, scores: Mapping[str, Any]) -> None:
@@ -78,43 +50,29 @@ class ForgettingMatrix:
         Args:
             stage: Its index; -1 for the start.
             round_index: Its round.
-            objective: What it trained; None for the start.
+            objective: The objective that it trained; None for the start.
             scores: Scores by objective and metric.
         """
         self.rows.append({"stage": stage, "round": round_index, "objective": objective, "scores": dict(scores)})
 
     def has(self, stage: int) -> bool:
-        """Whether a stage has its row.
-
-        Args:
-            stage: Its index.
-
-        Returns:
-            True if it was added.
-        """
+        """Whether a stage, by its index, has its row; the start is -1."""
         return any(row["stage"] == stage for row in self.rows)
 
     def series(self, objective: str) -> list[float | None]:
-        """Headline score of an objective in each row.
-
-        Args:
-            objective: Its name.
-
-        Returns:
-            One value a row, None where it was not evaluated.
-        """
+        """Headline score of an objective in each row, None where it was not evaluated."""
         metric = self.headline[objective]
         return [row["scores"].get(objective, {}).get(metric) for row in self.rows]
 
     def backward_transfer(self) -> dict[str, float]:
-        r"""What all that came after an objective's own stages did to it.
+        r"""What all later stages did to an objective.
 
-        With $R_j$ the objective's headline score after stage j, and the mean over its own stages s that another stage
-        follows: $\mathrm{BWT} = \mathrm{mean}_s (R_s - R_{end})$ where end is the last row and lower is better, with
-        the other sign where higher is. Negative is forgetting, positive is that what followed helped.
+        With $R_j$ the objective's headline score after stage j, and the mean over its own stages s but the run's last:
+        $\mathrm{BWT} = \mathrm{mean}_s (R_s - R_{end})$ if lower is better, with the opposite sign if higher is.
+        Negative means forgetting, positive that later stages helped.
 
         Returns:
-            Backward transfer by objective, for those with scores at these rows.
+            Backward transfer by objective, for those that have scores in these rows.
         """
         result = {}
         for objective in self.headline:
@@ -130,12 +88,10 @@ class ForgettingMatrix:
         return result
 
     def interference(self) -> dict[str, float]:
-        """How much worse an objective's headline score gets over a stage of another objective, in the mean.
-
-        Positive is damage.
+        """How much an objective's headline score gets worse over a stage of another objective, on average.
 
         Returns:
-            Mean by objective, for those evaluated before and after such a stage.
+            Mean by objective, for those evaluated before and after such a stage; positive is damage.
         """
         result = {}
         for objective in self.headline:
@@ -153,11 +109,7 @@ class ForgettingMatrix:
         return after - before if self.better_of(objective) == "higher" else before - after
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON file.
-
-        Returns:
-            Headline metrics and which of their values are better, rows, backward transfer and interference.
-        """
+        """Plain values for a JSON file: headline metrics, which of them are better, rows, transfer, interference."""
         return {
             "headline": dict(self.headline),
             "better": {name: self.better_of(name) for name in self.headline},
@@ -166,17 +118,45 @@ class ForgettingMatrix:
             "interference": self.interference(),
         }
 
-    def lines(self) -> Sequence[tuple[str, list[float | None]]]:
-        """Headline scores for a table.
-
-        Returns:
-            A label and one value an objective, for each row.
-        """
+    def lines(self) -> list[tuple[str, list[float | None]]]:
+        """For each row a label, such as `start` or `round 1: sft`, and each objective's headline score."""
         columns = [self.series(objective) for objective in self.headline]
         labels = [
             "start" if row["stage"] < 0 else f"round {row['round'] + 1}: {row['objective']}" for row in self.rows
         ]
         return [(label, [column[index] for column in columns]) for index, label in enumerate(labels)]
+
+
+# --- as a table ------------------------------------------------------------------------------------------------------
+
+
+def table_rows(matrix: ForgettingMatrix) -> tuple[list[str], list[list[str]]]:
+    """Lay the headline scores out as cells: the head, a row for each of the matrix, and backward transfer."""
+    head = ["after", *(f"{name} {metric}" for name, metric in matrix.headline.items())]
+    rows = [
+        [label, *("" if value is None else f"{value:.4f}" for value in values)] for label, values in matrix.lines()
+    ]
+    transfer = matrix.backward_transfer()
+    shown = (f"{transfer[name]:+.4f}" if name in transfer else "" for name in matrix.headline)
+    return head, [*rows, ["backward transfer", *shown]]
+
+
+def markdown_table(matrix: ForgettingMatrix) -> str:
+    """Lay the headline scores out as a Markdown table."""
+    head, rows = table_rows(matrix)
+    lines = ["| " + " | ".join(cells) + " |" for cells in [head, *rows]]
+    lines.insert(1, "|---|" + "---:|" * (len(head) - 1))
+    return "\n".join(lines)
+
+
+def directions(matrix: ForgettingMatrix) -> str:
+    """Say which scores are better: `lower is better`, with the names of the objectives if they differ."""
+    names: dict[str, list[str]] = {}
+    for name in matrix.headline:
+        names.setdefault(matrix.better_of(name), []).append(name)
+    if len(names) == 1:
+        return f"{next(iter(names))} is better"
+    return ", ".join(f"{better} is better for {' and '.join(objectives)}" for better, objectives in names.items())
 
 
 def _is_number(value: object) -> bool:

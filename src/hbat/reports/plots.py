@@ -1,4 +1,4 @@
-"""Pictures of a run. Needs matplotlib (extra `plots`); without it nothing is drawn and one line says so."""
+"""Plots of a run. They need matplotlib (extra `plots`); without it nothing is drawn and the log says so."""
 
 import importlib.util
 import logging
@@ -10,21 +10,12 @@ logger = logging.getLogger(__name__)
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed.
-
-    Returns:
-        True if it is.
-    """
+    """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_matrix(matrix: ForgettingMatrix, file: Path) -> None:
-    """Draw each objective's headline score over the stages.
-
-    Args:
-        matrix: The forgetting matrix.
-        file: PNG to write.
-    """
+    """Draw each objective's headline score over the stages into a PNG file."""
     if not can_draw():
         logger.info("matplotlib is not installed, so %s is not drawn (pip install 'hbat-trl[plots]').", file.name)
         return
@@ -32,8 +23,8 @@ def draw_matrix(matrix: ForgettingMatrix, file: Path) -> None:
 
     names = list(matrix.headline)
     figure = Figure(figsize=(2.5 + 0.6 * len(matrix.rows), 2.4 * len(names)), layout="constrained")
-    axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     labels = [label for label, _ in matrix.lines()]
+    axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for axis, name in zip(axes, names, strict=True):
         points = [(index, value) for index, value in enumerate(matrix.series(name)) if value is not None]
         axis.plot(*zip(*points, strict=True), color="0.6", zorder=1) if points else None

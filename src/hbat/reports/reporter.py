@@ -1,4 +1,4 @@
-"""One log, one set of reporters, one progress bar and one step axis for all stages of a run."""
+"""Live reporting: one log, one set of reporters, one progress bar and one step axis for all stages of a run."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
@@ -15,10 +15,8 @@ from hbat.engines.environment import kept_environment
 from hbat.reports.log import save_log
 from hbat.state.plan import Stage
 
-#: Entries that speak of one stage's run time and would only confuse a log of the whole run.
+#: Entries about a single stage, which would be wrong in the log of the whole run.
 _DROPPED = {"epoch", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
-
-
 _RUN_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
@@ -30,8 +28,8 @@ class RunReporter:
         model: The model, for reporters that describe it.
         state: The log so far; `global_step` is the step of the whole run.
         total_steps: Estimate of the run's optimizer steps, corrected as stages begin.
-        host: A stage's configuration: the device and the processes of the run are the stages'.
-        derived: Fields that it works out of others.
+        args: Configuration of a stage's trainer, whose device and processes are the run's.
+        derived: Fields that the configuration computes from others.
     """
 
     def __init__(
@@ -40,7 +38,7 @@ class RunReporter:
         model: Any,
         state: TrainerState,
         total_steps: int,
-        host: TrainingArguments,
+        args: TrainingArguments,
         derived: Collection[str] = (),
     ) -> None:
         self.state = state
@@ -48,7 +46,7 @@ class RunReporter:
         own: dict[str, Any] = dict.fromkeys(derived)
         own |= {"output_dir": config.output_dir, "report_to": config.report_to, "run_name": config.run_name}
         with kept_environment():
-            self._args = replace(host, **own)
+            self._args = replace(args, **own)
         self._control = TrainerControl()
         state.is_world_process_zero = self._args.process_index == 0
         state.is_local_process_zero = self._args.local_process_index == 0
@@ -59,64 +57,39 @@ class RunReporter:
         self._bar = tqdm(total=total_steps, initial=state.global_step, disable=quiet, dynamic_ncols=True, unit="step")
 
     def _reporters(self) -> list[TrainerCallback]:
-        reporters = [each() for each in get_reporting_integration_callbacks(self._args.report_to)]
+        reporters = [callback() for callback in get_reporting_integration_callbacks(self._args.report_to)]
         events = str(self._folder / "runs")  # fixed, so that a resumed run appends
         if hasattr(self._args, "logging_dir"):  # transformers < 5 takes it from here
             self._args.logging_dir = events
-        for each in reporters:
-            if isinstance(each, TensorBoardCallback):
-                each.logging_dir = events
+        for reporter in reporters:
+            if isinstance(reporter, TensorBoardCallback):
+                reporter.logging_dir = events
         return reporters
 
     def log(self, entry: dict[str, Any], step: int) -> None:
-        """Add an entry to the run's log and hand it to the reporters.
-
-        Args:
-            entry: Numbers by name.
-            step: Step of the whole run.
-        """
+        """Log numbers by name at a step of the whole run, and pass them to the reporters."""
         self.state.global_step = step
         self.remember(entry, step)
         if self.state.is_world_process_zero:
             self._handler.on_log(self._args, self.state, self._control, dict(entry))
 
     def remember(self, entry: dict[str, Any], step: int) -> None:
-        """Add an entry to the run's log that reporters have seen already.
-
-        Args:
-            entry: Numbers by name.
-            step: Step of the whole run.
-        """
+        """Log an entry that reporters have seen already."""
         self.state.log_history.append(entry | {"step": step})
 
     def forget_after(self, step: int) -> None:
-        """Take entries out of the log, of work that is done again. Reporters keep what they have seen.
-
-        Args:
-            step: The last step whose entries stay.
-        """
-        self.state.log_history = [each for each in self.state.log_history if each["step"] <= step]
+        """Remove entries of later steps, which are done again, from the log. Reporters keep what they have seen."""
+        self.state.log_history = [entry for entry in self.state.log_history if entry["step"] <= step]
         self.state.global_step = step
 
     def stage_begins(self, stage: Stage, steps: int, *, steps_after: int) -> None:
-        """Name the stage on the progress bar and correct the total.
-
-        Args:
-            stage: The stage.
-            steps: Its optimizer steps.
-            steps_after: Estimate for the stages after it.
-        """
+        """Name a stage on the progress bar and correct the total; `steps_after` estimates later stages."""
         self._stage, self._stage_steps, self._before = stage, steps, self.state.global_step
         self.state.max_steps = self._bar.total = self._before + steps + steps_after
         self.step(0)
 
     def step(self, done: int, loss: float | None = None) -> None:
-        """Move the progress bar.
-
-        Args:
-            done: Steps of the stage that are done.
-            loss: Its last logged loss.
-        """
+        """Move the progress bar to a number of steps of the stage and its last logged loss."""
         stage = self._stage
         self._bar.n = self._before + done
         self._bar.set_description_str(f"round {stage.round + 1}/{stage.num_rounds} {stage.objective}", refresh=False)
@@ -125,42 +98,24 @@ class RunReporter:
         self._bar.refresh() if done in {0, self._stage_steps} else self._bar.update(0)
 
     def save(self) -> dict[str, Any]:
-        """Write the log beside the run's state.
-
-        Returns:
-            What the run's state remembers of it.
-        """
+        """Write the log to disk; returns what the run's state records of it."""
         return save_log(self._folder, self.state)
 
     def close(self) -> None:
-        """Close reporters and bar."""
+        """Close the reporters and the progress bar."""
         self._handler.on_train_end(self._args, self.state, self._control)
         self._bar.close()
 
 
 def mean_loss(state: TrainerState, objectives: Iterable[str]) -> float:
-    """Average the training losses that a run logged.
-
-    Args:
-        state: The run's log.
-        objectives: Names of its objectives.
-
-    Returns:
-        Their mean over all objectives; 0 where nothing was logged.
-    """
+    """Mean of the training losses that a run logged, over all objectives; 0 if it logged none."""
     names = {f"{name}/loss" for name in objectives}
     losses = [value for entry in state.log_history for key, value in entry.items() if key in names]
     return float(sum(losses) / max(len(losses), 1))
 
 
 class ForwardLogs(TrainerCallback):
-    """Last callback of a stage's trainer: forwards its log to the run's, with the objective as prefix.
-
-    Args:
-        reporter: The run's reporter.
-        stage: The stage.
-        steps_after: Estimate of the steps after this stage.
-    """
+    """Last callback of a stage's trainer: forwards its log to the run's, with the objective as prefix."""
 
     def __init__(self, reporter: RunReporter, stage: Stage, steps_after: int) -> None:
         self._reporter = reporter
@@ -169,30 +124,19 @@ class ForwardLogs(TrainerCallback):
         self._before = reporter.state.global_step
         self._loss: float | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Tell how many steps the stage has, and what it logged before it was cut off."""
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Announce the stage, and log again what it logged before it was cut off."""
         self._reporter.stage_begins(self._stage, state.max_steps, steps_after=self._steps_after)
-        for entry in state.log_history:  # empty, but for a stage that goes on from its checkpoint
+        for entry in state.log_history:  # of a stage that is resumed from its checkpoint
             logs = {key: value for key, value in entry.items() if key != "step"}
             if placed := self._placed(logs):
                 self._reporter.remember(placed, self._before + int(entry["step"]))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move the progress bar."""
         self._reporter.step(state.global_step, self._loss)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Forward an entry."""
         self._loss = (logs or {}).get("loss", self._loss)
         if placed := self._placed(logs or {}):
@@ -204,18 +148,9 @@ class ForwardLogs(TrainerCallback):
 
 
 def renamed(logs: dict[str, Any], objective: str) -> dict[str, Any]:
-    """Prefix a stage's log entries by its objective.
-
-    Evaluation inside a stage has a name of its own: its reference policy is the model at the stage's start, while
-    that between stages, logged at the same steps, refers to the run's start.
-
-    Args:
-        logs: Entries such as `loss`, `eval_loss`, `ewc/penalty`.
-        objective: The objective.
-
-    Returns:
-        `sft/loss`, `eval_sft_stage/loss`, `ewc/penalty`; without the run times of one stage.
-    """
+    """Prefix a stage's log entries by its objective: `sft/loss`, `eval_sft_stage/loss`, but `ewc/penalty`."""
+    # Evaluation inside a stage has a name of its own: its reference policy is the model at the stage's start, while
+    # that between stages, logged at the same steps, has the model at the run's start.
     result = {}
     for key, value in logs.items():
         if key in _DROPPED or key.endswith(_RUN_TIMES):

@@ -1,49 +1,34 @@
-"""The scores of a run: when they are due, and how they come into matrix, log and files."""
+"""The scores of a run: when they are due, and their way into the forgetting matrix, the log and `evaluation.json`."""
 
 from collections.abc import Mapping, Sequence
 
 from hbat.engines.processes import is_main_process
 from hbat.reports.matrix import ForgettingMatrix, as_metrics
+from hbat.reports.plots import draw_matrix
 from hbat.reports.reporter import RunReporter
-from hbat.reports.results import draw_results, write_results
+from hbat.state.files import write_json
 from hbat.state.folder import RunFolder
 from hbat.state.plan import Stage
 from hbat.state.run import Run
 
+SCORES_FILE = "evaluation.json"
+PLOT_FILE = "evaluation.png"
+
 
 class RunScores:
-    """Keeps the forgetting matrix of a run.
-
-    Args:
-        matrix: The matrix.
-        stages: The plan of the run.
-        folder: Its folder.
-    """
+    """Keeps the forgetting matrix of a run, and its files `evaluation.json` and `evaluation.png`."""
 
     def __init__(self, matrix: ForgettingMatrix, stages: Sequence[Stage], folder: RunFolder) -> None:
         self._matrix = matrix
         self._stages = stages
-        self._folder = folder
+        self._folder = folder.path
 
     def are_due(self, run: Run) -> bool:
-        """Whether the objectives have not been evaluated yet where the run stands.
-
-        Args:
-            run: The run.
-
-        Returns:
-            True before the first stage and after each.
-        """
+        """Whether the objectives have not been evaluated yet at this point of the run."""
         return not self._matrix.has(run.state.next_stage - 1)
 
     def take(self, results: Mapping[str, Mapping[str, float]], run: Run, reporter: RunReporter) -> None:
-        """Take in scores, and put them into the log and on disk.
-
-        Args:
-            results: Scores by objective and metric.
-            run: The run.
-            reporter: Its reporter.
-        """
+        """Log and commit scores by objective and metric."""
         done = run.state.next_stage - 1
         number, objective = (self._stages[done].round, self._stages[done].objective) if done >= 0 else (0, None)
         self._matrix.add(stage=done, round_index=number, objective=objective, scores=results)
@@ -51,17 +36,13 @@ class RunScores:
         run.state.log = reporter.save()
         run.commit_evaluations(self._matrix.rows)
         if is_main_process():
-            write_results(self._folder.path, self._matrix)
+            write_json(self._folder / SCORES_FILE, self._matrix.as_dict())
 
     def draw(self) -> None:
-        """Draw the matrix, where it holds anything."""
+        """Draw the matrix, unless it is empty."""
         if is_main_process() and self._matrix.rows:
-            draw_results(self._folder.path, self._matrix)
+            draw_matrix(self._matrix, self._folder / PLOT_FILE)
 
     def last(self) -> dict[str, float]:
-        """Name the scores of the last row as the host names metrics.
-
-        Returns:
-            Scores by `eval_<objective>/<metric>`.
-        """
+        """Name the scores of the last row `eval_<objective>/<metric>`."""
         return as_metrics(self._matrix.rows[-1]["scores"] if self._matrix.rows else {})

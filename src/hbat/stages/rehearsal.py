@@ -59,7 +59,7 @@ def _require_packages(tracks: Sequence[Track], config: HBATConfig) -> None:
     reporters = [config.report_to] if isinstance(config.report_to, str) else list(config.report_to)
     for reporter in reporters:
         try:
-            for callback in get_reporting_integration_callbacks([reporter]):
+            for callback in get_reporting_integration_callbacks(reporter):
                 callback()
         except (ImportError, RuntimeError) as error:
             raise ImportError(f"`report_to` has {reporter!r}, which cannot be used: {error}") from error

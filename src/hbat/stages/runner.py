@@ -25,7 +25,7 @@ from hbat.stages.learning_rate import extend_schedule
 from hbat.stages.moments import CarryMoments
 from hbat.stages.nonfinite import StopOnNonFinite, require_finite_importance, require_finite_weights
 from hbat.stages.start import StageStart
-from hbat.state.files import written_by_the_host
+from hbat.state.files import storage_errors
 from hbat.state.plan import Stage
 from hbat.state.run import Run
 
@@ -122,7 +122,7 @@ class StageRunner:
             if kept:
                 objective.load_state_dict(trainer, kept)
             checkpoint = self._checkpoint(track, trainer, len(part), folder)
-            with written_by_the_host(folder), named_checkpoint(checkpoint):
+            with storage_errors(folder), named_checkpoint(checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint)
             if stop.stopped:
                 self._request.raise_if_agreed()

@@ -1,1 +1,1 @@
-"""A run on disk: plan, manifest, states, lock and fingerprint."""
+"""A run on disk: its plan, folder, manifest, lock, fingerprint, and what it carries from stage to stage."""

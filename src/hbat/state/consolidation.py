@@ -1,4 +1,4 @@
-"""What the stages of a run have learned is important, by objective, and what the next stage makes of it."""
+"""What the stages of a run found important, by objective, and what it makes of the next stage's penalty."""
 
 import warnings
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ _SATURATED_BELOW = 2.0
 
 
 class SaturationWarning(UserWarning):
-    """The softmax left (nearly) all importance to one tensor, so the penalty holds nothing else."""
+    """The softmax gave (nearly) all importance to one tensor, so the penalty holds back nothing else."""
 
 
 class Consolidation:
-    """Raw importance accumulated by each objective. A stage is held by what the *other* objectives' stages yielded.
+    """Raw importance accumulated by each objective. A stage is held back by that of the *other* objectives.
 
     Args:
-        config: How importance is made.
+        config: How importance is computed.
         seed: Seed of the random control.
     """
 
@@ -32,13 +32,8 @@ class Consolidation:
         self.accumulated: dict[str, dict[str, Tensor]] = {}
 
     def add(self, objective: str, raw: Mapping[str, Tensor]) -> None:
-        """Add what a stage yielded to its objective's sum, on the CPU.
-
-        Args:
-            objective: Objective of the stage.
-            raw: Its raw importance, from `raw_importance` or `diagonal_fisher`.
-        """
-        addition = {name: each.cpu() for name, each in raw.items()}
+        """Add the raw importance that a stage yields to its objective's sum, on the CPU."""
+        addition = {name: tensor.cpu() for name, tensor in raw.items()}
         if objective in self.accumulated and self.config.source in {"displacement", "fisher"}:
             accumulate(self.accumulated[objective], addition)
         else:
@@ -46,33 +41,18 @@ class Consolidation:
             self.accumulated[objective] = addition
 
     def control(self, parameters: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:
-        """Raw importance of the controls, which look at no stage.
-
-        Args:
-            parameters: Trainable parameters by name.
-            stage: Stage that yields it.
-
-        Returns:
-            Ones (`uniform`), or numbers drawn evenly from [0, 1) (`random`).
-        """
-        shapes = {
-            name: each.shape if self.config.granularity == "element" else () for name, each in parameters.items()
-        }
+        """Raw importance of the controls, which depend on no training: ones, or uniform random numbers from [0, 1)."""
         if self.config.source == "uniform":
-            return {name: torch.ones(()) for name in shapes}
+            return {name: torch.ones(()) for name in parameters}
         generator = torch.Generator().manual_seed(self._seed + stage.index)
-        drawn = ((name, torch.rand(shape, generator=generator)) for name, shape in shapes.items())
-        return {name: shared_as(each, parameters[name]).cpu() for name, each in drawn}
+        drawn = {}
+        for name, parameter in parameters.items():
+            shape = parameter.shape if self.config.granularity == "element" else ()
+            drawn[name] = shared_as(torch.rand(shape, generator=generator), parameter).cpu()
+        return drawn
 
     def importance(self, stage: Stage) -> dict[str, Tensor] | None:
-        """Normalised importance that holds a stage back.
-
-        Args:
-            stage: The stage about to train.
-
-        Returns:
-            Importance by parameter name on the CPU, or None where no other objective has trained yet.
-        """
+        """Normalized importance for a stage's penalty, on the CPU; None if no other objective has trained yet."""
         raw = self._raw(stage)
         if raw is None:
             return None
@@ -90,22 +70,15 @@ class Consolidation:
         return importance
 
     def frozen(self, stage: Stage) -> set[str]:
-        """Tensors that get no update in a stage.
-
-        Args:
-            stage: The stage about to train.
-
-        Returns:
-            Names of the `freeze` fraction of tensors with the largest raw importance.
-        """
+        """Names of the `freeze` fraction of tensors with the largest raw importance, which a stage does not update."""
         raw = self._raw(stage) if self.config.freeze > 0 else None
         return set() if raw is None else most_important(raw, self.config.freeze)
 
     def _raw(self, stage: Stage) -> dict[str, Tensor] | None:
-        others = [each for objective, each in self.accumulated.items() if objective != stage.objective and each]
+        others = [raw for objective, raw in self.accumulated.items() if objective != stage.objective and raw]
         if len(others) <= 1:
             return others[0] if others else None
         total: dict[str, Tensor] = {}
-        for each in others:
-            accumulate(total, each)
+        for raw in others:
+            accumulate(total, raw)
         return total

@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all, and the error where one cannot be written."""
+"""Atomic writes, checksums, and the error for files that cannot be written."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -15,63 +16,26 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-#: Errors of a disk rather than of a program.
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
-
-
-#: How `torch.save` (2.13) puts it, without a number, where the disk is full.
-_OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
+#: Errors of the disk, not of the program.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+#: `torch.save` (2.13) reports a full disk in these words, without an errno.
+_TORCH_WRITE_ERROR = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
 
 
 class StorageError(OSError):
-    """A file cannot be written. What was there before is untouched, and a run can go on from it."""
+    """A file cannot be written. What was on disk before is untouched, and the run can be resumed from it."""
 
 
-@contextmanager
-def written_by_the_host(folder: Path) -> Iterator[None]:
-    """Say which folder is meant where the host's own files do not fit into it.
-
-    Args:
-        folder: The folder that the host writes into.
-
-    Yields:
-        Nothing; let the host write inside.
-
-    Raises:
-        StorageError: If the disk is full, broken or may not be written to. Other errors stay as they are.
-    """  # noqa: DOC501 - those that stay
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, StorageError) or not _is_of_the_disk(error):
-            raise
-        failure = cannot_write(folder, None, error)
-        raise failure from error
+# --- atomic writes ---------------------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, values: object) -> None:
-    """Write a JSON file that is there whole or not at all.
-
-    Args:
-        path: The file.
-        values: Plain values.
-
-    Raises:
-        StorageError: If it cannot be written.
-    """
+    """Write plain values as a JSON file: all of it or nothing."""
     write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all.
-
-    Args:
-        path: The file.
-        content: What it holds.
-
-    Raises:
-        StorageError: If it cannot be written.
-    """
+    """Write a file: all of it or nothing."""
     with _replacing(path, len(content)) as temporary, temporary.open("wb") as file:
         file.write(content)
         file.flush()
@@ -79,17 +43,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file that is there whole or not at all.
-
-    Args:
-        path: The file.
-        tensors: Tensors by name; each is stored once, so no two may share memory.
-
-    Raises:
-        StorageError: If it cannot be written.
-    """
-    contiguous = {name: each.detach().contiguous() for name, each in tensors.items()}
-    with _replacing(path, sum(each.nbytes for each in contiguous.values())) as temporary:
+    """Write a safetensors file, all of it or nothing; no two tensors may share memory."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with _replacing(path, sum(tensor.nbytes for tensor in contiguous.values())) as temporary:
         save_file(contiguous, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -101,56 +57,63 @@ def _replacing(path: Path, size: int) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-    except (OSError, SafetensorError) as error:
-        raise _given_up(path, size, temporary, error) from error
-    try:
         temporary.replace(path)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise _given_up(path, size, temporary, error) from error
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):  # frees the space that the next attempt needs
+            temporary.unlink(missing_ok=True)
+        failure = cannot_write(path, size, error)
+        raise failure from error
 
 
-def _given_up(path: Path, size: int, temporary: Path, error: Exception) -> StorageError:
-    with suppress(OSError):  # it is the room that the next try needs
-        temporary.unlink(missing_ok=True)
-    return cannot_write(path, size, error)
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- errors of the disk ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Raise errors of the disk as a `StorageError` that names `folder`, which transformers writes into meanwhile."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, StorageError) or not _is_of_the_disk(error):
+            raise
+        failure = cannot_write(folder, None, error)
+        raise failure from error
 
 
 def cannot_write(path: Path, size: int | None, error: Exception) -> StorageError:
-    """Say that a file cannot be written.
-
-    Args:
-        path: The file, or a folder of the host's.
-        size: Bytes that it takes; None where that is not known.
-        error: What the system or safetensors raised.
-
-    Returns:
-        The error to raise.
-    """
-    number = _number(error)
-    why = os.strerror(number) if number else str(error)
+    """Make the error for a file (or folder) of `size` bytes, or of unknown size, that cannot be written."""
+    number = _errno(error)
+    reason = os.strerror(number) if number else str(error)
     free = ""
     with suppress(OSError):
-        nearest = next(each for each in path.parents if each.exists())
+        nearest = next(parent for parent in path.parents if parent.exists())
         free = f", with {_readable(shutil.disk_usage(nearest).free)} free there"
     shown = "" if size is None else f" ({_readable(size)})"
-    message = (
-        f"{path}{shown} cannot be written{free}: {why}. What was on disk before is untouched; go on with "
-        "`resume_from_checkpoint=True` (`--resume`) once there is room and permission."
+    failure = StorageError(
+        f"{path}{shown} cannot be written{free}: {reason}. What was on disk before is untouched; resume with "
+        "`resume_from_checkpoint=True` (`--resume`) once there is space and permission."
     )
-    raised = StorageError(message)
-    raised.errno = number
-    return raised
+    failure.errno = number
+    return failure
 
 
 def _is_of_the_disk(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
-        return bool(_OF_TORCH.search(str(error)))
-    return _number(error) in _OF_THE_DISK
+        return bool(_TORCH_WRITE_ERROR.search(str(error)))
+    return _errno(error) in _DISK_ERRORS
 
 
-def _number(error: Exception) -> int | None:
-    found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors raises errors of its own
+def _errno(error: Exception) -> int | None:
+    found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors reports it
     if found:
         return int(found[1])
     return error.errno if isinstance(error, OSError) else None
@@ -163,53 +126,22 @@ def _readable(size: int) -> str:
     return f"{size} bytes"
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# --- checksums -------------------------------------------------------------------------------------------------------
 
-
-# Measured on 1 GiB in the page cache: 2.3-3.5 GB/s with any block from 64 KiB on, where reading alone takes 4.4 GB/s,
-# SHA-256 0.5 and CRC-32 1.1. It finds faults of disks and people; it is no protection against an attacker.
+# Measured on 1 GiB in the page cache: 2.3-3.5 GB/s, where reading alone takes 4.4 GB/s, SHA-256 0.5 and CRC-32 1.1.
+# It finds damage; it is no protection against an attacker.
 _ALGORITHM = "xxh3_128"
 
 
-_BLOCK = 1 << 22
-
-
 def checksum(path: Path) -> dict[str, Any]:
-    """Measure a file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its size in bytes and its checksum, as plain values.
-
-    Raises:
-        OSError: If it cannot be read.
-    """
-    digest, block = xxhash.xxh3_128(), bytearray(_BLOCK)
-    view, size = memoryview(block), 0
+    """Size in bytes and checksum of a file, as plain values."""
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(view[:count])
-            size += count
-    return {"bytes": size, _ALGORITHM: digest.hexdigest()}
+        found = hashlib.file_digest(file, xxhash.xxh3_128)
+        return {"bytes": file.tell(), _ALGORITHM: found.hexdigest()}
 
 
 def fault(path: Path, expected: Mapping[str, Any] | None) -> str | None:
-    """Say what is wrong with a file.
-
-    Args:
-        path: The file.
-        expected: What `checksum` gave when it was written; None where nobody measured it.
-
-    Returns:
-        Words to put after the file's name, or None where it is what was written.
-    """
+    """How a file differs from its recorded `checksum`, as a predicate such as `is missing`; None if it does not."""
     if expected is None:
         return "has no recorded checksum"
     try:
@@ -224,13 +156,6 @@ def fault(path: Path, expected: Mapping[str, Any] | None) -> str | None:
 
 
 def digest(values: Any) -> str:
-    """Checksum of plain values.
-
-    Args:
-        values: What JSON can hold.
-
-    Returns:
-        The same text for the same values, however they are laid out in a file.
-    """
-    plain = json.loads(json.dumps(values))  # keys that are numbers become text, and are sorted as such
+    """Checksum of plain values, the same however a JSON file lays them out."""
+    plain = json.loads(json.dumps(values))  # turns keys that are numbers into text before they are sorted
     return xxhash.xxh3_128(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,71 +1,80 @@
-"""What a run is, as plain values: two runs with equal fingerprints train the same thing on the same data."""
+"""What a run trains on what, as plain values: runs with equal fingerprints train the same thing on the same data."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
-from hbat.config.ewc import EWCConfig
-from hbat.config.fields import nearest
 from hbat.config.hbat import HBATConfig
 from hbat.data.digest import data_digest
 from hbat.engines.processes import process_count
 from hbat.engines.sharded import whole_of
 from hbat.ewc.parameters import canonical_name
-from hbat.state.manifest import RunStateError
 
+_LIBRARIES = ("hbat-trl", "trl", "transformers", "accelerate", "peft", "datasets", "torch")
 _SAMPLED_VALUES = 64
 
-
-#: Fields of a stage's configuration that say where and how much is logged, kept or evaluated and how rows are brought
-#: to the device, not what is trained; and the options of FSDP, which say where the weights lie.
+#: Fields of a trainer's configuration that say where and how much is logged, saved or evaluated and how rows reach the
+#: device, not what is trained; and the options of FSDP, which say where the weights are.
 _INCIDENTAL = {
     "batch_eval_metrics", "dataloader_multiprocessing_context", "dataloader_num_workers",
     "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "disable_tqdm", "do_eval",
     "fsdp_config", "local_rank", "output_dir", "per_device_eval_batch_size", "project", "push_to_hub", "report_to",
     "run_name", "torch_empty_cache_steps",
 }  # fmt: skip
-
-
 _INCIDENTAL_PREFIXES = ("eval_", "hub_", "include_", "log_", "logging_", "save_", "trackio_")
+#: `to_dict` masks every field that ends in `_token` as a secret. These are none, and decide what is trained.
+_MASKED = ("eos_token", "pad_token")
 
 
-class _Section(Protocol):
-    """A stage's configuration, of which nothing but its values matters here."""
+@dataclass(frozen=True)
+class Fingerprint:
+    """A run in plain values.
 
-    def to_dict(self) -> dict[str, Any]: ...
+    Attributes:
+        values: What decides the result, by section: `run`, `ewc`, `data`, `parameters`, `tokenizer`, and one for each
+            objective.
+        given: Names of the values that the user has set, by section; all others are defaults.
+        versions: Versions of the libraries that the defaults come from.
+    """
+
+    values: dict[str, Any]
+    given: dict[str, list[str]]
+    versions: dict[str, str]
 
 
 def fingerprint(
     config: HBATConfig,
-    sections: Mapping[str, _Section],
+    sections: Mapping[str, TrainingArguments],
     datasets: Mapping[str, Dataset],
     parameters: Mapping[str, Tensor],
     model: Any = None,
     rewards: Mapping[str, Sequence[str]] | None = None,
     processing_class: Any = None,
-) -> dict[str, Any]:
+) -> Fingerprint:
     """Describe a run.
 
     Args:
         config: The run's configuration.
-        sections: Configuration of each objective.
+        sections: Configuration of each objective's trainer.
         datasets: Training data of each objective.
         parameters: Trainable parameters by name.
-        model: The model, whose frozen weights are what an adapter is trained on.
+        model: The model, for the frozen weights under an adapter.
         rewards: Names of the reward functions by objective.
         processing_class: The tokenizer.
 
     Returns:
-        Values that JSON can hold.
+        What two runs are compared by.
     """
-    shapes = {name: list(each.shape) for name, each in parameters.items()}
+    shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     described: dict[str, Any] = {
         "run": {
             "objectives": config.objective_names,
@@ -76,58 +85,73 @@ def fingerprint(
             "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
             "end_weight": {name: config.end_weight_of(name) for name in config.objective_names},
         },
-        "ewc": None if config.ewc is None else _plain_ewc(config.ewc),
+        "ewc": None if config.ewc is None else asdict(config.ewc),
         "data": {
             name: {
-                "rows": len(each),
-                "columns": sorted(each.column_names),
-                "content": data_digest(each),
+                "rows": len(dataset),
+                "columns": sorted(dataset.column_names),
+                "content": data_digest(dataset),
             }
-            for name, each in datasets.items()
+            for name, dataset in datasets.items()
         },
         "parameters": {"tensors": len(shapes), "shapes": _digest(shapes)},
     }
-    if rewards:  # left out where there are none, so that older runs stay the same
-        described["run"]["rewards"] = {name: list(each) for name, each in rewards.items()}
+    if rewards:
+        described["run"]["rewards"] = {name: list(functions) for name, functions in rewards.items()}
     if "ppo" in config.objective_names:
         described["run"]["ppo_backend"] = config.ppo_backend
     if model is not None:
         described["parameters"]["frozen"] = _frozen(model)
-        quantisation = getattr(getattr(model, "config", None), "quantization_config", None)
-        if quantisation is not None:  # also says in which precision the frozen weights compute
-            described["parameters"]["quantization"] = _digest(_plain(quantisation))
+        quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+        if quantization is not None:  # also says in which precision the frozen weights compute
+            plain = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+            described["parameters"]["quantization"] = _digest(plain)
     if processing_class is not None:
         described["tokenizer"] = _tokenizer(processing_class)
-    for name, args in sections.items():
-        described[name] = {key: value for key, value in args.to_dict().items() if not _is_incidental(key)}
-    plain: dict[str, Any] = json.loads(json.dumps(described, default=str))
-    return plain
+    described |= {name: _trained_with(args) for name, args in sections.items()}
+    given = {"ewc": _given(config.ewc)}
+    for name, objective in zip(config.objective_names, config.objectives, strict=True):
+        given[name] = _given(
+            getattr(config, name) if isinstance(objective, str) else getattr(objective, "config", None)
+        )
+    return Fingerprint(json.loads(json.dumps(described, default=str)), given, _versions())
 
 
-def _plain_ewc(config: EWCConfig) -> dict[str, Any]:
-    # Not where the anchor lies, which changes no result.
-    return {key: value for key, value in asdict(config).items() if key != "anchor_device"}
+def _trained_with(args: TrainingArguments) -> dict[str, Any]:
+    values = args.to_dict()
+    values |= {key: getattr(args, key) for key in _MASKED if key in values}
+    return {k: v for k, v in values.items() if k not in _INCIDENTAL and not k.startswith(_INCIDENTAL_PREFIXES)}
 
 
-def _is_incidental(key: str) -> bool:
-    return key in _INCIDENTAL or key.startswith(_INCIDENTAL_PREFIXES)
+def _given(configuration: Any) -> list[str]:
+    if configuration is None or isinstance(configuration, Mapping):
+        return sorted(configuration or ())
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(configuration)
+    }
+    return [name for name, default in defaults.items() if getattr(configuration, name) != default]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):  # an optional one
+            found[name] = version(name)
+    return found
 
 
 def _frozen(model: nn.Module) -> str:
     # Not where the model came from: folders are moved. The beginning of every tensor tells models apart and is cheap.
     digest = hashlib.sha256()
-    for name, each in model.named_parameters():
-        if each.requires_grad:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
             continue
-        digest.update(f"{canonical_name(name)} {list(each.shape)} {each.dtype} ".encode())
-        if not each.is_meta:  # offloaded by the host
-            values = whole_of(each.detach()).reshape(-1)[:_SAMPLED_VALUES]
+        digest.update(f"{canonical_name(name)} {list(parameter.shape)} {parameter.dtype} ".encode())
+        if not parameter.is_meta:  # offloaded by accelerate
+            values = whole_of(parameter.detach()).reshape(-1)[:_SAMPLED_VALUES]
             digest.update(values.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _plain(quantisation: Any) -> Any:
-    return quantisation.to_dict() if hasattr(quantisation, "to_dict") else quantisation
 
 
 def _tokenizer(processing_class: Any) -> dict[str, str]:
@@ -142,145 +166,3 @@ def _tokenizer(processing_class: Any) -> dict[str, str]:
 def _digest(values: Any) -> str:
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-#: Sections that are ours: compared key by key. All others are configurations of the host, whose fields come and go
-#: from release to release.
-_OWN_SECTIONS = {"run", "ewc", "data", "parameters", "tokenizer"}
-
-
-#: Fields of the host's configurations that hold fields of the host themselves, and not what the user chose to pass on.
-_HOST_SECTIONS = {"accelerator_config"}
-
-
-#: What cannot change within a run, with the reason.
-_FIXED = {
-    "run.objectives": "the plan of the stages is made of them",
-    "run.num_rounds": "the data sets are cut into that many parts",
-    "run.seed": "it cuts the data sets into parts",
-    "run.ppo_backend": "what PPO keeps between its stages is the trainer's own",
-    "ewc": "the stages that are done have left importance, or none; `ewc.f_max: 0` switches the penalty off",
-    "ewc.source": "the importance accumulated so far is of another kind",
-    "ewc.granularity": "the importance accumulated so far is of another kind",
-    "data.*.rows": "the parts of later rounds would hold rows of earlier ones",
-    "data.*.columns": "the rows mean something else",
-    "parameters.*": "the tensors on disk are not those of this model",
-    "tokenizer.vocabulary": "the tokens mean something else",
-}
-
-
-_NOTES = {"run.processes": "another number of processes gives other results"}
-
-
-@dataclass(frozen=True)
-class Change:
-    """A value that differs between two fingerprints.
-
-    Attributes:
-        name: Its dotted name.
-        before: Its value on disk; None where there is none.
-        now: Its present value; None where there is none.
-    """
-
-    name: str
-    before: Any
-    now: Any
-
-    def __str__(self) -> str:
-        note = f" ({_NOTES[self.name]})" if self.name in _NOTES else ""
-        return f"{self.name}: {self.before!r} -> {self.now!r}{note}"
-
-    @property
-    def fixed(self) -> str | None:
-        """Why it cannot change within a run; None if it may."""
-        return next((why for pattern, why in _FIXED.items() if fnmatchcase(self.name, pattern)), None)
-
-    def concerns(self, objective: str, others: Sequence[str]) -> bool:
-        """Whether a stage is trained otherwise by it.
-
-        Args:
-            objective: The stage's objective.
-            others: The run's objectives.
-
-        Returns:
-            False if it is a value of another objective alone.
-        """
-        section, *rest = self.name.split(".")
-        owner = rest[0] if section == "data" and rest else section
-        return owner == objective or owner not in others
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """List what changed between two fingerprints.
-
-    Of the host's configurations only fields that both have are compared, so that another release of the host, which
-    adds fields or removes some, goes on with a run.
-
-    Args:
-        before: The one on disk.
-        now: The present one.
-
-    Returns:
-        Changes by name.
-    """
-    return list(_changes(before, now, "", shared_only=False))
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str, *, shared_only: bool) -> Iterator[Change]:
-    for key in sorted(before.keys() & now.keys() if shared_only else before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            of_host = key in _HOST_SECTIONS if prefix else key not in _OWN_SECTIONS
-            yield from _changes(old, new, f"{prefix}{key}.", shared_only=of_host)
-        elif old != new:
-            yield Change(f"{prefix}{key}", old, new)
-
-
-def accepted(
-    before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], *, output_dir: str
-) -> list[Change]:
-    """Check that nothing changed but what may.
-
-    Args:
-        before: Fingerprint of the run on disk.
-        now: The present one.
-        allowed: Names that may change, or beginnings of names that end in a dot.
-        output_dir: The run's folder, for messages.
-
-    Returns:
-        The changes that were allowed.
-
-    Raises:
-        RunStateError: If something else changed, something that cannot change, or a name is unknown.
-    """
-    found = changes(before, now)
-    known = sorted({*_names(before), *_names(now), *(each.name for each in found)})
-    for name in allowed:
-        if name not in known:
-            raise RunStateError(
-                f"`allow_changed` names {name!r}, which is no value of this run.{nearest(name, known)}"
-            )
-    named = [each for each in found if any(_covers(name, each.name) for name in allowed)]
-    refused = [each for each in found if each not in named or each.fixed]
-    if not refused:
-        return named
-    message = f"`output_dir` {output_dir!r} holds another run: {'; '.join(map(str, refused))}."
-    for each in refused:
-        if each.fixed and each in named:
-            message += f" `{each.name}` cannot change within a run: {each.fixed}."
-    if possible := [each.name for each in refused if not each.fixed]:
-        message += f" Values may change that `allow_changed` names, here {', '.join(possible)} (`--allow-changed`)."
-    raise RunStateError(f"{message} Restore these values to go on with it, or choose another folder.")
-
-
-def _covers(allowed: str, name: str) -> bool:
-    return name.startswith(allowed) if allowed.endswith(".") else name == allowed
-
-
-def _names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield f"{prefix}{key}."
-            yield from _names(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"

@@ -1,14 +1,14 @@
-"""The folder of a run: which of its states are kept, and which one a run goes on from. Nothing is ever unpickled.
+"""The folder of a run: which of its states are kept, and from which one a run is resumed. Nothing is ever unpickled.
 
     output_dir/
       hbat_state.json           the manifest; its replacement is the commit point of a stage
-      hbat_state.previous.json  that of the stage before, and so on as far as `keep_states` says
+      hbat_state.previous.json  that of the stage before, and so on up to `keep_states`
       state/                    tensors, each file written once under a new name
-        weights-003.safetensors       trainable weights at the start of stage 3
+        weights-003.safetensors         trainable weights at the start of stage 3
         importance-sft-002.safetensors  what `sft` accumulated up to stage 2
-        optimizer-sft-002.safetensors   moments that `sft` carries on
-        kept-ppo-003.safetensors        what else `ppo` carries on, such as its critic
-      stage-003-dpo/            the stage under way: the host's own checkpoints
+        optimizer-sft-002.safetensors   moments that `sft` carries to its next stage
+        kept-ppo-003.safetensors        what else `ppo` carries, such as its critic
+      stage-003-dpo/            the stage under way: checkpoints of transformers
 
 A file that no manifest names belongs to an unfinished step and is removed at the next commit.
 """
@@ -32,7 +32,6 @@ from hbat.state.manifest import STATE_FILE, DamagedStateError, RunState, RunStat
 
 logger = logging.getLogger(__name__)
 
-
 _STAGE = re.compile(r"stage-(\d+)-.+")
 
 
@@ -53,14 +52,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder.
-
-        Yields:
-            Nothing; another process can train into it again afterwards.
-
-        Raises:
-            RunStateError: If another process trains into it.
-        """
+        """Keep other runs out of the folder; raises `RunStateError` if another process trains into it."""
         with ExitStack() as stack:
 
             def lock() -> int:
@@ -74,26 +66,15 @@ class RunFolder:
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def holds_run(self) -> bool:
-        """Whether there is a manifest, whole or not.
-
-        Returns:
-            False in an unused folder.
-        """
+        """Whether there is a manifest, complete or not."""
         return bool(self._states.ages())
 
     def read(self) -> RunState | None:
-        """Read the newest state that is complete.
+        """Read the newest complete state; None without a run. Raises `RunStateError` if none is complete."""
+        age = decided_by_main(self._newest_complete)
+        return None if age < 0 else self._states.resume_from(age)
 
-        Returns:
-            Where the run stands, or None where the folder holds no run.
-
-        Raises:
-            RunStateError: If none of the states in the folder is complete.
-        """
-        age = decided_by_main(self._newest_whole)
-        return None if age < 0 else self._states.go_on_from(age)
-
-    def _newest_whole(self) -> int:
+    def _newest_complete(self) -> int:
         damages: list[str] = []
         for age in range(max(self._states.ages(), default=-1) + 1):
             try:
@@ -107,8 +88,8 @@ class RunFolder:
                 continue
             if damages:
                 logger.warning(
-                    "%s The run goes on from its last complete state, at the start of stage %d; what came after it is "
-                    "trained again.",
+                    "%s The run is resumed from its last complete state, at the start of stage %d; what came after it "
+                    "is trained again.",
                     " ".join(dict.fromkeys(damages)),
                     state.next_stage,
                 )
@@ -121,32 +102,24 @@ class RunFolder:
         return -1
 
     def require_whole(self, state: RunState, kind: str) -> None:
-        """Check that a tensor file is what was written.
-
-        Args:
-            state: The state that names it.
-            kind: What it holds.
-
-        Raises:
-            DamagedStateError: If it is not.
-        """
+        """Raise `DamagedStateError` if the tensor file of a kind is not what was written."""
         name = state.files[kind]
         if name not in state.checksums and not self._writes:  # the main process wrote it, in this very run
             return
         wrong = fault(self.path / TENSORS / name, state.checksums.get(name))
         if wrong is not None:
-            raise DamagedStateError(f"{self.path / 'state' / name} {wrong}.")
+            raise DamagedStateError(f"{self.path / TENSORS / name} {wrong}.")
         self._seen_whole.add(name)
 
     def read_tensors(self, state: RunState, kind: str) -> dict[str, Tensor]:
-        """Read tensors that the manifest names.
+        """Read tensors that a state names.
 
         Args:
             state: The run's state.
-            kind: What to read.
+            kind: What to read, such as `weights` or `importance-sft`.
 
         Returns:
-            Tensors by name on the CPU; empty where there are none of this kind.
+            Tensors by name on the CPU; empty if there are none of this kind.
 
         Raises:
             DamagedStateError: If the file is not what was written.
@@ -155,23 +128,19 @@ class RunFolder:
             return {}
         if state.files[kind] not in self._seen_whole:
             self.require_whole(state, kind)
-        self._seen_whole.discard(state.files[kind])  # true for a moment, and not for the days that a run takes
+        self._seen_whole.discard(state.files[kind])  # a file that was whole once may be damaged by the next read
         file = self.path / TENSORS / state.files[kind]
         try:
             return load_file(file)
         except Exception as error:
-            raise DamagedStateError(f"{file} cannot be read ({error}). The run cannot go on from here.") from error
+            raise DamagedStateError(f"{file} cannot be read ({error}).") from error
 
     def require_unused(self) -> None:
-        """Check that nothing of another run lies in the folder, whose manifest is gone.
-
-        Raises:
-            RunStateError: If there is a stage's folder, from which the new run would go on, or what a stage left.
-        """
-        left = sorted(each.name for each in self.path.glob("stage-*"))
-        # A run that was cut off before its first commit leaves the weights of its start.
-        found = sorted(each.name for each in self.path.glob("state/*.safetensors"))
-        left += [f"state/{name}" for name in found if name != "weights-000.safetensors"]
+        """Raise `RunStateError` if the folder, which has no manifest, holds stages or tensors of a run."""
+        left = sorted(folder.name for folder in self.path.glob("stage-*"))
+        # A run that was cut off before its first commit leaves its initial weights.
+        tensors = sorted(file.name for file in self.path.glob(f"{TENSORS}/*.safetensors"))
+        left += [f"{TENSORS}/{name}" for name in tensors if name != "weights-000.safetensors"]
         if left:
             raise RunStateError(
                 f"`output_dir` {str(self.path)!r} holds {left[0]!r} of another run, but no {STATE_FILE}. Remove what "
@@ -181,15 +150,13 @@ class RunFolder:
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def write_tensors(self, state: RunState, kind: str, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors under a new name and note it in `state`, which is not yet committed.
-
-        Those that processes share are put together first, which all have to take part in.
+        """Write tensors under a new name and note it in `state`, which is not yet committed. Collective.
 
         Args:
             state: The state that will name the file.
             kind: What the tensors are, such as `weights` or `importance-sft`.
             number: Stage that they belong to.
-            tensors: Tensors by name.
+            tensors: Tensors by name; sharded ones are gathered.
         """
         name = f"{kind}-{number:03d}.safetensors"
         state.checksums.pop(name, None)
@@ -202,35 +169,24 @@ class RunFolder:
         self._seen_whole.discard(name)
 
     def commit(self, state: RunState) -> None:
-        """Make `state` the run's newest and remove what no kept state names; all processes wait.
+        """Make `state` the newest on disk and remove what no kept state names. Collective.
 
-        A state before the same stage is replaced; those of earlier stages are kept as many as there should be.
-
-        Args:
-            state: Where the run stands now.
+        A state before the same stage is replaced; of earlier ones as many are kept as there should be.
         """
         named = set(state.files.values())
-        state.checksums = {name: each for name, each in state.checksums.items() if name in named}
+        state.checksums = {name: values for name, values in state.checksums.items() if name in named}
         if self._writes:
             self._states.put(state)
         wait_for_everyone()
 
     def remove_stage(self, name: str) -> None:
-        """Remove the folder of a stage that is done.
-
-        Args:
-            name: The stage's folder.
-        """
+        """Remove the folder of a stage that is done."""
         if self._writes:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def remove_stages_but(self, index: int | None) -> None:
-        """Remove the folders of all stages but one: what is left of stages that are done or will be trained again.
-
-        Args:
-            index: The stage whose checkpoints stay; None for none.
-        """
-        for each in sorted(self.path.glob("stage-*")):
-            match = _STAGE.fullmatch(each.name)
+        """Remove the folders of all stages but one, or of all (None): they are done or will be trained again."""
+        for folder in sorted(self.path.glob("stage-*")):
+            match = _STAGE.fullmatch(folder.name)
             if match and int(match[1]) != index:
-                self.remove_stage(each.name)
+                self.remove_stage(folder.name)

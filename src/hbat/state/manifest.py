@@ -1,4 +1,4 @@
-"""The manifest of a run: where it stands between two stages, as a JSON file that carries its own checksum."""
+"""The manifest of a run: where it stands between two stages, as a JSON file with its own checksum."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -8,13 +8,11 @@ from typing import Any, cast, get_origin
 from hbat.state.files import digest
 
 STATE_FILE = "hbat_state.json"
-
-
-FORMAT = 2
+FORMAT = 3
 
 
 class RunStateError(ValueError):
-    """The output folder holds something that this run cannot go on from."""
+    """The run in the output folder cannot be resumed, or must not be overwritten."""
 
 
 class DamagedStateError(RunStateError):
@@ -26,19 +24,23 @@ class RunState:
     """Where a run stands between two stages.
 
     Attributes:
-        fingerprint: What the run is: configuration and data, as plain values.
-        next_stage: Index of the stage that trains next; the number of stages when the run is finished.
+        fingerprint: What the run trains on what: the values of its `Fingerprint`.
+        given: Names of these values that the user has set, by section; all others are defaults.
+        versions: Versions of the libraries that last wrote the run.
+        next_stage: Index of the stage that trains next; the number of stages once the run is finished.
         global_step: Optimizer steps so far, over all stages.
         objective_steps: Optimizer steps so far by objective.
         files: Names of the tensor files in `state/` by what they hold.
         checksums: Size and checksum of these files by name.
         evaluations: Rows of the forgetting matrix so far.
-        log: Number of the log's entries so far, and their checksum.
+        log: Number of entries of the log so far, and their checksum.
         rollbacks: How often a stage was rolled back after a NaN, by its index as text.
-        changes: What was let change within the run, each with the stage before which it did.
+        changes: Values that changed within the run, with the stage from which on they hold.
     """
 
     fingerprint: dict[str, Any]
+    given: dict[str, list[str]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     next_stage: int = 0
     global_step: int = 0
     objective_steps: dict[str, int] = field(default_factory=dict)
@@ -51,55 +53,36 @@ class RunState:
 
 
 def encode(state: RunState) -> bytes:
-    """Lay a manifest out.
-
-    Args:
-        state: What it says.
-
-    Returns:
-        Content of the file.
-    """
+    """Serialize a run's state."""
     values = {"format": FORMAT} | asdict(state)
     return (json.dumps(values | {"checksum": digest(values)}, indent=1) + "\n").encode()
 
 
 def decode(file: Path) -> RunState:
-    """Read a manifest.
-
-    Args:
-        file: The file.
-
-    Returns:
-        What it says.
-
-    Raises:
-        DamagedStateError: If it is not what was written.
-        RunStateError: If another version of hbat has written it.
-    """
+    """Read a manifest; raises `DamagedStateError` for a damaged one, `RunStateError` for one of another format."""
     try:
         values = dict(json.loads(file.read_text(encoding="utf-8")))
-        recorded = values.pop("checksum", None)
-        expected = digest(values)
+        recorded, expected = values.pop("checksum", None), digest(values)
         found = values.pop("format")
     except FileNotFoundError as error:
         raise DamagedStateError(f"{file} is missing.") from error
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise DamagedStateError(f"{file} cannot be read ({error!r}).") from error
-    if recorded not in {None, expected} or (recorded is None and found == FORMAT):
+    if recorded != expected:
         raise DamagedStateError(f"{file} is not what was written: its checksum differs.")
     if found != FORMAT:
         raise RunStateError(f"{file} has format {found!r}; this version of hbat reads format {FORMAT}.")
     try:
-        return _typed(RunState(**values))
+        return _checked(RunState(**values))
     except TypeError as error:
         raise DamagedStateError(f"{file} cannot be read ({error}).") from error
 
 
-def _typed(state: RunState) -> RunState:
-    for each in fields(state):
-        value, expected = getattr(state, each.name), get_origin(each.type) or each.type
+def _checked(state: RunState) -> RunState:
+    for item in fields(state):
+        value, expected = getattr(state, item.name), get_origin(item.type) or item.type
         if not isinstance(value, cast("type", expected)) or isinstance(value, bool):
-            raise TypeError(f"`{each.name}` is {value!r}")
+            raise TypeError(f"`{item.name}` is {value!r}")
     for name in state.files.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise TypeError(f"`files` names {name!r}, which is no file of `state/`")

@@ -11,8 +11,8 @@ class Stage:
 
     Attributes:
         index: Position in the run, from 0.
-        round: Round it belongs to, from 0.
-        objective: Name of what it minimises.
+        round: Its round, from 0.
+        objective: Name of the objective that it trains.
         num_rounds: Number of rounds of the run.
     """
 
@@ -31,18 +31,10 @@ class Stage:
 
 
 def plan(num_rounds: int, objectives: Sequence[str]) -> list[Stage]:
-    """List the stages of a run in order.
-
-    Args:
-        num_rounds: N, the number of rounds.
-        objectives: Names of the objectives of a round, in order.
-
-    Returns:
-        N times the number of objectives stages.
-    """
+    """List the stages of a run in order: each round trains every objective once."""
     return [
-        Stage(index=n * len(objectives) + position, round=n, objective=name, num_rounds=num_rounds)
-        for n in range(num_rounds)
+        Stage(index=round_index * len(objectives) + position, round=round_index, objective=name, num_rounds=num_rounds)
+        for round_index in range(num_rounds)
         for position, name in enumerate(objectives)
     ]
 
@@ -50,8 +42,8 @@ def plan(num_rounds: int, objectives: Sequence[str]) -> list[Stage]:
 def part_indices(num_rows: int, num_rounds: int, round_index: int, seed: int) -> list[int]:
     """Rows of a data set that one round trains on.
 
-    The rows are dealt by a seeded permutation into parts that are disjoint, together hold every row, and differ by at
-    most one row. Inside a part the rows keep their order, so the single part of one round is the data set itself.
+    A seeded permutation deals the rows into disjoint parts that together hold every row and differ in size by at most
+    one. Inside a part the rows keep their order, so with one round the part is the data set itself.
 
     Args:
         num_rows: Number of rows of the data set.
@@ -72,6 +64,6 @@ def part_indices(num_rows: int, num_rounds: int, round_index: int, seed: int) ->
         )
     rows = list(range(num_rows))
     random.Random(seed).shuffle(rows)  # noqa: S311 - a seeded permutation, not cryptography
-    short, extra = divmod(num_rows, num_rounds)
-    start = round_index * short + min(round_index, extra)
-    return sorted(rows[start : start + short + (round_index < extra)])
+    size, extra = divmod(num_rows, num_rounds)
+    start = round_index * size + min(round_index, extra)
+    return sorted(rows[start : start + size + (round_index < extra)])

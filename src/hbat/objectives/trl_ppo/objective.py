@@ -83,7 +83,7 @@ def trl_ppo(*, config: Any) -> TRLPPO:
     """
     if not is_available():
         raise ImportError(
-            "`ppo_backend` is 'trl', but the installed TRL has no PPOTrainer: it was dropped in TRL 1.13. Use "
+            "`ppo_backend` is 'trl', but the installed TRL has no PPOTrainer: it was removed in TRL 1.13. Use "
             '`ppo_backend: hbat`, or install an older one with `pip install "trl<1.13"`.'
         )
     from hbat.objectives.trl_ppo import trainer  # noqa: PLC0415 - cannot be imported otherwise

@@ -1,6 +1,7 @@
-"""TRL's PPOTrainer behind the constructor that stages call. Can be imported below TRL 1.13 only."""
+"""TRL's PPOTrainer with the constructor that stages call. Needs TRL below 1.13."""
 
 import functools
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,46 +14,45 @@ from transformers import TrainerCallback, set_seed
 from hbat.model.adapters import REFERENCE_ADAPTER, add_reference_adapter
 from hbat.model.copies import switch_off_dropout, unpatched_copy
 from hbat.objectives.trl_ppo.models import AnnouncedBatches, RewardsAsModel, ValueModel, collate
-from hbat.objectives.trl_ppo.options import require_options, require_padding
 from hbat.ppo.rewards.rewards import Rewards
 from hbat.ppo.rollouts.generation import CompletionSampler
-from hbat.ppo.rollouts.prompts import TOKENS, check_lengths, context_length, tokenise
+from hbat.ppo.rollouts.prompts import TOKENS, check_lengths, context_length, tokenize_prompts
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that it is experimental: who asks for this backend knows
+    warnings.simplefilter("ignore")  # that it is experimental
     from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]
 
 __all__ = ["PPOConfig", "TRLPPOTrainer"]
 
 
 class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
-    """TRL's PPO on prompts and reward functions, with the stage's start as reference policy.
+    """TRL's PPO on prompts and reward functions, with the policy at the start of the stage as reference policy.
 
-    What differs from hbat's own trainer is TRL's: it computes in the weights' precision, clips no gradients
-    (`max_grad_norm` does nothing), never checkpoints activations, cannot accumulate gradients, save or evaluate inside
-    a stage, and starts a stage that was cut off anew. A step is a rollout of `per_device_train_batch_size` prompts
-    with `num_ppo_epochs * num_mini_batches` updates, and always logged. Completions only end at `stop_token` or
-    `stop_token_id`, which are not set unless you do.
+    What differs from `hbat.PPOTrainer` is TRL's: it trains in the weights' precision, clips no gradients
+    (`max_grad_norm` has no effect), never checkpoints activations, and cannot accumulate gradients, save or evaluate
+    inside a stage; an interrupted stage starts anew. A step is a rollout of `per_device_train_batch_size` prompts with
+    `num_ppo_epochs * num_mini_batches` updates, and always logged. Completions only end at `stop_token` or
+    `stop_token_id`, which are not set by default.
 
     Args:
-        model: Causal language model, with a PEFT adapter named `default` where there is one.
+        model: Causal language model, with a PEFT adapter named `default` if it has one.
         args: TRL's configuration.
-        train_dataset: Rows with `prompt`, a text or messages; reward functions get all other columns.
+        train_dataset: Rows with `prompt`, a text or messages; reward functions receive all other columns.
         eval_dataset: Rows to evaluate on; `eval_reward` is the mean reward of greedy completions.
-        processing_class: The tokenizer, with a padding token of its own.
-        callbacks: More callbacks.
-        reward_funcs: As hbat's own trainer takes them.
+        processing_class: The tokenizer, with a padding token other than EOS.
+        callbacks: Additional callbacks.
+        reward_funcs: As in `hbat.PPOTrainer`.
         reward_processing_classes: Tokenizers of reward models, at the same positions.
-        ref_model: A frozen reference policy; a copy of the model where left out, of the adapter where there is one.
+        ref_model: A frozen reference policy; by default a copy of the model, or of the adapter if there is one.
 
     Raises:
-        ValueError: If an option would do nothing or something wrong, or rows, tokenizer and model do not fit.
+        ValueError: If TRL would ignore or misread an option, or rows, tokenizer and model do not fit each other.
     """
 
     dataloader: Any
     control: Any
 
-    def __init__(  # noqa: PLR0913 - what stages give, and rewards
+    def __init__(  # noqa: PLR0913 - what stages pass, and rewards
         self,
         model: Any,
         args: Any,
@@ -65,8 +65,8 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
         reward_processing_classes: Any = None,
         ref_model: Any = None,
     ) -> None:
-        require_options(args)
-        require_padding(processing_class)
+        _require_options(args)
+        _require_padding(processing_class)
         rewards = Rewards(reward_funcs, processing_classes=reward_processing_classes)
         rows = self._tokenised(train_dataset, "train_dataset", model, args, processing_class)
         if not isinstance(rows[0]["prompt"], str):
@@ -74,7 +74,7 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
         if len(rows) < args.per_device_train_batch_size:
             raise ValueError(
                 f"train_dataset has {len(rows)} rows, but a rollout takes `per_device_train_batch_size` = "
-                f"{args.per_device_train_batch_size} prompts. Lower it, or give more rows."
+                f"{args.per_device_train_batch_size} prompts. Lower it, or add rows."
             )
         if args.max_steps > 0:
             args.total_episodes = args.max_steps * args.per_device_train_batch_size
@@ -84,9 +84,9 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
             add_reference_adapter(model)
         elif ref_model is None:
             ref_model = unpatched_copy(model)
-        for each in (model, ref_model):
-            if each is not None:
-                switch_off_dropout(each)
+        switch_off_dropout(model)
+        if ref_model is not None:
+            switch_off_dropout(ref_model)
         super().__init__(
             args=args,
             processing_class=processing_class,
@@ -105,31 +105,24 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
 
     @staticmethod
     def _tokenised(dataset: Dataset, name: str, model: Any, args: Any, tokenizer: Any) -> Dataset:
-        rows = tokenise(dataset, tokenizer)
+        rows = tokenize_prompts(dataset, tokenizer)
         check_lengths(rows, name=name, completion_length=args.response_length, context=context_length(model.config))
         return rows
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
-        """Train.
-
-        Args:
-            resume_from_checkpoint: Must be left out.
-
-        Raises:
-            ValueError: If it is not.
-        """
+        """Train; ValueError for `resume_from_checkpoint`."""
         if resume_from_checkpoint:
             raise ValueError(
-                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but TRL's PPOTrainer cannot go on from a "
+                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but TRL's PPOTrainer cannot resume from a "
                 "checkpoint. Start the stage anew, or use `ppo_backend: hbat`."
             )
-        set_seed(self.args.seed)  # TRL shuffles mini-batches with numpy's global state, which it does not seed
+        set_seed(self.args.seed)  # TRL shuffles mini-batches with numpy's global generator, which it does not seed
         optimizer = self.optimizer.optimizer
-        # Made again, because the run may have changed `create_scheduler` since the constructor called it.
+        # Again, because the run may have replaced `create_scheduler` since the constructor called it.
         self.lr_scheduler = None
         self.create_scheduler(self.args.num_total_batches, optimizer)
         self.callback_handler.lr_scheduler = self.lr_scheduler
-        # TRL's loop leaves out the two events around an optimizer step.
+        # TRL's loop does not call the two events around an optimizer step.
         hooks = (
             optimizer.register_step_pre_hook(lambda *_: self._fire("on_pre_optimizer_step")),
             optimizer.register_step_post_hook(lambda *_: self._fire("on_optimizer_step")),
@@ -137,20 +130,14 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
         try:
             super().train()
         finally:
-            for each in hooks:
-                each.remove()
+            for hook in hooks:
+                hook.remove()
 
     def _fire(self, event: str) -> None:
         self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the sum of both losses, as other trainers have it, as `loss`.
-
-        Args:
-            logs: Numbers by name.
-            *args: As the host passes them.
-            **kwargs: As the host passes them.
-        """
+        """Log, with the sum of both losses as `loss`, as other trainers name it."""
         if "loss/policy_avg" in logs:
             logs["loss"] = logs["loss/policy_avg"] + self.args.vf_coef * logs["loss/value_avg"]
         super().log(logs, *args, **kwargs)
@@ -162,22 +149,22 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Complete prompts greedily and have the completions scored.
+        """Complete prompts greedily and score the completions.
 
         Args:
-            eval_dataset: Rows with `prompt`; the trainer's own where left out.
-            ignore_keys: Nothing of interest.
+            eval_dataset: Rows with `prompt`; by default the trainer's own.
+            ignore_keys: Unused.
             metric_key_prefix: Prefix of the metric.
 
         Returns:
             The mean reward.
 
         Raises:
-            ValueError: If there are no rows.
+            ValueError: If there are no rows, or a prompt is too long.
         """
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         if given is None or len(given) == 0:
-            raise ValueError("There are no rows to evaluate on. Give `eval_dataset`, to the trainer or to `evaluate`.")
+            raise ValueError("There are no rows to evaluate on. Pass `eval_dataset` to the trainer or to `evaluate`.")
         rows = self._tokenised(given, "eval_dataset", self.policy_model, self.args, self.processing_class)
         sampler = CompletionSampler(
             self.policy_model,
@@ -197,22 +184,44 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
 
 
 def critic_of(trainer: TRLPPOTrainer) -> dict[str, Tensor]:
-    """Take out what the value model has learnt.
-
-    Args:
-        trainer: A trainer.
-
-    Returns:
-        Parameters by name.
-    """
+    """The value model's trained parameters."""
     return trainer.value_model.trained()  # type: ignore[no-any-return]
 
 
 def restore_critic(trainer: TRLPPOTrainer, tensors: Mapping[str, Tensor]) -> None:
-    """Give a trainer the value model of another.
-
-    Args:
-        trainer: A trainer that has not trained yet.
-        tensors: What `critic_of` took out.
-    """
+    """Start from the value model of another trainer, as `critic_of` gave it."""
     trainer.value_model.load(tensors)
+
+
+def _require_options(args: Any) -> None:
+    own = "or use `ppo_backend: hbat`."
+    if args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"`gradient_accumulation_steps` is {args.gradient_accumulation_steps}, with which TRL's PPOTrainer takes "
+            f"another number of optimizer steps than it should. Set it to 1 (a step is already a rollout), {own}"
+        )
+    for key in ("bf16", "fp16"):
+        if getattr(args, key):
+            raise ValueError(
+                f"`{key}` is true, but TRL's PPOTrainer trains in the weights' precision. Set it to false, {own}"
+            )
+    for key in ("save_strategy", "eval_strategy"):
+        value = getattr(args, key)
+        if str(getattr(value, "value", value)) != "no":
+            raise ValueError(
+                f"`{key}` is {getattr(value, 'value', value)!r}, but TRL's PPOTrainer neither evaluates inside a "
+                f"stage nor resumes from a checkpoint. Set it to 'no', {own}"
+            )
+    if args.max_steps > 0 and args.total_episodes is not None:
+        raise ValueError("Both `max_steps` and `total_episodes` are set. Remove one.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"TRL's PPOTrainer is only supported in one process. Start one, {own}")
+
+
+def _require_padding(tokenizer: Any) -> None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ValueError(
+            f"The tokenizer's padding token is {tokenizer.pad_token!r}, its EOS token. TRL's PPOTrainer takes every "
+            "such token for padding, also within a conversation. Give the tokenizer a `pad_token` of its own, or use "
+            "`ppo_backend: hbat`."
+        )

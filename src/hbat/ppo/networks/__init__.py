@@ -1,1 +1,1 @@
-"""Policy, critic and reference policy, token by token."""
+"""Policy, critic and reference policy."""

@@ -1,5 +1,6 @@
-"""The reference policy of PPO: a frozen model, or a copy of the adapter beside the one that is trained."""
+"""The reference policy, to which the KL penalty is taken."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -8,15 +9,14 @@ from torch import Tensor, nn
 from hbat.model.adapters import add_reference_adapter, using_reference_adapter
 from hbat.model.copies import frozen_copy, switch_off_dropout
 from hbat.ppo.networks.token_model import TokenModel
-from hbat.ppo.rollouts.rollout import Sequences
 
 
 class Reference:
-    """What the KL penalty pulls to: the policy as it is now.
+    """The policy as it is now: a frozen copy, or with an adapter a second adapter `ref` on the same base.
 
     Args:
-        policy: The policy; one with an adapter gets a second one, `ref`, with the same weights.
-        model: A frozen model as reference, for a policy without adapter; a copy of the policy where left out.
+        policy: The policy.
+        model: A frozen model that is the reference policy instead.
     """
 
     def __init__(self, policy: Any, model: Any = None) -> None:
@@ -29,31 +29,13 @@ class Reference:
             self.model.eval()
             self.model.to(policy.device)
             switch_off_dropout(self.model)
-        self._tokens = TokenModel(policy if self.model is None else self.model)
-
-    def verify(self) -> None:
-        """See `TokenModel.verify`."""
-        self._tokens.verify()
+        self.tokens = TokenModel(policy if self.model is None else self.model)
 
     @torch.no_grad()
-    def log_probs(self, sequences: Sequences, temperature: float) -> Tensor:
-        """Log-probabilities of the completions under the reference policy.
-
-        Args:
-            sequences: Prompts with their completions.
-            temperature: Divides the logits.
-
-        Returns:
-            Float32, shape `[rows, completion length]`.
-        """
-        if self._has_adapter:
-            with using_reference_adapter(self._policy):
-                return self._compute(sequences, temperature)
-        return self._compute(sequences, temperature)
-
-    def _compute(self, sequences: Sequences, temperature: float) -> Tensor:
-        tokens = sequences.completion_ids.shape[1]
-        log_probs, _, _ = self._tokens.statistics(
-            sequences.input_ids, sequences.attention_mask, tokens, temperature=temperature, with_entropy=False
-        )
+    def log_probs(self, input_ids: Tensor, attention_mask: Tensor, tokens: int, temperature: float) -> Tensor:
+        """Log-probabilities of the last `tokens` of each row, float32; arguments as in `TokenModel.statistics`."""
+        with using_reference_adapter(self._policy) if self._has_adapter else contextlib.nullcontext():
+            log_probs, _, _ = self.tokens.statistics(
+                input_ids, attention_mask, tokens, temperature=temperature, with_entropy=False
+            )
         return log_probs

@@ -1,4 +1,4 @@
-"""What PPO needs of a causal language model: hidden states before each completion token, and the head over tokens."""
+"""Log-probabilities, entropies and hidden states per token of a causal language model."""
 
 import inspect
 from collections.abc import Callable
@@ -8,54 +8,42 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hbat.engines.sharded import is_sharded
+from hbat.ppo.engine import is_sharded
 
-#: Logits that may lie in memory at once, in elements: 64 MiB in float32. Beyond it, parts are computed one after the
-#: other and once more in the backward pass.
-MOST_LOGITS = 2**24
+#: Logits in memory at once, in elements: 64 MiB in float32. Beyond it they are computed in chunks, and recomputed in
+#: the backward pass.
+MAX_LOGITS = 2**24
 
 
 def token_statistics(
-    hidden: Tensor,
-    tokens: Tensor,
-    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,  # before each token, [rows, tokens, width]
+    tokens: Tensor,  # ids, [rows, tokens]
+    head: Callable[[Tensor], Tensor],  # from [n, width] to [n, vocabulary]
     *,
     vocabulary: int,
     temperature: float = 1.0,
-    with_entropy: bool = True,
-    most_logits: int = MOST_LOGITS,
+    with_entropy: bool = True,  # zeros otherwise
+    max_logits: int = MAX_LOGITS,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the log-probability of each token and the entropy of the distribution that it was drawn from.
-
-    Args:
-        hidden: Hidden states before each token, shape `[rows, tokens, width]`.
-        tokens: Token ids, shape `[rows, tokens]`.
-        head: From hidden states `[n, width]` to logits `[n, vocabulary]`.
-        vocabulary: Number of logits a token, which sets the size of a part.
-        temperature: Divides the logits.
-        with_entropy: Whether entropies are computed; zeros otherwise.
-        most_logits: Logits in memory at once, in elements.
-
-    Returns:
-        Log-probabilities and entropies in nats, float32, shape `[rows, tokens]`.
-    """
+    """Log-probabilities and entropies (in nats) of tokens, float32, computed in chunks of at most `max_logits`."""
     shape, flat, ids = tokens.shape, hidden.flatten(0, 1), tokens.flatten()
 
-    def part(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(states).float()
         return _statistics(logits if temperature == 1.0 else logits / temperature, targets, with_entropy=with_entropy)
 
-    size = max(most_logits // vocabulary, 1)
+    size = max(max_logits // vocabulary, 1)
     if flat.shape[0] <= size:
-        log_probs, entropies = part(flat, ids)
+        log_probs, entropies = chunk(flat, ids)
         return log_probs.view(shape), entropies.view(shape)
-    parts = [
-        cast("tuple[Tensor, Tensor]", checkpoint(part, states, targets, use_reentrant=False))
+    chunks = [
+        cast("tuple[Tensor, Tensor]", checkpoint(chunk, states, targets, use_reentrant=False))
         if torch.is_grad_enabled()
-        else part(states, targets)
+        else chunk(states, targets)
         for states, targets in zip(flat.split(size), ids.split(size), strict=True)
     ]
-    return torch.cat([each[0] for each in parts]).view(shape), torch.cat([each[1] for each in parts]).view(shape)
+    log_probs, entropies = (torch.cat(values).view(shape) for values in zip(*chunks, strict=True))
+    return log_probs, entropies
 
 
 def _statistics(logits: Tensor, targets: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor]:
@@ -64,27 +52,22 @@ def _statistics(logits: Tensor, targets: Tensor, *, with_entropy: bool) -> tuple
     if not with_entropy:
         return chosen - norm, torch.zeros_like(norm)
     probabilities = torch.exp(logits - norm.unsqueeze(-1))
-    # H = log Z - sum p z. A logit of -inf has probability 0 and adds nothing; it must not enter the product, whose
-    # slope would be NaN.
+    # H = log Z - sum p z. A logit of -inf has probability 0 and must not enter the product: its gradient would be NaN.
     expected = (probabilities * torch.where(probabilities > 0, logits, 0.0)).sum(-1)
     return chosen - norm, norm - expected
 
 
-_PROBE = 4  # tokens
-
-
 class TokenModel:
-    """A view of a causal language model, with its adapter where there is one. Owns no weights.
+    """A view of a causal language model, with its adapter if it has one. Owns no weights.
 
-    Logits of a whole batch take more memory than anything else in a step. So hidden states and head are called apart,
-    and the head in parts, where that gives what the model itself gives (`verify`); models that do something else to
-    their logits are called as they are.
+    The logits of a whole batch take more memory than anything else in a step. So hidden states and head are called
+    apart, the head in chunks, if that gives the model's own logits (`verify`); other models are called whole.
 
     Args:
         model: The model.
 
     Raises:
-        ValueError: If it is no decoder with a head over tokens.
+        ValueError: If it is not a decoder with a language modeling head.
     """
 
     def __init__(self, model: Any) -> None:
@@ -104,42 +87,19 @@ class TokenModel:
         self._splits = self.trunk is not self._causal
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, tokens: int, trunk: Any = None) -> Tensor:
-        """Compute the hidden states before each of the last tokens.
-
-        Args:
-            input_ids: Padded on the left, completions at the right, shape `[rows, length]`.
-            attention_mask: Of the same shape.
-            tokens: Length of the completions.
-            trunk: Another trunk that reads the same tokens.
-
-        Returns:
-            Shape `[rows, tokens, width]`.
-        """
+        """Hidden states before each of the last `tokens`, shape `[rows, tokens, width]`, or of another `trunk`."""
         output = (trunk or self.trunk)(**self._arguments(input_ids, attention_mask))
         hidden: Tensor = output.last_hidden_state[:, -tokens - 1 : -1]
         return hidden
 
     def statistics(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        tokens: int,
-        *,
-        temperature: float,
-        with_entropy: bool = True,
+        self, input_ids: Tensor, attention_mask: Tensor, tokens: int, *, temperature: float, with_entropy: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute what PPO needs to know about the last tokens.
-
-        Args:
-            input_ids: Padded on the left, completions at the right, shape `[rows, length]`.
-            attention_mask: Of the same shape.
-            tokens: Length of the completions.
-            temperature: Divides the logits.
-            with_entropy: Whether entropies are computed; zeros otherwise.
+        """Compute what PPO needs of the last `tokens` of each row: of completions, padded on the right.
 
         Returns:
-            Log-probabilities of the tokens and entropies in nats, float32, shape `[rows, tokens]`, zero on padding;
-            and the hidden states before them, shape `[rows, tokens, width]`.
+            Log-probabilities of the tokens and entropies in nats, float32, shape `[rows, tokens]`, 0 on padding; and
+            the hidden states before the tokens, shape `[rows, tokens, width]`.
         """
         if self._splits:
             states = hidden = self.hidden_states(input_ids, attention_mask, tokens)
@@ -147,7 +107,7 @@ class TokenModel:
         else:
             output = self.model(**self._arguments(input_ids, attention_mask), output_hidden_states=True)
             hidden, states = output.hidden_states[-1][:, -tokens - 1 : -1], output.logits[:, -tokens - 1 : -1]
-            head = _as_it_is
+            head = nn.Identity()
         mask = attention_mask[:, -tokens:].bool()
         found = token_statistics(
             states[mask].unsqueeze(0),  # the head is not called on padding
@@ -158,23 +118,20 @@ class TokenModel:
             with_entropy=with_entropy,
         )
         empty = torch.zeros(mask.shape, device=mask.device)
-        log_probs, entropies = (empty.masked_scatter(mask, each) for each in found)
+        log_probs, entropies = (empty.masked_scatter(mask, values) for values in found)
         return log_probs, entropies, hidden
 
     @torch.no_grad()
     def verify(self) -> None:
-        """Compare hidden states and head apart with the model's own logits, and call it as it is if they differ.
-
-        So is a sharded model, whose parameters FSDP puts together where the model as a whole is called.
-        """
-        if is_sharded(self.model):
+        """Call the model whole if trunk and head apart give other logits, or if its parameters are sharded."""
+        if is_sharded(self.model):  # parameters are only gathered when the model is called as a whole
             self._splits = False
         if not self._splits:
             return
         was_training = self._causal.training
         self._causal.eval()
         device = self._head.weight.device
-        input_ids = torch.arange(_PROBE, device=device).unsqueeze(0) % self.vocabulary
+        input_ids = torch.arange(4, device=device).unsqueeze(0) % self.vocabulary
         arguments = self._arguments(input_ids, torch.ones_like(input_ids))
         own = self._causal(**arguments).logits.float()
         apart = self._logits(self.trunk(**arguments).last_hidden_state).float()
@@ -196,7 +153,3 @@ class TokenModel:
         if cap := getattr(self._config, "final_logit_softcapping", None):  # Gemma
             logits = torch.tanh(logits / cap) * cap
         return logits
-
-
-def _as_it_is(logits: Tensor) -> Tensor:
-    return logits

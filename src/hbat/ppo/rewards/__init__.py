@@ -1,1 +1,1 @@
-"""What completions are scored with: functions and reward models."""
+"""Reward functions and reward models."""

@@ -1,4 +1,4 @@
-"""A sequence classification model as reward: it reads texts with a tokenizer of its own."""
+"""A sequence classification model as reward, with a tokenizer of its own."""
 
 import warnings
 from collections.abc import Sequence
@@ -14,26 +14,18 @@ from hbat.model.load import is_adapter, load_pretrained
 
 
 class RewardWarning(UserWarning):
-    """A reward is not what it would be without some limit."""
+    """A reward model sees only the end of some texts."""
 
 
 class RewardModel:
-    """A model with one output, as a reward function.
+    """A sequence classification model with one label as a reward function; frozen and in evaluation mode from now on.
 
-    The model is frozen and put into evaluation mode for good. It is held, not registered: no `state_dict`, optimizer
-    or checkpoint of the policy sees it.
-
-    Args:
-        model: Sequence classification model with one label.
-        tokenizer: The model's own, which need not be the policy's.
-        name: For messages.
-        max_batch_size: Texts in one forward pass.
+    It is no submodule of the trained model: no state dict, optimizer or checkpoint contains it.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, max_batch_size: int) -> None:
         self._model, self._tokenizer, self._name, self._max_batch_size = model, tokenizer, name, max_batch_size
         self._warned = False
-        self._pad_id = _pad_id(tokenizer, name)
         config = model.config.get_text_config()
         if model.config.num_labels != 1:
             raise ValueError(
@@ -41,30 +33,22 @@ class RewardModel:
                 "reward is one number. Load it with `AutoModelForSequenceClassification.from_pretrained(..., "
                 "num_labels=1)`."
             )
-        _check_vocabulary(model, tokenizer, name)
-        # RoBERTa's positions begin behind its padding token's, so its tokenizer knows the number of usable ones.
+        self._pad_id = _pad_id(model, tokenizer, name)
+        # RoBERTa's positions begin after its padding token's id, so its tokenizer knows the usable number.
         limits = (getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
-        self._most_tokens = min((each for each in limits if each is not None and each > 0), default=None)
-        config.pad_token_id = self._pad_id  # without it, decoders cannot tell where a text of a batch ends
+        self._most_tokens = min((limit for limit in limits if limit is not None and limit > 0), default=None)
+        config.pad_token_id = self._pad_id  # or decoders do not find the end of a text in a batch
         config.use_cache = False
         model.requires_grad_(requires_grad=False)
         model.eval()
 
     def to(self, device: torch.device | str) -> None:
-        """Move the model; one that was loaded across devices (`device_map`) stays where it is.
-
-        Args:
-            device: Where to.
-        """
+        """Move the model, unless it was loaded across devices (`device_map`)."""
         if getattr(self._model, "hf_device_map", None) is None:
             self._model.to(device)
 
     def require_template(self) -> None:
-        """Refuse conversations where nothing says how the model reads them.
-
-        Raises:
-            ValueError: If its tokenizer has no chat template.
-        """
+        """Refuse conversations (ValueError) if the tokenizer has no chat template."""
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError(
                 f"The tokenizer of the reward model {self._name!r} has no chat template, but the prompts are "
@@ -72,17 +56,9 @@ class RewardModel:
             )
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
-        """Score completions.
-
-        Args:
-            prompts: Texts, or lists of messages.
-            completions: Of the same form.
-
-        Returns:
-            One float32 score a completion, on the CPU.
-        """
+        """Score completions of prompts, texts or lists of messages: float32 on the CPU."""
         rows = self._shortened(self._tokenized(prompts, completions)) if len(completions) else []
-        # The longest first: if memory is too small, it is so at once. Sorted, batches need little padding.
+        # Sorted by length, batches need little padding; the longest first, so that a lack of memory shows at once.
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
         scores = torch.empty(len(rows))
         for start in range(0, len(rows), self._max_batch_size):
@@ -92,8 +68,8 @@ class RewardModel:
 
     def _tokenized(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[list[int]]:
         pairs = zip(prompts, completions, strict=True)
-        # Both as in TRL's `RewardTrainer._prepare_dataset`: a conversation is what the template makes of it, while a
-        # text ends with the end token and gets the special tokens that the tokenizer adds by default.
+        # As in TRL's `RewardTrainer._prepare_dataset`: conversations are rendered by the chat template, while texts
+        # end with EOS and get the special tokens that the tokenizer adds by default.
         if not isinstance(prompts[0], str):
             self.require_template()
             conversations = [[*prompt, *completion] for prompt, completion in pairs]
@@ -101,7 +77,7 @@ class RewardModel:
                 conversations, tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}
             )
             return list(rendered["input_ids"])
-        end = self._tokenizer.eos_token or ""  # encoders have none, and their tokenizers end texts by themselves
+        end = self._tokenizer.eos_token or ""  # encoders have none; their tokenizers end texts
         texts = [prompt + completion for prompt, completion in pairs]
         texts = [text if text.endswith(end) else text + end for text in texts]
         return list(self._tokenizer(texts, verbose=False)["input_ids"])
@@ -116,14 +92,14 @@ class RewardModel:
             warnings.warn(
                 f"{len(longer)} of {len(rows)} texts are longer than the {most} tokens that the reward model "
                 f"{self._name!r} reads (the longest has {max(longer)}): it sees only their ends. Shorten prompts or "
-                "completions if their beginnings matter. This is said once.",
+                "completions if their beginnings matter. This warning is shown once.",
                 RewardWarning,
                 stacklevel=2,
             )
         return [row if len(row) <= most else self._ending(row, most) for row in rows]
 
     def _ending(self, row: list[int], most: int) -> list[int]:
-        # Encoders read the score off their first token.
+        # Encoders read the score from their first token.
         first = row[:1] if row[0] in {self._tokenizer.bos_token_id, self._tokenizer.cls_token_id} else []
         return first + row[len(row) - most + len(first) :]
 
@@ -137,24 +113,14 @@ class RewardModel:
         ).logits
         if logits.shape != (len(rows), 1):
             raise ValueError(
-                f"The model returned logits of shape {tuple(logits.shape)} for {len(rows)} texts, so it is no "
+                f"The model returned logits of shape {tuple(logits.shape)} for {len(rows)} texts; it is not a "
                 "sequence classification model with one label."
             )
         return logits[:, 0].float().cpu()
 
 
 def load_reward_model(name: str | Path) -> Any:
-    """Load a sequence classification model with one label, in the precision that it was saved in.
-
-    Args:
-        name: Name or path.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: If what lies there has no trained head with one output; the host would make up a random one.
-    """
+    """Load a sequence classification model in its saved precision; ValueError without a trained head of one output."""
     model, found = load_pretrained(
         AutoModelForSequenceClassification,
         name,
@@ -164,9 +130,9 @@ def load_reward_model(name: str | Path) -> Any:
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    mismatched = [each if isinstance(each, str) else each[0] for each in found["mismatched_keys"]]  # 4.57: names only
+    mismatched = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]  # 4.57: names only
     made_up = sorted({*found["missing_keys"], *mismatched})
-    if made_up and not is_adapter(name):  # an adapter brings the head, which its base has not
+    if made_up and not is_adapter(name):  # an adapter brings the head that its base lacks
         raise ValueError(
             f"{str(name)!r} is no reward model: it has no weights of the right shape for {made_up}. Train one with "
             "TRL's `RewardTrainer`, or name one with `num_labels` 1."
@@ -175,18 +141,7 @@ def load_reward_model(name: str | Path) -> Any:
 
 
 def load_reward_tokenizer(model: Any, name: str | Path) -> Any:
-    """Load the tokenizer of a reward model.
-
-    Args:
-        model: The model.
-        name: Where it came from; may be empty.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Load a reward model's tokenizer from the model's own name or path; ValueError if there is none."""
     advice = "Pass its tokenizer among the processing classes, at the model's position."
     if not str(name):
         raise ValueError(f"The reward model, a {type(model).__name__}, does not know where it came from. {advice}")
@@ -197,30 +152,20 @@ def load_reward_tokenizer(model: Any, name: str | Path) -> Any:
 
 
 def is_reward_model(reward: Any) -> bool:
-    """Whether a reward is a model of the host's, bare, compiled or with an adapter around it.
-
-    Args:
-        reward: What was given as reward.
-
-    Returns:
-        True if it is a module with a configuration.
-    """
+    """Whether a reward is a transformers model, bare, compiled or with an adapter."""
     return isinstance(reward, nn.Module) and hasattr(reward, "config")
 
 
-def _pad_id(tokenizer: Any, name: str) -> int:
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad_id is None:
-        raise ValueError(
-            f"The tokenizer of the reward model {name!r} has neither a padding nor an end token. Set its `pad_token`."
-        )
-    return int(pad_id)
-
-
-def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+def _pad_id(model: Any, tokenizer: Any, name: str) -> int:
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if rows is not None and len(tokenizer) > rows:
         raise ValueError(
             f"The tokenizer of the reward model {name!r} has {len(tokenizer)} tokens, but the model only {rows} "
             "embeddings. Pass the tokenizer that the model was trained with among the processing classes."
         )
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad_id is None:
+        raise ValueError(
+            f"The tokenizer of the reward model {name!r} has neither a padding nor an end token. Set its `pad_token`."
+        )
+    return int(pad_id)

@@ -1,1 +1,1 @@
-"""Prompts, generation and the rollouts made of them."""
+"""Prompts, sampled completions, and the rollouts made of them."""

@@ -1,13 +1,14 @@
-"""Making a rollout: sample completions, have them scored, and work out what each token is worth."""
+"""Makes rollouts (sample completions, score them, compute advantages) and evaluates the policy."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from hbat.ppo.config import PPOConfig
@@ -16,188 +17,121 @@ from hbat.ppo.networks.policy_and_critic import PolicyAndCritic
 from hbat.ppo.networks.reference import Reference
 from hbat.ppo.rewards.rewards import Rewards
 from hbat.ppo.rollouts.generation import Completions, CompletionSampler
-from hbat.ppo.rollouts.prompts import TOKENS, pad_left
+from hbat.ppo.rollouts.prompts import TOKENS, as_completions, pad_left, reward_columns
 from hbat.ppo.rollouts.rollout import Rollout, Sequences, assess
 
 
 @dataclass(frozen=True)
-class ScoredCompletions:
-    """Completions with their scores.
-
-    Attributes:
-        completions: The completions.
-        scores: One a completion, float32 on the CPU.
-        by_name: What each reward gave, NaN where it did not apply.
-    """
-
+class _ScoredCompletions:
     completions: Completions
-    scores: Tensor
-    by_name: Mapping[str, Tensor]
+    scores: Tensor  # one per completion, float32 on the CPU
+    by_name: Mapping[str, Tensor]  # of each reward, NaN where it did not apply
 
     def entries(self) -> dict[str, Tensor]:
-        """List what is to be logged.
-
-        Returns:
-            One number a completion, by name.
-        """
+        """What is logged: one number per completion, by name."""
         return {
             "reward": self.scores,
-            **{f"rewards/{name}": each for name, each in self.by_name.items()},
-            "completions/mean_length": torch.tensor([float(len(each)) for each in self.completions.tokens]),
-            "completions/ended": torch.tensor([float(each) for each in self.completions.ended]),
+            **{f"rewards/{name}": values for name, values in self.by_name.items()},
+            "completions/mean_length": torch.tensor([float(len(tokens)) for tokens in self.completions.tokens]),
+            "completions/ended": torch.tensor([float(ended) for ended in self.completions.ended]),
         }
 
 
-def means(
+def _means(
     entries: Mapping[str, Tensor], total: Callable[[Tensor], Tensor], device: torch.device | str
 ) -> dict[str, float]:
-    """Take means over the completions of all processes.
-
-    Args:
-        entries: One number a completion, by name; NaN counts for nothing. Every process has the same names.
-        total: Sums a tensor over all processes.
-        device: Where tensors that are summed over processes must lie.
-
-    Returns:
-        Means by name, and the standard deviation of `reward` as `reward_std`.
-    """
+    # Means over the completions of all processes without NaN, and the standard deviation of `reward`.
     sums = torch.stack([
-        torch.stack([each.nansum(), each.nan_to_num().square().sum(), (~each.isnan()).sum().to(each.dtype)])
-        for each in (entry.detach().double().cpu() for entry in entries.values())
+        torch.stack([values.nansum(), values.nan_to_num().square().sum(), (~values.isnan()).sum().to(values.dtype)])
+        for values in (entry.detach().double().cpu() for entry in entries.values())
     ])
     # Accelerators without float64 exist, but not among those that several processes train on.
     added, squared, counts = total(sums.to(device)).cpu().unbind(1)
     average = added / counts.clamp(min=1)
     found = dict(zip(entries, average.tolist(), strict=True))
-    if "reward" in found:
-        index = list(entries).index("reward")
-        variance = float(squared[index] / counts[index].clamp(min=1) - average[index] ** 2)
-        found["reward_std"] = math.sqrt(max(variance, 0.0))
-    return found
+    index = list(entries).index("reward")
+    variance = float(squared[index] / counts[index].clamp(min=1) - average[index] ** 2)
+    return found | {"reward_std": math.sqrt(max(variance, 0.0))}
 
 
-#: Columns of a row that reward functions do not get.
-_OWN_COLUMNS = {"prompt", TOKENS}
-
-
+@dataclass
 class RolloutCollector:
-    """Makes rollouts.
+    """Makes rollouts of a policy."""
 
-    Args:
-        model: Policy and critic.
-        reference: The reference policy; None without KL penalty.
-        rewards: The reward functions.
-        sampler: Samples completions from the policy.
-        tokenizer: The policy's tokenizer.
-        args: PPO's options.
-        accelerator: The trainer's accelerator.
-    """
-
-    def __init__(
-        self,
-        model: PolicyAndCritic,
-        reference: Reference | None,
-        rewards: Rewards,
-        sampler: CompletionSampler,
-        tokenizer: Any,
-        args: PPOConfig,
-        accelerator: Any,
-    ) -> None:
-        self._model = model
-        self._reference = reference
-        self._rewards = rewards
-        self._sampler = sampler
-        self._tokenizer = tokenizer
-        self._args = args
-        self._accelerator = accelerator
-        self._seconds: dict[str, float] = {}
+    model: PolicyAndCritic
+    reference: Reference | None  # None without a KL penalty
+    rewards: Rewards
+    sampler: CompletionSampler
+    tokenizer: Any
+    args: PPOConfig
+    accelerator: Any
+    _seconds: dict[str, float] = field(default_factory=dict, init=False)
 
     def collect(
         self, rows: Sequence[Mapping[str, Any]], *, seed: int, kl_coef: float, trainer_state: Any
     ) -> tuple[Rollout, dict[str, float]]:
-        """Make a rollout.
-
-        Args:
-            rows: Tokenised prompts with their other columns.
-            seed: Seed of the sampling.
-            kl_coef: Weight of the KL penalty.
-            trainer_state: State of training, for the reward functions.
-
-        Returns:
-            The rollout, and what to log about it, over all processes.
-        """
+        """Make a rollout from tokenized prompts; also what to log about it, over all processes."""
         self._seconds = {}
-        scored = self.score(rows, seed=seed, trainer_state=trainer_state)
+        scored = self._score(rows, seed=seed, trainer_state=trainer_state)
         completions, scores = scored.completions, scored.scores
         sequences = self._sequences(rows, completions)
-        if self._args.missing_eos_penalty is not None:
-            scores = scores - self._args.missing_eos_penalty * (~torch.tensor(completions.ended)).float()
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * (~torch.tensor(completions.ended)).float()
         with self._timed("scoring"):
             statistics = self._statistics(sequences)
         device = sequences.prompt_ids.device
-        rollout, kl = assess(sequences, statistics, scores.to(device), self._args, kl_coef, self.total)
+        rollout, kl = assess(sequences, statistics, scores.to(device), self.args, kl_coef, self.total)
         entries = scored.entries() | {"kl": kl.sum(1)}
-        if self._args.entropy_coef == 0:
+        if self.args.entropy_coef == 0:
             mask = sequences.completion_mask
             entries["entropy"] = torch.where(mask, statistics["entropies"], 0.0).sum(1) / mask.sum(1)
-        metrics = means(entries, self.total, self._accelerator.device)
-        metrics |= {
-            "kl_coef": kl_coef,
-            "values/explained_variance": float(
-                explained_variance(rollout.values, rollout.returns, rollout.completion_mask)
-            ),
-        }
+        metrics = _means(entries, self.total, self.accelerator.device)
+        variance = explained_variance(rollout.values, rollout.returns, rollout.completion_mask)
+        metrics |= {"kl_coef": kl_coef, "values/explained_variance": float(variance)}
         return rollout, metrics | {f"seconds/{name}": value for name, value in self._seconds.items()}
 
-    def score(self, rows: Sequence[Mapping[str, Any]], *, seed: int | None, trainer_state: Any) -> ScoredCompletions:
-        """Complete prompts and have the completions scored.
-
-        Args:
-            rows: Tokenised prompts with their other columns.
-            seed: Seed of the sampling; None takes the likeliest tokens.
-            trainer_state: State of training, for the reward functions.
-
-        Returns:
-            Completions and scores.
-        """
-        with self._timed("generation"), self._accelerator.autocast():
-            completions = self._sampler.sample([row[TOKENS] for row in rows], seed=seed)
-        with self._timed("rewards"):
-            scores, by_name = self._rewards(
-                [row["prompt"] for row in rows],
-                self._texts(rows, completions),
-                completion_ids=completions.tokens,
-                columns={key: [row[key] for row in rows] for key in rows[0] if key not in _OWN_COLUMNS},
-                trainer_state=trainer_state,
-            )
-        return ScoredCompletions(completions, scores, by_name)
+    def evaluate(self, prompts: Dataset, trainer_state: Any) -> dict[str, float]:
+        """Means over the greedy completions of all prompts, each process its share of them."""
+        size = self.args.per_device_eval_batch_size
+        own = list(range(self.args.process_index, len(prompts), self.args.world_size))
+        # A sharded model needs all processes in every batch: those without rows complete the first one, uncounted.
+        most = math.ceil(len(prompts) / self.args.world_size)
+        entries: dict[str, list[Tensor]] = {}
+        for start in range(0, most, size):
+            indices = own[start : start + size]
+            scored = self._score([prompts[index] for index in indices or [0]], seed=None, trainer_state=trainer_state)
+            for name, values in scored.entries().items():
+                entries.setdefault(name, []).append(values[: len(indices)])
+        joined = {name: torch.cat(values) for name, values in entries.items()}
+        return _means(joined, self.total, self.args.device)
 
     def total(self, value: Tensor) -> Tensor:
-        """Sum a tensor over all processes.
-
-        Args:
-            value: This process's.
-
-        Returns:
-            The sum.
-        """
-        if self._accelerator.num_processes == 1:
+        """Sum a tensor over all processes."""
+        if self.accelerator.num_processes == 1:
             return value
-        summed: Tensor = self._accelerator.reduce(value, reduction="sum")
+        summed: Tensor = self.accelerator.reduce(value, reduction="sum")
         return summed
 
-    def _texts(self, rows: Sequence[Mapping[str, Any]], completions: Completions) -> list[Any]:
-        texts = self._tokenizer.batch_decode(completions.tokens, skip_special_tokens=True)
-        if isinstance(rows[0]["prompt"], str):
-            return list(texts)
-        return [[{"role": "assistant", "content": each}] for each in texts]
+    def _score(self, rows: Sequence[Mapping[str, Any]], *, seed: int | None, trainer_state: Any) -> _ScoredCompletions:
+        with self._timed("generation"), self.accelerator.autocast():
+            completions = self.sampler.sample([row[TOKENS] for row in rows], seed=seed)
+        with self._timed("rewards"):
+            texts = self.tokenizer.batch_decode(completions.tokens, skip_special_tokens=True)
+            scores, by_name = self.rewards(
+                [row["prompt"] for row in rows],
+                as_completions(texts, rows),
+                completion_ids=completions.tokens,
+                columns=reward_columns(rows),
+                trainer_state=trainer_state,
+            )
+        return _ScoredCompletions(completions, scores, by_name)
 
     def _sequences(self, rows: Sequence[Mapping[str, Any]], completions: Completions) -> Sequences:
-        device, pad = self._model.device, self._tokenizer.pad_token_id
+        device, pad = self.model.device, self.tokenizer.pad_token_id
         prompt_ids, prompt_mask = pad_left([row[TOKENS] for row in rows], pad, device)
         longest = max(map(len, completions.tokens))
-        padded = [each + [pad] * (longest - len(each)) for each in completions.tokens]
-        lengths = torch.tensor([len(each) for each in completions.tokens], device=device)
+        lengths = torch.tensor([len(tokens) for tokens in completions.tokens], device=device)
+        padded = [tokens + [pad] * (longest - len(tokens)) for tokens in completions.tokens]
         return Sequences(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
@@ -209,30 +143,27 @@ class RolloutCollector:
     def _statistics(self, sequences: Sequences) -> dict[str, Tensor]:
         shape = sequences.completion_ids.shape
         names = ("log_probs", "reference", "values", "entropies")
-        found = {name: torch.zeros(shape, device=self._model.device) for name in names}
-        # Without a bonus the entropy is only logged: once a rollout is enough, as it costs another look at all logits.
-        with_entropy = self._args.entropy_coef == 0
-        # Rows of like length together, so that less is computed on padding.
-        order = sequences.attention_mask.sum(1).argsort(stable=True)
-        was_training = self._model.training
-        self._model.eval()
-        for rows in order.split(self._args.scoring_batch_size or self._args.per_device_train_batch_size):
-            part = sequences.select(rows)
-            tokens = part.completion_ids.shape[1]
-            log_probs, entropies, values = self._model(
-                part.input_ids, part.attention_mask, tokens, self._args.temperature, with_entropy=with_entropy
-            )
+        found = {name: torch.zeros(shape, device=self.model.device) for name in names}
+        # Without a bonus the entropy is only logged: once per rollout is enough, as it takes another pass over logits.
+        with_entropy = self.args.entropy_coef == 0
+        order = sequences.attention_mask.sum(1).argsort(stable=True)  # similar lengths together need little padding
+        was_training, temperature = self.model.training, self.args.temperature
+        self.model.eval()
+        for rows in order.split(self.args.scoring_batch_size or self.args.per_device_train_batch_size):
+            batch = sequences.select(rows)
+            ids, mask, tokens = batch.input_ids, batch.attention_mask, batch.completion_ids.shape[1]
+            log_probs, entropies, values = self.model(ids, mask, tokens, temperature, with_entropy=with_entropy)
             reference = log_probs
-            if self._reference is not None:
-                with self._accelerator.autocast():
-                    reference = self._reference.log_probs(part, self._args.temperature)
-            for name, each in zip(names, (log_probs, reference, values, entropies), strict=True):
-                found[name][rows, :tokens] = each
-        self._model.train(was_training)
+            if self.reference is not None:
+                with self.accelerator.autocast():
+                    reference = self.reference.log_probs(ids, mask, tokens, temperature)
+            for name, result in zip(names, (log_probs, reference, values, entropies), strict=True):
+                found[name][rows, :tokens] = result
+        self.model.train(was_training)
         return found
 
     @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        begun = time.perf_counter()
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
         yield
-        self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - begun
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Sampling completions: batched, left-padded, with the key-value cache and with any of the host's options."""
+"""Sampling completions in batches, with any option of `transformers.GenerationConfig`."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,25 +11,20 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
-from hbat.engines.sharded import is_sharded
+from hbat.ppo.engine import is_sharded
 from hbat.ppo.rollouts.prompts import pad_left
 
 
 @dataclass(frozen=True)
 class Completions:
-    """Completions of a batch of prompts, in order.
+    """Completions of a batch of prompts, in order."""
 
-    Attributes:
-        tokens: Token ids of each, with the end token where it has one.
-        ended: Whether each came to its end by itself (end token or stop string).
-    """
-
-    tokens: list[list[int]]
-    ended: list[bool]
+    tokens: list[list[int]]  # with the EOS token if there is one
+    ended: list[bool]  # by an EOS token or a stop string
 
 
 class _Ends(StoppingCriteria):
-    """Stops rows at end tokens and stop strings, and remembers where: pad and end token can be one and the same."""
+    """Stops rows at EOS tokens and stop strings and records where: pad and EOS token can be the same."""
 
     def __init__(self, criteria: Sequence[StoppingCriteria], rows: int) -> None:
         self._criteria = criteria
@@ -37,23 +32,15 @@ class _Ends(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        for each in self._criteria:
-            done |= each(input_ids, scores, **kwargs)
+        for criterion in self._criteria:
+            done |= criterion(input_ids, scores, **kwargs)
         self.lengths = self.lengths.to(done.device)
         self.lengths = torch.where((self.lengths == 0) & done, input_ids.shape[1], self.lengths)
         return self.lengths > 0
 
 
 class CompletionSampler:
-    """Samples completions from a policy.
-
-    Args:
-        policy: The policy; its own generation configuration gives end tokens only.
-        tokenizer: Its tokenizer.
-        max_new_tokens: Most tokens of a completion.
-        sampling: Fields of `transformers.GenerationConfig` such as the temperature.
-        batch_size: Prompts generated for at once; None for all.
-    """
+    """Samples completions from a policy, of whose own generation configuration only the EOS tokens are used."""
 
     def __init__(
         self,
@@ -61,12 +48,10 @@ class CompletionSampler:
         tokenizer: Any,
         *,
         max_new_tokens: int,
-        sampling: Mapping[str, Any],
-        batch_size: int | None = None,
+        sampling: Mapping[str, Any],  # fields of `transformers.GenerationConfig`
+        batch_size: int | None = None,  # prompts per call of `generate`; None for all
     ) -> None:
-        self._policy = policy
-        self._tokenizer = tokenizer
-        self._batch_size = batch_size
+        self._policy, self._tokenizer, self._batch_size = policy, tokenizer, batch_size
         options = dict(sampling)
         self._stop_strings = options.pop("stop_strings", None)
         self.end_tokens = _end_tokens(options.pop("eos_token_id", None), policy, tokenizer)
@@ -75,15 +60,7 @@ class CompletionSampler:
         )
 
     def sample(self, prompts: Sequence[Sequence[int]], *, seed: int | None) -> Completions:
-        """Complete prompts.
-
-        Args:
-            prompts: Token ids of each prompt.
-            seed: Seed of the sampling; the global random state stays what it was. None takes the likeliest tokens.
-
-        Returns:
-            Completions of at least one token each.
-        """
+        """Complete prompts of token ids; a seed leaves the global random state alone, None decodes greedily."""
         size = self._batch_size or len(prompts)
         tokens: list[list[int]] = []
         ended: list[bool] = []
@@ -104,8 +81,7 @@ class CompletionSampler:
         if self._stop_strings:
             criteria.append(StopStringCriteria(self._tokenizer, self._stop_strings))
         ends, config = _Ends(criteria, len(prompts)), copy.deepcopy(self._config)
-        # The host fills rows that are done with padding only where it knows end tokens.
-        config.eos_token_id = self.end_tokens or None
+        config.eos_token_id = self.end_tokens or None  # without one, transformers does not pad finished rows
         if greedy:
             config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
         whole = self._policy.generate(
@@ -113,7 +89,7 @@ class CompletionSampler:
             attention_mask=mask,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([ends]),
-            synced_gpus=is_sharded(self._policy),  # each step takes all processes
+            synced_gpus=is_sharded(self._policy),
         )
         prompt_length = ids.shape[1]
         lengths = ends.lengths.tolist()
@@ -125,29 +101,22 @@ class CompletionSampler:
 @contextmanager
 def _sampling_state(policy: Any, seed: int | None) -> Iterator[None]:
     devices = [policy.device] if policy.device.type == "cuda" else []
+    models = [policy, *([policy.get_base_model()] if hasattr(policy, "peft_config") else [])]
+    own = [(model, model.generation_config) for model in models if "generation_config" in vars(model)]
     was_training = policy.training
-    policy.eval()  # the host's cache is off in training mode with gradient checkpointing
+    policy.eval()  # in training mode, gradient checkpointing turns the key-value cache off
     try:
-        with torch.random.fork_rng(devices=devices), _without_own_options(policy):
+        # transformers fills unset options from the model's own configuration, and many models ship with some.
+        for model, _ in own:
+            model.generation_config = GenerationConfig()
+        with torch.random.fork_rng(devices=devices):
             if seed is not None:
                 torch.manual_seed(seed)
             yield
     finally:
+        for model, options in own:
+            model.generation_config = options
         policy.train(was_training)
-
-
-@contextmanager
-def _without_own_options(policy: Any) -> Iterator[None]:
-    # The host fills every option that is left open with the model's own, and many models ship with some for chatting.
-    models = [policy, *([policy.get_base_model()] if hasattr(policy, "peft_config") else [])]
-    own = [(each, each.generation_config) for each in models if "generation_config" in vars(each)]
-    for each, _ in own:
-        each.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for each, options in own:
-            each.generation_config = options
 
 
 def _end_tokens(given: Any, policy: Any, tokenizer: Any) -> list[int]:

@@ -1,7 +1,4 @@
-"""Which prompts a rollout takes, and which rows a mini-batch.
-
-A pure function of seed and position, so that a run that was cut off goes on with the same ones.
-"""
+"""Which prompts a rollout takes and which rows an update: pure functions of seed and position, so that runs resume."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,64 +6,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LARGE_PRIME = 1_000_003  # keeps the seeds of neighbouring rollouts apart
+_LARGE_PRIME = 1_000_003  # keeps the seeds of neighboring rollouts apart
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a micro-step stands.
-
-    Attributes:
-        rollout: Number of its rollout, from 0.
-        update: Optimizer step within the rollout.
-        part: Micro-batch within the optimizer step.
-    """
+    """A micro-step: number of its rollout, optimizer step in the rollout, micro-batch in the optimizer step."""
 
     rollout: int
     update: int
-    part: int
+    micro_batch: int
 
     @property
     def begins_rollout(self) -> bool:
         """Whether a rollout must be made first."""
-        return self.update == 0 and self.part == 0
+        return self.update == 0 and self.micro_batch == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSchedule:
-    """The order of prompts and rows.
-
-    Attributes:
-        prompts: Number of prompts.
-        size: Prompts of a rollout on each process.
-        passes: Passes over a rollout.
-        micro_size: Rows of a micro-batch.
-        micro_steps: Micro-batches of an optimizer step.
-        processes: Number of processes.
-        process: This process.
-        seed: Seed of the order.
-    """
+    """The order of prompts and rows on one process."""
 
     prompts: int
-    size: int
-    passes: int
-    micro_size: int
-    micro_steps: int
+    size: int  # prompts per rollout and process
+    passes: int  # over each rollout
+    micro_size: int  # rows per micro-batch
+    micro_steps: int  # micro-batches per optimizer step
     processes: int
     process: int
     seed: int
 
     @classmethod
     def of_training(cls, args: Any, prompts: int) -> "RolloutSchedule":
-        """Take the sizes out of a training's options.
-
-        Args:
-            args: A `PPOConfig`.
-            prompts: Number of prompts.
-
-        Returns:
-            The schedule of this process.
-        """
+        """The schedule of this process, from a `PPOConfig`."""
         return cls(
             prompts=prompts,
             size=args.rollout_size,
@@ -80,46 +52,32 @@ class RolloutSchedule:
 
     @property
     def updates_per_pass(self) -> int:
-        """Optimizer steps of a pass."""
+        """Optimizer steps per pass over a rollout."""
         return self.size // (self.micro_size * self.micro_steps)
 
     @property
     def updates_per_rollout(self) -> int:
-        """Optimizer steps between two rollouts."""
+        """Optimizer steps per rollout."""
         return self.updates_per_pass * self.passes
 
     @property
     def rollouts_per_epoch(self) -> int:
-        """Rollouts of one pass over the prompts; the prompts left over wait for the next, in another order."""
+        """Rollouts per pass over the prompts; remaining prompts are shuffled into the next."""
         return self.prompts // (self.size * self.processes)
 
     @property
     def micro_steps_per_epoch(self) -> int:
-        """Micro-steps of one pass over the prompts."""
+        """Micro-steps per pass over the prompts."""
         return self.rollouts_per_epoch * self.updates_per_rollout * self.micro_steps
 
     def position(self, micro_step: int) -> Position:
-        """Place a micro-step.
-
-        Args:
-            micro_step: Micro-steps before it since the start of training.
-
-        Returns:
-            Its place.
-        """
-        step, part = divmod(micro_step, self.micro_steps)
+        """Position of a micro-step, counted from 0 at the start of training."""
+        step, micro_batch = divmod(micro_step, self.micro_steps)
         rollout, update = divmod(step, self.updates_per_rollout)
-        return Position(rollout=rollout, update=update, part=part)
+        return Position(rollout=rollout, update=update, micro_batch=micro_batch)
 
     def prompt_indices(self, rollout: int) -> list[int]:
-        """Choose this process's prompts of a rollout.
-
-        Args:
-            rollout: Number of the rollout.
-
-        Returns:
-            Indices of prompts; all processes' together are distinct.
-        """
+        """This process's prompts of a rollout; those of all processes are distinct."""
         epoch, number = divmod(rollout, self.rollouts_per_epoch)
         order = torch.randperm(self.prompts, generator=self._generator(epoch))
         first = (number * self.processes + self.process) * self.size
@@ -127,28 +85,14 @@ class RolloutSchedule:
         return indices
 
     def row_indices(self, position: Position) -> Tensor:
-        """Choose the rows of a micro-batch, or of all micro-batches of its optimizer step.
-
-        Args:
-            position: The micro-step.
-
-        Returns:
-            Row numbers of the optimizer step, shape `[micro_steps, micro_size]`.
-        """
+        """Rows of all micro-batches of the optimizer step at a position, shape `[micro_steps, micro_size]`."""
         number, update = divmod(position.update, self.updates_per_pass)
         generator = self._generator(_LARGE_PRIME + position.rollout * self.passes + number)
         order = torch.randperm(self.size, generator=generator)
         return order.view(self.updates_per_pass, self.micro_steps, self.micro_size)[update]
 
     def sampling_seed(self, rollout: int) -> int:
-        """Seed of the completions that this process samples.
-
-        Args:
-            rollout: Number of the rollout.
-
-        Returns:
-            A seed that no other rollout of this process or another one has.
-        """
+        """Seed of this process's completions, different for every rollout and process."""
         return (self.seed * _LARGE_PRIME + rollout * self.processes + self.process) % 2**63
 
     def _generator(self, number: int) -> torch.Generator:

@@ -1,0 +1,67 @@
+"""The model card: what was trained, how, and what came out."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hbat.config.hbat import HBATConfig
+from hbat.reports.matrix import ForgettingMatrix, directions, markdown_table
+from hbat.state.files import write_bytes
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+Trained from `{{ origin }}` by hybrid alignment training ([HBAT](https://arxiv.org/abs/2406.15178)): the objectives
+{{ objectives }} alternate over {{ config.num_rounds }} rounds.
+
+* elastic weight consolidation: `{{ ewc }}`
+* optimizer moments between stages: `{{ config.optimizer_state }}`
+* learning-rate schedule: `{{ config.lr_schedule }}`; end_weight: `{{ config.end_weight }}`
+{% if scores %}
+## Scores after each stage
+
+{{ better }}. The reference policy of a preference score is the model at the start of the run.
+
+{{ scores }}
+{% endif %}"""
+
+
+def write_model_card(folder: Path, config: HBATConfig, model: Any, matrix: ForgettingMatrix) -> None:
+    """Write the model card, `README.md`.
+
+    Args:
+        folder: Folder of the model.
+        config: The run's configuration.
+        model: The model.
+        matrix: Its scores.
+    """
+    base = getattr(model.config, "_name_or_path", "")
+    on_hub, is_adapter = _is_hub_name(base), hasattr(model, "peft_config")
+    better = directions(matrix)
+    card = ModelCard.from_template(
+        ModelCardData(
+            base_model=base if on_hub else None,
+            library_name="peft" if is_adapter else "transformers",
+            tags=["hbat", "trl", *config.objective_names, *(["peft"] if is_adapter else [])],
+        ),
+        template_str=_TEMPLATE,
+        name=Path(config.output_dir).name,
+        origin=(base if on_hub else re.split(r"[/\\]", base.rstrip("/\\"))[-1]) or "a model given in memory",
+        objectives=", ".join(config.objective_names),
+        config=config,
+        ewc="none" if config.ewc is None else json.dumps({k: v for k, v in vars(config.ewc).items() if v is not None}),
+        better=better[:1].upper() + better[1:],
+        scores=markdown_table(matrix) if matrix.rows else "",
+    )
+    write_bytes(folder / "README.md", str(card).encode())
+
+
+def _is_hub_name(name: str) -> bool:
+    # The Hub refuses a card that names a folder as base model, and the path of a folder is private.
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).exists()

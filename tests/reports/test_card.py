@@ -1,0 +1,89 @@
+"""The model card says what was trained, how, and what came out, in a form that the Hub reads."""
+
+import types
+
+import cases
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from matrices import TWO_ROUNDS, matrix
+
+from hbat.config.hbat import HBATConfig
+from hbat.reports.card import write_model_card
+from hbat.reports.matrix import markdown_table
+
+
+def card(folder, model=None, found=None, **options):
+    config = HBATConfig(output_dir=str(folder), **options)
+    write_model_card(folder, config, model or cases.tiny_llama(), found or matrix())
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    start, front, body = text.split("---\n", 2)
+    assert start == ""
+    return yaml.safe_load(front), body
+
+
+def test_the_cards_front_matter_is_yaml_that_names_library_and_objectives(tmp_path):
+    front, _ = card(tmp_path)
+    assert front == {"library_name": "transformers", "tags": ["hbat", "trl", "sft", "dpo"]}
+    assert ModelCard.load(tmp_path / "README.md").data.to_dict() == front
+
+
+def named(name, model=None):
+    model = model or cases.tiny_llama()
+    model.config._name_or_path = name  # noqa: SLF001 - where transformers keeps it
+    return model
+
+
+@pytest.mark.parametrize("name", ["some/model-1.5_B", "gpt2", "1.0"])
+def test_the_card_names_the_base_model_for_the_hub(name, tmp_path):
+    front, _ = card(tmp_path, named(name))
+    assert front == {"library_name": "transformers", "base_model": name, "tags": ["hbat", "trl", "sft", "dpo"]}
+
+
+@pytest.mark.parametrize("name", ["", "/models/llama", "./llama", "~/llama", "a/b/c", "C:\\llama", 'no: "yes"'])
+def test_a_folder_is_no_base_model_for_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in card(tmp_path, named(name))[0]
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    assert "base_model" not in card(tmp_path, named("models/llama"))[0]
+
+
+def test_an_adapter_belongs_to_peft_and_names_its_base(tmp_path):
+    pytest.importorskip("peft")
+    front, _ = card(tmp_path, named("some/model", cases.lora_llama()))
+    tags = ["hbat", "trl", "sft", "dpo", "peft"]
+    assert front == {"library_name": "peft", "base_model": "some/model", "tags": tags}
+
+
+def test_names_that_mean_something_in_yaml_stay_texts(tmp_path):
+    odd = types.SimpleNamespace(name='no: "yes", - #')
+    front, _ = card(tmp_path, objectives=["sft", odd])
+    assert front["tags"] == ["hbat", "trl", "sft", 'no: "yes", - #']
+
+
+def test_the_card_says_what_was_trained_from_what_and_how(tmp_path):
+    model = cases.tiny_llama()
+    model.config._name_or_path = "some/model"  # noqa: SLF001 - where transformers keeps it
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    _, body = card(folder, model, num_rounds=3, ewc={"f_max": 2.5}, end_weight={"dpo": 0.5})
+    assert "# my run\n" in body
+    assert "Trained from `some/model`" in body
+    assert "sft, dpo alternate over 3 rounds" in body
+    assert '"f_max": 2.5' in body
+    assert "end_weight: `{'dpo': 0.5}`" in body
+
+
+def test_a_model_given_in_memory_and_a_run_without_consolidation_are_said_so(tmp_path):
+    _, body = card(tmp_path, ewc=None)
+    assert "Trained from `a model given in memory`" in body
+    assert "elastic weight consolidation: `none`" in body
+
+
+def test_scores_stand_in_the_card_where_there_are_any(tmp_path):
+    found = matrix(*TWO_ROUNDS)
+    _, body = card(tmp_path, found=found)
+    assert markdown_table(found) in body
+    assert "Lower is better. The reference" in body
+    _, body = card(tmp_path)
+    assert "Scores" not in body

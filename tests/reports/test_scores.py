@@ -1,0 +1,89 @@
+"""Scores go into the matrix, the log, the state and a file, once for each point of a run."""
+
+import importlib.util
+import json
+import types
+
+import cases
+import pytest
+import torch
+from transformers import TrainerState, TrainingArguments
+
+from hbat.config.hbat import HBATConfig
+from hbat.reports.matrix import ForgettingMatrix
+from hbat.reports.reporter import RunReporter
+from hbat.reports.scores import RunScores
+from hbat.state.fingerprint import Fingerprint
+from hbat.state.folder import RunFolder
+from hbat.state.plan import plan
+from hbat.state.run import Run
+
+STAGES = plan(1, ["sft", "dpo"])
+MODEL = types.SimpleNamespace(config=types.SimpleNamespace(to_json_string=lambda: "{}"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = HBATConfig(output_dir=str(tmp_path), disable_tqdm=True, ewc=None)
+    return Run.start(config, RunFolder(tmp_path), Fingerprint({}, {}, {}), {"a": torch.zeros(1)})
+
+
+@pytest.fixture
+def reporter(tmp_path):
+    config = HBATConfig(output_dir=str(tmp_path), disable_tqdm=True)
+    made = RunReporter(config, MODEL, TrainerState(), 4, TrainingArguments(str(tmp_path), **cases.CHEAP_ARGS))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def scores(tmp_path):
+    return RunScores(ForgettingMatrix({"sft": "loss", "dpo": "loss"}), STAGES, RunFolder(tmp_path))
+
+
+def finish(run, stage):
+    run.commit_stage(stage, steps=2, importance=None, moments={}, weights={"a": torch.ones(1)})
+
+
+def test_scores_are_due_once_at_the_start_and_once_after_every_stage(run, reporter, scores, tmp_path):
+    assert scores.last() == {}
+    for number, stage in enumerate([None, *STAGES]):
+        if stage is not None:
+            finish(run, stage)
+        assert scores.are_due(run)
+        scores.take({"sft": {"loss": 1.0 + number}, "dpo": {"loss": 2.0}}, run, reporter)
+        assert not scores.are_due(run)
+    rows = RunFolder(tmp_path).read().evaluations
+    assert [(row["stage"], row["round"], row["objective"]) for row in rows] == [
+        (-1, 0, None),
+        (0, 0, "sft"),
+        (1, 0, "dpo"),
+    ]
+    written = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    assert (written["rows"], written["backward_transfer"]) == (rows, {"sft": -1.0})
+    assert scores.last() == {"eval_sft/loss": 3.0, "eval_dpo/loss": 2.0}
+    log = reporter.state.log_history
+    assert [(entry["step"], entry["eval_sft/loss"]) for entry in log] == [(0, 1.0), (2, 2.0), (4, 3.0)]
+    assert run.state.log["entries"] == 3
+
+
+def test_only_the_main_process_writes_the_file(run, reporter, scores, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    scores.take({"sft": {"loss": 1.0}}, run, reporter)
+    scores.draw()
+    assert not list(tmp_path.glob("evaluation.*"))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_scores_are_drawn_if_there_are_any_and_matplotlib_is_installed(
+    installed, run, reporter, scores, tmp_path, monkeypatch
+):
+    if installed:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    scores.draw()
+    assert not (tmp_path / "evaluation.png").exists()
+    scores.take({"sft": {"loss": 1.0}}, run, reporter)
+    scores.draw()
+    assert (tmp_path / "evaluation.png").exists() is installed
