@@ -1,7 +1,7 @@
-"""Faults: runs that are killed at random moments and go on, and runs that meet other faults.
+"""Fault injection: runs that are killed at random moments and resumed, and runs that meet other faults.
 
-Every killed run is resumed, and killed again, until it is done; its weights, critic, importance, moments, forgetting
-matrix and log must equal those of the same run that nobody interrupted, to the last bit.
+Every killed run is resumed, and killed again, until it is done. Its weights, critic, importance, moments, forgetting
+matrix and log must be bit-identical to those of the same run without interruption.
 
     python benchmarks/fault_campaign.py [--seed 1] [--runs 50] [--only NUMBER] [--quick] [--markdown FILE]
 """
@@ -26,7 +26,7 @@ from faults import DAMAGES
 from kill_plan import PHASES, Case, draw_cases, tally
 from workload import about, save
 
-#: Configurations of a quick campaign: few, because each is also trained without a kill.
+#: Configurations of a quick campaign: few, because each is also trained without kills.
 QUICK = (
     Case("sft+dpo", "full", checkpoints="in stages", evaluates_all=False),
     Case("sft+ppo", "lora", method="proximal", granularity="tensor", evaluates_all=False),
@@ -34,37 +34,17 @@ QUICK = (
 
 
 def killed(number: int, case: Case, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """Kill one run until it is done.
-
-    Args:
-        number: Its number in the campaign.
-        case: Its configuration.
-        seed: The campaign's seed.
-        folder: The campaign's folder.
-
-    Yields:
-        What became of it.
-    """
+    """Kill and resume one run until it is done; yields its report."""
     report = killed_runs.kill_and_resume(number, case, seed, folder / f"{number:03d}")
     print(line(report), flush=True)
     yield report.as_dict()
 
 
 def killed_in_turn(case: Case, numbers: range, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """Kill several runs of one configuration, which is trained without a kill only once.
-
-    Args:
-        case: The configuration.
-        numbers: Their numbers in the campaign.
-        seed: The campaign's seed.
-        folder: The campaign's folder.
-
-    Yields:
-        What became of each.
-    """
-    room = folder / f"whole-{numbers[0]}"
-    room.mkdir()
-    whole = killed_runs.attempt(case, room / "run", resume=False)
+    """Kill and resume several runs of one configuration, with one uninterrupted run to compare with."""
+    uninterrupted = folder / f"whole-{numbers[0]}"
+    uninterrupted.mkdir()
+    whole = killed_runs.attempt(case, uninterrupted / "run", resume=False)
     for number in numbers:
         report = killed_runs.kill_and_resume(number, case, seed, folder / f"{number:03d}", most_kills=1, whole=whole)
         print(line(report), flush=True)
@@ -72,69 +52,39 @@ def killed_in_turn(case: Case, numbers: range, seed: int, folder: Path) -> Itera
 
 
 def line(report: killed_runs.Report) -> str:
-    """Say what became of a run.
-
-    Args:
-        report: The run.
-
-    Returns:
-        One line, and more where its end is wrong.
-    """
-    kills = ", ".join(f"{each['kind']} in {each['phase']}" for each in report.kills)
-    end = "bit-identical" if report.identical else "WRONG"
-    shown = f"{report.number:3d}  {report.case}: {end}, killed {len(report.kills)} x ({kills})"
+    """Format a report; more than one line if the result is wrong."""
+    kills = ", ".join(f"{kill['kind']} in {kill['phase']}" for kill in report.kills)
+    result = "bit-identical" if report.identical else "WRONG"
+    shown = f"{report.number:3d}  {report.case}: {result}, killed {len(report.kills)} x ({kills})"
     return "\n     ".join([shown, *report.wrong[:5]])
 
 
 def other_faults(case: Case, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """Let runs of one configuration meet the other faults.
-
-    Args:
-        case: The configuration.
-        seed: The campaign's seed.
-        folder: A folder that is not there yet.
-
-    Yields:
-        What became of each fault.
-    """
+    """Inject the other faults into runs of one configuration; yields a row per fault."""
     for row in fault_rows.rows_of(case, folder, seed):
-        values = {"left_out": row} if isinstance(row, str) else asdict(row)
+        values = {"skipped": row} if isinstance(row, str) else asdict(row)
         if isinstance(row, str) or not row.good:
             print(values, flush=True)
         yield values
 
 
 def campaign_table(reports: list[dict[str, Any]]) -> list[str]:
-    """Lay the killed runs out as a Markdown table.
-
-    Args:
-        reports: What became of each.
-
-    Returns:
-        Its lines.
-    """
+    """Markdown table of the killed runs."""
     lines = ["| factor | level | runs | kills | resumes | bit-identical |", "|---|---|---:|---:|---:|---:|"]
     for (factor, level), row in tally(reports).items():
         counts = f"{row['runs']} | {row['kills']} | {row['resumes']} | {row['identical']} of {row['runs']}"
         lines.append(f"| {factor.replace('_', ' ')} | {level} | {counts} |")
-    kills = sum(len(each["kills"]) for each in reports)
-    resumes = sum(each["resumes"] for each in reports)
-    good = sum(each["identical"] for each in reports)
+    kills = sum(len(report["kills"]) for report in reports)
+    resumes = sum(report["resumes"] for report in reports)
+    good = sum(report["identical"] for report in reports)
     return [*lines, f"| all | | {len(reports)} | {kills} | {resumes} | **{good} of {len(reports)}** |"]
 
 
 def moments_table(reports: list[dict[str, Any]]) -> list[str]:
-    """Lay out where the kills fell as a Markdown table.
-
-    Args:
-        reports: What became of each run.
-
-    Returns:
-        Its lines.
-    """
+    """Markdown table of the moments of the kills."""
     kinds = ("time", "operation", "empty", "torn")
-    counts = Counter((kill["phase"], kill["kind"]) for each in reports for kill in each["kills"])
-    lines = ["| what the run was doing | " + " | ".join(kinds) + " | all |", "|---|" + "---:|" * 5]
+    counts = Counter((kill["phase"], kill["kind"]) for report in reports for kill in report["kills"])
+    lines = ["| activity of the run | " + " | ".join(kinds) + " | all |", "|---|" + "---:|" * 5]
     for phase in PHASES:
         numbers = [counts[phase, kind] for kind in kinds]
         lines.append(f"| {phase} | " + " | ".join(map(str, [*numbers, sum(numbers)])) + " |")
@@ -142,71 +92,50 @@ def moments_table(reports: list[dict[str, Any]]) -> list[str]:
 
 
 def damage_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lay out what became of damaged files as a Markdown table.
-
-    Args:
-        rows: What became of each fault.
-
-    Returns:
-        Its lines.
-    """
+    """Markdown table of the outcomes of damaged files."""
     found: dict[str, dict[str, set[str]]] = {}
-    for each in rows:
-        damage, _, kind = each["fault"].partition(": ")
+    for row in rows:
+        damage, _, kind = row["fault"].partition(": ")
         if kind:
-            found.setdefault(kind, {}).setdefault(damage, set()).add(each["outcome"])
+            found.setdefault(kind, {}).setdefault(damage, set()).add(row["outcome"])
     lines = ["| file | " + " | ".join(DAMAGES) + " |", "|---|" + "---|" * len(DAMAGES)]
     for kind, cells in sorted(found.items()):
-        lines.append(f"| {kind} | " + " | ".join("; ".join(sorted(cells.get(each, ()))) for each in DAMAGES) + " |")
+        lines.append(
+            f"| {kind} | " + " | ".join("; ".join(sorted(cells.get(damage, ()))) for damage in DAMAGES) + " |"
+        )
     return lines
 
 
 def rows_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lay out what became of the faults that are no damaged files as a Markdown table.
-
-    Args:
-        rows: What became of each fault.
-
-    Returns:
-        Its lines.
-    """
-    counts = Counter((each["fault"], each["outcome"], each["good"]) for each in rows if ": " not in each["fault"])
-    lines = ["| fault | what happened | runs | as it should |", "|---|---|---:|---|"]
+    """Markdown table of the outcomes of the other faults."""
+    counts = Counter((row["fault"], row["outcome"], row["good"]) for row in rows if ": " not in row["fault"])
+    lines = ["| fault | outcome | runs | as expected |", "|---|---|---:|---|"]
     for (fault, outcome, good), count in sorted(counts.items()):
         lines.append(f"| {fault} | {outcome} | {count} | {'yes' if good else '**no**'} |")
     return lines
 
 
 def document(given: argparse.Namespace, reports: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
-    """Write the results down.
-
-    Args:
-        given: The command's options.
-        reports: What became of the killed runs.
-        rows: What became of the other faults.
-
-    Returns:
-        Markdown.
-    """
-    faults = [each for each in rows if "left_out" not in each]
+    """The results as Markdown."""
+    faults = [row for row in rows if "skipped" not in row]
     versions = ", ".join(f"{name} {version}" for name, version in about().items() if name != "threads")
     parts = [
         "# Faults",
         (
-            f"Made by `python benchmarks/fault_campaign.py --seed {given.seed} --runs {given.runs}` (`make faults`), "
-            f"with {versions}."
+            f"Generated by `python benchmarks/fault_campaign.py --seed {given.seed} --runs {given.runs}` "
+            f"(`make faults`) with {versions}."
         ),
         "## Killed runs",
         (
             "Tiny models, two rounds, evaluation after every stage. Each run is killed at one to four random moments "
             "and resumed in a new process each time. It counts as bit-identical if weights, critic, accumulated "
-            "importance, optimizer moments, forgetting matrix, log (without times and TRL's count of tokens) and the "
-            "names of all files are those of the same run without a kill. Fisher is drawn for SFT and DPO only: the "
-            "online objectives have no sequences to compute it from."
+            "importance, optimizer moments, forgetting matrix, log (without times and TRL's token count) and the "
+            "names of all files equal those of the same run without kills. The Fisher information is drawn for SFT "
+            "and DPO only: the online objectives have no sequences to compute it from."
         ),
         "\n".join(campaign_table(reports)),
         (
-            "Where the kills fell. `time`: SIGKILL from outside after a random time; `operation`: SIGKILL right "
+            "The moments of the kills. `time`: SIGKILL from outside after a random time; `operation`: SIGKILL right "
             "before a random operation on the run's files; `empty`: right after a file was opened for writing; "
             "`torn`: the kernel ends the process in the middle of a write."
         ),
@@ -217,15 +146,15 @@ def document(given: argparse.Namespace, reports: list[dict[str, Any]], rows: lis
     parts += [
         "## Other faults",
         (
-            "Each run meets the fault, then is resumed without it. The full disks are small file systems in memory "
-            "that run out of room at up to seven different points, in the run's own files and in transformers' files."
+            "Each run meets the fault, then resumes without it. The full disks are small in-memory file systems that "
+            "run out of space at up to seven different points, in files of hbat and of transformers."
         ),
         "\n".join(rows_table(faults)),
-        *(f"{each['left_out']}." for each in rows if "left_out" in each),
+        *(f"{row['skipped']}." for row in rows if "skipped" in row),
         "## Damaged files",
         (
-            "A run is killed in its last stage, one file is damaged, and the run is resumed. *Identical*: it ended "
-            "bit for bit as it should; *warned*: the log names the damaged file."
+            "A run is killed in its last stage, one file is damaged, and the run resumes. *Identical*: the result is "
+            "bit-identical; *warned*: the log names the damaged file."
         ),
         "\n".join(damage_table(faults)),
     ]
@@ -233,69 +162,51 @@ def document(given: argparse.Namespace, reports: list[dict[str, Any]], rows: lis
 
 
 def planned(given: argparse.Namespace, folder: Path) -> list[Callable[[], Iterator[dict[str, Any]]]]:
-    """Plan the runs that are killed.
-
-    Args:
-        given: The command's options.
-        folder: The campaign's folder.
-
-    Returns:
-        What to do, in pieces that need nothing of each other.
-    """
+    """The runs to kill, as independent tasks."""
     if given.quick:
         numbers = (range(index, given.runs, len(QUICK)) for index in range(len(QUICK)))
-        pairs = [(case, each) for case, each in zip(QUICK, numbers, strict=True) if each]
-        return [partial(killed_in_turn, case, each, given.seed, folder) for case, each in pairs]
+        pairs = [(case, some) for case, some in zip(QUICK, numbers, strict=True) if some]
+        return [partial(killed_in_turn, case, some, given.seed, folder) for case, some in pairs]
     cases = enumerate(draw_cases(given.runs, given.seed))
     chosen = [(number, case) for number, case in cases if given.only in {None, number}]
     return [partial(killed, number, case, given.seed, folder) for number, case in chosen]
 
 
 def options() -> argparse.Namespace:
-    """Read the command line.
-
-    Returns:
-        The command's options.
-    """
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=1, help="Seed of configurations and moments.")
-    parser.add_argument("--runs", type=int, default=50, help="Number of runs that are killed.")
-    parser.add_argument("--workers", type=int, default=2, help="Processes at a time.")
-    parser.add_argument("--only", type=int, help="Number of the one run to do.")
-    parser.add_argument("--quick", action="store_true", help="Two small configurations, and no other faults.")
-    parser.add_argument("--markdown", type=Path, help="File for the tables.")
+    parser.add_argument("--seed", type=int, default=1, help="Seed of the configurations and moments.")
+    parser.add_argument("--runs", type=int, default=50, help="Number of runs to kill.")
+    parser.add_argument("--workers", type=int, default=2, help="Number of parallel processes.")
+    parser.add_argument("--only", type=int, help="Index of a single run.")
+    parser.add_argument("--quick", action="store_true", help="Two small configurations, no other faults.")
+    parser.add_argument("--markdown", type=Path, help="Output file of the tables.")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Run the campaign and print its tables.
-
-    Returns:
-        Status: 1 where anything ended as it should not.
-    """
-    given, begun = options(), time.perf_counter()
+    """Run the campaign, print its tables, and return status 1 if any result is wrong."""
+    given, start = options(), time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="hbat-faults-"))
     reports = killed_runs.in_parallel(planned(given, folder), given.workers, folder)
-    reports.sort(key=lambda each: each["number"])
+    reports.sort(key=lambda report: report["number"])
     rows: list[dict[str, Any]] = []
     if not given.quick and given.only is None:
         rooms = [(case, folder / f"rows-{index}") for index, case in enumerate(fault_rows.CASES)]
         tasks = [partial(other_faults, case, given.seed, room) for case, room in rooms]
         rows = killed_runs.in_parallel(tasks, given.workers, folder)
-        save("faults", {"seed": given.seed, "seconds": time.perf_counter() - begun, "runs": reports, "rows": rows})
+        save("faults", {"seed": given.seed, "seconds": time.perf_counter() - start, "runs": reports, "rows": rows})
     text = document(given, reports, rows)
     print(text)
     if given.markdown is not None:
         given.markdown.parent.mkdir(parents=True, exist_ok=True)
         given.markdown.write_text(text, encoding="utf-8")
-    wrong = [each for each in reports if not each["identical"]] + [each for each in rows if not each.get("good", True)]
-    for each in wrong:
-        print(f"WRONG: {each}")
+    wrong = [row for row in [*reports, *rows] if not row.get("identical", row.get("good", True))]
+    for row in wrong:
+        print(f"WRONG: {row}")
     if wrong:
         again = "--quick" if given.quick else "--only NUMBER"
-        print(
-            f"What is left of these runs lies in {folder}; `--seed {given.seed} --runs {given.runs} {again}` repeats."
-        )
+        print(f"Their files are in {folder}; repeat them with `--seed {given.seed} --runs {given.runs} {again}`.")
     else:
         shutil.rmtree(folder)
     return int(bool(wrong))

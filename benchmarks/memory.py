@@ -1,7 +1,7 @@
-"""Peak memory of a DPO stage under EWC, over the same stage of a plain TRL trainer with its reference model.
+"""Peak memory of a DPO stage under EWC over that of a plain TRL trainer with its reference model.
 
-Each variant runs in a process of its own on the CPU, where what a GPU run keeps in main memory (importance accumulated
-by each objective, moments carried by the objective that does not train) counts as well. In copies of the weights.
+In copies of the weights. Each variant runs in its own process on the CPU, so what a GPU run keeps in CPU memory (the
+accumulated importance of each objective, optimizer moments of the objective that does not train) counts as well.
 
     python benchmarks/memory.py
 """
@@ -36,35 +36,28 @@ COMMON = {
 
 
 class Peak(TrainerCallback):
-    """Keeps the peak memory of the last training."""
+    """Peak memory of the last training."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     def on_train_begin(self, *_: object, **__: object) -> None:
-        """Forget the peak so far."""
+        """Reset the peak."""
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def on_train_end(self, *_: object, **__: object) -> None:
-        """Keep the peak."""
+        """Read the peak."""
         self.bytes = status("VmHWM")
 
 
 def measure(variant: str) -> tuple[int, int]:
-    """Run a variant.
-
-    Args:
-        variant: One of `VARIANTS`.
-
-    Returns:
-        Peak bytes of its last DPO stage, over the process before the model was made, and the size of the weights.
-    """
+    """Peak bytes of the last DPO stage of a variant, over those before the model, and the size of the weights."""
     torch.set_num_threads(1)
     tokenizer, options, peak = byte_tokenizer(), VARIANTS[variant], Peak()
     data = {"sft": rows(8, 20, preference=False, seed=1), "dpo": rows(8, 20, preference=True, seed=2)}
     before = status("VmRSS")
     model = llama(512, 12, vocabulary=16000)
-    size = sum(each.numel() * 4 for each in model.parameters())
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         if options is None:
             args = DPOConfig(output_dir=folder, report_to="none", disable_tqdm=True, **COMMON)

@@ -1,9 +1,9 @@
-"""Cost of the penalty on a model of 100M parameters: closed form against autograd, and against memory bandwidth.
+"""Cost of the penalty on a model of 100M parameters: closed form, autograd, and the limit of memory bandwidth.
 
-`authors` is the loop of the authors' code: a sum of weighted squared distances with a backward pass of its own. The
-floor is what any implementation must move (parameter, anchor and gradient read, gradient written: 16 bytes an element;
-20 with an importance an element) at the best bandwidth that torch's simplest kernels reach on the same tensors in the
-same run. Each peak has a process of its own.
+`authors` is the loop of the authors' code: a sum of weighted squared distances with its own backward pass. The floor
+is what any implementation must move (read parameter, anchor and gradient, write the gradient: 16 bytes per element, 20
+with an importance per element) at the best bandwidth of torch's simplest kernels on the same tensors. Each peak is
+measured in its own process.
 
     python benchmarks/penalty.py [--repeats 7]
 """
@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from workload import llama, save
+from workload import llama, save, status
 
-from hbat import add_penalty_gradient_, snapshot, trainable_parameters
+from hbat.ewc import add_penalty_gradient_, snapshot, trainable_parameters
 
 STRENGTH = 10.0
 VARIANTS = ("closed form, per tensor", "closed form, per element", "authors, per tensor")
@@ -26,55 +26,33 @@ BYTES = {"closed form, per tensor": 16, "closed form, per element": 20, "authors
 
 
 def prepare(variant: str) -> tuple[dict, dict, dict]:
-    """Make parameters with gradients, their anchor and their importance.
-
-    Args:
-        variant: One of `VARIANTS`.
-
-    Returns:
-        Parameters, anchor and importance by name.
-    """
+    """Parameters with gradients, their anchor and their importance, by name."""
     parameters = trainable_parameters(llama(640, 12, vocabulary=32000))
     anchor = snapshot(parameters)
     with torch.no_grad():
-        for each in parameters.values():
-            each.add_(1e-3)
-            each.grad = torch.zeros_like(each)
-    element = variant.endswith("element")
-    importance = {name: torch.rand(each.shape if element else ()) for name, each in parameters.items()}
+        for parameter in parameters.values():
+            parameter.add_(1e-3)
+            parameter.grad = torch.zeros_like(parameter)
+    per_element = variant.endswith("element")
+    importance = {name: torch.rand(value.shape if per_element else ()) for name, value in parameters.items()}
     return parameters, anchor, importance
 
 
 def step(variant: str, parameters: dict, anchor: dict, importance: dict) -> None:
-    """Add the penalty's gradient once.
-
-    Args:
-        variant: One of `VARIANTS`.
-        parameters: Parameters with gradients.
-        anchor: Weights to pull to.
-        importance: Importance by name.
-    """
+    """Add the penalty's gradient once."""
     if variant.startswith("closed"):
         add_penalty_gradient_(parameters, anchor, importance, strength=STRENGTH)
     else:
         loss = 0
-        for name, each in parameters.items():
-            loss += (importance[name] * (each - anchor[name]) ** 2).sum()
+        for name, parameter in parameters.items():
+            loss += (importance[name] * (parameter - anchor[name]) ** 2).sum()
         (STRENGTH * loss).backward()
 
 
 def bandwidth(parameters: dict, anchor: dict) -> float:
-    """Measure memory bandwidth on the tensors at hand: the best of a copy, an in-place sum, a scaling and a read.
-
-    Args:
-        parameters: Parameters with gradients.
-        anchor: Tensors of the same shapes.
-
-    Returns:
-        Bytes a second.
-    """
-    gradients = [(each.grad, anchor[name]) for name, each in parameters.items()]
-    count = sum(each.numel() for each, _ in gradients)
+    """Best bandwidth, in bytes per second, of a copy, an in-place sum, a scaling and a read of these tensors."""
+    gradients = [(parameter.grad, anchor[name]) for name, parameter in parameters.items()]
+    count = sum(gradient.numel() for gradient, _ in gradients)
     best = 0.0
     for moved, action in (
         (2, lambda gradient, other: gradient.copy_(other)),
@@ -83,25 +61,20 @@ def bandwidth(parameters: dict, anchor: dict) -> float:
         (1, lambda _, other: other.sum()),
     ):
         for _ in range(3):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             for gradient, other in gradients:
                 action(gradient, other)
-            best = max(best, moved * count * 4 / (time.perf_counter() - begun))
+            best = max(best, moved * count * 4 / (time.perf_counter() - start))
     return best
 
 
 def peak(variant: str) -> None:
-    """Print by how many bytes one step raises this process's peak memory."""
+    """Print by how many bytes one step raises the peak memory of this process."""
     state = prepare(variant)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
-    before = _high_water()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
+    before = status("VmHWM")
     step(variant, *state)
-    print(json.dumps(_high_water() - before))
-
-
-def _high_water() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    print(json.dumps(status("VmHWM") - before))
 
 
 def main() -> None:
@@ -115,27 +88,32 @@ def main() -> None:
         peak(given.peak)
         return
     states = {variant: prepare(variant) for variant in VARIANTS}
-    count = sum(each.numel() for each in states[VARIANTS[0]][0].values())
+    count = sum(parameter.numel() for parameter in states[VARIANTS[0]][0].values())
     times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     speed = 0.0
     for _ in range(given.repeats):
         speed = max(speed, bandwidth(*states[VARIANTS[0]][:2]))
         for variant, state in states.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             step(variant, *state)
-            times[variant].append(time.perf_counter() - begun)
+            times[variant].append(time.perf_counter() - start)
     print(
         f"{count / 1e6:.0f}M parameters, one thread, best bandwidth {speed / 1e9:.1f} GB/s, minima of {given.repeats}"
     )
     print(f"{'':28}{'ms':>8}{'over floor':>12}{'authors over it':>17}{'extra peak MiB':>16}")
     result = {}
     slowest = min(times["authors, per tensor"])
-    for variant, each in times.items():
+    for variant, seconds in times.items():
         floor = count * BYTES[variant] / speed
         command = [sys.executable, __file__, "--peak", variant]
         extra = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        best = min(each)
-        result[variant] = {"seconds": each, "over_floor": best / floor, "authors_over": slowest / best, "peak": extra}
+        best = min(seconds)
+        result[variant] = {
+            "seconds": seconds,
+            "over_floor": best / floor,
+            "authors_over": slowest / best,
+            "peak": extra,
+        }
         print(f"{variant:28}{best * 1e3:8.1f}{best / floor:12.2f}{slowest / best:17.1f}{extra / 2**20:16.0f}")
     save("penalty", {"parameters": count, "bandwidth": speed, "variants": result})
 

@@ -1,10 +1,10 @@
-"""PPO: hbat's trainer against TRL 1.12's, the last that has one, on the same work; runs in turn, one thread each.
+"""PPO: hbat's trainer and that of TRL 1.12, the last with a PPOTrainer, on the same work; in turn, one thread each.
 
 Each run is a process (`ppo_worker.py`) that trains a Llama of 20M parameters, 30 % of them embeddings, on rollouts of
 16 prompts of 16 to 48 tokens with completions of 48: 4 epochs in mini-batches of 4. TRL's runs in an environment of
-its own. Time is that of the rollouts after the first, on the clock and of the processor (which other work on the
-machine disturbs less). Peak memory is the highest resident size while training, less that before any model was made:
-policy, reference, critic, reward model, gradients, moments and activations.
+its own. Time is that of the rollouts after the first: wall and CPU (which other load disturbs less). Peak memory is
+the highest resident size during training less that before any model exists: policy, reference, critic, reward model,
+gradients, moments and activations.
 
     python benchmarks/ppo.py --trl-python .venv-trl112/bin/python [--lengths uneven] [--reward model]
 """
@@ -20,24 +20,13 @@ from typing import Any
 
 from workload import save
 
-#: hbat's critic is a head on the policy, or like TRL's a second model of the policy's size.
+#: hbat's critic is a head on the policy, or like TRL's a second model of the same size.
 VARIANTS = {"TRL 1.12": "trl", "hbat, critic shared": "shared", "hbat, critic separate": "separate"}
 WORKER = Path(__file__).parent / "ppo_worker.py"
 
 
 def run(python: str, work: dict[str, Any]) -> dict[str, Any]:
-    """Run one worker.
-
-    Args:
-        python: Interpreter.
-        work: Fields of the worker's `Work`.
-
-    Returns:
-        What it measured.
-
-    Raises:
-        SystemExit: If the worker failed.
-    """
+    """Run one worker and return its measurements."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -50,63 +39,45 @@ def run(python: str, work: dict[str, Any]) -> dict[str, Any]:
 
 
 def paired(runs: dict[str, list[dict[str, Any]]], name: str, clock: str) -> list[float]:
-    """Divide TRL's time by that of a variant, repeat by repeat.
-
-    Args:
-        runs: Measurements by variant.
-        name: The variant.
-        clock: `wall` or `cpu`.
-
-    Returns:
-        How many times as many samples a second the variant handles.
-    """
+    """Time of TRL over that of a variant, by repeat."""
     return [base[clock] / own[clock] for base, own in zip(runs["TRL 1.12"], runs[name], strict=True)]
 
 
 def report(runs: dict[str, list[dict[str, Any]]], prompts: int) -> dict[str, Any]:
-    """Print the table.
-
-    Args:
-        runs: Measurements by variant.
-        prompts: Samples of a rollout.
-
-    Returns:
-        The summary by variant.
-    """
+    """Print the table and return it as a mapping."""
     result = {}
-    base = statistics.median(each["peak"] for each in runs["TRL 1.12"])
+    base = statistics.median(run["peak"] for run in runs["TRL 1.12"])
     print(f"{'':24}{'samples/s':>10}{'over TRL: wall':>19}{'cpu':>19}{'peak MiB':>10}{'weights':>9}{'TRL/it':>8}")
-    for name, each in runs.items():
-        speed = statistics.median(one["rollouts"] * prompts / one["wall"] for one in each)
+    for name, repeats in runs.items():
+        speed = statistics.median(run["rollouts"] * prompts / run["wall"] for run in repeats)
         ratios = {clock: paired(runs, name, clock) for clock in ("wall", "cpu")}
-        shown = [f"{statistics.median(one):.2f} ({min(one):.2f}-{max(one):.2f})" for one in ratios.values()]
-        peak = statistics.median(one["peak"] for one in each)
-        copies = peak / each[0]["weights"]
+        shown = [f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})" for found in ratios.values()]
+        peak = statistics.median(run["peak"] for run in repeats)
+        copies = peak / repeats[0]["weights"]
         print(f"{name:24}{speed:10.3f}{shown[0]:>19}{shown[1]:>19}{peak / 2**20:10.0f}{copies:9.1f}{base / peak:8.2f}")
-        result[name] = {"samples_per_second": speed, "over_trl": ratios, "peak": peak, "copies": copies, "runs": each}
-    for name, each in runs.items():
-        if not each[0]["phases"]:
+        result[name] = {
+            "samples_per_second": speed,
+            "over_trl": ratios,
+            "peak": peak,
+            "copies": copies,
+            "runs": repeats,
+        }
+    for name, repeats in runs.items():
+        if not repeats[0]["phases"]:
             continue
-        whole = statistics.median(one["wall"] for one in each)
-        phases = {key: statistics.median(one["phases"][key] for one in each) for key in each[0]["phases"]}
+        whole = statistics.median(run["wall"] for run in repeats)
+        phases = {key: statistics.median(run["phases"][key] for run in repeats) for key in repeats[0]["phases"]}
         shares = ", ".join(f"{key} {value / whole:.0%}" for key, value in phases.items())
         print(f"{name}: {shares}, the rest {1 - sum(phases.values()) / whole:.0%}")
     return result
 
 
 def same_work(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Describe how much work each variant did.
-
-    Args:
-        runs: Measurements by variant.
-
-    Returns:
-        Counts by variant.
-    """
+    """Describe the work of each variant, which must be the same."""
     counted = ("updates", "scored", "words")
     return "; ".join(
-        f"{name}: " + ", ".join(f"{statistics.mean(one[key] for one in each):.0f} {key}" for key in counted)
-        for name, each in runs.items()
+        f"{name}: " + ", ".join(f"{statistics.mean(run[key] for run in repeats):.0f} {key}" for key in counted)
+        for name, repeats in runs.items()
     )
 
 

@@ -1,8 +1,8 @@
-"""One PPO run in a process of its own, for `benchmarks/ppo.py`: in the environment of hbat, or in one with TRL's PPO.
+"""One PPO run of `benchmarks/ppo.py`, in the environment of hbat or in one with TRL's PPOTrainer.
 
     python benchmarks/ppo_worker.py '{"variant": "trl"}'
 
-Prints one line of JSON: seconds and peak memory of the run, and counts that show that all variants do the same work.
+Prints one line of JSON: seconds, peak memory, and counts that show that all variants do the same work.
 """
 
 import dataclasses
@@ -40,46 +40,28 @@ PAD, END = 0, 1
 
 @dataclasses.dataclass
 class Work:
-    """What a run does.
+    """What a run does."""
 
-    Attributes:
-        variant: `trl`, or hbat's critic: `shared` or `separate`.
-        hidden: Width of the policy.
-        layers: Depth of the policy.
-        vocabulary: Tokens of the policy.
-        prompts: Prompts of a rollout.
-        mini_batch: Samples of an optimizer step.
-        epochs: Passes over a rollout.
-        rollouts: Measured rollouts, after one that is not.
-        completion: Tokens of a completion, at most.
-        lengths: `even` completions without an end, or `uneven` ones that end by chance.
-        reward: A `rule` on the text, or a `model`.
-    """
-
-    variant: str = "trl"
+    variant: str = "trl"  # or hbat's critic: `shared` or `separate`
     hidden: int = 384
     layers: int = 6
     vocabulary: int = 16000
-    prompts: int = 16
-    mini_batch: int = 4
-    epochs: int = 4
-    rollouts: int = 3
-    completion: int = 48
-    lengths: str = "even"
-    reward: str = "rule"
+    prompts: int = 16  # per rollout
+    mini_batch: int = 4  # samples per optimizer step
+    epochs: int = 4  # over a rollout
+    rollouts: int = 3  # measured, after one that is not
+    completion: int = 48  # max tokens
+    lengths: str = "even"  # completions without an end, or `uneven` ones that end at random
+    reward: str = "rule"  # on the text, or a `model`
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of a rollout."""
+        """Optimizer steps per rollout."""
         return self.prompts // self.mini_batch * self.epochs
 
 
 class Meter(TrainerCallback):
-    """Takes the time of every rollout, and the peak memory.
-
-    Args:
-        steps: Steps of a rollout, as the trainer counts them.
-    """
+    """Time of every rollout of `steps` trainer steps, and peak memory."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -88,24 +70,24 @@ class Meter(TrainerCallback):
         self.peak = 0
 
     def on_train_begin(self, *_: object, **__: object) -> None:
-        """Forget the peak so far."""
+        """Reset the peak."""
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         self.wall.append(time.perf_counter())
         self.cpu.append(time.process_time())
 
     def on_step_end(self, _: object, state: Any, *__: object, **___: object) -> None:
-        """Take the time where a rollout ends."""
+        """Read the clocks at the end of a rollout."""
         if state.global_step % self._steps == 0:
             self.wall.append(time.perf_counter())
             self.cpu.append(time.process_time())
 
     def on_train_end(self, *_: object, **__: object) -> None:
-        """Keep the peak."""
+        """Read the peak."""
         self.peak = status("VmHWM")
 
 
 class Rule:
-    """Rewards distinct words, and counts what it scored."""
+    """Rewards the share of distinct words, and counts what it scored."""
 
     __name__ = "distinct_words"
 
@@ -114,34 +96,19 @@ class Rule:
         self.words = 0
 
     def score(self, texts: list[str]) -> list[float]:
-        """Score prompts with their completions.
-
-        Args:
-            texts: The texts.
-
-        Returns:
-            A score each.
-        """
+        """Score texts of prompt and completion."""
         words = [text.split() for text in texts]
         self.samples += len(texts)
         self.words += sum(map(len, words))
-        return [len(set(each)) / max(len(each), 1) for each in words]
+        return [len(set(text)) / max(len(text), 1) for text in words]
 
     def __call__(self, prompts: list[str], completions: list[str], **_: object) -> list[float]:
-        """Score samples, as a reward function of TRL.
-
-        Args:
-            prompts: Their prompts.
-            completions: Their completions.
-
-        Returns:
-            A score each.
-        """
+        """Score samples with the signature of a TRL reward function."""
         return self.score([f"{prompt} {completion}" for prompt, completion in zip(prompts, completions, strict=True)])
 
 
 class RuleAsModel(nn.Module):
-    """A rule as what TRL's PPOTrainer takes for a reward model: a backbone whose hidden states a head scores."""
+    """A rule as a reward model of TRL's PPOTrainer: a backbone whose hidden states a head scores."""
 
     base_model_prefix = "backbone"
 
@@ -152,38 +119,17 @@ class RuleAsModel(nn.Module):
 
     @staticmethod
     def backbone(input_ids: Tensor, **_: object) -> SimpleNamespace:
-        """Hand the tokens through.
-
-        Args:
-            input_ids: Tokens of prompts with completions.
-
-        Returns:
-            The tokens, where the host looks for hidden states.
-        """
+        """Return the tokens as the hidden states."""
         return SimpleNamespace(hidden_states=[input_ids])
 
     def score(self, input_ids: Tensor) -> Tensor:
-        """Give every position its sample's score.
-
-        Args:
-            input_ids: Tokens of prompts with completions.
-
-        Returns:
-            Scores by sample and position.
-        """
+        """Score each sample, expanded to every position."""
         scores = self._rule.score(self._tokenizer.batch_decode(input_ids, skip_special_tokens=True))
         return torch.tensor(scores)[:, None, None].expand(*input_ids.shape, 1)
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a word.
-
-    Args:
-        vocabulary: Number of tokens.
-
-    Returns:
-        The tokenizer, which pads on the left.
-    """
+    """A left-padding tokenizer with one token per word."""
     words = ["<pad>", "</s>", *(f"w{index}" for index in range(2, vocabulary))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[2]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -193,14 +139,7 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def policy_of(work: Work) -> Any:
-    """Make the policy.
-
-    Args:
-        work: The run.
-
-    Returns:
-        A Llama with random weights; with uneven lengths its completions have half the largest length on average.
-    """
+    """A Llama with random weights; `uneven` completions have half the max length on average."""
     model = llama(work.hidden, work.layers, vocabulary=work.vocabulary)
     if work.lengths == "uneven":
         head = nn.Linear(work.hidden, work.vocabulary)
@@ -212,17 +151,7 @@ def policy_of(work: Work) -> Any:
 
 
 def sequence_model(work: Work, hidden: int, layers: int, seed: int) -> LlamaForSequenceClassification:
-    """Make a reward or value model.
-
-    Args:
-        work: The run.
-        hidden: Width.
-        layers: Depth.
-        seed: Seed of the weights.
-
-    Returns:
-        The model.
-    """
+    """A reward or value model with random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=work.vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
@@ -233,14 +162,7 @@ def sequence_model(work: Work, hidden: int, layers: int, seed: int) -> LlamaForS
 
 
 def prompts_of(work: Work) -> list[str]:
-    """Make prompts of 16 to 48 words.
-
-    Args:
-        work: The run.
-
-    Returns:
-        One a sample.
-    """
+    """Random prompts of 16 to 48 words, one per sample."""
     chance = random.Random(1)
     count = work.prompts * (work.rollouts + 1)
     return [
@@ -250,16 +172,8 @@ def prompts_of(work: Work) -> list[str]:
 
 
 def common(work: Work, folder: str) -> dict[str, Any]:
-    """Fields of both trainers' configurations.
-
-    Args:
-        work: The run.
-        folder: Folder of the run.
-
-    Returns:
-        The fields.
-    """
-    names = {each.name for each in dataclasses.fields(TrainingArguments)}
+    """Fields of both trainers' configurations."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
     checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)
     return {
         "output_dir": folder, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True,
@@ -271,17 +185,7 @@ def common(work: Work, folder: str) -> dict[str, Any]:
 
 
 def trl_trainer(work: Work, folder: str, rule: Rule, meter: Meter) -> Any:
-    """Build TRL's PPOTrainer.
-
-    Args:
-        work: The run.
-        folder: Folder of the run.
-        rule: The rule.
-        meter: The callback that measures.
-
-    Returns:
-        The trainer.
-    """
+    """Build TRL's PPOTrainer."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: PLC0415 - only there in one of the environments
 
     tokenizer = word_tokenizer(work.vocabulary)
@@ -301,23 +205,15 @@ def trl_trainer(work: Work, folder: str, rule: Rule, meter: Meter) -> Any:
         ref_model=None,  # a copy
         reward_model=sequence_model(work, 128, 2, 3) if work.reward == "model" else RuleAsModel(rule, tokenizer),
         value_model=sequence_model(work, work.hidden, work.layers, 2),
-        train_dataset=Dataset.from_dict({"input_ids": [tokenizer(each)["input_ids"] for each in prompts_of(work)]}),
+        train_dataset=Dataset.from_dict({
+            "input_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts_of(work)]
+        }),
         callbacks=[meter],
     )
 
 
 def own_trainer(work: Work, folder: str, rule: Rule, meter: Meter) -> Any:
-    """Build hbat's PPOTrainer.
-
-    Args:
-        work: The run.
-        folder: Folder of the run.
-        rule: The rule.
-        meter: The callback that measures.
-
-    Returns:
-        The trainer.
-    """
+    """Build hbat's PPOTrainer."""
     from hbat import PPOConfig, PPOTrainer  # noqa: PLC0415 - not loaded beside TRL's
 
     tokenizer = word_tokenizer(work.vocabulary)
@@ -344,21 +240,14 @@ def own_trainer(work: Work, folder: str, rule: Rule, meter: Meter) -> Any:
 
 
 def measure(work: Work) -> dict[str, Any]:
-    """Run the work.
-
-    Args:
-        work: The run.
-
-    Returns:
-        What is measured, as plain values.
-    """
+    """Run the work and return what was measured."""
     rule, updates = Rule(), []
     trl = work.variant == "trl"
-    # Imported first, so that code does not count for the memory.
+    # Imported first, so that code does not count as memory.
     importlib.import_module("trl.experimental.ppo.ppo_trainer" if trl else "hbat.ppo.trainer")
     meter = Meter(1 if trl else work.steps)
     register_optimizer_step_post_hook(lambda *_: updates.append(1))
-    weights = sum(each.numel() * each.element_size() for each in policy_of(work).parameters())
+    weights = sum(parameter.nbytes for parameter in policy_of(work).parameters())
     before = status("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         trainer = (trl_trainer if trl else own_trainer)(work, folder, rule, meter)

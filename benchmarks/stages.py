@@ -1,12 +1,12 @@
 """Cost of alternation: a run of 8 stages over the same 8 stages as plain TRL trainers, timed in turn.
 
-Both build a fresh trainer a stage, train the same rows with the same seeds on one model, and give DPO a reference
-model with the weights of its stage's start. The run also cuts the data, guards the model, and writes its state.
+Both build a trainer per stage, train the same rows with the same seeds on one model, and give DPO a reference model
+with the weights at the start of the stage. The run also splits the data, guards the model and writes its state.
 
     python benchmarks/stages.py [--repeats 3] [--steps 12]
     torchrun --standalone --nproc_per_node 2 benchmarks/stages.py [--repeats 3] [--steps 12]
 
-In several processes, each with its batches, the times are those of the slowest.
+With several processes, each with its own batches, the times are those of the slowest.
 """
 
 import argparse
@@ -33,43 +33,26 @@ BATCH = 8
 
 @contextmanager
 def shared_folder() -> Iterator[str]:
-    """Make a folder for a run, the same in all processes.
-
-    Yields:
-        Its path; it is gone afterwards.
-    """
+    """A temporary folder, the same in all processes."""
     with tempfile.TemporaryDirectory() as own:
         yield broadcast_object_list([own])[0]
         PartialState().wait_for_everyone()
 
 
 def slowest(times: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
-    """Take the longest of what the processes measured.
-
-    Args:
-        times: What this process measured: seconds by variant and clock.
-
-    Returns:
-        The same of the slowest process, repeat by repeat.
-    """
+    """Times of the slowest process, by variant, clock and repeat."""
     everyone = gather_object([times])
     return {
         name: {
-            clock: [max(each) for each in zip(*(one[name][clock] for one in everyone), strict=True)] for clock in of
+            clock: [max(repeat) for repeat in zip(*(process[name][clock] for process in everyone), strict=True)]
+            for clock in clocks
         }
-        for name, of in times.items()
+        for name, clocks in times.items()
     }
 
 
 def section(steps: int) -> dict[str, object]:
-    """Fields that SFT and DPO share.
-
-    Args:
-        steps: Steps of a stage.
-
-    Returns:
-        The fields.
-    """
+    """Fields of both configurations."""
     return {
         "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-4, "logging_steps": 5, "max_length": 256,
         "max_steps": steps, "per_device_train_batch_size": BATCH, "save_strategy": "no", "use_cpu": True,
@@ -77,13 +60,7 @@ def section(steps: int) -> dict[str, object]:
 
 
 def plain(data: dict, tokenizer: object, steps: int) -> None:
-    """Run the stages as TRL trainers by hand.
-
-    Args:
-        data: Rows by objective.
-        tokenizer: The tokenizer.
-        steps: Steps of a stage.
-    """
+    """Run the stages as plain TRL trainers."""
     model = llama(192, 4)
     reference = unpatched_copy(model)
     for stage in range(2 * ROUNDS):
@@ -102,20 +79,13 @@ def plain(data: dict, tokenizer: object, steps: int) -> None:
                 )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        for each in (model, reference):  # or the forward wrappers pile up
+        for trained in (model, reference):  # or accelerate's wrappers of forward pile up
             for key in ("forward", "_original_forward", "_is_accelerate_prepared"):
-                each.__dict__.pop(key, None)
+                trained.__dict__.pop(key, None)
 
 
 def hybrid(data: dict, tokenizer: object, steps: int, **options: object) -> None:
-    """Run the stages as one run.
-
-    Args:
-        data: Rows by objective.
-        tokenizer: The tokenizer.
-        steps: Steps of a stage.
-        options: More fields of the run's configuration.
-    """
+    """Run the stages with HBATTrainer."""
     with shared_folder() as folder:
         config = HBATConfig(
             output_dir=folder, num_rounds=ROUNDS, sft=section(steps), dpo=section(steps), disable_tqdm=True, **options
@@ -153,10 +123,10 @@ def main() -> None:
         return
     print(f"{'8 stages':16}{'wall s (min)':>14}{'wall ratio':>12}{'cpu ratio':>12}")
     result = {}
-    for name, each in times.items():
+    for name, clocks in times.items():
         ratios = {clock: ratio(times, name, "plain TRL", clock) for clock in ("wall", "cpu")}
-        result[name] = {"wall_s": each["wall"], "cpu_s": each["cpu"], "ratio": ratios}
-        print(f"{name:16}{min(each['wall']):14.2f}{ratios['wall']:12.3f}{ratios['cpu']:12.3f}")
+        result[name] = {"wall_s": clocks["wall"], "cpu_s": clocks["cpu"], "ratio": ratios}
+        print(f"{name:16}{min(clocks['wall']):14.2f}{ratios['wall']:12.3f}{ratios['cpu']:12.3f}")
     name = "stages" if processes.num_processes == 1 else f"stages-{processes.num_processes}-processes"
     save(name, {"steps_per_stage": given.steps, "variants": result})
 

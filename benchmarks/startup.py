@@ -1,4 +1,4 @@
-"""Start-up: `hbat --help` against `python -c "import torch"`, in turn, minima.
+"""Start-up time of `hbat --help` and of `import torch`: minimum of several runs in turn.
 
 python benchmarks/startup.py [--repeats 5]
 """
@@ -25,12 +25,12 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(given.repeats):
         for name, command in COMMANDS.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(time.perf_counter() - start)
     base = min(times["import torch"])
-    for name, each in times.items():
-        print(f"{name:20}{min(each):7.2f} s{min(each) - base:+7.2f} s over importing torch")
+    for name, seconds in times.items():
+        print(f"{name:20}{min(seconds):7.2f} s{min(seconds) - base:+7.2f} s over importing torch")
     save("startup", {"seconds": times})
 
 

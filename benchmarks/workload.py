@@ -1,4 +1,4 @@
-"""Models, rows and measurement that the benchmarks share. Everything is made in memory from seeds."""
+"""What the benchmarks share: models and rows built in memory from seeds, and measurement."""
 
 import json
 import platform
@@ -19,11 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a byte.
-
-    Returns:
-        The tokenizer.
-    """
+    """A tokenizer with one token per byte."""
     alphabet = ["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -32,17 +28,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def llama(hidden: int, layers: int, vocabulary: int = 258, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama with random weights.
-
-    Args:
-        hidden: Width.
-        layers: Depth.
-        vocabulary: Number of tokens.
-        seed: Seed of the weights.
-
-    Returns:
-        The model in float32.
-    """
+    """A Llama with random weights in float32."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -54,17 +40,7 @@ def llama(hidden: int, layers: int, vocabulary: int = 258, seed: int = 0) -> Lla
 
 
 def rows(count: int, length: int, *, preference: bool, seed: int) -> Dataset:
-    """Rows of random letters.
-
-    Args:
-        count: Number of rows.
-        length: Characters of an answer.
-        preference: Whether rows have `chosen` and `rejected`, or `completion`.
-        seed: Seed of the letters.
-
-    Returns:
-        The data set.
-    """
+    """Rows of random letters, `length` per text."""
     chance = random.Random(seed)
 
     def text() -> str:
@@ -78,28 +54,13 @@ def rows(count: int, length: int, *, preference: bool, seed: int) -> Dataset:
 
 
 def status(name: str) -> int:
-    """Read a size of this process.
-
-    Args:
-        name: `VmRSS` now, `VmHWM` at its peak.
-
-    Returns:
-        Bytes.
-    """
+    """Memory of this process in bytes: `VmRSS` now, `VmHWM` at its peak."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def in_turn(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Time variants in turn, so that a slow moment of the machine hits all of them.
-
-    Args:
-        variants: What to run, by name.
-        repeats: How often each runs, after a first run that is not counted.
-
-    Returns:
-        Wall and processor seconds of each run, by variant.
-    """
+    """Wall and CPU seconds of `repeats` runs of each variant, in turn after one uncounted run."""
     times: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in variants}
     for repeat in range(repeats + 1):
         for name, run in variants.items():
@@ -112,41 +73,21 @@ def in_turn(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, 
 
 
 def ratio(times: dict[str, dict[str, list[float]]], name: str, base: str, clock: str) -> float:
-    """Median over repeats of the ratio of two variants that ran one after the other.
-
-    Args:
-        times: What `in_turn` returned.
-        name: The variant above the line.
-        base: The variant below it.
-        clock: `wall` or `cpu`.
-
-    Returns:
-        The ratio.
-    """
+    """Median over the repeats of the time of a variant over that of `base`."""
     return statistics.median(a / b for a, b in zip(times[name][clock], times[base][clock], strict=True))
 
 
 def about() -> dict[str, Any]:
-    """Name the versions that a benchmark runs with.
-
-    Returns:
-        Versions by package, and PyTorch's threads.
-    """
+    """Versions of the packages, and the number of torch threads."""
     packages = ("torch", "transformers", "trl", "accelerate", "peft")
     found: dict[str, Any] = {"python": platform.python_version(), "threads": torch.get_num_threads()}
     return found | {package: version(package) for package in packages}
 
 
 def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> None:
-    """Write a result with the versions that made it.
-
-    Args:
-        name: Name of the benchmark.
-        result: Plain values.
-        folder: Where to.
-    """
+    """Write a result and the versions it was measured with to a JSON file."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
     file.write_text(json.dumps({"about": about(), **result}, indent=1) + "\n", encoding="utf-8")
     root = Path(__file__).parent.parent
-    print(f"written to {file.relative_to(root) if file.is_relative_to(root) else file}")
+    print(f"saved to {file.relative_to(root) if file.is_relative_to(root) else file}")

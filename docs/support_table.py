@@ -10,13 +10,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shown:
-    """A combination that works, with the test that shows it: its pytest id below `tests/`."""
+    """A combination that works.
+
+    Attributes:
+        by: The test that shows it, as pytest names it, below `tests/`.
+    """
 
     by: str
 
 
 #: What is trained: the columns of the table of engines; the last two have a quantised base.
 COLUMNS = ("full", "LoRA", "QLoRA, 4-bit", "QLoRA, 8-bit")
+
+
 Cell = Shown | str  # a string is a key of REFUSALS
 
 
@@ -39,6 +45,8 @@ _ZERO = "engines/distributed/test_deepspeed.py::test_two_processes_end_with_the_
 
 
 _HALF = "engines/distributed/test_deepspeed_bf16.py"
+
+
 _BFLOAT16 = f"{_HALF}::test_without_a_penalty_weights_are_those_of_plain_trainers_that_hand_over"
 
 
@@ -110,7 +118,7 @@ FEATURES: Mapping[str, Cell] = {
     "KTO, FSDP2 by the model": Shown(f"{_NATIVE}[kto]"),
     "Fisher with `estimator: gnb`, FSDP2 by the model": Shown(f"{_NATIVE}[fisher]"),
     "gradient checkpointing, FSDP2 by the model": Shown(f"{_NATIVE}[checkpointing]"),
-    "an interrupted stage starts again, FSDP2 by the model": Shown(
+    "a stage that was cut off begins again, FSDP2 by the model": Shown(
         "engines/distributed/test_loaded_shards.py::"
         "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not"
     ),
@@ -127,7 +135,7 @@ FEATURES: Mapping[str, Cell] = {
     "FSDP2 by the model, and `fsdp` or `deepspeed` in the sections": "FSDP2 twice",
     "KTO, ZeRO-2": Shown(f"{_ZERO}[2-kto]"),
     "gradient checkpointing, ZeRO-2": Shown(f"{_ZERO}[2-checkpointing]"),
-    "an interrupted stage starts again, ZeRO-2": Shown(
+    "a stage that was cut off begins again, ZeRO-2": Shown(
         "engines/distributed/test_deepspeed.py::"
         "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not[2-sft and dpo]"
     ),
@@ -136,7 +144,7 @@ FEATURES: Mapping[str, Cell] = {
     ),
     "KTO, ZeRO-3": Shown(f"{_ZERO}[3-kto]"),
     "gradient checkpointing, ZeRO-3": Shown(f"{_ZERO}[3-checkpointing]"),
-    "an interrupted stage starts again, ZeRO-3": Shown(
+    "a stage that was cut off begins again, ZeRO-3": Shown(
         "engines/distributed/test_deepspeed.py::"
         "test_processes_that_were_killed_begin_the_stage_again_and_end_as_if_they_were_not[3-adam]"
     ),
@@ -201,5 +209,9 @@ FEATURES: Mapping[str, Cell] = {
 
 
 def cells() -> list[Cell]:
-    """Every cell, in the table's order."""
+    """List what the table holds.
+
+    Returns:
+        Every cell, in the table's order.
+    """
     return [*(cell for row in ENGINES.values() for cell in row), *FEATURES.values()]

@@ -215,26 +215,27 @@ def test_every_option_has_a_help_text_without_percent_signs():
 # --- the front door --------------------------------------------------------------------------------------------------
 
 
-def _names_for_type_checkers():
-    (block,) = [each for each in TREES[DOOR].body if isinstance(each, ast.If)]
-    assert ast.unparse(block.test) == "TYPE_CHECKING"
-    homes = {each.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for each in node.names}
-    variables = {node.target.id for node in block.body if isinstance(node, ast.AnnAssign)}
-    return homes, variables
+STUB = ast.parse((SOURCE / "__init__.pyi").read_text(encoding="utf-8"))
+PUBLIC = {name.name: node.module for node in STUB.body if isinstance(node, ast.ImportFrom) for name in node.names}
 
 
-def test_the_three_lists_of_public_names_agree():
-    homes, variables = _names_for_type_checkers()
-    assert homes == hbat._HOMES  # noqa: SLF001 - this test is about the package itself
-    assert sorted({*homes, *variables}) == sorted(hbat.__all__)
-    assert len(set(hbat.__all__)) == len(hbat.__all__)
+def test_the_stub_lists_every_public_name_once_and_exports_it():
+    names = [name for node in STUB.body if isinstance(node, ast.ImportFrom) for name in node.names]
+    assert all(name.asname == name.name for name in names)  # `X as X` exports X to type checkers
+    assert sorted(name.name for name in names) == sorted(set(hbat.__all__) - {"__version__"})
 
 
-@pytest.mark.parametrize("name", [each for each in hbat.__all__ if each != "__version__"])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_is_there_and_defined_where_it_says(name):
     found = getattr(hbat, name)
-    assert found.__module__ == hbat._HOMES[name]  # noqa: SLF001
+    assert found.__module__ == PUBLIC[name]
     assert found.__doc__
+
+
+def test_every_error_and_warning_that_users_meet_is_public():
+    classes = {node.name for tree in TREES.values() for node in tree.body if isinstance(node, ast.ClassDef)}
+    found = {name for name in classes if name.endswith(("Error", "Warning", "Interrupted")) and name[0] != "_"}
+    assert found - set(hbat.__all__) == {"DamagedStateError", "PlainYAMLError"}  # a RunStateError, a ValueError
 
 
 def test_an_unknown_public_name_is_an_attribute_error():

@@ -1,4 +1,4 @@
-"""What the benchmarks on a GPU share: sizes, models of random weights, and measurement on the device that is there."""
+"""What the GPU benchmarks share: sizes, models with random weights, and measurement."""
 
 import argparse
 import gc
@@ -15,36 +15,23 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from workload import RESULTS, byte_tokenizer, status  # lies in the folder above
+from workload import RESULTS, byte_tokenizer, status  # in the parent folder
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of model and batches.
-
-    Attributes:
-        hidden: Width.
-        intermediate: Width within a block.
-        layers: Depth.
-        heads: Attention heads.
-        vocabulary: Token types.
-        letters: Letters, so tokens, of each of the two texts of a sequence.
-        batch: Sequences in a step: rows of SFT, and two for each pair of DPO.
-        steps: Optimizer steps of a stage.
-        rank: Of the adapter.
-        full_layers: Blocks of the model whose weights are all trained, in the benchmark of the penalty.
-    """
+    """Sizes of model and batches."""
 
     hidden: int
     intermediate: int
     layers: int
     heads: int
     vocabulary: int
-    letters: int
-    batch: int
-    steps: int
-    rank: int
-    full_layers: int
+    letters: int  # letters, that is tokens, of each of the two texts of a sequence
+    batch: int  # sequences per step: rows of SFT, and two for each pair of DPO
+    steps: int  # optimizer steps per stage
+    rank: int  # of the adapter
+    full_layers: int  # layers of the fully trained model in the benchmark of the penalty
 
 
 #: `7b` has the shape of Llama 2 7B (6.7e9 parameters) and sequences of 1024 tokens.
@@ -55,50 +42,28 @@ SCALES = {
 
 
 def parser_of(document: str) -> argparse.ArgumentParser:
-    """Begin a command line.
-
-    Args:
-        document: The script's docstring.
-
-    Returns:
-        A parser with the options that all of these benchmarks have.
-    """
+    """A parser with the options of every GPU benchmark."""
     parser = argparse.ArgumentParser(description=document.splitlines()[0])
-    parser.add_argument("--toy", action="store_true", help="toy size, which is taken without a GPU in any case")
-    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each variant (default: %(default)s)")
+    parser.add_argument("--toy", action="store_true", help="toy size (always without a GPU)")
+    parser.add_argument("--repeats", type=int, default=3, help="measured runs per variant (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file (default: %(default)s)")
     return parser
 
 
 def scale_name(*, toy: bool) -> str:
-    """Choose the size.
-
-    Args:
-        toy: Whether the small one is asked for.
-
-    Returns:
-        A key of `SCALES`.
-    """
+    """Return the key of `SCALES` to use."""
     if not toy and not torch.cuda.is_available():
         print("No GPU: toy size on the CPU. Its numbers mean nothing.")
     return "7b" if torch.cuda.is_available() and not toy else "toy"
 
 
 def device() -> torch.device:
-    """Find the device.
-
-    Returns:
-        The GPU, or the CPU.
-    """
+    """The GPU, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def hardware() -> dict[str, Any]:
-    """Describe the device.
-
-    Returns:
-        Its name and memory, CUDA's version, and that of bitsandbytes.
-    """
+    """Name and memory of the device, and versions of CUDA and bitsandbytes."""
     try:
         quantization = version("bitsandbytes")
     except PackageNotFoundError:
@@ -114,16 +79,7 @@ def hardware() -> dict[str, Any]:
 
 
 def random_llama(scale: Scale, layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A model of random weights, made on the device.
-
-    Args:
-        scale: Its sizes.
-        layers: Its depth.
-        dtype: Of its weights.
-
-    Returns:
-        The model.
-    """
+    """A Llama with random weights, built on the device."""
     config = LlamaConfig(
         hidden_size=scale.hidden, intermediate_size=scale.intermediate, num_hidden_layers=layers,
         num_attention_heads=scale.heads, num_key_value_heads=scale.heads, vocab_size=scale.vocabulary,
@@ -140,28 +96,14 @@ def random_llama(scale: Scale, layers: int, dtype: torch.dtype) -> LlamaForCausa
 
 
 def save_base(scale: Scale, folder: Path) -> None:
-    """Put a model and its tokenizer on disk, from where bitsandbytes quantises it.
-
-    Args:
-        scale: Its sizes.
-        folder: Where to.
-    """
+    """Save a model and its tokenizer, for bitsandbytes to quantize on loading."""
     random_llama(scale, scale.layers, torch.bfloat16).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     release()
 
 
 def load_with_adapter(folder: Path, scale: Scale, *, quantized: bool) -> Any:
-    """Load the model and put an adapter on all its linear layers.
-
-    Args:
-        folder: Where it lies.
-        scale: Its sizes.
-        quantized: Whether in 4 bits (NF4, double quantisation), or in bfloat16.
-
-    Returns:
-        The PeftModel on the device.
-    """
+    """Load the model in bfloat16 or 4 bits, with an adapter on all linear layers."""
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
     )
@@ -178,7 +120,7 @@ def load_with_adapter(folder: Path, scale: Scale, *, quantized: bool) -> Any:
 
 
 def release() -> None:
-    """Give the memory of dead models back to the device."""
+    """Free the memory of deleted models."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -188,62 +130,45 @@ def release() -> None:
 
 
 def now() -> float:
-    """Read the clock once the device has done what it was told.
-
-    Returns:
-        Seconds.
-    """
+    """Seconds, after the device has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def fastest(action: Callable[[], object], repeats: int) -> float:
-    """Time an action.
-
-    Args:
-        action: What to time.
-        repeats: How often, after a first time that is not counted.
-
-    Returns:
-        Least seconds.
-    """
+    """Least seconds of an action, after one uncounted call."""
     action()
     times = []
     for _ in range(repeats):
-        begun = now()
+        start = now()
         action()
-        times.append(now() - begun)
+        times.append(now() - start)
     return min(times)
 
 
 class Meter(TrainerCallback):
-    """Measures each training of the trainers that it is passed to.
-
-    Attributes:
-        stages: For each `train()`: its `objective`, `seconds` of its steps after the first, and `peak` memory in
-            bytes, allocated on the GPU or resident in main memory.
-    """
+    """Objective, seconds of the steps after the first, and peak bytes (of GPU or process) of every `train()`."""
 
     def __init__(self) -> None:
         self.stages: list[dict[str, Any]] = []
-        self._begun = 0.0
+        self._start = 0.0
 
     def on_train_begin(self, *_: object, **__: object) -> None:
-        """Forget the peak so far."""
+        """Reset the peak."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def on_step_end(self, args: Any, state: Any, *_: object, **__: object) -> None:
-        """Start the clock after the first step, in which kernels are chosen and memory is taken."""
+        """Start the clock after the first step, which selects kernels and allocates memory."""
         if state.global_step == 1:
-            self._begun = now()
+            self._start = now()
 
     def on_train_end(self, args: Any, *_: object, **__: object) -> None:
-        """Keep what was measured."""
+        """Record the training."""
         objective = type(args).__name__.removesuffix("Config").lower()
-        seconds = now() - self._begun
+        seconds = now() - self._start
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM")
         self.stages.append({"objective": objective, "seconds": seconds, "peak": peak})

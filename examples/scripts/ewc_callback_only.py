@@ -1,7 +1,7 @@
 r"""Elastic weight consolidation alone, in plain TRL trainers: learn one task, then a second without losing the first.
 
-`SFTTrainer` learns the rows of `--first`. How far that moved each weight is its importance. A second `SFTTrainer` then
-learns the rows of `--second`, held back by `EWCCallback`. Any `transformers.Trainer` takes the callback the same way.
+An `SFTTrainer` learns the rows of `--first`; how far that moved each weight is its importance. A second `SFTTrainer`
+learns the rows of `--second` under the penalty of `EWCCallback`. Any `transformers.Trainer` takes the callback.
 
 Full fine-tuning on the CPU, with the model of `train_tiny_model.py`:
 
@@ -25,11 +25,12 @@ from datasets import DatasetDict, load_dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from hbat import EWCCallback, displacement, normalize, snapshot, trainable_parameters
+from hbat import EWCCallback
+from hbat.ewc import displacement, normalize, snapshot, trainable_parameters
 
 
 def main() -> None:
-    """Train both tasks, print the loss of each after each, and save the model."""
+    """Train on both tasks in turn, print both losses after each, and save the model."""
     options = parse_arguments()
     rows = {name: load_rows(getattr(options, name), options) for name in ("first", "second")}
 
@@ -38,24 +39,19 @@ def main() -> None:
     trainer.train()
     importance = normalize(displacement(trainable_parameters(trainer.model), before))
     report("first", trainer)
-    # From disk: accelerate wraps a model's `forward`, and would leave half precision out of a second training.
+    # Reloaded: accelerate wraps a model's `forward` once, and a second trainer would run without mixed precision.
     trainer.save_model()
     model = load_adapter(options.output_dir) if options.lora else options.output_dir
 
-    held_back = EWCCallback(importance, f_max=options.f_max)
-    trainer = build_trainer(model, rows, "second", options, callbacks=[held_back])
+    penalty = EWCCallback(importance, f_max=options.f_max)
+    trainer = build_trainer(model, rows, "second", options, callbacks=[penalty])
     trainer.train()
     report("second", trainer)
     trainer.save_model()
 
 
 def report(task: str, trainer: SFTTrainer) -> None:
-    """Print the losses on held-out rows of both tasks.
-
-    Args:
-        task: What was trained last.
-        trainer: Its trainer.
-    """
+    """Print the losses on the held-out rows of both tasks."""
     scores = trainer.evaluate()
     losses = (f"loss of the {name} {scores[f'eval_{name}_loss']:.4f}" for name in ("first", "second"))
     print(f"After the {task} task:", ", ".join(losses))
@@ -70,19 +66,7 @@ def build_trainer(
     peft_config: Any = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> SFTTrainer:
-    """Build a plain TRL trainer.
-
-    Args:
-        model: The model or its name.
-        rows: Rows by task, each with its splits `train` and `test`.
-        task: Which of them to train on.
-        options: The options.
-        peft_config: Configuration of a new adapter.
-        callbacks: Callbacks.
-
-    Returns:
-        The trainer.
-    """
+    """Build a plain TRL trainer."""
     args = SFTConfig(
         output_dir=options.output_dir,
         learning_rate=options.learning_rate,
@@ -101,69 +85,46 @@ def build_trainer(
         model,
         args,
         train_dataset=rows[task]["train"],
-        eval_dataset={name: each["test"] for name, each in rows.items()},
+        eval_dataset={name: splits["test"] for name, splits in rows.items()},
         peft_config=peft_config,
         callbacks=callbacks,
     )
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line.
-
-    Returns:
-        The options.
-    """
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name or folder of a causal language model")
-    parser.add_argument("--first", required=True, help="rows of the task to keep: name on the Hub, or file")
-    parser.add_argument("--second", required=True, help="rows of the task to add: name on the Hub, or file")
+    parser.add_argument("--first", required=True, help="data of the task to keep: name on the Hub, or file")
+    parser.add_argument("--second", required=True, help="data of the task to add: name on the Hub, or file")
     parser.add_argument("--held_out", type=int, default=64, help="rows kept for evaluation (default: %(default)s)")
     parser.add_argument("--output_dir", default="ewc-callback", help="folder of the model (default: %(default)s)")
     parser.add_argument("--f_max", type=float, default=10.0, help="strength of EWC, 0 is off (default: %(default)s)")
     parser.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="(default: %(default)s)")
-    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the rows (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows in a step (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=768, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows per step (default: %(default)s)")
+    parser.add_argument("--max_length", type=int, default=768, help="tokens per row (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
+    parser.add_argument("--use_cpu", action="store_true", help="train on the CPU")
     return parser.parse_args()
 
 
 def load_rows(name: str, options: argparse.Namespace) -> DatasetDict:
-    """Load rows from the Hub or from a file, and hold some out.
-
-    Args:
-        name: Name or path.
-        options: The options.
-
-    Returns:
-        The rows, as `train` and `test`.
-    """
+    """Load rows from the Hub or a file, and split off a test set."""
     source = {"path": "json", "data_files": name} if Path(name).is_file() else {"path": name}
     return load_dataset(**source, split="train").train_test_split(test_size=options.held_out, seed=0)
 
 
 def adapter() -> Any:
-    """Describe the adapter.
-
-    Returns:
-        PEFT's configuration.
-    """
+    """Configure a LoRA adapter."""
     from peft import LoraConfig  # noqa: PLC0415 - an optional extra
 
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def load_adapter(folder: str) -> Any:
-    """Load a model with its adapter, to go on training it.
-
-    Args:
-        folder: Where it was saved.
-
-    Returns:
-        The model.
-    """
+    """Load a model with its adapter, for further training."""
     from peft import AutoPeftModelForCausalLM  # noqa: PLC0415 - an optional extra
 
     return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, dtype="float32")

@@ -18,8 +18,8 @@ A LoRA adapter on a GPU; data sets by their names on the Hub, or files:
         --sft trl-lib/tldr --prompts trl-lib/tldr --reward_model qwen3-reward \
         --sft_learning_rate 2e-4 --ppo_learning_rate 1e-5 --completion_length 64
 
-Several GPUs (DDP): `accelerate launch examples/scripts/hbat_ppo.py ...`. Called again with the same arguments, it goes
-on where it was cut off.
+Several GPUs (DDP): `accelerate launch examples/scripts/hbat_ppo.py ...`. The same command again resumes an interrupted
+run.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from datasets import Dataset, load_dataset
 
 from hbat import HBATConfig, HBATTrainer
 
-WORDS = 40  # length that the reward function likes best
+WORDS = 40  # length that the reward function prefers
 
 
 def main() -> None:
-    """Train, or go on with what was cut off, and save the model."""
+    """Train or resume, and save the model."""
     options = parse_arguments()
     trainer = HBATTrainer(
         model=options.model,
@@ -53,54 +53,37 @@ def main() -> None:
 
 
 def varied(completions: list[Any], **_: Any) -> list[float]:
-    """Reward answers of many different words and of a certain length. Put your own function in its place.
-
-    Args:
-        completions: Texts, or lists of messages where the prompts are conversations.
-        **_: Prompts, token ids, and the other columns of the rows.
-
-    Returns:
-        A number for each, at most 1.
-    """
-    texts = [each if isinstance(each, str) else each[-1]["content"] for each in completions]
+    """Reward varied words and a length of 40 words, at most 1. Replace it by your own function."""
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]  # text or messages
     lists = [text.lower().split() for text in texts]
     return [len(set(words)) / max(1, len(words)) - abs(len(words) - WORDS) / WORDS for words in lists]
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line.
-
-    Returns:
-        The options.
-    """
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name or folder of a causal language model")
-    parser.add_argument("--sft", required=True, help="rows to imitate: name on the Hub, or file (.jsonl[.gz])")
+    parser.add_argument("--sft", required=True, help="demonstrations: name on the Hub, or file (.jsonl[.gz])")
     parser.add_argument("--prompts", required=True, help="rows with `prompt`: name on the Hub, or file (.jsonl[.gz])")
-    parser.add_argument("--reward_model", help="name or folder; without it the function `varied` rewards")
+    parser.add_argument("--reward_model", help="name or folder (default: the function `varied`)")
     parser.add_argument("--output_dir", default="hbat-ppo", help="folder of the run (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of SFT and PPO (default: %(default)s)")
     parser.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")
     parser.add_argument("--sft_learning_rate", type=float, default=5e-4, help="(default: %(default)s)")
     parser.add_argument("--ppo_learning_rate", type=float, default=1e-4, help="(default: %(default)s)")
-    parser.add_argument("--kl_coef", type=float, default=0.02, help="pull to the reference (default: %(default)s)")
-    parser.add_argument("--rollout", type=int, default=64, help="prompts of a rollout (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows in a step (default: %(default)s)")
-    parser.add_argument("--completion_length", type=int, default=48, help="most tokens (default: %(default)s)")
+    parser.add_argument("--kl_coef", type=float, default=0.02, help="KL coefficient (default: %(default)s)")
+    parser.add_argument("--rollout", type=int, default=64, help="prompts per rollout (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="samples per step (default: %(default)s)")
+    parser.add_argument(
+        "--completion_length", type=int, default=48, help="max tokens per completion (default: %(default)s)"
+    )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
+    parser.add_argument("--use_cpu", action="store_true", help="train on the CPU")
     return parser.parse_args()
 
 
 def configuration(options: argparse.Namespace) -> HBATConfig:
-    """Turn the options into the configuration of the run.
-
-    Args:
-        options: The options.
-
-    Returns:
-        The configuration.
-    """
+    """Build the configuration of the run."""
     shared = {
         "bf16": options.bf16,
         "use_cpu": options.use_cpu,
@@ -129,25 +112,13 @@ def configuration(options: argparse.Namespace) -> HBATConfig:
 
 
 def load_rows(name: str) -> Dataset:
-    """Load rows from the Hub or from a file.
-
-    Args:
-        name: Name or path.
-
-    Returns:
-        The rows.
-    """
-    if Path(name).is_file():
-        return load_dataset("json", data_files=name, split="train")
-    return load_dataset(name, split="train")
+    """Load rows from the Hub or a file."""
+    source = {"path": "json", "data_files": name} if Path(name).is_file() else {"path": name}
+    return load_dataset(**source, split="train")
 
 
 def adapter() -> Any:
-    """Describe the adapter.
-
-    Returns:
-        PEFT's configuration.
-    """
+    """Configure a LoRA adapter."""
     from peft import LoraConfig  # noqa: PLC0415 - an optional extra
 
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

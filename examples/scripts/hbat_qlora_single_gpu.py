@@ -1,4 +1,4 @@
-r"""Alternate SFT and DPO on a quantised model with one LoRA adapter (QLoRA), on a single GPU.
+r"""Alternate SFT and DPO on a quantized model with one LoRA adapter (QLoRA), on a single GPU.
 
 A model of 7B parameters in 4 bits (NF4) with an 8-bit optimizer, meant for a GPU with 24 GB:
 
@@ -16,9 +16,9 @@ On the CPU, with the model of `train_tiny_model.py`:
         --sft ../shared/data/sft/selfinstruct_human_train.jsonl.gz \
         --dpo ../shared/data/preference/instruct_human_train.jsonl.gz
 
-`--merge FOLDER` adds the adapter to the unquantised weights and saves a model that needs neither PEFT nor
-bitsandbytes. LoRA on unquantised weights and full fine-tuning are in `hbat_sft_dpo.py`. Called again with the same
-arguments, it goes on where it was cut off. Needs the extras `peft` and `quantization`.
+`--merge FOLDER` merges the adapter into the unquantized weights and saves a model that needs neither PEFT nor
+bitsandbytes. For LoRA on unquantized weights and full fine-tuning see `hbat_sft_dpo.py`. The same command again
+resumes an interrupted run. Requires the extras `peft` and `quantization`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from hbat import HBATConfig, HBATTrainer
 
 
 def main() -> None:
-    """Train, or go on with what was cut off; save the adapter, and merge it where that is asked for."""
+    """Train or resume, save the adapter, and merge it if `--merge` is given."""
     options = parse_arguments()
     trainer = HBATTrainer(
         model=options.model,
@@ -44,7 +44,7 @@ def main() -> None:
     trainer.save_model()
     print(f"Adapter in {Path(options.output_dir).resolve()}")
     if options.merge:
-        # Onto the weights as they were before quantisation: the sum is then rounded only once.
+        # Into the weights before quantization, so that the sum is rounded only once.
         base = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
         PeftModel.from_pretrained(base, options.output_dir).merge_and_unload().save_pretrained(options.merge)
         trainer.processing_class.save_pretrained(options.merge)
@@ -52,42 +52,33 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line.
-
-    Returns:
-        The options.
-    """
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name or folder of a causal language model")
-    parser.add_argument("--sft", required=True, help="rows to imitate: name on the Hub, or file (.jsonl[.gz])")
+    parser.add_argument("--sft", required=True, help="demonstrations: name on the Hub, or file (.jsonl[.gz])")
     parser.add_argument("--dpo", required=True, help="preference pairs: name on the Hub, or file (.jsonl[.gz])")
-    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="of a weight (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapter (default: %(default)s)")
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="bits per weight (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapter (default: %(default)s)")
     parser.add_argument("--output_dir", default="hbat-qlora", help="folder of the run (default: %(default)s)")
     parser.add_argument("--merge", help="folder for the merged model")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of SFT and DPO (default: %(default)s)")
     parser.add_argument("--sft_learning_rate", type=float, default=2e-4, help="(default: %(default)s)")
     parser.add_argument("--dpo_learning_rate", type=float, default=2e-5, help="(default: %(default)s)")
-    parser.add_argument("--optim", default="adamw_torch", help="the host's optimizer name (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=2, help="rows in a micro-batch (default: %(default)s)")
-    parser.add_argument("--accumulate", type=int, default=16, help="micro-batches in a step (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=768, help="tokens of a row (default: %(default)s)")
+    parser.add_argument(
+        "--optim", default="adamw_torch", help="name of a transformers optimizer (default: %(default)s)"
+    )
+    parser.add_argument("--batch_size", type=int, default=2, help="rows per micro-batch (default: %(default)s)")
+    parser.add_argument("--accumulate", type=int, default=16, help="micro-batches per step (default: %(default)s)")
+    parser.add_argument("--max_length", type=int, default=768, help="tokens per row (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
+    parser.add_argument("--use_cpu", action="store_true", help="train on the CPU")
     options = parser.parse_args()
     options.dtype = "bfloat16" if options.bf16 else "float32"
     return options
 
 
 def configuration(options: argparse.Namespace) -> HBATConfig:
-    """Turn the options into the configuration of the run.
-
-    Args:
-        options: The options.
-
-    Returns:
-        The configuration.
-    """
+    """Build the configuration of the run."""
     shared = {
         "bf16": options.bf16,
         "use_cpu": options.use_cpu,
@@ -113,14 +104,7 @@ def configuration(options: argparse.Namespace) -> HBATConfig:
 
 
 def quantization(options: argparse.Namespace) -> BitsAndBytesConfig:
-    """Describe the frozen weights.
-
-    Args:
-        options: The options.
-
-    Returns:
-        The configuration of bitsandbytes.
-    """
+    """Configure the quantization of the frozen weights."""
     if options.bits == 8:  # noqa: PLR2004
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -132,26 +116,12 @@ def quantization(options: argparse.Namespace) -> BitsAndBytesConfig:
 
 
 def adapter(options: argparse.Namespace) -> LoraConfig:
-    """Describe the adapter.
-
-    Args:
-        options: The options.
-
-    Returns:
-        PEFT's configuration.
-    """
+    """Configure the LoRA adapter."""
     return LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def load_rows(name: str) -> Dataset:
-    """Load rows from the Hub or from a file.
-
-    Args:
-        name: Name or path.
-
-    Returns:
-        The rows.
-    """
+    """Load rows from the Hub or a file."""
     source = {"path": "json", "data_files": name} if Path(name).is_file() else {"path": name}
     return load_dataset(**source, split="train")
 

@@ -16,12 +16,11 @@ A LoRA adapter:
     python examples/scripts/hbat_sft_dpo.py --model Qwen/Qwen2.5-0.5B --lora --bf16 --sft trl-lib/tldr \
         --dpo trl-lib/tldr-preference --sft_learning_rate 2e-4 --dpo_learning_rate 2e-5
 
-Several GPUs, each with the whole model (examples/accelerate_configs has others):
+Several GPUs, each with the whole model (`examples/accelerate_configs/` has other set-ups):
 
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/scripts/hbat_sft_dpo.py ...
 
-Called again with the same arguments, it goes on where it was cut off. For a model that is too large for that, see
-`hbat_qlora_single_gpu.py`.
+The same command again resumes an interrupted run. For a model that is too large, see `hbat_qlora_single_gpu.py`.
 """
 
 import argparse
@@ -34,12 +33,12 @@ from hbat import HBATConfig, HBATTrainer
 
 
 def main() -> None:
-    """Train, or go on with what was cut off, save the model, and print what every objective scored."""
+    """Train or resume, save the model, and print the scores of both objectives after every stage."""
     options = parse_arguments()
     train, held_out = {}, {}
     for name in ("sft", "dpo"):
-        parts = load_rows(getattr(options, name)).train_test_split(test_size=options.held_out, seed=0)
-        train[name], held_out[name] = parts["train"], parts["test"]
+        splits = load_rows(getattr(options, name)).train_test_split(test_size=options.held_out, seed=0)
+        train[name], held_out[name] = splits["train"], splits["test"]
     trainer = HBATTrainer(
         model=options.model,
         args=configuration(options),
@@ -54,14 +53,10 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line.
-
-    Returns:
-        The options.
-    """
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name or folder of a causal language model")
-    parser.add_argument("--sft", required=True, help="rows to imitate: name on the Hub, or file (.jsonl[.gz])")
+    parser.add_argument("--sft", required=True, help="demonstrations: name on the Hub, or file (.jsonl[.gz])")
     parser.add_argument("--dpo", required=True, help="preference pairs: name on the Hub, or file (.jsonl[.gz])")
     parser.add_argument("--held_out", type=int, default=64, help="rows kept for evaluation (default: %(default)s)")
     parser.add_argument("--output_dir", default="hbat-sft-dpo", help="folder of the run (default: %(default)s)")
@@ -70,23 +65,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")
     parser.add_argument("--sft_learning_rate", type=float, default=5e-4, help="(default: %(default)s)")
     parser.add_argument("--dpo_learning_rate", type=float, default=5e-5, help="(default: %(default)s)")
-    parser.add_argument("--beta", type=float, default=0.1, help="of DPO (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows in a step (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=768, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--beta", type=float, default=0.1, help="beta of DPO (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows per step (default: %(default)s)")
+    parser.add_argument("--max_length", type=int, default=768, help="tokens per row (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
+    parser.add_argument("--use_cpu", action="store_true", help="train on the CPU")
     return parser.parse_args()
 
 
 def configuration(options: argparse.Namespace) -> HBATConfig:
-    """Turn the options into the configuration of the run.
-
-    Args:
-        options: The options.
-
-    Returns:
-        The configuration.
-    """
+    """Build the configuration of the run."""
     shared = {
         "bf16": options.bf16,
         "use_cpu": options.use_cpu,
@@ -104,29 +92,18 @@ def configuration(options: argparse.Namespace) -> HBATConfig:
         sft=shared | {"learning_rate": options.sft_learning_rate},
         dpo=shared | {"learning_rate": options.dpo_learning_rate, "beta": options.beta},
         ewc={"f_max": options.f_max},
-        on_bad_rows="drop",  # such as pairs that were judged both ways; counted in the log
+        on_bad_rows="drop",  # such as pairs with contradicting labels; the log counts them
     )
 
 
 def load_rows(name: str) -> Dataset:
-    """Load rows from the Hub or from a file.
-
-    Args:
-        name: Name or path.
-
-    Returns:
-        The rows.
-    """
+    """Load rows from the Hub or a file."""
     source = {"path": "json", "data_files": name} if Path(name).is_file() else {"path": name}
     return load_dataset(**source, split="train")
 
 
 def adapter() -> Any:
-    """Describe the adapter.
-
-    Returns:
-        PEFT's configuration.
-    """
+    """Configure a LoRA adapter."""
     from peft import LoraConfig  # noqa: PLC0415 - an optional extra
 
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

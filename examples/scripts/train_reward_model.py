@@ -1,8 +1,8 @@
 r"""Train a reward model on preference pairs with TRL's `RewardTrainer`, for the `reward_funcs` of PPO.
 
-The model reads a conversation and gives one number. It starts from a causal language model or another reward model
-(`--model`), or from random weights and a tokenizer (`--tokenizer`). Files hold rows of `prompt`, `chosen` and
-`rejected`, as messages or as texts. From the repository root, on the CPU, after `train_tiny_model.py`:
+The model starts from a causal language model or another reward model (`--model`), or from random weights
+(`--tokenizer`). Files have rows of `prompt`, `chosen` and `rejected`, as messages or as text. From the repository
+root, on the CPU, after `train_tiny_model.py`:
 
     python examples/scripts/train_reward_model.py --model tiny-model --limit 600 \
         --pairs ../shared/data/preference/ukpconvarg_train.jsonl.gz \
@@ -16,7 +16,7 @@ On a GPU, from a larger model:
     python examples/scripts/train_reward_model.py --model Qwen/Qwen3-0.6B --output_dir qwen3-reward \
         --learning_rate 1e-5 --batch_size 32 --max_length 1024 --bf16 --pairs pairs.jsonl --eval_pairs held-out.jsonl
 
-It prints the share of held-out pairs, by file, in which the chosen side has the higher score; guessing gives 50 %.
+It prints the accuracy on held-out pairs by file: how often the chosen side scores higher; guessing gives 50 %.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, set_seed
 from trl import RewardConfig, RewardTrainer
 
-CONTEXT = 1024  # positions of a model with random weights
+CONTEXT = 1024  # max position of a model with random weights
 
 
 def main() -> None:
     """Train the model, print its accuracy on held-out pairs, and save it with its tokenizer."""
     options = parse_arguments()
-    set_seed(options.seed)  # of the weights that are drawn: all of them, or those of the head
+    set_seed(options.seed)  # for the new weights: all of them, or those of the head
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
     trainer = RewardTrainer(
         model=load_model(options, tokenizer),
@@ -50,56 +50,34 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line.
-
-    Returns:
-        The options.
-    """
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--model", help="name or folder of a language model or reward model to start from")
-    start.add_argument("--tokenizer", help="name or folder of a tokenizer: start from a small model, random weights")
+    start.add_argument("--tokenizer", help="name or folder of a tokenizer: start from random weights")
     parser.add_argument("--pairs", nargs="+", required=True, help="preference files to train on (.jsonl[.gz])")
     parser.add_argument("--eval_pairs", nargs="*", default=[], help="preference files to measure the accuracy on")
-    parser.add_argument("--limit", type=int, help="pairs of each training file, drawn by the seed; all if not given")
+    parser.add_argument("--limit", type=int, help="random pairs taken per training file (default: all)")
     parser.add_argument("--output_dir", default="tiny-reward-model", help="folder of the model (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=128, help="with --tokenizer: hidden size (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="with --tokenizer: layers (default: %(default)s)")
-    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the pairs (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=16, help="pairs in a step (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=192, help="longer pairs are left out (default: %(default)s)")
-    parser.add_argument(
-        "--learning_rate", type=float, default=3e-4, help="largest learning rate (default: %(default)s)"
-    )
+    parser.add_argument("--epochs", type=float, default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="pairs per step (default: %(default)s)")
+    parser.add_argument("--max_length", type=int, default=192, help="longer pairs are dropped (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=3e-4, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     return parser.parse_args()
 
 
 def load_pairs(file: str, limit: int | None = None) -> Dataset:
-    """Read preference pairs.
-
-    Args:
-        file: Rows of `prompt`, `chosen` and `rejected`.
-        limit: Most rows; all if None.
-
-    Returns:
-        The rows in an order that is always the same.
-    """
+    """Load preference pairs in a fixed order, at most `limit`."""
     rows = load_dataset("json", data_files=file, split="train").shuffle(seed=0)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
 def load_model(options: argparse.Namespace, tokenizer: Any) -> Any:
-    """Load the model to start from, or make one up.
-
-    Args:
-        options: Where it lies, or its sizes.
-        tokenizer: Its tokenizer.
-
-    Returns:
-        A sequence classification model with one output, in float32. The head of a language model is new.
-    """
+    """Load the model to start from, or build one with random weights, in float32."""
     if options.model:
         return AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=1, dtype="float32")
     config = LlamaConfig(
@@ -119,14 +97,7 @@ def load_model(options: argparse.Namespace, tokenizer: Any) -> Any:
 
 
 def configuration(options: argparse.Namespace) -> RewardConfig:
-    """Turn the options into those of the trainer.
-
-    Args:
-        options: The options.
-
-    Returns:
-        The trainer's configuration.
-    """
+    """Build the configuration of the trainer."""
     return RewardConfig(
         output_dir=options.output_dir,
         num_train_epochs=options.epochs,
@@ -136,7 +107,7 @@ def configuration(options: argparse.Namespace) -> RewardConfig:
         lr_scheduler_type="cosine",
         warmup_steps=10,
         max_length=options.max_length,
-        center_rewards_coefficient=0.01,  # the loss itself leaves the mean open
+        center_rewards_coefficient=0.01,  # the loss does not determine the mean
         bf16=options.bf16,
         gradient_checkpointing=False,
         logging_steps=10,
@@ -147,14 +118,7 @@ def configuration(options: argparse.Namespace) -> RewardConfig:
 
 
 def held_out_accuracies(trainer: RewardTrainer) -> dict[str, float]:
-    """Measure on the evaluation rows.
-
-    Args:
-        trainer: The trainer.
-
-    Returns:
-        Share of the pairs that are ranked rightly, by data set.
-    """
+    """Measure the accuracy on every evaluation file."""
     found = {}
     for name, rows in (trainer.eval_dataset or {}).items():
         trainer.evaluate(rows)

@@ -1,14 +1,14 @@
 r"""Train a small English language model on the CPU, to try `hbat` without a download or a GPU.
 
 A byte-pair tokenizer with a chat template and a Llama of about 3.7 million parameters, both trained on a plain text
-file with one paragraph a line. With `--chats`, the rows of SFT files (`prompt` and `completion`, as messages) join
-the text as conversations, so that the model knows the template. From the repository root:
+file with one paragraph per line. `--chats` adds the rows of SFT files (`prompt` and `completion`, as messages) as
+conversations, so that the model learns the template. From the repository root:
 
     python examples/scripts/train_tiny_model.py --text ../shared/data/text/train.txt.gz \
         --chats ../shared/data/sft/gsm8k_train.jsonl.gz ../shared/data/sft/flan_cot_train.jsonl.gz
     hbat train --config examples/configs/real_cpu.yaml
 
-The same arguments give the same model on the same machine. Six minutes of CPU time.
+The same arguments give the same model on the same machine. Takes six minutes of CPU time.
 """
 
 import argparse
@@ -33,19 +33,24 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-CONTEXT = 1024  # positions of the model; training blocks are shorter
+CONTEXT = 1024  # max position; training blocks are shorter
 
 
 def main() -> None:
-    """Train tokenizer and model, and save both."""
+    """Train the tokenizer and the model, and save both."""
     options = parse_arguments()
     torch.manual_seed(options.seed)
     paragraphs = list(read_paragraphs(Path(options.text)))
-    chats = [row for file in options.chats for row in read_chats(Path(file))]
-    tokenizer = train_tokenizer(paragraphs + [each["content"] for row in chats for each in row], options.vocabulary)
+    chats = [chat for file in options.chats for chat in read_chats(Path(file))]
+    tokenizer = train_tokenizer(
+        paragraphs + [message["content"] for chat in chats for message in chat], options.vocabulary
+    )
     tokens = tokenize(tokenizer, paragraphs, chats, options.seed)
     model = build_model(len(tokenizer), options.hidden, options.layers)
-    print(f"{model.num_parameters():,} parameters, {len(tokens):,} tokens, {len(tokenizer):,} token types", flush=True)
+    print(
+        f"{model.num_parameters():,} parameters, {len(tokens):,} tokens, a vocabulary of {len(tokenizer):,}",
+        flush=True,
+    )
     train(model, tokens, options)
     tokenizer.model_max_length = CONTEXT
     model.save_pretrained(options.output_dir)
@@ -54,39 +59,24 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line.
-
-    Returns:
-        The options.
-    """
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", required=True, help="text file, one paragraph a line (.txt or .txt.gz)")
-    parser.add_argument(
-        "--chats", nargs="*", default=[], help="SFT files whose conversations join the text (.jsonl[.gz])"
-    )
+    parser.add_argument("--text", required=True, help="text file, one paragraph per line (.txt or .txt.gz)")
+    parser.add_argument("--chats", nargs="*", default=[], help="SFT files whose conversations are added (.jsonl[.gz])")
     parser.add_argument("--output_dir", default="tiny-model", help="folder of the model (default: %(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=4096, help="token types (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="vocabulary size (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 32 (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=3, help="layers (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="blocks in a step (default: %(default)s)")
-    parser.add_argument("--block", type=int, default=128, help="tokens in a block (default: %(default)s)")
-    parser.add_argument(
-        "--learning_rate", type=float, default=2e-3, help="largest learning rate (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="blocks per step (default: %(default)s)")
+    parser.add_argument("--block", type=int, default=128, help="tokens per block (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     return parser.parse_args()
 
 
 def read_paragraphs(file: Path) -> Iterator[str]:
-    """Read a text file.
-
-    Args:
-        file: Plain or compressed text.
-
-    Yields:
-        Its lines that are not empty.
-    """
+    """Read the non-empty lines of a plain or compressed text file."""
     with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
         for line in lines:
             if line.strip():
@@ -94,29 +84,14 @@ def read_paragraphs(file: Path) -> Iterator[str]:
 
 
 def read_chats(file: Path) -> Iterator[list[dict[str, str]]]:
-    """Read conversations.
-
-    Args:
-        file: Rows of `prompt` and `completion`, both lists of messages.
-
-    Yields:
-        The messages of a row.
-    """
+    """Read the conversations of an SFT file."""
     for line in read_paragraphs(file):
         row = json.loads(line)
         yield row["prompt"] + row["completion"]
 
 
 def train_tokenizer(texts: list[str], size: int) -> Any:
-    """Train a byte-level BPE tokenizer.
-
-    Args:
-        texts: What it learns from.
-        size: Number of token types.
-
-    Returns:
-        The tokenizer, with its chat template.
-    """
+    """Train a byte-level BPE tokenizer."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -136,34 +111,15 @@ def train_tokenizer(texts: list[str], size: int) -> Any:
 
 
 def tokenize(tokenizer: Any, paragraphs: list[str], chats: list[list[dict[str, str]]], seed: int) -> Tensor:
-    """Lay all texts one after the other, in an order drawn by the seed.
-
-    Args:
-        tokenizer: The tokenizer.
-        paragraphs: Plain texts, each followed by the end token.
-        chats: Conversations, rendered by the chat template.
-        seed: Of the order.
-
-    Returns:
-        Token ids, of shape `(tokens,)`.
-    """
-    texts = [each + tokenizer.eos_token for each in paragraphs]
-    texts += [tokenizer.apply_chat_template(each, tokenize=False) for each in chats]
+    """Concatenate the tokens of all texts in random order."""
+    texts = [paragraph + tokenizer.eos_token for paragraph in paragraphs]
+    texts += [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
     random.Random(seed).shuffle(texts)  # noqa: S311 - not for secrets
     return torch.tensor([token for ids in tokenizer(texts)["input_ids"] for token in ids])
 
 
 def build_model(vocabulary: int, hidden: int, layers: int) -> Any:
-    """Make the model with random weights.
-
-    Args:
-        vocabulary: Number of token types.
-        hidden: Hidden size.
-        layers: Number of layers.
-
-    Returns:
-        A Llama with tied embeddings.
-    """
+    """Build a Llama with random weights and tied embeddings."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -181,13 +137,7 @@ def build_model(vocabulary: int, hidden: int, layers: int) -> Any:
 
 
 def train(model: Any, tokens: Tensor, options: argparse.Namespace) -> None:
-    """Train on blocks drawn at random; print the mean loss of every fifty steps.
-
-    Args:
-        model: The model.
-        tokens: Token ids of the whole text.
-        options: Steps, sizes, learning rate and seed.
-    """
+    """Train on random blocks; print the mean loss every 50 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, options.steps))
     generator = torch.Generator().manual_seed(options.seed)
@@ -209,16 +159,7 @@ def train(model: Any, tokens: Tensor, options: argparse.Namespace) -> None:
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int = 30) -> float:
-    """Rise over the first steps, then fall as a cosine to a tenth.
-
-    Args:
-        step: The step.
-        steps: All steps.
-        warmup: Steps of the rise.
-
-    Returns:
-        Share of the largest learning rate.
-    """
+    """Linear warmup, then cosine decay to a tenth."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)

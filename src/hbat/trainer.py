@@ -17,10 +17,10 @@ from hbat.model.load import load_model, load_tokenizer, require_adapter_paramete
 from hbat.model.save import save, upload
 from hbat.objectives.rewards import reward_names
 from hbat.objectives.track import Track, build_tracks, fit
+from hbat.reports.card import write_model_card
 from hbat.reports.log import load_log
 from hbat.reports.matrix import ForgettingMatrix
 from hbat.reports.reporter import RunReporter, mean_loss
-from hbat.reports.card import write_model_card
 from hbat.reports.scores import RunScores
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.evaluator import Evaluator

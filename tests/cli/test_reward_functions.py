@@ -11,7 +11,7 @@ FILE = """
     scale = 2.0
 
     def length(completions, **kwargs):
-        return [scale * len(each) for each in completions]
+        return [scale * len(text) for text in completions]
 """
 
 
@@ -27,7 +27,7 @@ def test_functions_come_from_modules_and_files_and_models_stay_names(file):
     assert load_reward_functions(None) is None
     found = load_reward_functions(["math:fsum", "rewards.py:length", f"{file}:length", "some/model", "./folder"])
     assert found[0] is math.fsum
-    assert [each(completions=["ab"]) for each in found[1:3]] == [[4.0], [4.0]]
+    assert [function(completions=["ab"]) for function in found[1:3]] == [[4.0], [4.0]]
     assert found[3:] == ["some/model", "./folder"]
 
 
@@ -45,7 +45,7 @@ REFUSED = [
     (":length", ValueError, r"names no function"),
     ("", ValueError, r"names no function"),
     ("reward.py:length", ValueError, r"there is no file .*/reward\.py\. Did you mean `rewards\.py`\?"),
-    ("gone/rewards.py:length", ValueError, r"there is no file .*\(nor is there a folder .*/gone\)"),
+    ("gone/rewards.py:length", ValueError, r"there is no file .*\(and no folder .*/gone\)"),
     ("rewards.py:lenght", ValueError, r"has no function `lenght`\. Did you mean `length`\?"),
     ("broken.py:length", ValueError, r"importing .*/broken\.py failed: ZeroDivisionError: "),
 ]

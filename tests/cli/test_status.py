@@ -51,11 +51,11 @@ def test_what_is_wrong_with_the_run_before_it_trains_has_status_2(error, train):
 @every_user_error
 @pytest.mark.parametrize("step", ["train", "save"])
 def test_what_goes_wrong_in_training_has_status_1_and_is_named(step, error, train):
-    expected = f"hbat: error: {type(error).__name__}: it is wrong (`--traceback` shows where)\n"
+    expected = f"hbat: error: {type(error).__name__}: it is wrong (use `--traceback` for details)\n"
     assert train(**{step: error}) == (1, expected)
 
 
-def test_a_folder_that_the_run_cannot_go_on_from_has_status_2_also_in_training(train):
+def test_a_folder_that_the_run_cannot_resume_from_has_status_2_in_training_too(train):
     assert train(train=RunStateError("another run")) == (2, "hbat: error: another run\n")
 
 
@@ -73,4 +73,4 @@ def test_the_traceback_of_training_is_that_of_the_error_itself(train):
     assert status == 1
     assert shown.startswith("Traceback")
     assert "_TrainingError" not in shown
-    assert shown.endswith("hbat: error: ValueError: shapes differ (`--traceback` shows where)\n")
+    assert shown.endswith("hbat: error: ValueError: shapes differ (use `--traceback` for details)\n")

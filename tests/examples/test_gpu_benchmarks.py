@@ -1,4 +1,4 @@
-"""The benchmarks for a GPU run at toy size, and write what they measured with the versions that they ran with."""
+"""The GPU benchmarks run at toy size and save their measurements with the versions used."""
 
 import json
 import runpy
@@ -9,7 +9,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-pytestmark = pytest.mark.filterwarnings("default")  # the scripts silence what the host says at this size
+pytestmark = pytest.mark.filterwarnings("default")  # the scripts silence warnings about the toy size
 
 
 def result_of(script, folder, monkeypatch, *words):
@@ -26,13 +26,14 @@ def result_of(script, folder, monkeypatch, *words):
     return result
 
 
+@pytest.mark.slow
 def test_stages_are_measured_beside_plain_trl(tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     result = result_of("stages.py", tmp_path, monkeypatch, "--precision", "qlora")
     variants = result["precisions"]["qlora"]
-    assert [*variants] == ["plain TRL", "hbat, no EWC", "hbat, EWC", "hbat, EWC, anchor on the CPU"]
-    for each in variants.values():
-        (measured,) = each["runs"]
+    assert [*variants] == ["plain TRL", "hbat, no EWC", "hbat, EWC"]
+    for variant in variants.values():
+        (measured,) = variant["runs"]
         assert [stage["objective"] for stage in measured["sft"]["stages"]] == ["sft", "sft"]
         assert [stage["objective"] for stage in measured["dpo"]["stages"]] == ["dpo", "dpo"]
         assert measured["sft"]["tokens_per_second"] > 0
@@ -43,8 +44,9 @@ def test_stages_are_measured_beside_plain_trl(tmp_path, monkeypatch):
 def test_the_penalty_is_measured_against_a_copy(tmp_path, monkeypatch):
     result = result_of("penalty.py", tmp_path, monkeypatch)
     assert result["copy_bandwidth"] > 0
-    assert len(result["sets"]) == 12
-    for name, each in result["sets"].items():
-        bytes_an_element = (8 if "bfloat16" in name else 16) + (4 if "by element" in name else 0)
-        assert each["bytes"] == bytes_an_element * each["elements"]
-        assert each["of_a_copy"] == pytest.approx(each["bytes"] / each["seconds"] / result["copy_bandwidth"])
+    assert len(result["sets"]) == 6
+    for name, measured in result["sets"].items():
+        bytes_per_element = (8 if "bfloat16" in name else 16) + (4 if "per element" in name else 0)
+        assert measured["bytes"] == bytes_per_element * measured["elements"]
+        speed = measured["bytes"] / measured["seconds"]
+        assert measured["of_a_copy"] == pytest.approx(speed / result["copy_bandwidth"])

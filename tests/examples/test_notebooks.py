@@ -9,7 +9,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "examples" / "notebooks").glob("*.ipynb"))
 
-pytestmark = pytest.mark.filterwarnings("default")  # of the host about options left at its defaults
+pytestmark = pytest.mark.filterwarnings("default")  # of transformers, about options left at their defaults
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
 
@@ -18,13 +18,10 @@ def read(file):
 
 
 def code_cells(file):
-    """Sources of the cells that are run, by tag where they have one; the one that installs is left out."""
-    cells = [each for each in read(file)["cells"] if each["cell_type"] == "code"]
-    return [
-        ("".join(each["source"]), each["metadata"].get("tags", []))
-        for each in cells
-        if "install" not in each["metadata"].get("tags", [])
-    ]
+    """Sources and tags of the code cells but the one that installs."""
+    cells = [cell for cell in read(file)["cells"] if cell["cell_type"] == "code"]
+    found = [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in cells]
+    return [(source, tags) for source, tags in found if "install" not in tags]
 
 
 @each_notebook
@@ -32,7 +29,7 @@ def test_a_notebook_is_whole_and_holds_no_output(file):
     notebook = read(file)
     assert notebook["nbformat"] == 4
     assert notebook["nbformat_minor"] >= 5
-    identities = [each["id"] for each in notebook["cells"]]
+    identities = [cell["id"] for cell in notebook["cells"]]
     assert len(set(identities)) == len(identities)
     for cell in notebook["cells"]:
         assert cell["cell_type"] in {"code", "markdown"}
@@ -56,6 +53,7 @@ def rows_like_tldr(folder):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_notebook_for_a_t4_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
@@ -68,7 +66,7 @@ def test_the_notebook_for_a_t4_runs(tmp_path, monkeypatch, capsys):
         "SFT": {"path": "json", "data_files": "sft.jsonl", "split": "train"},
         "DPO": {"path": "json", "data_files": "dpo.jsonl", "split": "train"},
     }  # fmt: skip
-    (file,) = [each for each in NOTEBOOKS if each.stem == "hbat_t4"]
+    (file,) = [path for path in NOTEBOOKS if path.stem == "hbat_t4"]
     namespace = {}
     for source, tags in code_cells(file):
         exec(compile(source, file.name, "exec"), namespace)  # noqa: S102 - our own file

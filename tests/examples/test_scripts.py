@@ -16,7 +16,8 @@ SCRIPTS = ROOT / "examples" / "scripts"
 CONFIG = ROOT / "examples" / "configs" / "real_ppo_cpu.yaml"
 WORDS = ("the", "garden", "is", "green", "and", "quiet", "today", "we", "walk", "there", "slowly")
 
-pytestmark = pytest.mark.filterwarnings("default")  # of the host about options that the scripts leave at its defaults
+pytestmark = pytest.mark.filterwarnings("default")  # of transformers, about defaults that the scripts keep
+SLOW_LORA = pytest.param(True, marks=pytest.mark.slow)
 
 
 def run(script, monkeypatch, *words):
@@ -42,9 +43,9 @@ def toys(tmp_path_factory):
         return [{"role": role, "content": sentence(rng, count)}]
 
     asked = [message("user", 1 + number % 5) for number in range(16)]
-    sft = [{"prompt": each, "completion": message("assistant", 3)} for each in asked]
+    sft = [{"prompt": prompt, "completion": message("assistant", 3)} for prompt in asked]
     pairs = [
-        {"prompt": each, "chosen": message("assistant", 6), "rejected": message("assistant", 2)} for each in asked
+        {"prompt": prompt, "chosen": message("assistant", 6), "rejected": message("assistant", 2)} for prompt in asked
     ]
     (folder / "text.txt").write_text("\n".join(sentence(rng, 12) for _ in range(60)), encoding="utf-8")
     write(folder / "sft.jsonl", sft)
@@ -82,7 +83,7 @@ def test_a_reward_model_can_begin_with_random_weights_and_learns_what_is_chosen(
     assert (tmp_path / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_python_api_alternates_sft_and_ppo(lora, toys, reward_model, tmp_path, monkeypatch, capsys):
     rewards = [] if lora else ["--reward_model", reward_model]
     pytest.importorskip("peft")
@@ -111,7 +112,7 @@ def test_the_configuration_of_ppo_on_the_cpu_runs(toys, reward_model, tmp_path, 
     assert len(json.loads((tmp_path / "evaluation.json").read_text())["rows"]) == 5
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, SLOW_LORA])
 def test_the_python_api_alternates_sft_and_dpo(lora, toys, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     arguments = [
@@ -125,7 +126,7 @@ def test_the_python_api_alternates_sft_and_dpo(lora, toys, tmp_path, monkeypatch
     assert (tmp_path / ("adapter_model.safetensors" if lora else "model.safetensors")).exists()
 
 
-def test_qlora_trains_an_adapter_that_merges_into_the_unquantised_model(toys, tmp_path, monkeypatch, capsys):
+def test_qlora_trains_an_adapter_that_merges_into_the_unquantized_model(toys, tmp_path, monkeypatch, capsys):
     pytest.importorskip("bitsandbytes")
     from safetensors.torch import load_file
 
@@ -138,11 +139,11 @@ def test_qlora_trains_an_adapter_that_merges_into_the_unquantised_model(toys, tm
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     before, after = (load_file(folder / "model.safetensors") for folder in (toys / "model", tmp_path / "merged"))
     assert before.keys() == after.keys()
-    moved = {name for name, each in before.items() if not each.equal(after[name])}
+    moved = {name for name, value in before.items() if not value.equal(after[name])}
     assert moved == {name for name in before if name.endswith("_proj.weight")}
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, SLOW_LORA])
 def test_ewc_alone_holds_a_second_task_back_in_plain_trainers(lora, toys, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     second = tmp_path / "second.jsonl"
@@ -157,7 +158,7 @@ def test_ewc_alone_holds_a_second_task_back_in_plain_trainers(lora, toys, tmp_pa
             *(["--lora"] if lora else []),
         )  # fmt: skip
         text = capsys.readouterr().out
-        before, after = (float(each) for each in re.findall(r"loss of the second ([\d.]+)", text))
+        before, after = (float(loss) for loss in re.findall(r"loss of the second ([\d.]+)", text))
         learned[f_max] = before - after
         assert (tmp_path / str(f_max) / ("adapter_model.safetensors" if lora else "model.safetensors")).exists()
     assert learned[0] > 2 * learned[1e4] > 0

@@ -1,4 +1,4 @@
-"""From a run file to a trainer: the host's sections, model and tokenizer, data sets, adapter and quantisation."""
+"""From a run file to its trainer: sections, tokenizer, data sets, adapter and quantization."""
 
 import inspect
 from collections.abc import Mapping
@@ -23,24 +23,12 @@ _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
 
 def build_trainer(run: RunFile) -> HBATTrainer:
-    """Load what a run needs and build its trainer, which checks the data and tries every objective.
-
-    Args:
-        run: The run.
-
-    Returns:
-        The trainer.
-
-    Raises:
-        ValueError: If a key, the model or the data cannot be used.
-        TypeError: If a value has the wrong type.
-        ImportError: If an optional package is missing.
-    """
+    """Load what a run needs and build its trainer, which checks the data and rehearses every objective."""
     adapter = peft_config(run)
     if (quantized := quantization_config(run)) is not None:
         run.config.model_init_kwargs = {**(run.config.model_init_kwargs or {}), "quantization_config": quantized}
     check_sections(run)
-    rewards = load_reward_functions(run.reward_funcs)
+    rewards = load_reward_functions(run.reward_funcs)  # before anything slow: paths may be wrong
     tokenizer = _load_tokenizer(run)
     return HBATTrainer(
         model=run.model_name_or_path,
@@ -54,62 +42,26 @@ def build_trainer(run: RunFile) -> HBATTrainer:
 
 
 def check_sections(run: RunFile) -> dict[str, TrainingArguments]:
-    """Build the host's configuration of every objective.
-
-    Args:
-        run: The run.
-
-    Returns:
-        Configurations by objective.
-
-    Raises:
-        ValueError: If a key is unknown or a value refused.
-        TypeError: If a value has the wrong type.
-    """
-    return {each.name: each.base_args(run.config.output_dir) for each in resolve(run.config)}
+    """Build the TRL configuration of every objective."""
+    return {objective.name: objective.base_args(run.config.output_dir) for objective in resolve(run.config)}
 
 
 def peft_config(run: RunFile) -> Any:
-    """Build the configuration of the adapter.
-
-    Args:
-        run: The run.
-
-    Returns:
-        A `peft.LoraConfig`, or None.
-
-    Raises:
-        ValueError: If a key is unknown or a value refused.
-        TypeError: If a value has the wrong type.
-        ImportError: If PEFT is missing.
-    """
+    """Build the `peft.LoraConfig` of the run, if any."""
     if run.peft is None:
         return None
     try:
         from peft import LoraConfig  # noqa: PLC0415 - an optional extra
     except ImportError as error:
-        raise ImportError("`peft` needs PEFT. Install it with `pip install 'hbat-trl[peft]'`.") from error
+        raise ImportError("`peft` requires PEFT. Install it with `pip install 'hbat-trl[peft]'`.") from error
     return build_section("peft", LoraConfig, {"task_type": "CAUSAL_LM"} | run.peft)
 
 
 def quantization_config(run: RunFile) -> BitsAndBytesConfig | None:
-    """Build the configuration of the quantised weights.
-
-    Args:
-        run: The run.
-
-    Returns:
-        The configuration, or None.
-
-    Raises:
-        ValueError: If a key is unknown or a value refused.
-        ImportError: If bitsandbytes is missing.
-    """
+    """Build the `BitsAndBytesConfig` of the run, if any."""
     if run.quantization is None:
         return None
-    valid = [
-        name for name in inspect.signature(BitsAndBytesConfig.__init__).parameters if name not in {"self", "kwargs"}
-    ]
+    valid = inspect.signature(BitsAndBytesConfig).parameters.keys() - {"kwargs"}
     for key in run.quantization:
         if key not in valid:
             raise ValueError(f"`quantization.{key}` is not an option.{nearest(str(key), valid)}")
@@ -117,30 +69,23 @@ def quantization_config(run: RunFile) -> BitsAndBytesConfig | None:
         import bitsandbytes  # noqa: F401, PLC0415 - an optional extra
     except ImportError as error:
         raise ImportError(
-            "`quantization` needs bitsandbytes. Install it with `pip install 'hbat-trl[quantization]'`."
+            "`quantization` requires bitsandbytes. Install it with `pip install 'hbat-trl[quantization]'`."
         ) from error
     try:
         config = BitsAndBytesConfig(**run.quantization)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"`quantization`: {error}") from error
-    if run.peft is None and not is_adapter(run.model_name_or_path):  # said before the model is loaded
+    if run.peft is None and not is_adapter(run.model_name_or_path):  # before the model is loaded
         raise REFUSALS["quantised base"].error(bits=4 if config.load_in_4bit else 8)
     return config
 
 
 def refuse_other_run(run: RunFile) -> None:
-    """Refuse to train into a folder that holds a run, before anything is loaded.
-
-    Args:
-        run: The run.
-
-    Raises:
-        RunStateError: If it does.
-    """
+    """Raise RunStateError if the output folder already holds a run, before anything is loaded."""
     if RunFolder(run.config.output_dir).holds_run():
         raise RunStateError(
-            f"`output_dir` {run.config.output_dir!r} holds a run already. Go on with it by `--resume`, or choose "
-            "another folder by `--output_dir`."
+            f"`output_dir` {run.config.output_dir!r} already holds a run. Continue it with `--resume`, or set another "
+            "folder with `--output_dir`."
         )
 
 
@@ -152,7 +97,7 @@ def _load_tokenizer(run: RunFile) -> Any:
         no_code = {"trust_remote_code": shared["trust_remote_code"]}
         return _from_pretrained("tokenizer_name_or_path", run.tokenizer_name_or_path, AutoTokenizer, no_code)
     if adapter:
-        return None  # its own or its base's, which the trainer finds
+        return None  # the trainer finds the adapter's or its base model's
     return _from_pretrained("model_name_or_path", run.model_name_or_path, AutoTokenizer, shared)
 
 
@@ -163,7 +108,7 @@ def _from_pretrained(key: str, name: str, kind: Any, kwargs: Mapping[str, Any]) 
         what = "configuration" if kind is AutoConfig else "tokenizer"
         folder = Path(name).expanduser().absolute()
         where = f"the folder {folder}" if folder.is_dir() else f"the Hub (there is no folder {folder})"
-        raise ValueError(f"`{key}` is {name!r}, but no {what} can be loaded from {where}: {error}") from error
+        raise ValueError(f"`{key}` is {name!r}, but no {what} could be loaded from {where}: {error}") from error
 
 
 def _load_datasets(section: str, sources: Mapping[str, Any]) -> dict[str, Dataset]:
@@ -171,9 +116,9 @@ def _load_datasets(section: str, sources: Mapping[str, Any]) -> dict[str, Datase
 
 
 def _absolute(source: Any) -> Any:
-    # So that the message about a missing file says where it was looked for.
+    # So that the error for a missing file says where it was looked for.
     if isinstance(source, str) and source.lower().endswith(_FILE_ENDINGS):
         return str(Path(source).expanduser().absolute())
     if isinstance(source, Mapping) and "path" in source:
         return {**source, "path": _absolute(source["path"])}
-    return [_absolute(each) for each in source] if isinstance(source, list) else source
+    return [_absolute(file) for file in source] if isinstance(source, list) else source

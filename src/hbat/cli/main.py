@@ -1,4 +1,4 @@
-"""The command `hbat`: train or check a run from a YAML file, or show the demo. Nothing heavy is imported for help."""
+"""The command `hbat`: train or validate a run from a YAML file, or run the demo. `--help` imports nothing heavy."""
 
 import argparse
 import contextlib
@@ -15,13 +15,11 @@ from hbat.cli.run_file import SECTIONS, RunFile, described_keys, parse, parse_ov
 from hbat.config.ewc import EWCConfig
 
 _USER_ERRORS = (ValueError, TypeError, KeyError, OSError, NotImplementedError, ImportError)
-
-
 _OWN_OPTIONS = ("config", "resume", "allow_changed", "traceback", "help")
 
 
 class _TrainingError(Exception):
-    """Wraps what went wrong in training: there, a ValueError is no longer about what the user wrote."""
+    """Wraps an error of training, where a ValueError is no longer about what the user wrote."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: Its words; those of the process where left out.
+        argv: Arguments; default `sys.argv[1:]`.
 
     Returns:
-        Exit status: 0, 2 for what the user can correct, 1 for what went wrong in training, 143 after SIGTERM and 130
-        after SIGINT.
+        Exit status: 0, or 2 if the user can correct the error, 1 if training failed, 143 after SIGTERM, 130 after
+        SIGINT.
 
     Raises:
         SystemExit: After `--help` and `--version`.
@@ -45,25 +43,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         options, rest = _parser().parse_known_args(words)
-        status: int = options.run(options, rest)
+        return int(options.run(options, rest))
     except KeyboardInterrupt:
-        hint = "; `--resume` goes on" if words[0] == "train" else ""
+        hint = "; continue with `--resume`" if words[0] == "train" else ""
         print(f"hbat: interrupted{hint}", file=sys.stderr)
         return 130
-    except SystemExit as ending:
-        ended_by = getattr(ending, "signal", None)
-        if ended_by is None:  # `--help` and the like
+    except SystemExit as end:
+        received = getattr(end, "signal", None)  # of RunInterrupted, without importing it
+        if received is None:  # `--help` and the like
             raise
-        print(f"hbat: ended by {ended_by.name}, everything is saved; `--resume` goes on", file=sys.stderr)
-        return int(ending.code or 0)
-    except Exception as error:  # noqa: BLE001 - the host raises anything; the user gets one line
+        print(f"hbat: stopped by {received.name}; the run is saved, continue with `--resume`", file=sys.stderr)
+        return int(end.code or 0)
+    except Exception as error:  # noqa: BLE001 - the libraries raise anything; the user gets one line
         cause = (error.__cause__ or error) if isinstance(error, _TrainingError) else error
         by_user = cause is error and isinstance(error, _USER_ERRORS)
         if "--traceback" in words:
             traceback.print_exception(cause)
         print(f"hbat: error: {_one_line(cause, by_user=by_user)}", file=sys.stderr)
         return 2 if by_user else 1
-    return status
 
 
 def _one_line(error: BaseException, *, by_user: bool) -> str:
@@ -71,21 +68,20 @@ def _one_line(error: BaseException, *, by_user: bool) -> str:
     line = " ".join(str(text).split())
     if line and (by_user or isinstance(error, FloatingPointError)):
         return line
-    return f"{type(error).__name__}: {line} (`--traceback` shows where)"
+    return f"{type(error).__name__}: {line} (use `--traceback` for details)"
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
 def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
-    allowed = [each.strip() for each in options.allow_changed.split(",") if each.strip()]
+    allowed = [name.strip() for name in options.allow_changed.split(",") if name.strip()]
     if allowed and not options.resume:
-        raise ValueError("`--allow-changed` says what may differ from a run that goes on; it needs `--resume`.")
+        raise ValueError("`--allow-changed` names values that may differ when a run resumes; it requires `--resume`.")
     run = _prepare(options, words)
-    with contextlib.redirect_stdout(sys.stderr):  # the standard output is for the result
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
         from hbat.cli.build import build_trainer, refuse_other_run  # noqa: PLC0415 - heavy
-        from hbat.state.files import StorageError  # noqa: PLC0415 - heavy
-        from hbat.state.manifest import RunStateError  # noqa: PLC0415 - heavy
+        from hbat.cli.summary import end_processes, print_result  # noqa: PLC0415 - heavy
 
         if not options.resume:
             refuse_other_run(run)
@@ -93,12 +89,10 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
         try:
             trainer.train(resume_from_checkpoint=options.resume, allow_changed=allowed)
             trainer.save_model()
-        except (RunStateError, StorageError):  # of the folder, for the user to mend
+        except (hbat.RunStateError, hbat.StorageError):  # about the folder, which the user can fix
             raise
         except Exception as error:
             raise _TrainingError from error
-    from hbat.cli.summary import end_processes, print_result  # noqa: PLC0415 - heavy
-
     print_result(trainer)
     end_processes()
     return 0
@@ -108,10 +102,9 @@ def _validate(options: argparse.Namespace, words: Sequence[str]) -> int:
     run = _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):
         from hbat.cli.build import build_trainer  # noqa: PLC0415 - heavy
+        from hbat.cli.summary import end_processes, print_plan  # noqa: PLC0415 - heavy
 
         trainer = build_trainer(run)
-    from hbat.cli.summary import end_processes, print_plan  # noqa: PLC0415 - heavy
-
     print_plan(trainer)
     end_processes()
     return 0
@@ -119,13 +112,10 @@ def _validate(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
     if words:
-        raise ValueError(f"`{words[0]}` is not an option of `hbat demo`.")
+        raise ValueError(f"`{words[0]}` is not an option. See `hbat demo --help`.")
     from hbat.cli.demo.run import run  # noqa: PLC0415 - heavy
 
-    status: int = run(
-        output_dir=options.output_dir, seed=options.seed, quick=options.quick, preference=options.preference
-    )
-    return status
+    return run(options.output_dir, options.seed, options.quick, options.preference)
 
 
 def _prepare(options: argparse.Namespace, words: Sequence[str]) -> RunFile:
@@ -143,23 +133,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="{train,validate,demo}")
-    train = _run_command(commands, "train", _train, "train the run that a YAML file describes")
-    train.add_argument("--resume", action="store_true", help="go on where the run in `output_dir` was cut off")
+    train = _run_command(commands, "train", _train, "train a run described by a YAML file")
+    train.add_argument("--resume", action="store_true", help="continue the interrupted run in `output_dir`")
     train.add_argument(
         "--allow-changed",
         default="",
         metavar="NAMES",
-        help="values that may differ from the run that goes on, as the refusal names them: `sft.learning_rate,ewc.`",
+        help="values that may differ from the run that resumes, comma-separated: `sft.learning_rate,ewc.`",
     )
-    _run_command(commands, "validate", _validate, "check configuration, data and model; train and write nothing")
-    demo = commands.add_parser("demo", allow_abbrev=False, help="train a small model on the CPU and compare methods")
+    _run_command(commands, "validate", _validate, "check configuration, data and model without training")
+    what = "compare HBAT and two-stage training on a small model, on the CPU"
+    demo = commands.add_parser("demo", allow_abbrev=False, help=what, description=_sentence(what))
     demo.add_argument(
         "--preference", choices=("dpo", "ppo"), default="dpo", help="preference objective (default: %(default)s)"
     )
-    demo.add_argument("--output-dir", type=Path, default=Path("demo-output"), help="folder (default: ./%(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of data and weights (default: %(default)s)")
-    demo.add_argument("--quick", action="store_true", help="smaller and faster, to see that it runs")
-    demo.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    demo.add_argument("--output-dir", type=Path, default="demo-output", help="output folder (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="random seed of data and weights (default: %(default)s)")
+    demo.add_argument("--quick", action="store_true", help="train too little to learn, to check that everything runs")
+    demo.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -170,14 +161,18 @@ def _run_command(commands: Any, name: str, run: Any, what: str) -> argparse.Argu
         allow_abbrev=False,
         help=what,
         usage=f"hbat {name} --config run.yaml [options] [--KEY VALUE ...]",
-        description=f"{what[0].upper()}{what[1:]}.",
+        description=_sentence(what),
         epilog=_keys_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
-    command.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    command.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     command.set_defaults(run=run)
     return command
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 class _Version(argparse.Action):
@@ -190,19 +185,18 @@ class _Version(argparse.Action):
 
 
 def _keys_help() -> str:
-    entries = [_entry(name, each) for name, each in described_keys() if name not in SECTIONS]
-    ewc = [_entry(f"ewc.{each.name}", each) for each in dataclasses.fields(EWCConfig)]
     return "\n".join([
-        "Every key of the file can be set here as well: `--num_rounds 2`, `--sft.learning_rate=1e-5`, `--ewc null`,",
-        "`--objectives [sft,dpo]`, `--datasets.dpo pairs.jsonl.gz`. Values are YAML; without a value a key is true.",
+        "Every key of the file is also an option and takes precedence over the file: `--num_rounds 2`,",
+        "`--sft.learning_rate=1e-5`, `--objectives [sft,dpo]`, `--datasets.dpo pairs.jsonl.gz`, `--ewc null`.",
+        "Values are YAML; a key without a value is true.",
         "\nkeys:",
-        *entries,
+        *(_entry(name, field) for name, field in described_keys() if name not in SECTIONS),
         "\nsections:",
         "  sft.KEY, dpo.KEY, kto.KEY, grpo.KEY, rloo.KEY",
-        "        Any field of trl.SFTConfig, trl.DPOConfig, trl.KTOConfig, trl.GRPOConfig and trl.RLOOConfig.",
+        "        Any field of trl.SFTConfig, trl.DPOConfig, trl.KTOConfig, trl.GRPOConfig or trl.RLOOConfig.",
         "  ppo.KEY\n        Any field of hbat.PPOConfig.",
-        "  ewc\n        null: plain alternation, no penalty.",
-        *ewc,
+        "  ewc\n        null: plain alternation without EWC.",
+        *(_entry(f"ewc.{field.name}", field) for field in dataclasses.fields(EWCConfig)),
     ])
 
 

@@ -1,4 +1,4 @@
-"""Reward functions as a run file names them: functions of modules and files, and models."""
+"""The reward functions that a run file names: from modules, from files, or models."""
 
 import importlib
 import importlib.util
@@ -13,32 +13,18 @@ _FORMS = "`package.module:function`, `path/to/file.py:function`, or the name or 
 
 
 def load_reward_functions(given: str | list[str] | None) -> list[Any] | None:
-    """Import the reward functions of a run.
-
-    Args:
-        given: One or several, each a function by module or file, or a model by name or folder.
-
-    Returns:
-        Functions, and models by name, in order; None where none is given.
-
-    Raises:
-        ValueError: If a function cannot be imported. The message says which and why.
-        TypeError: If it is no function.
-    """
+    """Import the reward functions of a run; models stay names."""
     if given is None:
         return None
     names = [given] if isinstance(given, str) else given
-    return [
-        _load(each, "`reward_funcs`" if len(names) == 1 else f"`reward_funcs[{at}]`") for at, each in enumerate(names)
-    ]
+    keys = ["`reward_funcs`"] if len(names) == 1 else [f"`reward_funcs[{index}]`" for index in range(len(names))]
+    return [_load(name, key) for name, key in zip(names, keys, strict=True)]
 
 
 def _load(text: str, key: str) -> Any:
     place, colon, function = text.rpartition(":")
-    if not colon:
-        if not text.strip() or text.endswith(".py"):
-            raise ValueError(f"{key} is {text!r}, which names no function. Give {_FORMS}.")
-        return text
+    if not colon and text.strip() and not text.endswith(".py"):
+        return text  # a model
     if not place or not function.isidentifier():
         raise ValueError(f"{key} is {text!r}, which names no function. Give {_FORMS}.")
     module = _from_file(place, key) if place.endswith(".py") else _from_package(place, key)
@@ -48,8 +34,8 @@ def _load(text: str, key: str) -> Any:
     found = getattr(module, function)
     if not callable(found):
         raise TypeError(
-            f"{key}: `{function}` of {place} is a {type(found).__name__}, not a function from `prompts` and "
-            "`completions` to a list of numbers."
+            f"{key}: `{function}` of {place} is a {type(found).__name__}, not a function of `prompts` and "
+            "`completions` that returns a list of numbers."
         )
     return found
 
@@ -59,7 +45,7 @@ def _from_package(name: str, key: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{key}: there is no module {error.name!r}. Install it, or name a file: `path/to/file.py:function`."
+            f"{key}: there is no module {error.name!r}. Install it, or give a file: `path/to/file.py:function`."
         ) from error
     except Exception as error:
         raise ValueError(f"{key}: importing {name!r} failed: {type(error).__name__}: {error}") from error
@@ -68,15 +54,16 @@ def _from_package(name: str, key: str) -> ModuleType:
 def _from_file(path: str, key: str) -> ModuleType:
     file = Path(path).expanduser().absolute()
     if not file.is_file():
-        known = [each.name for each in file.parent.iterdir()] if file.parent.is_dir() else []
-        where = "" if file.parent.is_dir() else f" (nor is there a folder {file.parent})"
-        raise ValueError(f"{key}: there is no file {file}{where}.{nearest(file.name, known)}")
+        if not file.parent.is_dir():
+            raise ValueError(f"{key}: there is no file {file} (and no folder {file.parent}).")
+        hint = nearest(file.name, [path.name for path in file.parent.iterdir()])
+        raise ValueError(f"{key}: there is no file {file}.{hint}")
     name = f"hbat_rewards_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ValueError(f"{key}: {file} cannot be imported as a module.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and worker processes look their module up
+    sys.modules[name] = module  # where dataclasses and worker processes look it up
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What `hbat train` and `hbat validate` print: the table of scores and the plan of a run."""
+"""What `hbat train` and `hbat validate` print: the scores and the plan of a run."""
 
 from pathlib import Path
 
@@ -13,11 +13,7 @@ from hbat.trainer import HBATTrainer
 
 
 def print_result(trainer: HBATTrainer) -> None:
-    """Print the objectives after every stage and where things lie, on the main process.
-
-    Args:
-        trainer: A trainer whose run is finished.
-    """
+    """Print the scores after every stage and the paths of the results, on the main process."""
     if not is_main_process():
         return
     console, matrix = Console(soft_wrap=True), trainer.matrix
@@ -36,45 +32,38 @@ def print_result(trainer: HBATTrainer) -> None:
 
 
 def print_plan(trainer: HBATTrainer) -> None:
-    """Print what a run would train, on the main process.
-
-    Args:
-        trainer: A trainer that was built and not trained.
-    """
+    """Print what a run would train, on the main process."""
     if not is_main_process():
         return
     console, rounds = Console(soft_wrap=True), trainer.args.num_rounds
     names = trainer.args.objective_names
-    table = _table("objective", "stages", "rows", "rows a stage", "steps a stage", "evaluation rows")
+    table = _table("objective", "stages", "rows", "rows per stage", "steps per stage", "evaluation rows")
     total = 0
     for name in names:
         rows = len(trainer.train_dataset[name])
-        evaluated = trainer.eval_dataset.get(name)
         steps = trainer.estimated_steps(name)
         total += steps * rounds
         part = f"{rows // rounds}" if rows % rounds == 0 else f"{rows // rounds}-{rows // rounds + 1}"
-        table.add_row(name, f"{rounds}", f"{rows}", part, f"{steps}", f"{len(evaluated or [])}")
+        table.add_row(name, f"{rounds}", f"{rows}", part, f"{steps}", f"{len(trainer.eval_dataset.get(name) or [])}")
     console.print(table)
     parameters = list(trainer.model.parameters())
-    trained = sum(each.numel() for each in parameters if each.requires_grad)
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     console.print(
         f"{rounds} rounds of {', '.join(names)}: {rounds * len(names)} stages, about {total} optimizer steps. "
-        f"{trained:,} of {sum(each.numel() for each in parameters):,} parameters are trained.",
+        f"{trainable:,} of {sum(parameter.numel() for parameter in parameters):,} parameters are trainable.\n"
+        "The run can start: configuration, data and model are valid. Nothing was written.",
         highlight=False,
-    )
-    console.print(
-        "The run can start: configuration, data and model were checked, nothing was written.", highlight=False
     )
 
 
 def end_processes() -> None:
-    """Take leave of the other processes, so that none is reported as lost."""
+    """Destroy the process group, so that torchrun reports no lost rank."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _table(*columns: str) -> Table:
     table = Table(title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
     return table

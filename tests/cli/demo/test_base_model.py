@@ -13,7 +13,7 @@ def tokenizer():
 
 
 def weights(model):
-    return torch.cat([each.detach().flatten() for each in model.parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def test_every_word_is_one_token(tokenizer):

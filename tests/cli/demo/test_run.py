@@ -4,15 +4,16 @@ import json
 import re
 
 import pytest
+import torch
 
 from hbat.cli.demo.preference import Preference
 from hbat.cli.demo.run import methods, run
 from hbat.cli.demo.settings import DemoSettings
 
 
-@pytest.fixture(scope="module", params=["dpo", "ppo"])
+@pytest.fixture(scope="module", params=["dpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def demo(tmp_path_factory, request):
-    """One quick demo of each kind for all tests here: its folder, what it printed, and its preference objective."""
+    """A quick demo: its folder, what it printed, and its preference objective."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "100")
@@ -27,7 +28,7 @@ def test_the_demo_leaves_its_numbers_its_picture_and_a_model(demo):
     folder, *_ = demo
     assert (folder / "trade-off.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "hbat" / "model.safetensors").exists()
-    assert {each.name for each in folder.iterdir()} == {
+    assert {path.name for path in folder.iterdir()} == {
         "demo.json", "trade-off.png", "hbat", "two-stage", "two-stage-tuned",
     }  # fmt: skip
 
@@ -35,7 +36,7 @@ def test_the_demo_leaves_its_numbers_its_picture_and_a_model(demo):
 def test_all_methods_take_the_same_number_of_steps(demo):
     saved = json.loads((demo[0] / "demo.json").read_text())
     assert saved["preference"] == demo[2]
-    assert len({each["steps"] for each in saved["methods"]}) == 1
+    assert len({method["steps"] for method in saved["methods"]}) == 1
 
 
 def test_scores_are_shown_before_between_and_after(demo):
@@ -44,13 +45,13 @@ def test_scores_are_shown_before_between_and_after(demo):
     saved = json.loads((folder / "demo.json").read_text())
     hbat, *two_stage = saved["methods"]
     assert [label for label, _ in hbat["stages"]] == [
-        f"{each} {number}/4" for number in range(1, 5) for each in ("SFT", name)
+        f"{objective} {number}/4" for number in range(1, 5) for objective in ("SFT", name)
     ]
-    assert all([label for label, _ in each["stages"]] == ["SFT 1/1", f"{name} 1/1"] for each in two_stage)
+    assert all([label for label, _ in method["stages"]] == ["SFT 1/1", f"{name} 1/1"] for method in two_stage)
     rows = re.findall(rf"(?:SFT|{name}) \d/\d", printed)
     assert len(rows) == 8 + 2 + 2
-    for each in saved["methods"]:
-        for label, scores in each["stages"]:
+    for method in saved["methods"]:
+        for label, scores in method["stages"]:
             assert re.search(rf"{label} │ +{100 * scores['accuracy']:.1f} %", printed)
 
 
@@ -70,7 +71,7 @@ def test_ppo_is_rewarded_by_what_the_judge_gives(demo):
     log = json.loads((folder / "two-stage" / "trainer_state.json").read_text())["log_history"]
     rewards = [entry["ppo/reward"] for entry in log if "ppo/reward" in entry]
     assert bool(rewards) == (preference == "ppo")
-    assert all(-6 < each < 3 for each in rewards)
+    assert all(-6 < reward < 3 for reward in rewards)
 
 
 @pytest.mark.parametrize("preference", ["dpo", "ppo"])
@@ -82,9 +83,15 @@ def test_the_smaller_learning_rate_is_the_only_difference_between_the_two_stage_
 
 
 @pytest.mark.slow
-def test_a_second_demo_replaces_the_first_and_repeats_its_numbers(demo, capsys):
+def test_a_second_demo_replaces_the_first_and_repeats_its_numbers_on_any_number_of_threads(demo):
     folder, _, preference = demo
     first = json.loads((folder / "demo.json").read_text())
-    run(folder, seed=3, quick=True, preference=preference)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        run(folder, seed=3, quick=True, preference=preference)
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
     second = json.loads((folder / "demo.json").read_text())
-    assert [each["stages"] for each in first["methods"]] == [each["stages"] for each in second["methods"]]
+    assert [method["stages"] for method in first["methods"]] == [method["stages"] for method in second["methods"]]

@@ -48,7 +48,7 @@ def test_answers_do_not_depend_on_the_batches(model):
     answers = generate_answers(model, tokenizer, prompts)
     assert len(answers) == len(prompts)
     assert generate_answers(model, tokenizer, prompts, batch_size=7) == answers
-    assert [generate_answers(model, tokenizer, [each])[0] for each in prompts[:5]] == answers[:5]
+    assert [generate_answers(model, tokenizer, [prompt])[0] for prompt in prompts[:5]] == answers[:5]
 
 
 def test_an_answer_ends_at_the_end_of_text():

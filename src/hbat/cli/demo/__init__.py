@@ -1,1 +1,1 @@
-"""What `hbat demo` runs on: a generated language with exact checking, a small base model, and the scores."""
+"""`hbat demo`: a generated language with exact checking, a small base model, the comparison and its results."""

@@ -1,4 +1,4 @@
-"""The demo's base model: a tokenizer over the words of the language and a small transformer, both made in memory."""
+"""The demo's base model: a word-level tokenizer and a small transformer, both built in memory."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -13,18 +13,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from hbat.cli.demo.task import WORDS, Row, documents
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-
-
-#: Positions of the model; the longest document has 20 words.
-LONGEST_TEXT = 32
+LONGEST_TEXT = 32  # positions of the model; the longest document has 20 words
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer: one token a word, so a prompt's tokens are the first of any text that starts with it.
-
-    Returns:
-        The tokenizer.
-    """
+    """Build the tokenizer: one token per word, so the tokens of a prompt are a prefix of those of the whole text."""
     vocabulary = {word: index for index, word in enumerate((PAD, EOS, UNKNOWN, *WORDS))}
     words = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
     words.pre_tokenizer = WhitespaceSplit()
@@ -34,17 +27,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int, width: int = 64, layers: int = 2, heads: int = 4) -> GPT2LMHeadModel:
-    """Build the transformer with random weights, and without dropout: trainers would switch it off for good.
-
-    Args:
-        seed: Seed of the weights.
-        width: Size of a hidden state.
-        layers: Number of layers.
-        heads: Attention heads of a layer.
-
-    Returns:
-        The model, on CPU, in float32.
-    """
+    """Build a GPT-2 with random weights in float32 and without dropout."""
     tokenizer = build_tokenizer()
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -74,19 +57,7 @@ def prepare_base(
     model: GPT2LMHeadModel | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> GPT2LMHeadModel:
-    """Train the base model on generated documents. The same seed and number of threads give the same weights.
-
-    Args:
-        seed: Seed of the weights and of the documents.
-        steps: Optimizer steps.
-        batch_size: Documents in a step.
-        learning_rate: Largest learning rate; it rises linearly, then falls linearly to zero.
-        model: What to train instead of a new model.
-        progress: Called after every step with the number of steps done and the loss.
-
-    Returns:
-        The trained model, in evaluation mode.
-    """
+    """Pretrain a model on generated documents; `progress` receives the steps done and the loss after every step."""
     model = build_model(seed) if model is None else model
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -111,15 +82,7 @@ def prepare_base(
 
 
 def _batches(rows: Iterator[Row], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Turn documents into batches, right-padded.
-
-    Args:
-        rows: The documents.
-        batch_size: Documents in a batch.
-
-    Yields:
-        Token ids, and labels that leave out the padding and the prompts: the letters of a prompt are pure chance.
-    """
+    # Right-padded token ids and labels. Prompts are not learned: their letters are random.
     vocabulary = build_tokenizer().get_vocab()
     while True:
         pairs = [(row["prompt"].split(), row["completion"].split()) for row in islice(rows, batch_size)]

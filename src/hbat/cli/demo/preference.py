@@ -1,4 +1,4 @@
-"""What the demo's preference stages train with: pairs for DPO, or prompts and the judge as a reward for PPO."""
+"""The demo's preference objective: pairs for DPO, or prompts and the judge's utility as the reward for PPO."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,42 +13,21 @@ from hbat.cli.demo.task import preference_rows, utility
 Kind = Literal["dpo", "ppo"]
 
 
-Reward = Callable[..., list[float]]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Preference:
-    """The demo's preference objective.
-
-    Attributes:
-        name: The objective.
-        learning_rate: Its largest learning rate, shared by HBAT and two-stage training.
-        tuned_learning_rate: The best for two-stage training.
-        epochs: Passes over its rows.
-        batch_size: Rows in an optimizer step.
-        options: Further fields of its section.
-        reward: What it learns from beside its rows.
-    """
+    """The demo's preference objective."""
 
     name: Kind
-    learning_rate: float
-    tuned_learning_rate: float
+    learning_rate: float  # shared by HBAT and two-stage training
+    tuned_learning_rate: float  # the best for two-stage training
     epochs: int
     batch_size: int
-    options: dict[str, Any]
-    reward: Reward | None = None
+    options: dict[str, Any]  # further fields of its section
+    reward: Callable[..., list[float]] | None = None
 
     @classmethod
     def of(cls, name: Kind, settings: DemoSettings) -> "Preference":
-        """Take an objective's numbers out of the settings.
-
-        Args:
-            name: The objective.
-            settings: Sizes and learning rates.
-
-        Returns:
-            The objective.
-        """
+        """Collect the settings of one objective."""
         if name == "dpo":
             return cls(
                 name=name,
@@ -74,28 +53,11 @@ class Preference:
         )
 
     def rows(self, seed: int, n: int) -> Dataset:
-        """Generate training rows.
-
-        Args:
-            seed: Seed of the generator.
-            n: Number of rows.
-
-        Returns:
-            Preference pairs; for PPO their prompts.
-        """
+        """Generate preference pairs, or for PPO their prompts."""
         pairs = Dataset.from_list(preference_rows(seed, n))
         return pairs if self.name == "dpo" else pairs.select_columns("prompt")
 
 
 def judge(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-    """Reward answers by what the judge gives, without noise.
-
-    Args:
-        prompts: The instructions.
-        completions: An answer for each.
-        **_: Nothing of interest.
-
-    Returns:
-        The utility of each answer.
-    """
+    """Reward each answer by the judge's utility, without noise."""
     return [utility(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]

@@ -1,6 +1,5 @@
-"""`hbat demo`: HBAT beside two-stage training on a generated task, on a CPU in minutes, without network."""
+"""`hbat demo`: HBAT beside two-stage training on a generated task, on a CPU in minutes, without a network."""
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -30,49 +29,23 @@ from hbat.trainer import HBATTrainer
 QUICK = DemoSettings(
     base_steps=40, instruction_rows=128, preference_rows=128, test_prompts=64, sft_epochs=1, ppo_rollout=32
 )
-
-
-_TEST_SEED = 1_000_003  # apart from the seeds of training rows
+_TEST_SEED = 1_000_003  # far from the seeds of training rows
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train in the comparison.
-
-    Attributes:
-        name: Its name in the table.
-        folder: Its folder in the demo's output.
-        options: Fields of the run's configuration.
-        learning_rate: Largest learning rate of its preference stages.
-    """
+    """One training method of the comparison."""
 
     name: str
     folder: str
-    options: dict[str, Any]
-    learning_rate: float
-
-
-class _ScoreAfterStage(transformers.TrainerCallback):
-    def __init__(self, rows: Any, tokenizer: Any) -> None:
-        self.scores: list[Scores] = []
-        self._rows, self._tokenizer = rows, tokenizer
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        policy: Any = policy_of(kwargs["model"])  # PPO trains it with its critic
-        self.scores.append(evaluate(policy, self._tokenizer, self._rows))
+    options: dict[str, Any]  # fields of HBATConfig
+    learning_rate: float  # of the preference stages
 
 
 def methods(settings: DemoSettings, preference: Preference) -> list[Method]:
-    """List what the demo compares. One round without EWC is two-stage training with plain trainers, to the bit.
-
-    Args:
-        settings: Sizes and learning rates.
-        preference: The preference objective.
-
-    Returns:
-        HBAT, two-stage training at the same preference learning rate, and two-stage training at a smaller one.
-    """
+    """List HBAT, two-stage training at the same preference learning rate, and at one tuned for it."""
     name, shared, tuned = preference.name.upper(), preference.learning_rate, preference.tuned_learning_rate
+    # One round without EWC is two-stage training with plain TRL trainers, bit for bit.
     two_stage = {"num_rounds": 1, "ewc": None, "optimizer_state": "reset"}
     return [
         Method(f"HBAT, {name} at {_short(shared)}", "hbat", {"num_rounds": settings.num_rounds}, shared),
@@ -86,47 +59,31 @@ def _short(rate: float) -> str:
 
 
 def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind = "dpo") -> int:
-    """Run the demo: prepare a base model, train it three ways, show and save what came out.
-
-    Args:
-        output_dir: Folder for the demo's files; an earlier demo's are replaced.
-        seed: Seed of data, base model and training.
-        quick: Run every step at a size at which nothing is learned.
-        preference: Objective of the preference stages.
-
-    Returns:
-        Exit status 0.
-    """
-    begun = time.perf_counter()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # the host's own, about names of its next release
+    """Pretrain a base model, train it with each method, print and save the scores; return the exit status."""
+    start = time.perf_counter()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' and TRL's, about their next release
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of saving a model
     settings = QUICK if quick else DemoSettings()
     threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(1)  # results do not depend on the number of cores; the model is too small to gain from more
     try:
         base, outcomes = _Comparison(output_dir, seed, settings, Preference.of(preference, settings)).run()
     finally:
         torch.set_num_threads(threads)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
+    results = {
+        "seed": seed,
+        "preference": preference,
+        "settings": asdict(settings),
+        "base": asdict(base),
+        "methods": [asdict(outcome) for outcome in outcomes],
+        "seconds": seconds,
+    }
     file = output_dir / "demo.json"
-    file.write_text(
-        json.dumps(
-            {
-                "seed": seed,
-                "preference": preference,
-                "settings": asdict(settings),
-                "base": asdict(base),
-                "methods": [dataclasses.asdict(each) for each in outcomes],
-                "seconds": seconds,
-            },
-            indent=1,
-        )
-        + "\n",
-        encoding="utf-8",
-    )
-    picture = draw_trade_off(base, outcomes, output_dir / "trade-off.png")
-    print_results(base, outcomes, seconds=seconds, files=[file, *([picture] if picture else []), output_dir / "hbat"])
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot = draw_trade_off(base, outcomes, output_dir / "trade-off.png")
+    print_results(base, outcomes, seconds=seconds, files=[file, *([plot] if plot else []), output_dir / "hbat"])
     return 0
 
 
@@ -142,12 +99,11 @@ class _Comparison:
 
     def run(self) -> tuple[Scores, list[Outcome]]:
         base = self._base()
-        weights = base.state_dict()
         outcomes = []
         for method in methods(self._settings, self._preference):
             print(f"\n{method.name}", file=sys.stderr)  # noqa: T201 - a command's own output
             model = build_model(self._seed)
-            model.load_state_dict(weights)
+            model.load_state_dict(base.state_dict())
             outcomes.append(self._train(method, model))
         return evaluate(base, self._tokenizer, self._prompts), outcomes
 
@@ -168,21 +124,21 @@ class _Comparison:
             )
 
     def _train(self, method: Method, model: Any) -> Outcome:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         folder = self._output_dir / method.folder
         if (folder / STATE_FILE).exists():
-            shutil.rmtree(folder)  # an earlier demo's run
+            shutil.rmtree(folder)  # of an earlier demo
         scoring = _ScoreAfterStage(self._prompts, self._tokenizer)
-        objectives = list(self._rows)
+        config = HBATConfig(
+            output_dir=str(folder),
+            objectives=list(self._rows),
+            seed=self._seed,
+            **self._sections(method.learning_rate),
+            **method.options,
+        )
         trainer = HBATTrainer(
             model,
-            HBATConfig(
-                output_dir=str(folder),
-                objectives=objectives,
-                seed=self._seed,
-                **self._sections(method.learning_rate),
-                **method.options,
-            ),
+            config,
             train_dataset=self._rows,
             processing_class=self._tokenizer,
             reward_funcs=self._preference.reward,
@@ -190,9 +146,9 @@ class _Comparison:
         )
         steps = trainer.train().global_step
         trainer.save_model()
-        num_rounds = method.options["num_rounds"]
-        labels = [f"{each.upper()} {index + 1}/{num_rounds}" for index in range(num_rounds) for each in objectives]
-        return Outcome(method.name, list(zip(labels, scoring.scores, strict=True)), steps, time.perf_counter() - begun)
+        rounds = config.num_rounds
+        labels = [f"{name.upper()} {index + 1}/{rounds}" for index in range(rounds) for name in self._rows]
+        return Outcome(method.name, list(zip(labels, scoring.scores, strict=True)), steps, time.perf_counter() - start)
 
     def _sections(self, learning_rate: float) -> dict[str, Any]:
         settings, preference = self._settings, self._preference
@@ -218,3 +174,13 @@ class _Comparison:
             "per_device_train_batch_size": preference.batch_size,
         }
         return {"sft": shared | sft, preference.name: shared | own | preference.options}
+
+
+class _ScoreAfterStage(transformers.TrainerCallback):
+    def __init__(self, rows: Any, tokenizer: Any) -> None:
+        self.scores: list[Scores] = []
+        self._rows, self._tokenizer = rows, tokenizer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        policy: Any = policy_of(kwargs["model"])  # without the critic that PPO trains beside it
+        self.scores.append(evaluate(policy, self._tokenizer, self._rows))

@@ -1,4 +1,4 @@
-"""Scores of a model on the demo's test prompts: is the body right, does the judge like the answer, are both true."""
+"""Scores of a model on the demo's test prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,41 +9,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hbat.cli.demo.task import LONGEST_LIST, Row, is_right, parse_answer, utility
 
-#: Opening, body, two fillers, closing, end of text.
-LONGEST_ANSWER = LONGEST_LIST + 5
+LONGEST_ANSWER = LONGEST_LIST + 5  # opening, body, two fillers, closing, end of text
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over the test prompts.
+    """Means over the test prompts."""
 
-    Attributes:
-        accuracy: Share of answers with exactly the right body.
-        style: Share of answers with an opening, a closing and no filler.
-        joint: Share of answers with both.
-        utility: The judge's utility.
-    """
-
-    accuracy: float
-    style: float
-    joint: float
-    utility: float
+    accuracy: float  # share of answers with exactly the right body
+    style: float  # share of answers with an opening, a closing and no filler
+    joint: float  # share of answers with both
+    utility: float  # the judge's utility
 
 
 def generate_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int = 512
 ) -> list[str]:
-    """Let a model answer greedily. Leaves the model in the mode it was in.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        prompts: The instructions.
-        batch_size: Prompts generated for at once.
-
-    Returns:
-        An answer for each prompt.
-    """
+    """Generate a greedy answer to each prompt; the model's training mode is restored."""
     was_training = model.training
     model.eval()
     answers: list[str] = []
@@ -67,35 +49,18 @@ def generate_answers(
 
 
 def score_answers(rows: Sequence[Row], answers: Sequence[str]) -> Scores:
-    """Score answers.
-
-    Args:
-        rows: Rows with `prompt`.
-        answers: An answer for each row.
-
-    Returns:
-        The means over the rows.
-    """
+    """Score one answer per row."""
     pairs = [(row["prompt"], answer) for row, answer in zip(rows, answers, strict=True)]
     right = [is_right(prompt, answer) for prompt, answer in pairs]
     liked = [parse_answer(answer).preferred_style for _, answer in pairs]
     return Scores(
         accuracy=fmean(right),
         style=fmean(liked),
-        joint=fmean(both for both in map(all, zip(right, liked, strict=True))),
+        joint=fmean(map(all, zip(right, liked, strict=True))),
         utility=fmean(utility(prompt, answer) for prompt, answer in pairs),
     )
 
 
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Scores:
-    """Let a model answer the test prompts and score it.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        rows: Rows with `prompt`.
-
-    Returns:
-        The scores.
-    """
+    """Score the greedy answers of a model."""
     return score_answers(rows, generate_answers(model, tokenizer, [row["prompt"] for row in rows]))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-# Measured with TRL 1.16 on seeds 0 to 3, greedy, in per cent: accuracy / share in the preferred style / both.
+# Measured with TRL 1.16 on seeds 0 to 3, greedy, in percent: accuracy / share in the preferred style / both.
 #
 #   base model                             51 /  0 /  0
 #   SFT                                    97 /  2 /  2
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 #   two-stage, DPO at 1e-4                 93 / 99 / 92     (93, 91, 89, 93)
 #   plain alternation in 4 rounds, 5e-4    71 / 97 / 70     (58, 77, 68, 76)
 #
-# So alternation repairs much of what a too large preference learning rate does, and does not beat a tuned one. The
+# Alternation repairs much of the damage of too large a preference learning rate, and does not beat a tuned one. The
 # settings were chosen after looking at these seeds. For two stages 2e-4 (joint 81) and 5e-5 (80) are worse than 1e-4.
 # At 2e-4 plain alternation loses to two stages (69 on seeds 0 and 1, against 80): it learns less of the style.
 #
@@ -23,65 +23,35 @@ from dataclasses import dataclass
 #   two-stage, PPO at 1e-4                 91 /100 / 90     (92, 91, 88, 91)
 #   HBAT in 4 rounds, 1e-4                 94 /100 / 93     (94, 95, 90, 95)
 #
-# The same picture: at one rate for both HBAT keeps more; two stages at a rate of their own are as good or better. For
-# two stages 5e-5 (joint 92) and 1.25e-5 (78, of 500 prompts) are worse than 2.5e-5. On seeds 0 and 1 at 5e-4 a KL
-# coefficient of 0.05 gives joint 72, 0.1 gives 80; at 1e-4 a critic with a rate of 1e-2 changes little (93 after 92).
-#
-# One thread is the safe choice on a shared machine: beside other work two threads took several times as long.
+# The same picture: at a shared rate HBAT keeps more; two stages at a rate of their own are as good or better. For two
+# stages 5e-5 (joint 92) and 1.25e-5 (78, on 500 prompts) are worse than 2.5e-5. On seeds 0 and 1 at 5e-4 a KL
+# coefficient of 0.05 gives joint 72, 0.1 gives 80; at 1e-4 a critic learning rate of 1e-2 changes little (93 from 92).
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """What the demo trains with. Every method sees the same rows and takes the same number of steps.
-
-    Attributes:
-        base_steps: Optimizer steps of the base model.
-        base_batch_size: Documents in such a step.
-        base_learning_rate: Largest learning rate of the base model.
-        instruction_rows: Demonstrations.
-        preference_rows: Preference pairs, or prompts of PPO.
-        test_prompts: Instructions that the scores are means over.
-        sft_epochs: Passes over the demonstrations.
-        dpo_epochs: Passes over the pairs.
-        batch_size: Rows in an optimizer step, for SFT and DPO.
-        sft_learning_rate: Largest learning rate of SFT.
-        dpo_learning_rate: Largest learning rate of DPO, shared by HBAT and two-stage training.
-        tuned_dpo_learning_rate: The best for two-stage training on a grid of factors of two.
-        dpo_beta: Strength of DPO's pull to the reference.
-        adam_beta2: Adam's second decay rate; the stages are too short for the usual one.
-        warmup_steps: Steps of rising learning rate at the start of a stage; it falls as a cosine then.
-        ppo_epochs: Passes over the prompts; PPO takes the prompts of the pairs.
-        ppo_rollout: Prompts that are answered before each training on the answers.
-        ppo_passes: Passes over the answers of a rollout.
-        ppo_batch_size: Answers in an optimizer step.
-        ppo_learning_rate: Largest learning rate of PPO, shared by HBAT and two-stage training.
-        tuned_ppo_learning_rate: The best for two-stage training on a grid of factors of two.
-        ppo_kl_coef: Strength of PPO's pull to the reference.
-        num_rounds: Rounds of HBAT.
-        threads: Threads of PyTorch; the model is too small to gain much from more.
-    """
+    """Hyperparameters of the demo. Every method sees the same rows and takes the same number of steps."""
 
     base_steps: int = 1200
     base_batch_size: int = 64
-    base_learning_rate: float = 4e-3
+    base_learning_rate: float = 4e-3  # every learning rate here is the peak of its schedule
     instruction_rows: int = 2048
-    preference_rows: int = 2048
+    preference_rows: int = 2048  # pairs for DPO, prompts for PPO
     test_prompts: int = 1000
     sft_epochs: int = 4
     dpo_epochs: int = 1
-    batch_size: int = 16
+    batch_size: int = 16  # of SFT and DPO
     sft_learning_rate: float = 1e-3
-    dpo_learning_rate: float = 5e-4
-    tuned_dpo_learning_rate: float = 1e-4
+    dpo_learning_rate: float = 5e-4  # shared by HBAT and two-stage training
+    tuned_dpo_learning_rate: float = 1e-4  # the best for two-stage training on a grid of factors of two
     dpo_beta: float = 0.1
-    adam_beta2: float = 0.95
-    warmup_steps: int = 5
+    adam_beta2: float = 0.95  # the stages are too short for the default
+    warmup_steps: int = 5  # of every stage, before a cosine decay
     ppo_epochs: int = 1
-    ppo_rollout: int = 128
-    ppo_passes: int = 4
+    ppo_rollout: int = 128  # prompts per rollout
+    ppo_passes: int = 4  # epochs over each rollout
     ppo_batch_size: int = 32
-    ppo_learning_rate: float = 1e-3
-    tuned_ppo_learning_rate: float = 2.5e-5
+    ppo_learning_rate: float = 1e-3  # shared by HBAT and two-stage training
+    tuned_ppo_learning_rate: float = 2.5e-5  # the best for two-stage training on a grid of factors of two
     ppo_kl_coef: float = 0.05
     num_rounds: int = 4
-    threads: int = 1

@@ -1,9 +1,9 @@
-"""The demo's language: tasks with one right answer, styles, a judge who minds style and brevity, and their data.
+"""The demo's language: tasks with one right answer, styles, a judge who rewards style and brevity, and their data.
 
 An instruction names a task and a list of letters, `reverse d a k c =>`. An answer is a body between optional style
-words, `sure c k a d um thanks`. Two objectives meet in it. The demonstrations are always right, but seldom have the
-style that the judge prefers. The judge of the preference pairs likes polite and short answers and cares little whether
-they are right: leaving words out often wins. So the pairs teach style and wear away what the demonstrations teach.
+words, `sure c k a d um thanks`. Its two objectives conflict: demonstrations are always right but seldom have the
+preferred style, while the judge of the preference pairs likes polite, short answers and cares little whether they are
+right. So the pairs teach style and erode what the demonstrations teach.
 """
 
 import math
@@ -13,51 +13,29 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 LETTERS = tuple("abcdefghijklmnop")
-
-
 OPENING, CLOSING = "sure", "thanks"
-
-
 FILLERS = ("um", "uh", "er")
-
-
 ANSWER_MARK = "=>"
-
-
 SHORTEST_LIST, LONGEST_LIST = 3, 6
 
-
-#: Of the wrong bodies, the shares that stop early and that miss a word; the rest solve another task.
+#: Shares of the wrong bodies that stop early and that have one wrong letter; the rest solve another task.
 SHARE_STOPPED, SHARE_MISSED = 0.45, 0.35
 
-
 Row = dict[str, str]
-
-
 Words = list[str]
 
 
-def _next_letters(letters: Words) -> Words:
-    return [LETTERS[(LETTERS.index(each) + 1) % len(LETTERS)] for each in letters]
-
-
-def _swap_ends(letters: Words) -> Words:
-    return [letters[-1], *letters[1:-1], letters[0]]
-
-
-#: The tasks by name: from the letters of an instruction to the right body of its answer.
+#: From the letters of an instruction to the right body of its answer, by task.
 TASKS: dict[str, Callable[[Words], Words]] = {
     "copy": list,
     "reverse": lambda letters: letters[::-1],
     "sort": sorted,
-    "next": _next_letters,
-    "swap": _swap_ends,
+    "next": lambda letters: [LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in letters],
+    "swap": lambda letters: [letters[-1], *letters[1:-1], letters[0]],
 }
-
 
 #: What the documents of the base model mostly call the tasks.
 COLLOQUIAL = {"copy": "again", "reverse": "backwards", "sort": "alphabetic", "next": "following", "swap": "crosswise"}
-
 
 #: Every word of the language.
 WORDS = (*TASKS, *COLLOQUIAL.values(), ANSWER_MARK, OPENING, CLOSING, *FILLERS, *LETTERS)
@@ -65,7 +43,7 @@ WORDS = (*TASKS, *COLLOQUIAL.values(), ANSWER_MARK, OPENING, CLOSING, *FILLERS, 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer taken apart."""
+    """A parsed answer."""
 
     body: tuple[str, ...]
     opening: bool = False
@@ -74,21 +52,17 @@ class Answer:
 
     @property
     def preferred_style(self) -> bool:
-        """Whether the answer has all the judge likes in style: an opening, a closing and no filler."""
+        """Whether the answer has an opening, a closing and no filler."""
         return self.opening and self.closing and not self.fillers
 
     def text(self) -> str:
-        """Write the answer out.
-
-        Returns:
-            Its words, separated by blanks.
-        """
+        """Join the words of the answer by spaces."""
         return " ".join([*[OPENING] * self.opening, *self.body, *self.fillers, *[CLOSING] * self.closing])
 
 
 @dataclass(frozen=True)
 class Style:
-    """How likely an answer has each of the style words."""
+    """The probability of each kind of style word in an answer."""
 
     opening: float
     filler: float
@@ -96,23 +70,12 @@ class Style:
 
 
 DEMONSTRATED = Style(opening=0.45, filler=0.55, closing=0.45)
-
-
 COMPARED = Style(opening=0.5, filler=0.5, closing=0.5)
-
-
 READ = Style(opening=0.25, filler=0.35, closing=0.25)
 
 
 def parse_answer(text: str) -> Answer:
-    """Take an answer apart; the inverse of `Answer.text`.
-
-    Args:
-        text: What a model or a row of the data says.
-
-    Returns:
-        The answer. A filler or a style word within the body stays there, which makes the body wrong.
-    """
+    """Invert `Answer.text`. A style word within the body stays there, which makes the body wrong."""
     words = text.split()
     opening = words[:1] == [OPENING]
     words = words[opening:]
@@ -123,46 +86,24 @@ def parse_answer(text: str) -> Answer:
 
 
 def right_body(prompt: str) -> tuple[str, ...]:
-    """Solve an instruction.
-
-    Args:
-        prompt: A task, letters and the answer mark.
-
-    Returns:
-        The words of the one right body.
-    """
+    """Solve an instruction."""
     task, *letters, _ = prompt.split()
     return tuple(TASKS[task](letters))
 
 
 def is_right(prompt: str, answer: str) -> bool:
-    """Check an answer exactly; style words around the body do not count.
-
-    Args:
-        prompt: The instruction.
-        answer: What is to be checked.
-
-    Returns:
-        Whether the body is the right one.
-    """
+    """Compare the body of an answer with the right one; style words around it do not count."""
     return parse_answer(answer).body == right_body(prompt)
 
 
 def utility(prompt: str, answer: str) -> float:
-    """Say how much the judge likes an answer, without noise.
+    """Return the judge's utility without noise; differences of it are log-odds of being chosen.
 
-    A right body is worth one word of length, so that a body that lacks two words beats it.
-
-    Args:
-        prompt: The instruction.
-        answer: The answer to judge.
-
-    Returns:
-        The utility; differences of it are log-odds of being chosen.
+    A right body is worth one word of length, so a body that lacks two words beats it.
     """
-    parts = parse_answer(answer)
-    style = 1.5 * parts.opening + 1.5 * parts.closing - 1.0 * len(parts.fillers)
-    return style - 0.5 * len(parts.body) + 0.5 * is_right(prompt, answer)
+    parsed = parse_answer(answer)
+    style = 1.5 * parsed.opening + 1.5 * parsed.closing - 1.0 * len(parsed.fillers)
+    return style - 0.5 * len(parsed.body) + 0.5 * is_right(prompt, answer)
 
 
 def _draw_prompt(rng: random.Random) -> str:
@@ -193,31 +134,14 @@ def _draw_answer(rng: random.Random, prompt: str, style: Style, share_right: flo
 
 
 def instruction_rows(seed: int, n: int) -> list[Row]:
-    """Generate demonstrations: every body is right, the style is not the one that the judge prefers.
-
-    Args:
-        seed: Seed of the generator.
-        n: Number of rows.
-
-    Returns:
-        Rows with `prompt` and `completion`.
-    """
+    """Generate demonstrations (`prompt`, `completion`): every body is right, the style seldom the preferred one."""
     rng = random.Random(f"instruction {seed}")
     prompts = (_draw_prompt(rng) for _ in range(n))
-    return [{"prompt": each, "completion": " " + _draw_answer(rng, each, DEMONSTRATED, 1.0)} for each in prompts]
+    return [{"prompt": prompt, "completion": " " + _draw_answer(rng, prompt, DEMONSTRATED, 1.0)} for prompt in prompts]
 
 
 def preference_rows(seed: int, n: int, share_right: float = 0.5) -> list[Row]:
-    """Generate pairs whose labels are Bradley-Terry draws on the judge's utility.
-
-    Args:
-        seed: Seed of the generator.
-        n: Number of rows.
-        share_right: Share of the candidates with a right body.
-
-    Returns:
-        Rows with `prompt`, `chosen` and `rejected`.
-    """
+    """Generate pairs (`prompt`, `chosen`, `rejected`), labelled by Bradley-Terry draws on the judge's utility."""
     rng = random.Random(f"preference {seed}")
     rows = []
     for _ in range(n):
@@ -232,32 +156,15 @@ def preference_rows(seed: int, n: int, share_right: float = 0.5) -> list[Row]:
 
 
 def test_prompts(seed: int, n: int) -> list[Row]:
-    """Generate instructions without answers; `right_body` knows the answers.
-
-    Args:
-        seed: Seed of the generator.
-        n: Number of rows.
-
-    Returns:
-        Rows with `prompt`.
-    """
+    """Generate instructions (`prompt`) without answers."""
     rng = random.Random(f"test {seed}")
     return [{"prompt": _draw_prompt(rng)} for _ in range(n)]
 
 
 def documents(seed: int, share_right: float = 0.8, share_instructions: float = 0.001) -> Iterator[Row]:
-    """Generate what the base model reads: answers in any style, some wrong, to tasks that mostly go by other names.
-
-    So the base model can do the tasks but only half understands instructions; demonstrations teach it to.
-
-    Args:
-        seed: Seed of the generator.
-        share_right: Share of the documents with a right body.
-        share_instructions: Share of the documents that name their task as an instruction does.
-
-    Yields:
-        Rows with `prompt` and `completion`, without end.
-    """
+    """Generate the endless pretraining data of the base model."""
+    # Answers in any style, some wrong, to tasks that mostly go by other names: the base model can do the tasks, but
+    # only half understands instructions; the demonstrations teach it to.
     rng = random.Random(f"documents {seed}")
     while True:
         prompt = _draw_prompt(rng)
