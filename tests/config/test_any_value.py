@@ -11,7 +11,7 @@ from junk import JUNK, fixed, one_line
 
 from hbat.config.ewc import EWCConfig
 from hbat.config.hbat import HBATConfig
-from hbat.objectives.built_in import build_sections, resolve
+from hbat.objectives.built_in import build_args, resolve
 
 
 def names_of(config_class):
@@ -49,6 +49,6 @@ def test_an_argument_of_trl(objective, examples):
     def check(key, value):
         config = HBATConfig(output_dir="unused", objectives=[objective], **{objective: runs.section() | {key: value}})
         # Arguments that split a model over devices are refused by their name alone; TRL seldom names its arguments.
-        accepted_or_refused([objective, key], lambda: build_sections(resolve(config), config))
+        accepted_or_refused([objective, key], lambda: build_args(resolve(config), config))
 
     check()
