@@ -55,7 +55,7 @@ def test_the_state_of_a_whole_model_is_its_own(tied):
     assert not is_sharded(model)
     state, expected = whole_state(model, keep=True), model.state_dict()
     assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], each) for name, each in expected.items())
-    pointers = {each.data_ptr() for each in state.values()}
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    pointers = {tensor.data_ptr() for tensor in state.values()}
     assert len(pointers) == len(state) - tied
     assert whole_state(model, keep=False) == {}

@@ -33,9 +33,9 @@ def coarse(seed):
 def lora_on_coarse(seed):
     """An adapter in float32, as PEFT makes it, on a base in bfloat16."""
     model = cases.lora_llama(seed)
-    for each in model.parameters():
-        if not each.requires_grad:
-            each.data = each.data.bfloat16()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
     return model
 
 
@@ -49,19 +49,19 @@ PLAIN = {
 def precise(run, folder):
     """Of which precision a run leaves its model, and whether what it did not train is as it was."""
     before = dict(ddp_runs.model_of(folder.name.replace("-", " ")).named_parameters())
-    left = {name: each for name, each in run.model.named_parameters() if not each.requires_grad}
+    left = {name: parameter for name, parameter in run.model.named_parameters() if not parameter.requires_grad}
     return {
-        "dtypes": sorted({str(each.dtype) for each in run.model.parameters()}),
-        "frozen": all(torch.equal(each, before[name]) for name, each in left.items()),
+        "dtypes": sorted({str(parameter.dtype) for parameter in run.model.parameters()}),
+        "frozen": all(torch.equal(tensor, before[name]) for name, tensor in left.items()),
         "first drifts": first_drifts(run),
     }
 
 
 def first_drifts(run):
     found = {}
-    for each in run.state.log_history:
-        if "ewc/drift" in each:
-            found.setdefault(each["hbat/stage"], each["ewc/drift"])
+    for entry in run.state.log_history:
+        if "ewc/drift" in entry:
+            found.setdefault(entry["hbat/stage"], entry["ewc/drift"])
     return list(found.values())
 
 
@@ -70,10 +70,12 @@ class Rows:
 
     def __init__(self, model, optimizer):
         self.zero = optimizer.optimizer
-        names = {id(each): name for name, each in cases.trainable(model).items()}
-        self.orders = [[(names[id(each)], each.shape) for each in group] for group in self.zero.bit16_groups]
+        names = {id(tensor): name for name, tensor in cases.trainable(model).items()}
+        self.orders = [
+            [(names[id(parameter)], parameter.shape) for parameter in group] for group in self.zero.bit16_groups
+        ]
         self.pieces = list(self.zero.single_partition_of_fp32_groups)
-        assert {each.dtype for each in self.pieces} == {torch.float32}
+        assert {tensor.dtype for tensor in self.pieces} == {torch.float32}
 
     def cut(self, tensors):
         found = []
@@ -95,7 +97,7 @@ class Rows:
 
     def gradients(self):
         lists = (self.zero.averaged_gradients[number] for number in range(len(self.pieces)))
-        rows = [torch.cat([each.reshape(-1) for each in parts]) for parts in lists]
+        rows = [torch.cat([gradient.reshape(-1) for gradient in parts]) for parts in lists]
         return [row[: len(piece)] for row, piece in zip(rows, self.pieces, strict=True)]
 
 
@@ -157,7 +159,7 @@ class Spy(TrainerCallback):
 
     def before(self, engine):
         if engine.is_gradient_accumulation_boundary():
-            self.tasks = [each.clone() for each in self.rows.gradients()]
+            self.tasks = [gradient.clone() for gradient in self.rows.gradients()]
 
     def after(self):
         rows = self.rows
@@ -179,8 +181,8 @@ def penalty(folder):
     """EWC bound to TRL's trainer, weak enough to be rounded away among gradients in bfloat16."""
     model = cases.tiny_llama(0)
     anchor = cases.weights(cases.tiny_llama(1))
-    importance = {name: 1e-3 * each for name, each in cases.random_like(anchor, 2).items()}
-    importance = {name: each.abs() for name, each in importance.items()}
+    importance = {name: 1e-3 * tensor for name, tensor in cases.random_like(anchor, 2).items()}
+    importance = {name: tensor.abs() for name, tensor in importance.items()}
     args = trl.SFTConfig(output_dir=str(folder / "alone"), report_to="none", disable_tqdm=True, **ddp_runs.section())
     spy = Spy(importance, anchor)
     trainer = trl.SFTTrainer(
@@ -194,10 +196,10 @@ def penalty(folder):
 
 
 def main(folder, stage, mode, names):
-    # The host asks for a GPU; the engine computes in bfloat16 on CPUs too.
+    # transformers asks for a GPU; the engine computes in bfloat16 on CPUs too.
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     ddp_runs.ENGINE["bf16"] = True
-    ddp_runs.RUNS |= {name: each | {"section": {"learning_rate": 0.0}} for name, each in STILL.items()}
+    ddp_runs.RUNS |= {name: options | {"section": {"learning_rate": 0.0}} for name, options in STILL.items()}
     ddp_runs.MORE_RESULTS.append(precise)
     deepspeed_runs.main(folder, stage, mode, names, before=[penalty, plain, deepspeed_runs.poison])
 

@@ -72,7 +72,7 @@ def section(**options):
             "per_device_train_batch_size": BATCH // PROCESSES,
             **({"ddp_backend": "gloo"} if PROCESSES > 1 else {}),
             **ENGINE,
-            "per_device_eval_batch_size": 1,  # the host takes the mean of the batches' means
+            "per_device_eval_batch_size": 1,  # transformers takes the mean of the batches' means
             "learning_rate": 0.05,
             "max_steps": 3,
         }
@@ -117,7 +117,7 @@ RUNS = {
     "adam, ppo and lora": {"objectives": ["sft", "ppo"], "model": "lora", "section": ADAM},
     "ppo with lora and a separate critic": {"objectives": ["sft", "ppo"], "model": "lora", "critic": "separate"},
 }  # fmt: skip
-#: Where the host's score in several processes is another one: KTO's loss of a row depends on those beside it.
+#: Where TRL's score in several processes is another one: KTO's loss of a row depends on those beside it.
 OTHER_TABLES = {"kto"}
 
 
@@ -154,11 +154,11 @@ def build(name, folder, *, model=None, callbacks=None, save_steps=None):
     return HBATTrainer(
         model,
         config,
-        {each: data[each] for each in options["objectives"]},
-        {each: held_out[each] for each in options["objectives"]},
+        {name: data[name] for name in options["objectives"]},
+        {name: held_out[name] for name in options["objectives"]},
         processing_class=cases.tiny_tokenizer(),
         reward_funcs=ppo_cases.letters if "ppo" in options["objectives"] else None,
-        callbacks=[Began(), *(each() for each in CALLBACKS), *(callbacks or [])],
+        callbacks=[Began(), *(make() for make in CALLBACKS), *(callbacks or [])],
     )
 
 
@@ -166,14 +166,16 @@ def result(run):
     """What is compared between numbers of processes, beside the weights."""
     keep = ("ewc/penalty", "ewc/drift", "ewc/grad_norm_ratio", "ppo/kl", "ppo/reward", "eval_ppo/reward")
     log = [
-        {key: each[key] for key in each if key == "step" or key.endswith("/loss") or key in keep}
-        for each in run.state.log_history
+        {key: entry[key] for key in entry if key == "step" or key.endswith("/loss") or key in keep}
+        for entry in run.state.log_history
     ]
-    # The host's other metrics are means over batches, weighted otherwise in several processes.
+    # TRL's other metrics are means over batches, weighted otherwise in several processes.
     table = {name: run.matrix.series(name) for name in run.args.objective_names}
-    first = [each for each in run.state.log_history if "dpo/rewards/chosen" in each]
-    first = {each["hbat/stage"]: each for each in reversed(first)}
-    first = {str(stage): [each["dpo/rewards/chosen"], each["dpo/rewards/rejected"]] for stage, each in first.items()}
+    first = [entry for entry in run.state.log_history if "dpo/rewards/chosen" in entry]
+    first = {entry["hbat/stage"]: entry for entry in reversed(first)}
+    first = {
+        str(stage): [tensor["dpo/rewards/chosen"], tensor["dpo/rewards/rejected"]] for stage, tensor in first.items()
+    }
     transfer = run.matrix.backward_transfer()
     return {"log": log, "table": table, "transfer": transfer, "first rewards": first}
 

@@ -57,23 +57,23 @@ class Engaged(TrainerCallback):
             return
         assert type(zero).__name__ == "DeepSpeedZeroOptimizer", zero
         assert zero.partition_gradients == (args.deepspeed_plugin.zero_stage == 2)
-        trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-        piece = sum(each.numel() for each in zero.single_partition_of_fp32_groups)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        piece = sum(parameter.numel() for parameter in zero.single_partition_of_fp32_groups)
         assert 0.4 < piece / trained < 0.7, (piece, trained)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """The padding of ZeRO-3 is memory as it was found: it can hold anything."""
         if args.deepspeed_plugin.zero_stage == 3:
-            for each in model.parameters():
-                own = each.ds_numel - torch.distributed.get_rank() * each.ds_tensor.numel()
-                each.ds_tensor[max(own, 0) :] = torch.nan
+            for parameter in model.parameters():
+                own = parameter.ds_numel - torch.distributed.get_rank() * parameter.ds_tensor.numel()
+                parameter.ds_tensor[max(own, 0) :] = torch.nan
 
     @staticmethod
     def see_pieces(model, zero):
         assert type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3", zero
-        assert all(each.numel() == 0 for each in model.parameters() if each.ds_numel > 100)
-        trained = sum(each.ds_numel for each in model.parameters() if each.requires_grad)
-        piece = sum(each.numel() for each in zero.fp32_partitioned_groups_flat)
+        assert all(parameter.numel() == 0 for parameter in model.parameters() if parameter.ds_numel > 100)
+        trained = sum(parameter.ds_numel for parameter in model.parameters() if parameter.requires_grad)
+        piece = sum(parameter.numel() for parameter in zero.fp32_partitioned_groups_flat)
         assert 0.4 < piece / trained < 0.7, (piece, trained)
 
 
@@ -95,9 +95,17 @@ class Poison(TrainerCallback):
 def clean(run, folder):
     """That no stage left the engine's marks on the model, nor its memory."""
     parameters = list(run.model.parameters())
-    own = {key for each in ddp_runs.model_of(folder.name.replace("-", " ")).parameters() for key in each.__dict__}
-    marks = {key for each in parameters for key in each.__dict__} - own
-    views = [each for each in parameters if each.untyped_storage().nbytes() > each.numel() * each.element_size()]
+    own = {
+        key
+        for parameter in ddp_runs.model_of(folder.name.replace("-", " ")).parameters()
+        for key in parameter.__dict__
+    }
+    marks = {key for parameter in parameters for key in parameter.__dict__} - own
+    views = [
+        parameter
+        for parameter in parameters
+        if parameter.untyped_storage().nbytes() > parameter.numel() * parameter.element_size()
+    ]
     return {"marks": sorted(marks), "views": len(views)}
 
 
@@ -134,7 +142,7 @@ def alone(folder):
 
     trainer = callback_alone(folder)
     with deepspeed.zero.GatheredParameters(list(trainer.model.parameters())):  # does nothing but with ZeRO-3
-        weights = {name: each.clone() for name, each in cases.weights(trainer.model).items()}
+        weights = {name: tensor.clone() for name, tensor in cases.weights(trainer.model).items()}
     if torch.distributed.get_rank() == 0:
         save_file(weights, folder / "callback.safetensors")
         (folder / "callback.json").write_text(json.dumps(trainer.state.log_history))
@@ -146,14 +154,14 @@ def alone(folder):
 
 
 def loaded(folder):
-    """A run with a model that the host loads while it knows of the engine: under ZeRO-3, piece by piece."""
+    """A run with a model that transformers loads while it knows of the engine: under ZeRO-3, piece by piece."""
     if torch.distributed.get_rank() == 0:
         cases.tiny_llama(5).save_pretrained(folder / "loaded")
     torch.distributed.barrier()
     args = trl.SFTConfig(output_dir=str(folder / "unused"), report_to="none", **ddp_runs.section())
     model = AutoModelForCausalLM.from_pretrained(folder / "loaded", dtype="float32")
     if args.deepspeed_plugin.zero_stage == 3:
-        assert all(hasattr(each, "ds_tensor") for each in model.parameters())
+        assert all(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
     for given in (model, str(folder / "loaded")):
         run = ddp_runs.build("sft and dpo", folder / "loaded-run", model=given)
         assert cases.largest_difference(cases.weights(run.model), cases.weights(cases.tiny_llama(5))) == 0
@@ -166,7 +174,7 @@ def main(folder, stage, mode, names, *, before):
         "DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config),
     }  # fmt: skip
-    # With `use_cpu` the host leaves DeepSpeed aside.
+    # With `use_cpu` transformers ignores DeepSpeed.
     ddp_runs.ENGINE |= {"use_cpu": False, "ddp_backend": "gloo"}
     ddp_runs.CALLBACKS.append(Engaged)
     ddp_runs.MORE_RESULTS.extend([clean, saved])

@@ -25,7 +25,7 @@ from hbat.cli import main as cli
 from hbat.engines.sharded import give_back, is_sharded, part_of
 from hbat.ewc.parameters import trainable_parameters
 
-#: How the host writes its checkpoints within a stage: in shards, or put together.
+#: How transformers writes its checkpoints within a stage: in shards, or put together.
 STATE_DICT_TYPE = os.environ.get("STATE_DICT_TYPE", "SHARDED_STATE_DICT")
 ENGINE = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": STATE_DICT_TYPE}}
 #: What `accelerate launch` sets for the same from its own configuration: the only way before transformers 5.
@@ -39,7 +39,7 @@ LAUNCHED = {
 
 
 def shard_on_cpu():
-    """Let accelerate run its FSDP on a CPU, where it leaves it aside without a word.
+    """Let accelerate run its FSDP on a CPU, where it silently ignores it.
 
     It asks for the kind of device alone: several processes on CPUs pass for several GPUs.
     """
@@ -61,12 +61,12 @@ class Sharded(TrainerCallback):
     """Sees that what is trained is shared between the processes at every step: it could be plain DDP."""
 
     def look(self, model, *, gradients):
-        trained = [each for each in model.parameters() if each.requires_grad]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         assert trained
-        for each in trained:
-            assert isinstance(each, DTensor), type(each)
-            assert each.device_mesh.size() == 2
-            assert not gradients or isinstance(each.grad, DTensor), type(each.grad)
+        for parameter in trained:
+            assert isinstance(parameter, DTensor), type(parameter)
+            assert parameter.device_mesh.size() == 2
+            assert not gradients or isinstance(parameter.grad, DTensor), type(parameter.grad)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.look(model, gradients=False)
@@ -92,8 +92,8 @@ class Poison(TrainerCallback):
 def share_here(tensors):
     """Part of the elements that lies on this process; 1 where they are whole."""
     tensors = list(tensors)
-    assert all(isinstance(each, DTensor) for each in tensors)
-    return sum(part_of(each).numel() for each in tensors) / max(sum(each.numel() for each in tensors), 1)
+    assert all(isinstance(tensor, DTensor) for tensor in tensors)
+    return sum(part_of(tensor).numel() for tensor in tensors) / max(sum(tensor.numel() for tensor in tensors), 1)
 
 
 def shares(run, folder):
@@ -104,7 +104,7 @@ def shares(run, folder):
         give_back(start.reference)
         found["reference"] = share_here(start.reference.parameters())
     for name, tensors in importance.items():
-        if any(each.dim() > 0 for each in tensors.values()):
+        if any(tensor.dim() > 0 for tensor in tensors.values()):
             found[f"importance of {name}"] = share_here(tensors.values())
     return {"shares": found}
 
@@ -152,9 +152,11 @@ def alone(folder, make=cases.tiny_llama):
     for name, train in ALONE.items():
         trainer = train(folder, ddp_runs.ENGINE, make)
         assert is_sharded(trainer.model)
-        weights = {key: ddp_runs.whole(each).contiguous() for key, each in trainable_parameters(trainer.model).items()}
+        weights = {
+            key: ddp_runs.whole(tensor).contiguous() for key, tensor in trainable_parameters(trainer.model).items()
+        }
         if torch.distributed.get_rank() == 0:
-            save_file({key: each.detach() for key, each in weights.items()}, folder / f"{name}.safetensors")
+            save_file({key: tensor.detach() for key, tensor in weights.items()}, folder / f"{name}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps(trainer.state.log_history))
 
 
@@ -171,8 +173,8 @@ def command_line(folder, **more):
         cases.tiny_llama(0).save_pretrained(folder / "base")
         cases.tiny_tokenizer().save_pretrained(folder / "base")
         rows = {"sft": cases.sft_rows(24, 3), "dpo": cases.preference_rows(24, 3)}
-        for name, each in rows.items():
-            each.to_json(folder / f"{name}.jsonl")
+        for name, tensor in rows.items():
+            tensor.to_json(folder / f"{name}.jsonl")
         sections = {name: ddp_runs.section() for name in rows}
         config = {
             "model_name_or_path": str(folder / "base"), "output_dir": str(folder / "run"), "num_rounds": 2,

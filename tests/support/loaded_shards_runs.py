@@ -27,7 +27,7 @@ def sharded(model):
 
     with tempfile.TemporaryDirectory() as own:
         folder = [own]
-        torch.distributed.broadcast_object_list(folder)  # for the host writes on the first process alone
+        torch.distributed.broadcast_object_list(folder)  # for transformers writes on the first process alone
         model.save_pretrained(folder[0])
         torch.distributed.barrier()
         config = DistributedConfig(fsdp_size=torch.distributed.get_world_size())
@@ -37,7 +37,7 @@ def sharded(model):
 
 
 def loaded(make, seed):
-    """A case's model, its base in shards; an adapter is whole on every process, as the host keeps it."""
+    """A case's model, its base in shards; an adapter is whole on every process, as transformers keeps it."""
     plain = make(seed)
     if not hasattr(plain, "peft_config"):
         return sharded(plain)
@@ -47,8 +47,8 @@ def loaded(make, seed):
     trained = cases.weights(plain)
     model = get_peft_model(sharded(plain.unload()), adapter)
     with torch.no_grad():
-        for name, each in cases.trainable(model).items():
-            each.copy_(trained[name])
+        for name, tensor in cases.trainable(model).items():
+            tensor.copy_(trained[name])
     return model
 
 
@@ -60,25 +60,28 @@ class Sharded(fsdp_runs.Sharded):
     """Sees at every step that the model is shared between the processes, adapters and what lies beside them aside."""
 
     def look(self, model, *, gradients):
-        for name, each in model.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_" in name or (name.startswith("critic.") and has_adapter(model)):
                 continue
-            assert isinstance(each, DTensor), (name, type(each))
-            assert each.device_mesh.size() == 2
-            assert not gradients or not each.requires_grad or isinstance(each.grad, DTensor), (name, type(each.grad))
+            assert isinstance(parameter, DTensor), (name, type(parameter))
+            assert parameter.device_mesh.size() == 2
+            assert not gradients or not parameter.requires_grad or isinstance(parameter.grad, DTensor), (
+                name,
+                type(parameter.grad),
+            )
 
 
 def shares(run, folder):
     """What this process holds of all that is as large as the model."""
     if has_adapter(run.model):
-        base = [each for name, each in run.model.named_parameters() if "lora_" not in name]
+        base = [parameter for name, parameter in run.model.named_parameters() if "lora_" not in name]
         return {"shares": {"model": fsdp_runs.share_here(base)}}
     return fsdp_runs.shares(run, folder)
 
 
 def held(run, folder):
     """Hooks by which an adapter would hold the trainer of a stage that is over."""
-    return {"hooks": sum(len(each._post_accumulate_grad_hooks or ()) for each in run.model.parameters())}  # noqa: SLF001
+    return {"hooks": sum(len(parameter._post_accumulate_grad_hooks or ()) for parameter in run.model.parameters())}  # noqa: SLF001
 
 
 def alone(folder):
@@ -86,7 +89,9 @@ def alone(folder):
     trainer = fsdp_runs.ppo_alone(folder, {}, functools.partial(loaded, cases.lora_llama))
     trainer.save_model(folder / "ppo")
     if torch.distributed.get_rank() == 0:
-        save_file({name: each.detach() for name, each in trainable_parameters(trainer.model).items()}, folder / "lora")
+        save_file(
+            {name: tensor.detach() for name, tensor in trainable_parameters(trainer.model).items()}, folder / "lora"
+        )
 
 
 def main(folder, mode, names):

@@ -47,11 +47,11 @@ def qlora(folder, kind, *, dtype=torch.float32, **options):
         torch.manual_seed(1)
         model = get_peft_model(base(folder, kind, **options), lora())
         with torch.no_grad():
-            for name, each in model.named_parameters():
+            for name, parameter in model.named_parameters():
                 if "lora_B" in name:
-                    each.normal_(std=0.1)
-                if each.requires_grad:
-                    each.data = each.data.to(dtype)
+                    parameter.normal_(std=0.1)
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -38,7 +38,8 @@ def main(folder):
         run = train(name, folder, place / "run")
         assert torch.distributed.get_world_size() == PROCESSES == 2
         save_file(
-            {key: each.contiguous() for key, each in cases.weights(run.model).items()}, place / f"{rank}.safetensors"
+            {key: tensor.contiguous() for key, tensor in cases.weights(run.model).items()},
+            place / f"{rank}.safetensors",
         )
         (place / f"{rank}.json").write_text(json.dumps(run.state.log_history), encoding="utf-8")
     torch.distributed.destroy_process_group()

@@ -21,13 +21,13 @@ def draw(seed):
 
 
 def share(tensors, mesh):
-    return {name: distribute_tensor(each, mesh, [Shard(0)]) for name, each in tensors.items()}
+    return {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}
 
 
 def parameters(values, gradients):
-    made = {name: torch.nn.Parameter(each.clone()) for name, each in values.items()}
-    for name, each in made.items():
-        each.grad = gradients[name].clone()
+    made = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in values.items()}
+    for name, tensor in made.items():
+        tensor.grad = gradients[name].clone()
     return made
 
 
@@ -37,7 +37,7 @@ def results(values, anchor, gradients, raw):
     own = parameters(values, gradients)
     importance = normalize(raw, "mean")
     statistics = measure_penalty(own, anchor, importance, strength=2.0, gradient_scale=4.0)
-    found["statistics"] = [float(each) for each in vars(statistics).values()]
+    found["statistics"] = [float(tensor) for tensor in vars(statistics).values()]
     found["largest"] = listed(normalize(raw, "max"))
     found["mean"] = listed(importance)
     for granularity in ("element", "tensor"):
@@ -46,23 +46,23 @@ def results(values, anchor, gradients, raw):
         found[f"effective, {granularity}"] = [effective_tensors(moved)]
         found[f"first, {granularity}"] = sorted(most_important(moved, 0.5))
     add_penalty_gradient_(own, anchor, importance, strength=3.0)
-    found["gradient"] = listed({name: each.grad for name, each in own.items()})
+    found["gradient"] = listed({name: tensor.grad for name, tensor in own.items()})
     proximal_step_(own, anchor, importance, strength=3.0, learning_rates=dict.fromkeys(own, 0.1))
     found["proximal"] = listed(own)
     return found
 
 
 def listed(tensors):
-    return [number for each in tensors.values() for number in whole_of(each.detach()).flatten().tolist()]
+    return [number for tensor in tensors.values() for number in whole_of(tensor.detach()).flatten().tolist()]
 
 
 def check():
     """What comes out with shared tensors and with whole ones, and what is true of the parts."""
     mesh = init_device_mesh("cpu", (2,))
     values, anchor, gradients = draw(1), draw(2), draw(3)
-    raw = {name: each.square() for name, each in draw(4).items()}
-    shared = [share(each, mesh) for each in (values, anchor, gradients, raw)]
-    alike = {name: shared_as(each, shared[0][name]) for name, each in values.items()}
+    raw = {name: tensor.square() for name, tensor in draw(4).items()}
+    shared = [share(gradient, mesh) for gradient in (values, anchor, gradients, raw)]
+    alike = {name: shared_as(tensor, shared[0][name]) for name, tensor in values.items()}
     faulty = snapshot(shared[3])
     if mesh.get_local_rank() == 1:
         part_of(faulty["even"])[0] = torch.nan
@@ -74,9 +74,9 @@ def check():
         "shared": results(*shared),
         "whole": results(values, anchor, gradients, raw),
         "cut as torch does": all(
-            torch.equal(each.to_local(), shared[0][name].to_local()) for name, each in alike.items()
+            torch.equal(tensor.to_local(), shared[0][name].to_local()) for name, tensor in alike.items()
         ),
-        "rows here": {name: len(part_of(each)) for name, each in shared[0].items()},
+        "rows here": {name: len(part_of(tensor)) for name, tensor in shared[0].items()},
         "not finite": first_not_finite(faulty),
         "refusal": refusal,
     }

@@ -51,7 +51,7 @@ class FSDP2(Engine):
 
     def _refuse_untested(self, tracks: Sequence[Trained], ewc: EWCConfig | None) -> None:
         for track in tracks:
-            self.refuse_untested(track, optimizer_is_tested=lambda name: "bit" not in name and "paged" not in name)
+            self.refuse_untested(track, optimizer_is_tested=lambda name: "bit" not in name)  # nor paged
         if ewc is not None and ewc.source == "fisher" and ewc.estimator == "empirical":
             raise REFUSALS["Fisher of samples under FSDP2"].error()
 

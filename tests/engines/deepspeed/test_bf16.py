@@ -13,17 +13,19 @@ class Engine:
     """Does to a model what DeepSpeed's engine does, in one process: rounds it, and steps weights of its own."""
 
     def __init__(self, model):
-        for each in model.parameters():
-            each.data = each.data.bfloat16()
-        self.own = {each: each.detach().float() for each in model.parameters() if each.requires_grad}
-        for each in self.own:
-            each.get_full_hp_param = MethodType(lambda parameter: self.own[parameter], each)
-            each.set_full_hp_param = MethodType(lambda parameter, value: self.own[parameter].copy_(value), each)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+        self.own = {
+            parameter: parameter.detach().float() for parameter in model.parameters() if parameter.requires_grad
+        }
+        for parameter in self.own:
+            parameter.get_full_hp_param = MethodType(lambda own: self.own[own], parameter)
+            parameter.set_full_hp_param = MethodType(lambda own, value: self.own[own].copy_(value), parameter)
 
     def step(self, by):
-        for each, own in self.own.items():
+        for tensor, own in self.own.items():
             own.add_(by)
-            each.data.copy_(own)
+            tensor.data.copy_(own)
 
 
 def trainer_of(model, *, precision="bf16", enabled=True):
@@ -50,8 +52,8 @@ def run(model, *, by, ends=True, others=()):
     engine.step(by)
     trainer.accelerator.prepare("batches for evaluation")
     if ends:
-        for each in trainer.callbacks:
-            each.on_train_end(None, None, None)
+        for callback in trainer.callbacks:
+            callback.on_train_end(None, None, None)
     precision.give_back()
     return engine
 
@@ -60,24 +62,26 @@ def run(model, *, by, ends=True, others=()):
 def test_nothing_is_kept_where_nothing_is_rounded(precision, enabled):
     model = cases.tiny_llama()
     trainer = trainer_of(model, precision=precision, enabled=enabled)
-    before, prepare = [each.data_ptr() for each in model.parameters()], trainer.accelerator.prepare
+    before, prepare = [parameter.data_ptr() for parameter in model.parameters()], trainer.accelerator.prepare
     kept = FullPrecision([model])
     kept.attach(trainer)
     assert not rounds_weights(trainer)
     assert trainer.accelerator.prepare is prepare
     assert trainer.callbacks == []
     kept.give_back()
-    assert [each.data_ptr() for each in model.parameters()] == before
+    assert [parameter.data_ptr() for parameter in model.parameters()] == before
 
 
 @pytest.mark.parametrize("case", ["full", "lora", "tied"])
 def test_a_stage_that_moves_nothing_leaves_every_bit(case):
     model = cases.MODEL_CASES[case](0)
-    before = {name: each.detach().clone() for name, each in model.named_parameters()}
-    assert any(not torch.equal(each, each.bfloat16().float()) for each in before.values())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in before.values())
     run(model, by=0.0)
     after = dict(model.named_parameters())
-    assert all(each.dtype == after[name].dtype and torch.equal(each, after[name]) for name, each in before.items())
+    assert all(
+        tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]) for name, tensor in before.items()
+    )
 
 
 @pytest.mark.parametrize("case", ["full", "lora"])
@@ -86,7 +90,7 @@ def test_weights_end_as_the_engine_stepped_them(case):
     model = cases.MODEL_CASES[case](0)
     before = cases.weights(model)
     run(model, by=1e-5)
-    assert all(torch.equal(each, before[name] + 1e-5) for name, each in cases.weights(model).items())
+    assert all(torch.equal(tensor, before[name] + 1e-5) for name, tensor in cases.weights(model).items())
 
 
 def test_a_stage_that_was_cut_off_gives_back_its_start():
@@ -103,11 +107,11 @@ def test_a_reference_that_its_trainer_rounded_comes_back():
     kept = FullPrecision([reference])
     reference.bfloat16()
     kept.give_back()
-    assert all(torch.equal(each, before[name]) for name, each in cases.weights(reference).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in cases.weights(reference).items())
 
 
 def test_a_model_in_bfloat16_stays_what_the_engine_makes_of_it():
     model = cases.tiny_llama(0).bfloat16()
     engine = run(model, by=1e-3)
-    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
-    assert all(torch.equal(each, own.bfloat16()) for each, own in engine.own.items())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(tensor, own.bfloat16()) for tensor, own in engine.own.items())

@@ -87,9 +87,11 @@ def test_moments_are_kept_by_parameter_as_in_one_process(stage, objective, two, 
     kind = f"optimizer-{objective}"
     mine = runs.state_tensors(two(stage) / "adam" / "run", kind)
     other = runs.state_tensors(Path(one("adam").args.output_dir), kind)
-    assert {name: each.shape for name, each in mine.items()} == {name: each.shape for name, each in other.items()}
-    for name, each in other.items():
-        assert float((mine[name] - each).abs().max()) <= 1e-4 * float(each.abs().max()) + 1e-9, name
+    assert {name: tensor.shape for name, tensor in mine.items()} == {
+        name: tensor.shape for name, tensor in other.items()
+    }
+    for name, tensor in other.items():
+        assert float((mine[name] - tensor).abs().max()) <= 1e-4 * float(tensor.abs().max()) + 1e-9, name
 
 
 @pytest.mark.slow

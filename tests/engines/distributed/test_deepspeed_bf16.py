@@ -54,7 +54,7 @@ def one(tmp_path_factory):
 
 
 def norm(tensors):
-    return sum(float(each.double().square().sum()) for each in tensors.values()) ** 0.5
+    return sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5
 
 
 @each_run
@@ -80,7 +80,7 @@ def test_a_run_leaves_a_float32_model_and_a_base_that_is_what_it_was(stage, name
 def test_every_stage_starts_at_its_anchor_and_its_reference(stage, name, two):
     found = launched.read(two(stage), name)[1]
     assert found["first drifts"] == [0.0] * 3
-    assert all(each == [0.0, 0.0] for each in found["first rewards"].values())
+    assert all(rewards == [0.0, 0.0] for rewards in found["first rewards"].values())
     assert len(found["first rewards"]) == (2 if name != "kto" else 0)
 
 
@@ -89,7 +89,7 @@ def test_stages_without_a_learning_rate_leave_every_bit(stage, name, two):
     """The float32 weights pass through bfloat16 in every stage, and are no numbers of it."""
     options = bf16_runs.STILL[name]
     start = cases.weights(ddp_runs.MODELS[options.get("model", "full")](0))
-    assert not runs.same(start, {key: each.bfloat16().float() for key, each in start.items()})
+    assert not runs.same(start, {key: tensor.bfloat16().float() for key, tensor in start.items()})
     for rank in (0, 1):
         weights, found = launched.read(two(stage), name, rank)
         assert runs.same(weights, start)
@@ -102,7 +102,7 @@ def test_without_a_penalty_weights_are_those_of_plain_trainers_that_hand_over(st
     weights = load_file(two(stage) / f"plain-{name}.safetensors")
     assert runs.same(weights, load_file(two(stage) / f"by-hand-{name}.safetensors"))
     build, hands_over = bf16_runs.PLAIN[name]
-    assert {each.dtype for each in weights.values()} == {torch.float32 if hands_over else torch.bfloat16}
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32 if hands_over else torch.bfloat16}
     assert cases.largest_difference(weights, cases.weights(build(0))) > 1e-3
 
 
@@ -112,9 +112,9 @@ def test_the_penalty_joins_the_gradients_in_float32(stage, two):
     for rank in (0, 1):
         seen = json.loads((two(stage) / f"penalty-{rank}.json").read_text())
         assert len(seen) == 3 * 2  # steps, and groups with weight decay and without
-        assert {tuple(each["dtypes"]) for each in seen} == {("torch.bfloat16", "torch.float32")}
-        assert max(each["error"] for each in seen) < 5e-7
-        assert max(each["lost in bfloat16"] for each in seen) > 0.2
+        assert {tuple(step["dtypes"]) for step in seen} == {("torch.bfloat16", "torch.float32")}
+        assert max(step["error"] for step in seen) < 5e-7
+        assert max(step["lost in bfloat16"] for step in seen) > 0.2
 
 
 @each_stage
@@ -123,8 +123,8 @@ def test_moments_are_kept_by_parameter_in_float32(stage, objective, two, one):
     kind = f"optimizer-{objective}"
     mine = runs.state_tensors(two(stage) / "adam" / "run", kind)
     other = runs.state_tensors(Path(one("adam").args.output_dir), kind)
-    assert {name: (each.shape, each.dtype) for name, each in mine.items()} == {
-        name: (each.shape, each.dtype) for name, each in other.items()
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in mine.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in other.items()
     }
 
 
@@ -133,7 +133,7 @@ def test_what_is_saved_is_the_float32_model(stage, two):
     model = AutoModelForCausalLM.from_pretrained(two(stage) / "sft-and-dpo" / "model", dtype="float32")
     weights = launched.read(two(stage), "sft and dpo")[0]
     assert runs.same(cases.weights(model), weights)
-    assert not runs.same(weights, {key: each.bfloat16().float() for key, each in weights.items()})
+    assert not runs.same(weights, {key: tensor.bfloat16().float() for key, tensor in weights.items()})
 
 
 @each_stage

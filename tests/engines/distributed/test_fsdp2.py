@@ -93,7 +93,7 @@ def test_what_is_saved_is_the_adapter_alone(two):
     from peft import PeftModel
 
     saved = two("lora") / "lora" / "model"
-    assert not [each for each in saved.iterdir() if each.is_dir()]
+    assert not [file for file in saved.iterdir() if file.is_dir()]
     model = PeftModel.from_pretrained(cases.tiny_llama(0), saved, is_trainable=True)
     assert runs.same(cases.weights(model), launched.read(two("lora"), "lora")[0])
 
@@ -108,8 +108,8 @@ def checks(two, request):
 
 def test_some_parts_are_uneven_and_some_are_empty(two):
     rows = [json.loads((two() / f"checks-{rank}.json").read_text())["rows here"] for rank in (0, 1)]
-    assert [each["uneven"] for each in rows] == [3, 2]
-    assert [each["empty"] for each in rows] == [1, 0]
+    assert [counts["uneven"] for counts in rows] == [3, 2]
+    assert [counts["empty"] for counts in rows] == [1, 0]
 
 
 def test_shared_tensors_give_the_numbers_of_whole_ones(checks):

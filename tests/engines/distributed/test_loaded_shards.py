@@ -99,7 +99,7 @@ def test_what_is_saved_is_the_adapter_alone(two):
     from peft import PeftModel
 
     saved = two("lora") / "lora" / "model"
-    assert not [each for each in saved.iterdir() if each.is_dir()]
+    assert not [file for file in saved.iterdir() if file.is_dir()]
     model = PeftModel.from_pretrained(cases.tiny_llama(0), saved, is_trainable=True)
     assert runs.same(cases.weights(model), launched.read(two("lora"), "lora")[0])
 
@@ -120,7 +120,7 @@ def test_a_ppo_trainer_alone_saves_adapter_and_critic(two):
     expected = load_file(folder / "lora")
     model = PeftModel.from_pretrained(cases.tiny_llama(0), folder / "ppo", is_trainable=True)
     critic = load_file(folder / "ppo" / "critic.safetensors")
-    found = {f"policy.{name}": each for name, each in cases.weights(model).items()}
+    found = {f"policy.{name}": tensor for name, tensor in cases.weights(model).items()}
     assert runs.same(found | {name: critic[name] for name in expected.keys() - found.keys()}, expected)
 
 
