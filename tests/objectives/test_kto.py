@@ -5,7 +5,7 @@ import pytest
 import runs
 
 from hbat.config.hbat import HBATConfig
-from hbat.objectives.kto import desirable_sequences, kto
+from hbat.objectives.kto import KTO
 from hbat.trainer import HBATTrainer
 
 
@@ -66,12 +66,12 @@ def test_the_fisher_looks_at_good_answers(tmp_path):
 
 def test_a_good_answer_is_the_target_and_a_bad_one_is_none():
     row = {"prompt_ids": [1, 2], "completion_ids": [3, 4], "label": True}
-    (example,) = desirable_sequences(row)
+    (example,) = KTO().fisher_sequences(row)
     assert (list(example.input_ids), list(example.labels)) == ([1, 2, 3, 4], [-100, -100, 3, 4])
-    assert not list(desirable_sequences(row | {"label": False}))
+    assert not list(KTO().fisher_sequences(row | {"label": False}))
 
 
 @pytest.mark.skipif(not runs.EXPERIMENTAL, reason="this TRL's KTOTrainer is stable")
 def test_the_experimental_trainer_of_old_hosts_is_refused():
     with pytest.raises(ImportError, match=r"'kto' needs TRL 1\.8 or newer"):
-        kto(None)
+        KTO()

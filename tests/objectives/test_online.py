@@ -11,10 +11,7 @@ import trl
 from kills import CutOffError, Kill
 from transformers import LlamaForSequenceClassification
 
-from hbat.objectives import online
-from hbat.objectives import online as grpo
-from hbat.objectives import online as rloo
-from hbat.objectives.track import estimated_steps
+from hbat.objectives.online import GRPO, RLOO, ReferencePassed
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 
@@ -29,8 +26,7 @@ each_pair = pytest.mark.parametrize(
         pytest.param("lora", "grpo", marks=pytest.mark.slow),
     ],
 )
-MAKE = {"grpo": grpo.grpo, "rloo": rloo.rloo}
-CONFIG = {"grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig}
+MAKE = {"grpo": GRPO, "rloo": RLOO}
 
 
 # --- the reference policy --------------------------------------------------------------------------------------------
@@ -46,50 +42,48 @@ def test_every_stage_starts_at_its_reference(case, options, name, tmp_path):
     assert all(each != 0 for each in divergence[1::2])
 
 
-@each_objective
-def test_a_full_model_gets_the_very_reference_that_is_there(name, tmp_path):
-    objective = MAKE[name](online_runs.section())
-    reference = cases.tiny_llama(seed=1)
-    args = objective.stage_args(objective.base_args(str(tmp_path)), str(tmp_path), 0)
-    module = {"grpo": trl.trainer.grpo_trainer, "rloo": trl.trainer.rloo_trainer}[name]
-    loader = module.create_model_from_path
-    trainer = objective.trainer_class(
+def built(objective, folder, reference):
+    return objective.trainer_class(
         model=cases.tiny_llama(),
-        args=args,
+        args=objective.stage_args(objective.base_args(str(folder)), str(folder), 0),
         train_dataset=online_runs.prompts(4),
         processing_class=cases.tiny_tokenizer(),
         reward_funcs=online_runs.variety,
         ref_model=reference,
     )
+
+
+@each_objective
+def test_a_full_model_gets_the_very_reference_that_is_there(name, tmp_path):
+    reference = cases.tiny_llama(seed=1)
+    module = {"grpo": trl.trainer.grpo_trainer, "rloo": trl.trainer.rloo_trainer}[name]
+    loader = module.create_model_from_path
+    trainer = built(MAKE[name](config=online_runs.section()), tmp_path, reference)
     assert trainer.ref_model is reference
     assert module.create_model_from_path is loader
 
 
-@each_objective
-def test_a_host_that_loads_its_reference_elsewhere_is_refused(name, tmp_path, monkeypatch):
-    objective = MAKE[name](online_runs.section())
-    monkeypatch.setattr(online, "_LOADER", "another_name")
-    other = cases.tiny_llama(seed=2)
-    module = {"grpo": trl.trainer.grpo_trainer, "rloo": trl.trainer.rloo_trainer}[name]
-    monkeypatch.setattr(module, "create_model_from_path", lambda *args, **kwargs: other)
+def test_a_trl_that_does_not_take_the_reference_is_refused(tmp_path):
+    class OtherGRPOTrainer(trl.GRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.ref_model = cases.tiny_llama(seed=2)
+
+    class StageTrainer(ReferencePassed, OtherGRPOTrainer):
+        pass
+
+    objective = GRPO(config=online_runs.section(), trainer_class=StageTrainer)
     with pytest.raises(NotImplementedError, match="does not take the reference policy that it is given"):
-        objective.trainer_class(
-            model=cases.tiny_llama(),
-            args=objective.stage_args(objective.base_args(str(tmp_path)), str(tmp_path), 0),
-            train_dataset=online_runs.prompts(4),
-            processing_class=cases.tiny_tokenizer(),
-            reward_funcs=online_runs.variety,
-            ref_model=cases.tiny_llama(seed=1),
-        )
+        built(objective, tmp_path, cases.tiny_llama(seed=1))
 
 
 def test_only_a_penalty_for_divergence_needs_a_reference(tmp_path):
-    assert not grpo.grpo(None).uses_reference
-    assert not grpo.grpo({"learning_rate": 0.1}).uses_reference
-    assert grpo.grpo({"beta": 0.01}).uses_reference
-    assert rloo.rloo(None).uses_reference
-    assert not rloo.rloo({"beta": 0.0}).uses_reference
-    assert not grpo.grpo(trl.GRPOConfig(output_dir=str(tmp_path), bf16=False, beta=0.0)).uses_reference
+    assert not GRPO().uses_reference
+    assert not GRPO(config={"learning_rate": 0.1}).uses_reference
+    assert GRPO(config={"beta": 0.01}).uses_reference
+    assert RLOO().uses_reference
+    assert not RLOO(config={"beta": 0.0}).uses_reference
+    assert not GRPO(config=trl.GRPOConfig(output_dir=str(tmp_path), bf16=False, beta=0.0)).uses_reference
     run = online_runs.train(cases.tiny_llama(), tmp_path / "run", "grpo", options={"beta": 0.0}, num_rounds=1)
     assert runs.logged(run, "grpo/kl") == []
 
@@ -178,10 +172,9 @@ def test_rows_and_steps_of_a_stage_are_those_of_the_host(options, prompts, name,
     options = {"max_steps": -1, "max_completion_length": 2} | options
     run = online_runs.build_run(cases.tiny_llama(), tmp_path, name, options=options, objectives=[name], num_rounds=1)
     expected = run.estimated_steps(name)
-    assert expected == estimated_steps(run.sections[name], 8, 1, online.epoch_steps)
     run.train()
     assert run.state.global_step == expected
-    assert online.prompts_of_a_rollout(run.sections[name]) == prompts
+    assert MAKE[name]().minimum_rows(run.tracks[name].args) == prompts
 
 
 def test_too_few_prompts_for_a_rollout_are_refused_before_training(tmp_path):
@@ -193,8 +186,8 @@ def test_prompts_are_checked_row_by_row(tmp_path):
     run = online_runs.build_run
     with pytest.raises(ValueError, match=r"`grpo\.cast_lm_head_to_fp32` cannot be set here"):
         run(cases.tiny_llama(), tmp_path, "grpo", options={"cast_lm_head_to_fp32": True})
-    objective = grpo.grpo(None)
-    assert [each.kind for each in objective.faults({"prompt": " "})] == ["empty text"]
+    objective = GRPO()
+    assert [fault.kind for fault in objective.row_check()({"prompt": " "})] == ["empty text"]
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------
