@@ -424,7 +424,6 @@ def test_missing_names_are_counted_and_the_first_is_named(tmp_path):
     [
         ({"f_max": -1.0}, r"`f_max` is -1\.0; it must be at least 0"),
         ({"f_max": math.nan}, r"`f_max` is nan"),
-        ({"anchor_device": "cuda"}, r"`anchor_device` is 'cuda'; it must be 'model' or 'cpu'"),
         ({"method": "decoupled"}, r"`method` is 'decoupled'; it must be 'gradient' or 'proximal'"),
     ],
 )

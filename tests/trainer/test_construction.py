@@ -164,12 +164,16 @@ class Hungry(trl.SFTTrainer):
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
 
 
-HUNGRY = Objective(
+class HungryObjective(Objective):
+    def minimum_rows(self, args):
+        return args.gradient_accumulation_steps
+
+
+HUNGRY = HungryObjective(
     name="hungry",
     trainer_class=Hungry,
     config_class=trl.SFTConfig,
     config=runs.section(gradient_accumulation_steps=3),
-    minimum_rows=lambda args: args.gradient_accumulation_steps,
     greater_is_better=True,
 )
 

@@ -1,7 +1,6 @@
 """What a damaged file in a run's folder does: the run ends to the last bit as a whole one, or the file is named."""
 
 import contextlib
-import dataclasses
 import errno
 import json
 import logging
@@ -22,7 +21,7 @@ from kills import ADAM, CutOffError, Kill
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hbat.objectives.sft import sft
+from hbat.objectives.sft import SFT
 from hbat.state.files import StorageError
 from hbat.state.manifest import RunStateError
 
@@ -31,17 +30,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 SAVES = ADAM | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
 
 
-def keeps(trainer):
-    return {"steps": torch.tensor(getattr(trainer, "steps_before", 0.0) + trainer.state.global_step)}
+class CountingSFT(SFT):
+    """SFT that keeps the number of its steps."""
 
+    def state_dict(self, trainer):
+        return {"steps": torch.tensor(getattr(trainer, "steps_before", 0.0) + trainer.state.global_step)}
 
-def restores(trainer, kept):
-    trainer.steps_before = float(kept["steps"])
+    def load_state_dict(self, trainer, state):
+        trainer.steps_before = float(state["steps"])
 
 
 def build(folder, **options):
     """A run of SFT, which keeps something of its own, and DPO, whose evaluation needs the run's initial weights."""
-    objective = dataclasses.replace(sft(runs.section(**SAVES)), keeps=keeps, restores=restores)
+    objective = CountingSFT(config=runs.section(**SAVES))
     return runs.build_run(
         cases.tiny_llama(),
         folder,
@@ -131,7 +132,7 @@ def test_a_damaged_file_is_gone_around_or_named(kind, name, goes_on_at, damage, 
         assert all(each.read_bytes() == content for each, content in before.items())
         return
     first = []
-    run._runner._callbacks.append(Begins(first))  # noqa: SLF001 - the callbacks of a run that is there
+    run._stages._callbacks.append(Begins(first))  # noqa: SLF001 - the callbacks of a run that is there
     run.train(resume_from_checkpoint=True)
     assert_equal(run, whole, log=kind != "log")
     assert (Path(name).name in caplog.text) is (kind not in SILENT)

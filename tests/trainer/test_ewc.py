@@ -10,7 +10,7 @@ from hbat.ewc.log import EWCWarning
 from hbat.objectives.objective import Objective
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::hbat.consolidation.SaturationWarning"),
+    pytest.mark.filterwarnings("ignore::hbat.state.consolidation.SaturationWarning"),
     pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning"),
 ]
 
@@ -69,17 +69,6 @@ def test_a_run_equals_plain_trainers_with_the_penalty_in_their_loss(case, tmp_pa
     without = runs.by_hand(build, tmp_path / "by-hand", sections=SECTIONS)[-1]
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
     assert cases.largest_difference(expected, without) > 1e-4
-
-
-@pytest.mark.parametrize("case", ["full", "lora"])
-def test_where_the_anchor_lies_changes_nothing(case, tmp_path):
-    """On a CPU nothing moves; that pieces are fetched rightly is shown in `ewc/test_offload.py`."""
-    build = cases.MODEL_CASES[case]
-    ends = {}
-    for where in ("model", "cpu"):
-        ewc = {"f_max": F_MAX, "anchor_device": where}
-        ends[where] = cases.weights(runs.train(build(0), tmp_path / where, ewc=ewc, **SECTIONS).model)
-    assert runs.same(ends["model"], ends["cpu"])
 
 
 def test_the_authors_preset_equals_their_softmax_in_the_loss(tmp_path):

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hbat.cli.main import main
+from hbat.engines.engine import Engine
 from hbat.ewc.callback import EWCCallback
 from hbat.ewc.parameters import trainable_parameters
 from hbat.stages.start import StageStart
@@ -133,7 +134,7 @@ def test_before_training_the_policy_is_its_own_reference(kind, saved, tmp_path):
 def test_an_anchor_follows_the_cast_of_the_host(saved):
     """Taken before TRL's cast it is of another precision: the next stage takes it anew."""
     model = qlora_cases.qlora(saved, "4-bit")
-    start = StageStart(model, needs_reference=True)
+    start = StageStart(model, needs_reference=True, engine=Engine())
     start.take()
     for each in cases.trainable(model).values():
         each.data = each.data.bfloat16()
