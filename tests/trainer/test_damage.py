@@ -110,11 +110,18 @@ FILES = {
 SILENT = {"manifest of the previous state"}  # of no use to the run unless the newest state is damaged too
 
 
+#: What takes the same path as the file above it.
+SAME_PATH = {
+    "moments of the newest state", "checkpoint: schedule", "checkpoint: random states", "checkpoint: state",
+    "checkpoint: arguments",
+}  # fmt: skip
+
+
 def _cases():
-    """Every kind of file with every damage; outside of `make test-all` those that train with one of them in turn."""
+    """Every kind of file with every damage; outside of `make test-all` each path with one damage in turn."""
     for number, (kind, (name, goes_on_at)) in enumerate(FILES.items()):
         for turn, (how, damage) in enumerate(DAMAGES.items()):
-            slow = goes_on_at is not None and number % len(DAMAGES) != turn
+            slow = number % len(DAMAGES) != turn or kind in SAME_PATH
             marks = [pytest.mark.slow] if slow else []
             yield pytest.param(kind, name, goes_on_at, damage, id=f"{kind} {how}", marks=marks)
 
@@ -240,7 +247,9 @@ def test_a_disk_that_is_full_for_the_hosts_checkpoint_leaves_a_run_that_goes_on(
         assert_equal(again, expected)
 
 
-@pytest.mark.parametrize("number", [1, 3, 6])
+@pytest.mark.parametrize(
+    "number", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)]
+)
 def test_a_write_that_fails_leaves_the_state_before_and_the_first_error_stands(number, tmp_path, monkeypatch):
     def fail():
         Faults(monkeypatch, at=number, raises=full_disk, only=("write",))
@@ -268,7 +277,7 @@ def test_a_checkpoint_of_the_host_that_does_not_fit_is_named_and_the_run_goes_on
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
-import runs, test_trainer_damage as module
+import cases, runs
 from transformers import TrainerCallback
 
 class Hold(TrainerCallback):
@@ -278,14 +287,15 @@ class Hold(TrainerCallback):
 
 if __name__ == "__main__":
     runs.torch.set_num_threads(1)
-    module.build(sys.argv[1], callbacks=[Hold()], **module.unsaved()).train()
+    runs.train(cases.tiny_llama(), sys.argv[1], callbacks=[Hold()], num_rounds=1)
 """
 
 
 def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path):
-    tests = Path(__file__).parents[1] / "support"
+    root = Path(__file__).parents[2]
     script, folder = tmp_path / "first.py", tmp_path / "run"
-    script.write_text(SCRIPT.format(paths=[str(tests), str(tests.parent / "src")]), encoding="utf-8")
+    paths = [str(root / "tests" / "support"), str(root / "src")]
+    script.write_text(SCRIPT.format(paths=paths), encoding="utf-8")
     command = [sys.executable, str(script), str(folder)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ
@@ -293,7 +303,7 @@ def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path):
         try:
             while b"trains" not in (line := first.stdout.readline()):
                 assert line, "the first process ended early"
-            second = build(folder, **unsaved())
+            second = runs.build_run(cases.tiny_llama(), folder, num_rounds=1)
             with pytest.raises(RunStateError, match=rf"Another process \({first.pid}\) trains into `output_dir`"):
                 second.train(resume_from_checkpoint=True)
         finally:
