@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from hbat.config.hbat import HBATConfig
 from hbat.trainer import HBATTrainer
 
-# On a CPU with bfloat16 instructions bitsandbytes (0.50) repacks 4-bit weights in evaluation mode, for a kernel without a
-# gradient that rounds otherwise; a later training step fails there or computes with it.
+# On a CPU with bfloat16 instructions bitsandbytes (0.50) repacks 4-bit weights in evaluation mode, for a kernel that
+# rounds otherwise and has no gradient; a later training step fails there or computes with it.
 with contextlib.suppress(ImportError):
     from bitsandbytes.nn import modules
 
