@@ -110,9 +110,9 @@ def test_a_package_that_an_option_needs_is_missed_before_the_first_step(options,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("report_to", ["none", None])
-def test_a_run_without_trackers_needs_none(report_to, tmp_path):
-    runs.build_run(cases.tiny_llama(), tmp_path, report_to=report_to)
+@pytest.mark.parametrize("report_to", ["none", None, [], "all"])
+def test_a_run_without_trackers_or_with_all_that_are_installed_needs_no_other(report_to, tmp_path):
+    runs.build_run(cases.tiny_llama(), tmp_path, report_to=report_to, num_rounds=1)
 
 
 DATA_ERRORS = {
