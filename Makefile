@@ -1,8 +1,10 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
+# While you write: `make quick`. Before a release: `make test-all`, `make oldest`, `make newest`.
 
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
 TRL112 ?= .venv-trl112
 WORKERS ?= 2
 BIN := $(VENV)/bin
@@ -12,7 +14,13 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-ppo test test-all check oldest support benchmarks benchmarks-gpu benchmarks-ppo faults clean
+# What covers the core: SFT and DPO with a penalty, the penalty against autograd, resume, bad rows, rules of the house.
+QUICK := tests/test_house.py tests/data/test_check.py tests/ewc/test_callback.py tests/trainer/test_trainer.py \
+	tests/trainer/test_resume.py::test_a_run_that_was_cut_off_ends_as_if_it_was_not
+# Tests of one file share trained runs, so one process takes them all.
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: demo demo-ppo quick quick-tests test test-all check oldest newest support benchmarks benchmarks-gpu benchmarks-ppo faults clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hbat demo
@@ -20,20 +28,33 @@ demo: $(VENV)/.installed
 demo-ppo: $(VENV)/.installed
 	$(BIN)/hbat demo --preference ppo
 
-test: check
-	$(BIN)/python -m pytest -n $(WORKERS)
+# Types and tests side by side.
+quick: $(VENV)/.installed
+	$(MAKE) --jobs 2 check quick-tests
 
+quick-tests: $(VENV)/.installed
+	$(BIN)/$(PYTEST) $(QUICK)
+
+test: check
+	$(BIN)/$(PYTEST)
+
+# With the slow ones, and those of DeepSpeed.
 test-all: check
-	$(BIN)/python -m pytest -n $(WORKERS) -m ""
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
+	$(BIN)/$(PYTEST) -m ""
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The oldest host that is supported, in an environment of its own.
+# The oldest versions that are supported, in an environment of their own.
 oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -n $(WORKERS)
+	$(OLDEST)/bin/$(PYTEST)
+
+# The newest versions of the libraries below, in an environment of their own.
+newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/$(PYTEST)
 
 # The page of what runs with what, from the table that the checks use.
 support: $(VENV)/.installed
@@ -72,6 +93,14 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
 	touch $@
 
+# Anew whenever a version is out: `rm -r .venv-newest`.
+$(NEWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(NEWEST)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade trl transformers peft accelerate datasets
+	touch $@
+
 $(TRL112)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TRL112)
 	$(TRL112)/bin/python -m pip install --quiet --constraint constraints.txt torch
@@ -80,4 +109,4 @@ $(TRL112)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(TRL112) demo-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(TRL112) demo-output .mypy_cache .pytest_cache .ruff_cache

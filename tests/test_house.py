@@ -123,6 +123,20 @@ def test_every_folder_is_a_package():
     assert {each.parent for each in FILES.values()} == {each.parent for each in SOURCE.rglob("__init__.py")}
 
 
+# --- tests -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_test_imports_another():
+    tests = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")}
+    modules = {path.stem for path in tests if path.stem.startswith("test_")}
+    for path, tree in tests.items():
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in imports for alias in node.names}
+        names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
+        found = {name for name in names if name.rpartition(".")[2] in modules}
+        assert not found, f"{path.relative_to(ROOT)} imports {found}: what tests share belongs into tests/support."
+
+
 # --- how files look --------------------------------------------------------------------------------------------------
 
 

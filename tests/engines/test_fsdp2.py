@@ -13,6 +13,7 @@ from hbat.config.ewc import EWCConfig
 from hbat.engines.fsdp2 import FSDP2, fsdp_version, keep_sharded, require_supported
 from hbat.engines.loaded_shards import LoadedShards
 from hbat.ppo.engine import shard
+from hbat.ppo.networks.policy_and_critic import Critic
 
 ASKED = {"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}
 UNTESTED = {
@@ -124,7 +125,8 @@ def test_an_engine_that_accelerate_ignores_is_refused():
 
 def test_a_separate_critic_is_refused():
     trainer = trainer_with(plugin())
-    trainer.model = SimpleNamespace(policy=cases.tiny_llama(), critic=SimpleNamespace(trunk=Linear(2, 2)))
+    trainer.is_fsdp_enabled = True
+    trainer.model = SimpleNamespace(policy=cases.tiny_llama(), critic=Critic(Linear(2, 1), trunk=Linear(2, 2)))
     with refused("separate critic under FSDP2"):
         shard(trainer, None)
 

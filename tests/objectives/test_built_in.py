@@ -22,8 +22,8 @@ def test_names_become_objectives_in_their_order_with_their_sections(tmp_path):
 def test_every_built_in_objective_checks_its_rows_and_knows_its_sequences(name, tmp_path):
     assert name in BUILT_IN
     (objective,) = resolve(runs.config(tmp_path, objectives=[name]))
-    assert objective.faults is not None
-    assert objective.examples is not None
+    assert [fault.kind for fault in objective.row_check()({"other": "a"})] == ["missing column"]
+    assert objective.has_fisher
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "rloo"])
@@ -31,7 +31,7 @@ def test_every_online_objective_takes_rewards_and_checks_its_prompts(name, tmp_p
     (objective,) = resolve(HBATConfig(output_dir=str(tmp_path), objectives=[name], ewc=None))
     assert (objective.name, objective.takes_rewards, objective.metric) == (name, True, "reward")
     assert objective.greater_is_better
-    assert [each.kind for each in objective.faults({"text": "a"})] == ["missing column"]
+    assert [fault.kind for fault in objective.row_check()({"text": "a"})] == ["missing column"]
 
 
 def test_the_names_are_those_of_the_sections():

@@ -5,7 +5,7 @@ import pytest
 import runs
 import trl
 
-from hbat.objectives.dpo import chosen_sequences
+from hbat.objectives.dpo import DPO
 
 
 @pytest.mark.parametrize("conversational", [False, True], ids=["texts", "conversations"])
@@ -20,7 +20,7 @@ def test_the_chosen_answer_is_the_target_and_the_rejected_one_is_absent(conversa
     )
     tokenizer = cases.tiny_tokenizer()
     for row, original in zip(trainer.train_dataset, cases.preference_rows(3), strict=True):
-        (example,) = chosen_sequences(row)
+        (example,) = DPO().fisher_sequences(row)
         target = [label for label in example.labels if label != -100]
         answer = tokenizer.decode(target, skip_special_tokens=True)
         assert answer.strip() == original["chosen"].strip()

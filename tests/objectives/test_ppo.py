@@ -12,6 +12,8 @@ import ppo_cases
 import pytest
 import runs
 import torch
+from kills import CutOffError, Kill
+from ppo_stages import MODELS, SAVES, build, train
 from transformers import TrainerCallback
 
 from hbat.config.hbat import HBATConfig
@@ -19,37 +21,6 @@ from hbat.state.manifest import RunStateError
 from hbat.trainer import HBATTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
-
-MODELS = {"full": cases.tiny_llama, "lora": functools.partial(cases.lora_llama, dropout=0.1)}
-each_model = pytest.mark.parametrize("case", MODELS)
-#: Four optimizer steps a rollout, two rollouts a stage.
-SECTION = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "cosine"}
-
-
-def build(model, folder, *, ppo=None, sft=None, callbacks=None, evaluation=None, rows=16, **options):
-    config = {"num_rounds": 2, "ewc": {"f_max": 1.0}, "disable_tqdm": True, "seed": runs.SEED} | options
-    sizes = {key: value for key, value in ppo_cases.SIZES.items() if key != "max_steps"}
-    return HBATTrainer(
-        model,
-        HBATConfig(
-            output_dir=str(folder),
-            objectives=["sft", "ppo"],
-            sft=runs.section(**SECTION | (sft or {})),
-            ppo=runs.section(**SECTION | sizes | {"max_steps": -1, "num_train_epochs": 1} | (ppo or {})),
-            **config,
-        ),
-        train_dataset={"sft": cases.sft_rows(8), "ppo": ppo_cases.prompts(rows)},
-        eval_dataset=evaluation,
-        processing_class=cases.tiny_tokenizer(),
-        reward_funcs=ppo_cases.letters,
-        callbacks=callbacks,
-    )
-
-
-def train(case, folder, *, resume=None, **options):
-    run = build(MODELS[case](0), folder, **options)
-    run.train(resume_from_checkpoint=resume)
-    return run
 
 
 def first_of_each_stage(run, key):
@@ -78,7 +49,7 @@ class Kept(TrainerCallback):
             self.ends.append(self._look(model))
 
 
-@each_model
+@pytest.mark.parametrize("case", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_every_stage_starts_with_a_kl_of_zero_from_the_model_as_it_is(case, tmp_path):
     run = train(case, tmp_path)
     assert first_of_each_stage(run, "ppo/kl") == {1: 0.0, 3: 0.0}
@@ -115,7 +86,7 @@ def test_the_kl_coefficient_lives_on_too(tmp_path):
     assert third != first
 
 
-@each_model
+@pytest.mark.parametrize("case", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_consolidation_holds_the_policy_and_never_the_critic(case, tmp_path):
     held = train(case, tmp_path / "held", ewc={"f_max": 100.0})
     free = train(case, tmp_path / "free", ewc=None)
@@ -126,7 +97,7 @@ def test_consolidation_holds_the_policy_and_never_the_critic(case, tmp_path):
     assert not [name for name in importance if "critic" in name or name.startswith("policy")]
 
 
-@each_model
+@pytest.mark.parametrize("case", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_a_run_leaves_the_model_as_it_was_built(case, tmp_path):
     model = MODELS[case](0)
     hooks = sum(len(module._forward_hooks) for module in model.modules())  # noqa: SLF001
@@ -169,26 +140,6 @@ def test_evaluation_puts_the_reward_into_the_table_and_higher_is_better(tmp_path
 # --- resume ----------------------------------------------------------------------------------------------------------
 
 
-class CutOffError(RuntimeError):
-    pass
-
-
-class Cut(TrainerCallback):
-    def __init__(self, stage, step):
-        self.stage, self.step, self.current = stage, step, -1
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.current += 1
-        self._hit(0)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._hit(state.global_step)
-
-    def _hit(self, step):
-        if (self.current, step) == (self.stage, self.step):
-            raise CutOffError
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return functools.cache(lambda case: train(case, tmp_path_factory.mktemp("whole")))
@@ -209,61 +160,51 @@ def assert_equal(run, folder, expected):
     assert runs.same(runs.state_tensors(folder, "kept-ppo"), critic)
 
 
-SAVES = {"save_strategy": "steps", "save_steps": 3}
 CUTS = {
-    "between stages": (2, 0, {}),
-    "in the first PPO stage": (1, 5, {}),
-    "in the second, with a checkpoint in the middle of a rollout": (3, 7, {"ppo": SAVES}),
-    "at the end of a stage with a checkpoint": (3, 8, {"ppo": SAVES | {"save_steps": 4}}),
+    "between stages": (Kill(2, "begin"), {}),
+    "in the first PPO stage": (Kill(1, "step", 5), {}),
+    "in the second, with a checkpoint in the middle of a rollout": (Kill(3, "step", 7), {"ppo": SAVES}),
+    "at the end of a stage with a checkpoint": (Kill(3, "step", 8), {"ppo": SAVES | {"save_steps": 4}}),
 }
 
 
 def _cuts():
-    """Each cut and each model; outside of `make test-all` the models take turns."""
+    """Each cut and each model; outside of `make test-all` the cuts with a checkpoint, and the models take turns."""
     for number, cut in enumerate(CUTS):
         for turn, case in enumerate(MODELS):
-            marks = [pytest.mark.slow] if number % len(MODELS) != turn else []
+            marks = [pytest.mark.slow] if number < 2 or number % len(MODELS) != turn else []
             yield pytest.param(case, *CUTS[cut], id=f"{cut}-{case}", marks=marks)
 
 
-@pytest.mark.parametrize(("case", "stage", "step", "options"), list(_cuts()))
-def test_a_run_that_was_cut_off_ends_as_if_it_was_not(case, stage, step, options, whole, tmp_path):
+@pytest.mark.parametrize(("case", "kill", "options"), list(_cuts()))
+def test_a_run_that_was_cut_off_ends_as_if_it_was_not(case, kill, options, whole, tmp_path):
+    kill.current = -1
     with pytest.raises(CutOffError):
-        train(case, tmp_path, callbacks=[Cut(stage, step)], **options)
+        train(case, tmp_path, callbacks=[kill], **options)
     assert_equal(train(case, tmp_path, resume=True, **options), tmp_path, whole(case))
 
 
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
-import cases
-import test_ppo as module
+import kills, ppo_stages, torch
 
-class Gone(module.Cut):
-    def _hit(self, step):
-        if (self.current, step) == (self.stage, self.step):
+class Gone(kills.Kill):
+    def _hit(self, event, step):
+        if (self.current, event, step) == (self.stage, self.event, self.step):
             os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    module.torch.set_num_threads(1)
-    module.train("full", sys.argv[1], callbacks=[Gone(int(sys.argv[2]), int(sys.argv[3]))], ppo=module.SAVES)
+    torch.set_num_threads(1)
+    ppo_stages.train("full", sys.argv[1], callbacks=[Gone(3, "step", 5)], ppo=ppo_stages.SAVES)
 """
 
 
-@pytest.mark.parametrize(
-    ("stage", "step"),
-    [pytest.param(2, 0, id="between stages", marks=pytest.mark.slow), pytest.param(3, 5, id="in a stage")],
-)
-def test_a_process_that_was_killed_goes_on_in_another(stage, step, whole, tmp_path):
-    tests = Path(__file__).parents[1] / "support"
+def test_a_process_that_was_killed_resumes_in_another(whole, tmp_path):
+    root = Path(__file__).parents[2]
     script, folder = tmp_path / "killed.py", tmp_path / "run"
-    script.write_text(SCRIPT.format(paths=[str(tests), str(Path(__file__).parent)]), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), str(stage), str(step)],
-        capture_output=True,
-        check=False,
-        env=os.environ,
-    )
+    script.write_text(SCRIPT.format(paths=[str(root / "tests" / "support"), str(root / "src")]), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, check=False, env=os.environ)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     assert_equal(train("full", folder, resume=True, ppo=SAVES), folder, whole("full"))
 
@@ -281,12 +222,12 @@ def test_a_prompt_of_a_later_round_that_is_too_long_is_refused_before_the_first(
     long = rows.map(lambda row, number: {"prompt": "x" * 130 if number == 13 else row["prompt"]}, with_indices=True)
     sizes = {key: value for key, value in ppo_cases.SIZES.items() if key != "max_steps"}
     config = HBATConfig(output_dir=str(tmp_path), objectives=["ppo"], num_rounds=4, ppo=runs.section(**sizes))
-    for train, held_out in ((long, rows), (rows, long)):
+    for trained, held_out in ((long, rows), (rows, long)):
         with pytest.raises(ValueError, match="row 13: the prompt has 130 tokens"):
             HBATTrainer(
                 cases.tiny_llama(0),
                 config,
-                {"ppo": train},
+                {"ppo": trained},
                 {"ppo": held_out},
                 processing_class=cases.tiny_tokenizer(),
                 reward_funcs=ppo_cases.letters,
@@ -302,6 +243,6 @@ def test_a_run_without_rewards_is_refused(tmp_path):
 
 def test_another_critic_is_not_gone_on_with(tmp_path):
     with pytest.raises(CutOffError):
-        train("full", tmp_path, callbacks=[Cut(2, 0)])
+        train("full", tmp_path, callbacks=[Kill(0, "begin")])
     with pytest.raises(RunStateError, match=r"ppo\.critic: 'shared' -> 'separate'"):
         train("full", tmp_path, resume=True, ppo={"critic": "separate"})

@@ -44,8 +44,15 @@ class Cut(TrainerCallback):
             raise CutOffError
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
-@pytest.mark.parametrize("stage", [0, 1], ids=["sft", "dpo"])
+@pytest.mark.parametrize(
+    ("case", "stage"),
+    [
+        pytest.param("full", 0, id="sft"),
+        pytest.param("lora", 1, id="dpo-lora"),
+        pytest.param("lora", 0, id="sft-lora", marks=pytest.mark.slow),
+        pytest.param("full", 1, id="dpo", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stage_cut_off_in_its_second_epoch_ends_as_if_it_was_not(case, stage, tmp_path):
     epochs = {"max_steps": -1, "num_train_epochs": 3, "optim": "adamw_torch", "learning_rate": 0.01}
     options = {"sft": dict(epochs), "dpo": dict(epochs), "num_rounds": 1, "data": runs.rows(10)}

@@ -53,6 +53,7 @@ def test_rows_that_the_trainer_drops_are_counted(tmp_path, caplog):
     ]
 
 
+@pytest.mark.slow
 def test_nothing_is_said_where_all_rows_are_trained_on(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="hbat.stages.runner"):
         train(tmp_path, cases.sft_rows(8), cases.preference_rows(8))

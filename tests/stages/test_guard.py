@@ -1,5 +1,6 @@
 """A run leaves no trace on its model, and a stage none for the next."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from hbat.engines.environment import kept_environment
 from hbat.model.copies import unpatched_copy
 from hbat.stages.guard import StageGuard
 
@@ -159,17 +161,14 @@ def test_hidden_states_can_still_be_asked_for_after_a_stage_that_did(before):
     assert len(unpatched_copy(model)(**inputs).hidden_states) == layers + 1
 
 
-def test_the_guard_restores_the_precision_in_the_environment(monkeypatch):
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    guard = StageGuard(cases.tiny_llama())
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    guard.restore()
-    assert "ACCELERATE_MIXED_PRECISION" not in os.environ
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    guard = StageGuard(cases.tiny_llama())
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    guard.restore()
-    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "fp16"
+def test_a_trainer_that_fails_leaves_the_precision_in_the_environment(monkeypatch):
+    for before in (None, "fp16"):
+        if before is not None:
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", before)
+        with contextlib.suppress(KeyError), kept_environment():
+            os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+            raise KeyError
+        assert os.environ.get("ACCELERATE_MIXED_PRECISION") == before
 
 
 def test_a_copy_computes_with_its_own_weights():

@@ -40,8 +40,20 @@ def whole(tmp_path_factory):
     return runs.train(cases.tiny_llama(0), tmp_path_factory.mktemp("whole"), **OPTIONS)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize(("stage", "step"), [(0, 1), (1, 2), (3, 3)])
+TERM, INT = (signal.SIGTERM, 143), (signal.SIGINT, 130)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "stage", "step"),
+    [
+        (*TERM, 0, 1),
+        (*INT, 3, 3),
+        pytest.param(*TERM, 1, 2, marks=pytest.mark.slow),
+        pytest.param(*INT, 0, 1, marks=pytest.mark.slow),
+        pytest.param(*INT, 1, 2, marks=pytest.mark.slow),
+        pytest.param(*TERM, 3, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_at_the_end_of_the_step_and_the_run_goes_on_from_there(
     number, status, stage, step, whole, tmp_path
 ):
@@ -63,11 +75,14 @@ def test_a_signal_in_a_stages_last_step_ends_the_run_between_stages(whole, tmp_p
     assert runs.same(cases.weights(resumed.model), cases.weights(whole.model))
 
 
-def test_signals_mean_what_they_did_before_once_the_run_is_over(tmp_path):
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.raises(RunInterrupted):
-        runs.train(cases.tiny_llama(0), tmp_path, callbacks=[Signal(signal.SIGINT, 0, 1)], **OPTIONS)
-    assert {each: signal.getsignal(each) for each in before} == before
+def test_signals_mean_what_they_did_before_once_nobody_listens():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    request = StopRequest()
+    with request.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(RunInterrupted):
+            request.raise_if_agreed()
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_in_another_thread_nobody_listens():
@@ -119,7 +134,7 @@ with request.listening():
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_second_signal_ends_the_process_at_once(number, tmp_path):
     script = tmp_path / "waits.py"
     script.write_text(SCRIPT.format(paths=[str(Path(__file__).parents[2] / "src")]), encoding="utf-8")

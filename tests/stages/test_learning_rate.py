@@ -1,4 +1,4 @@
-"""Learning rates of all stages against one schedule of the host over all steps."""
+"""Learning rates of all stages against one schedule of transformers over all steps."""
 
 import cases
 import pytest
@@ -12,8 +12,8 @@ ROUNDS, STEPS, WARMUP, PEAK = 3, 4, 3, 0.5
 SECTION = {"learning_rate": PEAK, "lr_scheduler_type": "cosine", "max_steps": STEPS, "warmup_steps": WARMUP}
 
 
-def host_schedule(total):
-    """Learning rate of every step of one schedule of the host; the log has the rate after the step's update."""
+def plain_schedule(total):
+    """Learning rate of every step of one schedule of transformers; the log has the rate after the step's update."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=WARMUP, num_training_steps=total)
     rates = []
@@ -29,28 +29,17 @@ def run_with(lr_schedule, folder, **options):
     return runs.train(cases.tiny_llama(), folder, num_rounds=ROUNDS, lr_schedule=lr_schedule, **sections)
 
 
-def test_each_stage_follows_the_hosts_schedule_by_default(tmp_path):
+def test_each_stage_follows_the_schedule_of_transformers_by_default(tmp_path):
     run = run_with("stage", tmp_path)
-    assert runs.logged(run, "sft/learning_rate") == pytest.approx(host_schedule(STEPS) * ROUNDS)
+    assert runs.logged(run, "sft/learning_rate") == pytest.approx(plain_schedule(STEPS) * ROUNDS)
 
 
-def test_the_stages_of_an_objective_are_sections_of_one_schedule(tmp_path):
-    run = run_with("run", tmp_path)
-    for objective in ("sft", "dpo"):
-        rates = runs.logged(run, f"{objective}/learning_rate")
-        assert rates == pytest.approx(host_schedule(ROUNDS * STEPS), abs=1e-12)
-
-
-def test_decay_takes_a_share_of_the_schedule_that_falls_with_the_round(tmp_path):
-    run = run_with("decay", tmp_path)
-    expected = [rate * (1 - number / ROUNDS) for number in range(ROUNDS) for rate in host_schedule(STEPS)]
-    assert runs.logged(run, "sft/learning_rate") == pytest.approx(expected)
-
-
-def test_an_objective_can_have_a_schedule_of_its_own(tmp_path):
-    run = run_with({"dpo": "run"}, tmp_path)
-    assert runs.logged(run, "sft/learning_rate") == pytest.approx(host_schedule(STEPS) * ROUNDS)
-    assert runs.logged(run, "dpo/learning_rate") == pytest.approx(host_schedule(ROUNDS * STEPS), abs=1e-12)
+def test_a_schedule_of_the_run_spans_the_stages_of_an_objective_and_one_that_decays_falls_with_the_round(tmp_path):
+    """Each objective has a schedule of its own here."""
+    run = run_with({"sft": "decay", "dpo": "run"}, tmp_path)
+    decayed = [rate * (1 - number / ROUNDS) for number in range(ROUNDS) for rate in plain_schedule(STEPS)]
+    assert runs.logged(run, "sft/learning_rate") == pytest.approx(decayed)
+    assert runs.logged(run, "dpo/learning_rate") == pytest.approx(plain_schedule(ROUNDS * STEPS), abs=1e-12)
 
 
 def test_the_first_step_is_taken_at_the_rate_that_is_logged(tmp_path):

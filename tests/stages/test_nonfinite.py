@@ -1,5 +1,7 @@
 """A stage whose loss is not finite stops, and the run goes on from its start."""
 
+import functools
+
 import cases
 import pytest
 import runs
@@ -30,17 +32,36 @@ WEIGHTS = [
 ]
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
-@pytest.mark.parametrize(("stage", "name"), [(0, "round 1 of 2, sft"), (3, "round 2 of 2, dpo")])
-def test_a_loss_that_is_not_a_number_stops_the_stage_and_the_run_goes_on_from_its_start(case, stage, name, tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Weights at the end of a run in which all is finite, trained once for a case."""
+
+    @functools.cache
+    def train(case):
+        return cases.weights(runs.train(cases.MODEL_CASES[case](0), tmp_path_factory.mktemp("whole")).model)
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("case", "stage", "name"),
+    [
+        ("full", 0, "round 1 of 2, sft"),
+        ("lora", 3, "round 2 of 2, dpo"),
+        pytest.param("lora", 0, "round 1 of 2, sft", marks=pytest.mark.slow),
+        pytest.param("full", 3, "round 2 of 2, dpo", marks=pytest.mark.slow),
+    ],
+)
+def test_a_loss_that_is_not_a_number_stops_the_stage_and_the_run_resumes_from_its_start(
+    case, stage, name, whole, tmp_path
+):
     build = cases.MODEL_CASES[case]
     with pytest.raises(FloatingPointError, match=rf"not finite in stage {stage} \({name}\) at its step 2"):
         runs.train(build(0), tmp_path / "run", callbacks=[Poison(stage, float("nan"))])
     on_disk = load_file(tmp_path / "run" / "state" / f"weights-{stage:03d}.safetensors")
     assert all(torch.isfinite(each).all() for each in on_disk.values())
-    whole = runs.train(build(0), tmp_path / "whole")
     resumed = runs.train(build(0), tmp_path / "run", resume=True)
-    assert runs.same(cases.weights(resumed.model), cases.weights(whole.model))
+    assert runs.same(cases.weights(resumed.model), whole(case))
 
 
 def test_one_bad_micro_batch_of_a_step_is_seen(tmp_path):
@@ -58,8 +79,8 @@ def test_one_bad_micro_batch_of_a_step_is_seen(tmp_path):
         runs.train(cases.tiny_llama(), tmp_path, callbacks=[PoisonOne()], sft={"gradient_accumulation_steps": 2})
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
-def test_weights_that_are_not_finite_at_the_end_of_a_stage_do_not_become_its_result(case, tmp_path):
+@pytest.mark.parametrize("case", [pytest.param("full", marks=pytest.mark.slow), "lora"])
+def test_weights_that_are_not_finite_at_the_end_of_a_stage_do_not_become_its_result(case, whole, tmp_path):
     """The gradient of the last step is infinite, its loss was not."""
 
     class Overflow(TrainerCallback):
@@ -70,9 +91,8 @@ def test_weights_that_are_not_finite_at_the_end_of_a_stage_do_not_become_its_res
     build = cases.MODEL_CASES[case]
     with pytest.raises(FloatingPointError, match=r"^The weight '.*' is not finite at the end of stage 0 .*sft"):
         runs.train(build(0), tmp_path / "run", callbacks=[Overflow()])
-    whole = runs.train(build(0), tmp_path / "whole")
     resumed = runs.train(build(0), tmp_path / "run", resume=True)
-    assert runs.same(cases.weights(resumed.model), cases.weights(whole.model))
+    assert runs.same(cases.weights(resumed.model), whole(case))
 
 
 class PoisonGradient(TrainerCallback):
@@ -132,7 +152,7 @@ def test_looking_at_the_gradient_changes_no_bit_of_the_clipping(tmp_path):
     assert runs.same(cases.weights(ours.model), theirs[-1])
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
+@pytest.mark.parametrize("case", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_stage_is_rolled_back_and_trained_with_half_the_learning_rate(case, tmp_path):
     poison = PoisonGradient(1, times=2)
     options = {"on_nan": "rollback", "optimizer_state": "carry"}

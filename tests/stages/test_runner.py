@@ -11,7 +11,7 @@ import trl
 from transformers import TrainerCallback
 
 from hbat.objectives.objective import Objective
-from hbat.objectives.track import estimated_steps
+from hbat.objectives.track import Track
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 
@@ -184,16 +184,21 @@ class Counting(trl.SFTTrainer):
         return super().train(*args, **kwargs)
 
 
-def counting(seen, **options):
-    return Objective(
+class CountingObjective(Objective):
+    def state_dict(self, trainer):
+        return {"count": trainer.count}
+
+    def load_state_dict(self, trainer, state):
+        trainer.count.copy_(state["count"])
+
+
+def counting(seen):
+    return CountingObjective(
         name="count",
         trainer_class=Counting,
         config_class=trl.SFTConfig,
-        config=runs.section(),
+        config=runs.section(max_steps=1),
         trainer_kwargs={"seen": seen},
-        keeps=lambda trainer: {"count": trainer.count},
-        restores=lambda trainer, kept: trainer.count.copy_(kept["count"]),
-        **options,
     )
 
 
@@ -217,8 +222,15 @@ def test_what_an_objective_keeps_goes_from_stage_to_stage_and_through_a_restart(
     assert runs.state_tensors(tmp_path, "kept-count")["count"].tolist() == [3.0, 3.0]
 
 
-@pytest.mark.parametrize("resumes_inside", [True, False])
-def test_a_stage_of_an_objective_that_does_not_resume_inside_starts_anew(resumes_inside, tmp_path):
+class FromEvenSteps(Objective):
+    """An objective whose stages resume from checkpoints at even steps alone."""
+
+    def can_resume_at(self, args, rows, step):
+        return step % 2 == 0
+
+
+@pytest.mark.parametrize("objective_class", [Objective, FromEvenSteps])
+def test_a_stage_resumes_from_a_checkpoint_where_its_objective_can(objective_class, tmp_path):
     begun = []
 
     class Stop(TrainerCallback):
@@ -226,39 +238,43 @@ def test_a_stage_of_an_objective_that_does_not_resume_inside_starts_anew(resumes
             begun.append(state.global_step)
 
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 2 and len(begun) == 1:
+            if state.global_step == 4 and len(begun) == 1:
                 raise KeyboardInterrupt
 
-    own = Objective(
+    own = objective_class(
         name="mine",
         trainer_class=trl.SFTTrainer,
         config_class=trl.SFTConfig,
-        config=runs.section(save_strategy="steps", save_steps=1, max_steps=3),
-        resumes_inside=resumes_inside,
+        config=runs.section(save_strategy="steps", save_steps=1, save_total_limit=9, max_steps=5),
     )
     options = {"objectives": [own], "data": {"mine": cases.sft_rows(8)}, "num_rounds": 1, "callbacks": [Stop()]}
     with pytest.raises(KeyboardInterrupt):
         runs.train(cases.tiny_llama(), tmp_path, **options)
     runs.train(cases.tiny_llama(), tmp_path, resume=True, **options)
-    assert begun == [0, 1 if resumes_inside else 0]
+    assert begun == [0, 3 if objective_class is Objective else 2]
 
 
 # --- small parts -----------------------------------------------------------------------------------------------------
 
 
-def test_the_estimate_of_steps_is_that_of_the_host(tmp_path, monkeypatch):
+def test_the_estimate_of_steps_is_that_of_transformers(tmp_path, monkeypatch):
+    class Slow(Objective):
+        def epoch_steps(self, args, rows):
+            return rows * args.gradient_accumulation_steps
+
+    def track(objective_class):
+        own = objective_class(name="mine", trainer_class=trl.SFTTrainer, config_class=trl.SFTConfig, config=options)
+        return Track(own, own.base_args(str(tmp_path)), cases.sft_rows(22))
+
     options = runs.section(max_steps=-1, num_train_epochs=3, gradient_accumulation_steps=2)
-    args = trl.SFTConfig(output_dir=str(tmp_path), report_to="none", **options)
-    assert estimated_steps(args, rows=22, num_rounds=2) == math.ceil(11 / 4) * 3
-    run = runs.train(
-        cases.tiny_llama(),
-        tmp_path / "run",
-        objectives=["sft"],
-        data={"sft": cases.sft_rows(22)},
-        sft={"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2},
-    )
-    assert run.state.global_step == 2 * estimated_steps(args, rows=22, num_rounds=2)
-    own = estimated_steps(args, 22, 2, epoch_steps=lambda given, rows: rows * given.gradient_accumulation_steps)
-    assert own == 11 * 2 * 3
+    expected = track(Objective).estimated_steps(2)
+    assert expected == math.ceil(11 / 4) * 3
+    own = track(Objective).objective
+    data = {"mine": cases.sft_rows(22)}
+    run = runs.train(cases.tiny_llama(), tmp_path / "run", objectives=[own], data=data)
+    assert run.state.global_step == 2 * expected
+    assert run.estimated_steps("mine") == expected
+    assert track(Slow).estimated_steps(2) == 11 * 2 * 3
+    on_two = track(Objective)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert estimated_steps(args, rows=22, num_rounds=2) == math.ceil(11 / 8) * 3
+    assert on_two.estimated_steps(2) == math.ceil(11 / 8) * 3

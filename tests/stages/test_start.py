@@ -4,6 +4,7 @@ import runs
 import torch
 from transformers import TrainerCallback
 
+from hbat.engines.engine import Engine
 from hbat.ewc.parameters import snapshot, trainable_parameters
 from hbat.stages.start import StageStart
 
@@ -19,7 +20,7 @@ def moved(model):
 def test_the_anchor_is_the_start_until_the_next_is_taken(case, needs_reference):
     model = cases.MODEL_CASES[case](0)
     first = snapshot(trainable_parameters(model))
-    start = StageStart(model, needs_reference=needs_reference)
+    start = StageStart(model, needs_reference=needs_reference, engine=Engine())
     start.take()
     moved(model)
     assert runs.same(dict(start.anchor), first)
@@ -29,21 +30,21 @@ def test_the_anchor_is_the_start_until_the_next_is_taken(case, needs_reference):
 
 def test_the_reference_of_a_full_model_is_the_anchor_itself():
     model = cases.tiny_llama()
-    start = StageStart(model, needs_reference=True)
+    start = StageStart(model, needs_reference=True, engine=Engine())
     start.take()
     own = dict(start.reference.named_parameters())
     assert all(own[name] is each for name, each in start.anchor.items())
 
 
 def test_the_reference_of_a_tied_model_stays_tied():
-    start = StageStart(cases.tiny_llama(tied=True), needs_reference=True)
+    start = StageStart(cases.tiny_llama(tied=True), needs_reference=True, engine=Engine())
     start.take()
     assert start.reference.lm_head.weight is start.reference.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize(("case", "needs_reference"), [("lora", True), ("full", False)])
 def test_no_second_model_is_made_where_none_is_needed(case, needs_reference):
-    assert StageStart(cases.MODEL_CASES[case](0), needs_reference=needs_reference).reference is None
+    assert StageStart(cases.MODEL_CASES[case](0), needs_reference=needs_reference, engine=Engine()).reference is None
 
 
 def with_reference_adapter(weights):
@@ -62,7 +63,7 @@ def with_reference_adapter(weights):
 
 def test_an_equal_reference_adapter_becomes_the_anchor():
     model = with_reference_adapter(lambda own: own)
-    start = StageStart(model, needs_reference=True)
+    start = StageStart(model, needs_reference=True, engine=Engine())
     start.take()
     taken = dict(start.anchor)
     start.share_adapter()
@@ -76,7 +77,7 @@ def test_an_equal_reference_adapter_becomes_the_anchor():
 @pytest.mark.parametrize("weights", [lambda own: own + 1e-6, lambda own: own.bfloat16()], ids=["other", "coarser"])
 def test_a_reference_adapter_that_differs_does_not_become_the_anchor(weights):
     model = with_reference_adapter(weights)
-    start = StageStart(model, needs_reference=True)
+    start = StageStart(model, needs_reference=True, engine=Engine())
     start.take()
     taken = dict(start.anchor)
     start.share_adapter()

@@ -123,6 +123,26 @@ def lora_llama(seed=0, *, nonzero_b=True, dropout=0.0, rank=4, **kwargs):
     return model
 
 
+def random_adapter(config, seed=0):
+    """The same with an adapter of any kind, moved by random numbers."""
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        model = get_peft_model(tiny_llama(seed), config)
+        with torch.no_grad():
+            for parameter in trainable(model).values():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def embedding_lora(seed=0):
+    """The same with LoRA on its embeddings: names as `lora_embedding_A.default`, which TRL does not copy."""
+    from peft import LoraConfig
+
+    return random_adapter(LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"), seed)
+
+
 def frozen_llama(seed=0, **kwargs):
     """The same with its embeddings and first layer frozen."""
     model = tiny_llama(seed, **kwargs)

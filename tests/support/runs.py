@@ -1,6 +1,5 @@
 """Runs of HBATTrainer on tiny models, and the same runs by hand with nothing but TRL's own trainers."""
 
-import gc
 import json
 
 import cases
@@ -13,10 +12,6 @@ from safetensors.torch import load_file
 from hbat.config.hbat import HBATConfig
 from hbat.state.plan import part_indices
 from hbat.trainer import HBATTrainer
-
-# Stages collect garbage, and the host's modules are a million objects that would be searched each time.
-gc.collect()
-gc.freeze()
 
 ROWS = {"sft": cases.sft_rows, "dpo": cases.preference_rows}
 #: Field of a section that switches gradient checkpointing; transformers 5.23 renamed it.

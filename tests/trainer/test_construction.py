@@ -1,5 +1,7 @@
 """What a run refuses, before its first stage and with a message that says what to do."""
 
+import pkgutil
+
 import cases
 import pytest
 import runs
@@ -87,6 +89,32 @@ def test_a_ready_configuration_is_checked_too(config_class, options, error, mess
         HBATTrainer(cases.tiny_llama(), config, runs.rows(), processing_class=cases.tiny_tokenizer())
 
 
+PACKAGES = {
+    "liger": (
+        {"dpo": {"use_liger_kernel": True}},
+        r"`dpo\.use_liger_kernel` is set, but liger-kernel is not installed",
+    ),
+    "a tracker": ({"report_to": "comet_ml"}, r"`report_to` has 'comet_ml', which cannot be used: .*comet"),
+    "one of two trackers": ({"report_to": ["tensorboard", "swanlab"]}, r"`report_to` has 'swanlab'"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("options", "message"), PACKAGES.values(), ids=PACKAGES)
+def test_a_package_that_an_option_needs_is_missed_before_the_first_step(options, message, tmp_path):
+    installed = {"liger_kernel", "comet_ml", "swanlab"} & {module.name for module in pkgutil.iter_modules()}
+    if installed:
+        pytest.skip(f"{installed} is installed")
+    with pytest.raises(ImportError, match=message):
+        runs.build_run(cases.tiny_llama(), tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("report_to", ["none", None, [], "all"])
+def test_a_run_without_trackers_or_with_all_that_are_installed_needs_no_other(report_to, tmp_path):
+    runs.build_run(cases.tiny_llama(), tmp_path, report_to=report_to, num_rounds=1)
+
+
 DATA_ERRORS = {
     "missing": ({"sft": cases.sft_rows(4)}, ValueError, r"no rows for \['dpo'\]; its keys are \['sft'\]"),
     "unknown key": (runs.rows() | {"dpoo": cases.sft_rows(4)}, ValueError, r"'dpoo', which no stage.*mean `dpo`"),
@@ -164,12 +192,16 @@ class Hungry(trl.SFTTrainer):
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
 
 
-HUNGRY = Objective(
+class HungryObjective(Objective):
+    def minimum_rows(self, args):
+        return args.gradient_accumulation_steps
+
+
+HUNGRY = HungryObjective(
     name="hungry",
     trainer_class=Hungry,
     config_class=trl.SFTConfig,
     config=runs.section(gradient_accumulation_steps=3),
-    minimum_rows=lambda args: args.gradient_accumulation_steps,
     greater_is_better=True,
 )
 

@@ -1,7 +1,6 @@
 """What a damaged file in a run's folder does: the run ends to the last bit as a whole one, or the file is named."""
 
 import contextlib
-import dataclasses
 import errno
 import json
 import logging
@@ -22,7 +21,7 @@ from kills import ADAM, CutOffError, Kill
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hbat.objectives.sft import sft
+from hbat.objectives.sft import SFT
 from hbat.state.files import StorageError
 from hbat.state.manifest import RunStateError
 
@@ -31,17 +30,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 SAVES = ADAM | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
 
 
-def keeps(trainer):
-    return {"steps": torch.tensor(getattr(trainer, "steps_before", 0.0) + trainer.state.global_step)}
+class CountingSFT(SFT):
+    """SFT that keeps the number of its steps."""
 
+    def state_dict(self, trainer):
+        return {"steps": torch.tensor(getattr(trainer, "steps_before", 0.0) + trainer.state.global_step)}
 
-def restores(trainer, kept):
-    trainer.steps_before = float(kept["steps"])
+    def load_state_dict(self, trainer, state):
+        trainer.steps_before = float(state["steps"])
 
 
 def build(folder, **options):
     """A run of SFT, which keeps something of its own, and DPO, whose evaluation needs the run's initial weights."""
-    objective = dataclasses.replace(sft(runs.section(**SAVES)), keeps=keeps, restores=restores)
+    objective = CountingSFT(config=runs.section(**SAVES))
     return runs.build_run(
         cases.tiny_llama(),
         folder,
@@ -109,11 +110,18 @@ FILES = {
 SILENT = {"manifest of the previous state"}  # of no use to the run unless the newest state is damaged too
 
 
+#: What takes the same path as the file above it.
+SAME_PATH = {
+    "moments of the newest state", "checkpoint: schedule", "checkpoint: random states", "checkpoint: state",
+    "checkpoint: arguments",
+}  # fmt: skip
+
+
 def _cases():
-    """Every kind of file with every damage; outside of `make test-all` those that train with one of them in turn."""
+    """Every kind of file with every damage; outside of `make test-all` each path with one damage in turn."""
     for number, (kind, (name, goes_on_at)) in enumerate(FILES.items()):
         for turn, (how, damage) in enumerate(DAMAGES.items()):
-            slow = goes_on_at is not None and number % len(DAMAGES) != turn
+            slow = number % len(DAMAGES) != turn or kind in SAME_PATH
             marks = [pytest.mark.slow] if slow else []
             yield pytest.param(kind, name, goes_on_at, damage, id=f"{kind} {how}", marks=marks)
 
@@ -131,7 +139,7 @@ def test_a_damaged_file_is_gone_around_or_named(kind, name, goes_on_at, damage, 
         assert all(each.read_bytes() == content for each, content in before.items())
         return
     first = []
-    run._runner._callbacks.append(Begins(first))  # noqa: SLF001 - the callbacks of a run that is there
+    run._stages._callbacks.append(Begins(first))  # noqa: SLF001 - the callbacks of a run that is there
     run.train(resume_from_checkpoint=True)
     assert_equal(run, whole, log=kind != "log")
     assert (Path(name).name in caplog.text) is (kind not in SILENT)
@@ -239,13 +247,15 @@ def test_a_disk_that_is_full_for_the_hosts_checkpoint_leaves_a_run_that_goes_on(
         assert_equal(again, expected)
 
 
-@pytest.mark.parametrize("number", [1, 3, 6])
+@pytest.mark.parametrize(
+    "number", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)]
+)
 def test_a_write_that_fails_leaves_the_state_before_and_the_first_error_stands(number, tmp_path, monkeypatch):
     def fail():
         Faults(monkeypatch, at=number, raises=full_disk, only=("write",))
 
     run = build(tmp_path, callbacks=[FillUp(1, fail)], **unsaved())
-    with pytest.raises(StorageError, match=r"cannot be written.*resume with `resume_from_checkpoint=True`"):
+    with pytest.raises(StorageError, match=r"cannot be written.*go on with `resume_from_checkpoint=True`"):
         run.train()
     monkeypatch.undo()
     assert json.loads((tmp_path / "hbat_state.json").read_text())["next_stage"] == 1
@@ -267,7 +277,7 @@ def test_a_checkpoint_of_the_host_that_does_not_fit_is_named_and_the_run_goes_on
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
-import runs, test_damage as module
+import cases, runs
 from transformers import TrainerCallback
 
 class Hold(TrainerCallback):
@@ -277,14 +287,14 @@ class Hold(TrainerCallback):
 
 if __name__ == "__main__":
     runs.torch.set_num_threads(1)
-    module.build(sys.argv[1], callbacks=[Hold()], **module.unsaved()).train()
+    runs.train(cases.tiny_llama(), sys.argv[1], callbacks=[Hold()], num_rounds=1)
 """
 
 
 def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path):
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent / "support"), str(here.parents[1] / "src")]
+    root = Path(__file__).parents[2]
     script, folder = tmp_path / "first.py", tmp_path / "run"
+    paths = [str(root / "tests" / "support"), str(root / "src")]
     script.write_text(SCRIPT.format(paths=paths), encoding="utf-8")
     command = [sys.executable, str(script), str(folder)]
     with subprocess.Popen(
@@ -293,10 +303,8 @@ def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path):
         try:
             while b"trains" not in (line := first.stdout.readline()):
                 assert line, "the first process ended early"
-            second = build(folder, **unsaved())
-            with pytest.raises(
-                RunStateError, match=rf"Another process \(process {first.pid} on .*\) trains into `output_dir`"
-            ):
+            second = runs.build_run(cases.tiny_llama(), folder, num_rounds=1)
+            with pytest.raises(RunStateError, match=rf"Another process \({first.pid}\) trains into `output_dir`"):
                 second.train(resume_from_checkpoint=True)
         finally:
             first.send_signal(signal.SIGKILL)
@@ -319,7 +327,7 @@ def test_an_allowed_change_holds_from_the_start_of_the_stage_under_way(tmp_path,
         build(tmp_path / "run", **unsaved(dpo=faster)).train(resume_from_checkpoint=True)
     changed = build(tmp_path / "run", **unsaved(dpo=faster))
     changed.train(resume_from_checkpoint=True, allow_changed=["dpo.learning_rate"])
-    assert "The run is resumed from stage 1 with: dpo.learning_rate: 0.01 -> 0.02." in caplog.text
+    assert "From stage 1 on the run goes on with: dpo.learning_rate: 0.01 -> 0.02." in caplog.text
     shutil.rmtree(tmp_path / "other" / "stage-001-dpo")
     anew = build(tmp_path / "other", **unsaved(dpo=faster))
     anew.train(resume_from_checkpoint=True, allow_changed=["dpo."])

@@ -1,9 +1,11 @@
+import math
+
 import cases
 import pytest
 import runs
 import torch
 import trl
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig
 from transformers import TrainerCallback
 
 from hbat.config.ewc import EWCConfig
@@ -16,18 +18,6 @@ from hbat.state.plan import plan
 EVALUATION = {"sft": cases.sft_rows(4, 9), "dpo": cases.preference_rows(4, 9)}
 
 
-def embedding_lora(seed=0):
-    """LoRA on the embeddings: names like `lora_embedding_A.default`, which TRL's own copy leaves out."""
-    torch.manual_seed(seed)
-    adapter = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(cases.tiny_llama(seed), adapter)
-    with torch.no_grad():
-        for name, each in model.named_parameters():
-            if "lora_" in name and each.requires_grad:
-                each.normal_(std=0.1)
-    return model
-
-
 class Seen(TrainerCallback):
     """Calls a function on each event, with the model."""
 
@@ -36,20 +26,52 @@ class Seen(TrainerCallback):
             setattr(self, event, lambda args, state, control, action=action, **kwargs: action(state, **kwargs))
 
 
-@pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
-def test_evaluation_leaves_an_adapter_on_the_embeddings_as_it_is(tmp_path):
-    evaluated = runs.train(embedding_lora(), tmp_path / "a", evaluation=EVALUATION, ewc={"f_max": 1.0})
-    plain = runs.train(embedding_lora(), tmp_path / "b", ewc={"f_max": 1.0})
-    assert runs.same(cases.trainable(evaluated.model), cases.trainable(plain.model))
+#: Adapters whose parameters' names end in that of the adapter, as `lora_embedding_A.default`; TRL copies other names.
+ADAPTERS = {
+    "LoRA on embeddings": LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"),
+    "LoHa": LoHaConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    "IA3": IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+    "VeRA": VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+}
+each_adapter = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
 
 
-def test_the_reference_of_an_adapter_on_the_embeddings_is_the_stages_start(tmp_path):
-    run = runs.train(embedding_lora(), tmp_path)
-    logged = [entry["dpo/rewards/chosen"] for entry in run.state.log_history if "dpo/rewards/chosen" in entry]
-    assert logged[:: runs.STEPS] == [0.0, 0.0]
+def check_start(run, preference):
+    """The second stage of the preference objective starts where its reference is: at what stages before made."""
+    first = next(
+        entry for entry in run.state.log_history if f"{preference}/loss" in entry and entry["hbat/stage"] == 3
+    )
+    if preference == "dpo":
+        assert first["dpo/rewards/chosen"] == 0.0
+        assert first["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    else:
+        assert first["kto/kl"] == 0.0
+        assert {first[key] for key in ("kto/rewards/chosen", "kto/rewards/rejected") if key in first} == {0.0}
 
 
-@pytest.mark.parametrize("build", [cases.tiny_llama, cases.lora_llama])
+@pytest.mark.parametrize("precompute", [True, pytest.param(False, marks=pytest.mark.slow)])
+@each_adapter
+def test_the_reference_of_an_adapter_of_any_kind_is_the_stages_start(adapter, precompute, tmp_path):
+    dpo = {"precompute_ref_log_probs": precompute}
+    run = runs.train(cases.random_adapter(adapter), tmp_path, dpo=dpo)
+    check_start(run, "dpo")
+    assert any(reward != 0.0 for reward in runs.logged(run, "dpo/rewards/chosen"))
+
+
+@runs.needs_kto
+@pytest.mark.parametrize(
+    "name", ["LoRA on embeddings", *(pytest.param(key, marks=pytest.mark.slow) for key in list(ADAPTERS)[1:])]
+)
+def test_the_reference_that_kto_computes_beforehand_is_the_stages_start(name, tmp_path):
+    kto = runs.section(precompute_ref_log_probs=True)
+    run = runs.train(
+        cases.random_adapter(ADAPTERS[name]), tmp_path, objectives=["sft", "kto"], kto=kto,
+        data={"sft": cases.sft_rows(8), "kto": runs.kto_rows(8)},
+    )  # fmt: skip
+    check_start(run, "kto")
+
+
+@pytest.mark.parametrize("build", [cases.tiny_llama, pytest.param(cases.lora_llama, marks=pytest.mark.slow)])
 def test_precomputed_reference_log_probabilities_change_no_score(tmp_path, build):
     scores = [
         runs.train(build(), tmp_path / str(early), evaluation={"dpo": EVALUATION["dpo"]}, dpo=dpo).matrix.series("dpo")
@@ -139,13 +161,6 @@ def test_the_random_control_stays_as_random_in_later_rounds():
         importance = found.importance(plan(6, ["sft", "dpo"])[stage.index + 1])["a"]
         spread.append(float(importance.std() / importance.mean()))
     assert min(spread) > 0.5
-
-
-def test_the_training_loss_is_the_mean_of_training_losses(tmp_path):
-    run = runs.build_run(cases.tiny_llama(), tmp_path, evaluation=EVALUATION)
-    output = run.train()
-    own = [value for entry in run.state.log_history for key, value in entry.items() if key in {"sft/loss", "dpo/loss"}]
-    assert output.training_loss == pytest.approx(sum(own) / len(own))
 
 
 def test_a_run_of_one_objective_accumulates_nothing(tmp_path):

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hbat.cli.main import main
+from hbat.engines.engine import Engine
 from hbat.ewc.callback import EWCCallback
 from hbat.ewc.parameters import trainable_parameters
 from hbat.stages.start import StageStart
@@ -24,8 +25,9 @@ from hbat.state.manifest import RunStateError
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 
-each_kind = pytest.mark.parametrize("kind", qlora_cases.KINDS)
-each_preference = pytest.mark.parametrize("preference", ["dpo", "ppo"])
+#: The kinds take turns; the other one is slow.
+in_4_bits = pytest.mark.parametrize("kind", ["4-bit", pytest.param("8-bit", marks=pytest.mark.slow)])
+in_8_bits = pytest.mark.parametrize("kind", [pytest.param("4-bit", marks=pytest.mark.slow), "8-bit"])
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,15 @@ class Starts(TrainerCallback):
         self.seen.append((anchor, cases.weights(self.run.model), copies))
 
 
-@each_kind
-@each_preference
+@pytest.mark.parametrize(
+    ("kind", "preference"),
+    [
+        ("4-bit", "dpo"),
+        ("8-bit", "ppo"),
+        pytest.param("8-bit", "dpo", marks=pytest.mark.slow),
+        pytest.param("4-bit", "ppo", marks=pytest.mark.slow),
+    ],
+)
 def test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone(kind, preference, saved, tmp_path):
     starts = Starts()
     run = qlora_cases.build(qlora_cases.qlora(saved, kind), tmp_path, preference, callbacks=[starts])
@@ -83,7 +92,9 @@ def test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone(kind, 
 
 
 # In 8 bits the second model that is the plain trainers' reference rounds otherwise, being in evaluation mode.
-@pytest.mark.parametrize(("kind", "tolerance"), [("4-bit", 0.0), ("8-bit", 1.5e-3)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("4-bit", 0.0), pytest.param("8-bit", 1.5e-3, marks=pytest.mark.slow)]
+)
 def test_a_run_without_a_penalty_equals_plain_trainers(kind, tolerance, saved, tmp_path):
     """The plain ones get a reference in bfloat16 as well; TRL's own copy of the adapter is in float32."""
     build = functools.partial(qlora_cases.qlora, saved, kind)
@@ -93,7 +104,7 @@ def test_a_run_without_a_penalty_equals_plain_trainers(kind, tolerance, saved, t
     assert cases.largest_difference(expected[0], expected[-1]) > 10 * tolerance
 
 
-@each_kind
+@in_4_bits
 def test_the_gradient_of_the_penalty_is_the_closed_form_on_the_adapter(kind, saved, tmp_path):
     found = {}
     for strength in (0.0, 3.0):
@@ -122,7 +133,7 @@ def test_the_gradient_of_the_penalty_is_the_closed_form_on_the_adapter(kind, sav
         assert ((pull - torch.as_tensor(each)).abs() <= tolerance + 1e-12).all(), name
 
 
-@each_kind
+@in_8_bits
 def test_before_training_the_policy_is_its_own_reference(kind, saved, tmp_path):
     rows = {"dpo": cases.preference_rows(4)}
     scores = qlora_cases.build(qlora_cases.qlora(saved, kind), tmp_path, "dpo", evaluation=rows).evaluate()
@@ -133,7 +144,7 @@ def test_before_training_the_policy_is_its_own_reference(kind, saved, tmp_path):
 def test_an_anchor_follows_the_cast_of_the_host(saved):
     """Taken before TRL's cast it is of another precision: the next stage takes it anew."""
     model = qlora_cases.qlora(saved, "4-bit")
-    start = StageStart(model, needs_reference=True)
+    start = StageStart(model, needs_reference=True, engine=Engine())
     start.take()
     for each in cases.trainable(model).values():
         each.data = each.data.bfloat16()
@@ -198,7 +209,13 @@ def assert_goes_on(kind, preference, cut, expected, saved, folder, optim="adamw_
 
 @pytest.mark.parametrize(
     ("kind", "preference", "stage"),
-    [("4-bit", "dpo", 2), ("4-bit", "dpo", 3), ("8-bit", "dpo", 3), ("4-bit", "ppo", 3), ("8-bit", "ppo", 3)],
+    [
+        ("4-bit", "dpo", 3),
+        ("8-bit", "ppo", 3),
+        pytest.param("4-bit", "dpo", 2, marks=pytest.mark.slow),
+        pytest.param("8-bit", "dpo", 3, marks=pytest.mark.slow),
+        pytest.param("4-bit", "ppo", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_was_cut_off_ends_as_if_it_was_not(kind, preference, stage, whole, saved, tmp_path):
     assert_goes_on(kind, preference, Cut(stage, 2), whole(kind, preference), saved, tmp_path)
@@ -208,7 +225,9 @@ def test_a_run_that_was_cut_off_ends_as_if_it_was_not(kind, preference, stage, w
     ("kind", "more", "named"),
     [
         ("8-bit", {}, r"parameters\.frozen"),
-        ("4-bit", {"bnb_4bit_compute_dtype": "bfloat16"}, r"parameters\.quantization"),
+        pytest.param(
+            "4-bit", {"bnb_4bit_compute_dtype": "bfloat16"}, r"parameters\.quantization", marks=pytest.mark.slow
+        ),
     ],
     ids=["other bits", "other precision"],
 )
@@ -223,7 +242,9 @@ def test_another_quantisation_is_not_gone_on_with(kind, more, named, saved, tmp_
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "preference"), [("4-bit", "dpo"), ("8-bit", "ppo")])
+@pytest.mark.parametrize(
+    ("kind", "preference"), [("4-bit", "dpo"), pytest.param("8-bit", "ppo", marks=pytest.mark.slow)]
+)
 def test_recomputed_activations_change_nothing(kind, preference, saved, tmp_path):
     ends = []
     for recompute in (False, True):
@@ -239,7 +260,9 @@ def test_recomputed_activations_change_nothing(kind, preference, saved, tmp_path
     assert runs.same(*ends)
 
 
-each_optimizer = pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit"])
+each_optimizer = pytest.mark.parametrize(
+    "optim", ["adamw_bnb_8bit", pytest.param("paged_adamw_8bit", marks=pytest.mark.slow)]
+)
 on_the_cpu = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
 
 
@@ -294,7 +317,7 @@ def trained(saved, tmp_path):
     return functools.partial(train, peft={"r": 8, "target_modules": ["q_proj", "v_proj"]})
 
 
-@each_kind
+@in_4_bits
 def test_an_adapter_is_merged_into_dequantised_or_full_weights(kind, trained, saved):
     folder = trained(kind)
     assert (folder / "adapter_model.safetensors").exists()
@@ -311,7 +334,7 @@ def test_an_adapter_is_merged_into_dequantised_or_full_weights(kind, trained, sa
         assert (merged - held).norm() / held.norm() < tolerance, name
 
 
-@each_kind
+@in_8_bits
 def test_an_adapter_that_was_saved_is_trained_on_by_its_folder(kind, trained):
     first = trained(kind)
     second = trained(kind, name="more", model=first, peft=None)

@@ -133,16 +133,29 @@ def test_scores_equal_those_of_a_plain_trainer_on_the_same_weights(evaluated, tm
     assert scores["dpo"]["loss"] == pytest.approx(dpo.evaluate()["eval_loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
-def test_preference_scores_compare_with_the_start_of_the_run(case, tmp_path):
-    run = runs.train(cases.MODEL_CASES[case](0), tmp_path, evaluation={"dpo": EVALUATION["dpo"]})
+def check_reference_is_the_start(run):
     losses = run.matrix.series("dpo")
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert all(abs(each - math.log(2)) > 1e-4 for each in losses[1:])
+    assert all(abs(loss - math.log(2)) > 1e-4 for loss in losses[1:])
     assert run.evaluate()["dpo"]["loss"] == losses[-1]
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
+def test_preference_scores_compare_with_the_start_of_the_run(evaluated):
+    check_reference_is_the_start(evaluated[0])
+
+
+def test_preference_scores_of_an_adapter_compare_with_the_start_of_the_run(tmp_path):
+    evaluation = {"dpo": EVALUATION["dpo"]}
+    check_reference_is_the_start(runs.train(cases.lora_llama(), tmp_path, num_rounds=1, evaluation=evaluation))
+
+
+def test_the_training_loss_is_the_mean_of_training_losses(evaluated):
+    run, _, _, output = evaluated
+    own = [value for entry in run.state.log_history for key, value in entry.items() if key in {"sft/loss", "dpo/loss"}]
+    assert output.training_loss == pytest.approx(sum(own) / len(own))
+
+
+@pytest.mark.parametrize("case", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_evaluation_alone_before_training_changes_nothing(case, tmp_path):
     model = cases.MODEL_CASES[case](0)
     before = cases.weights(model)
@@ -155,9 +168,10 @@ def test_evaluation_alone_before_training_changes_nothing(case, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
-@pytest.mark.parametrize("case", ["full", "lora"])
-def test_evaluation_between_stages_does_not_change_what_is_trained(case, tmp_path):
-    build = cases.MODEL_CASES[case]
+@pytest.mark.parametrize(
+    "build", [cases.tiny_llama, cases.embedding_lora, pytest.param(cases.lora_llama, marks=pytest.mark.slow)]
+)
+def test_evaluation_between_stages_does_not_change_what_is_trained(build, tmp_path):
     with_scores = runs.train(build(0), tmp_path / "with", evaluation=EVALUATION, ewc={"f_max": 1.0})
     without = runs.train(build(0), tmp_path / "without", ewc={"f_max": 1.0})
     assert runs.same(cases.weights(with_scores.model), cases.weights(without.model))

@@ -14,7 +14,6 @@ import runs
 from kills import CutOffError, Kill, assert_equal, options
 from transformers import TrainerCallback
 
-from hbat.state.files import digest
 from hbat.state.manifest import RunStateError
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
@@ -46,10 +45,14 @@ def whole(tmp_path_factory):
     return train
 
 
-# Each way to be cut off once, and the most involved one with every model and state.
-CUTS = [("full", "carry", name) for name in KILLS] + [
-    (case, state, "inside a stage with a checkpoint")
-    for case, state in (("full", "reset"), ("lora", "carry"), ("lora", "reset"))
+# Each way to be cut off once, and the most involved one with every model and state. Slow: what takes the same path.
+SAME_PATH = {"at the start", "between stages", "in the last stage"}
+CUTS = [
+    pytest.param("full", "carry", name, marks=[pytest.mark.slow] if name in SAME_PATH else []) for name in KILLS
+] + [
+    pytest.param("full", "reset", "inside a stage with a checkpoint", marks=pytest.mark.slow),
+    ("lora", "carry", "inside a stage with a checkpoint"),
+    pytest.param("lora", "reset", "inside a stage with a checkpoint", marks=pytest.mark.slow),
 ]
 
 
@@ -96,23 +99,23 @@ def test_a_run_cut_off_while_it_is_evaluated_evaluates_again(tmp_path, monkeypat
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
-import cases, runs, test_resume as module
+import cases, kills, runs
 
-class Gone(module.Kill):
+class Gone(kills.Kill):
     def _hit(self, event, step):
         if (self.current, event, step) == (2, "step", 2):
             os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
     runs.torch.set_num_threads(1)
-    runs.train(cases.tiny_llama(), sys.argv[1], callbacks=[Gone(2, "step", 2)], **module.options("carry", 1))
+    runs.train(cases.tiny_llama(), sys.argv[1], callbacks=[Gone(2, "step", 2)], **kills.options("carry", 1))
 """
 
 
 def test_a_process_that_was_killed_goes_on_in_another(whole, tmp_path):
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent / "support"), str(here.parents[1] / "src")]
+    root = Path(__file__).parents[2]
     script, folder = tmp_path / "killed.py", tmp_path / "run"
+    paths = [str(root / "tests" / "support"), str(root / "src")]
     script.write_text(SCRIPT.format(paths=paths), encoding="utf-8")
     done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, check=False, env=os.environ)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
@@ -124,13 +127,9 @@ def test_a_process_that_was_killed_goes_on_in_another(whole, tmp_path):
 # --- when a run may start, and when go on ----------------------------------------------------------------------------
 
 
-def test_resuming_where_there_is_no_run_starts_one(whole, tmp_path):
-    run = runs.train(BUILDERS["full"](0), tmp_path / "new", resume=True, **options("carry"))
-    assert_equal(run, whole("full", "carry"))
-
-
-def test_a_folder_with_a_run_is_not_started_over(tmp_path):
-    runs.train(cases.tiny_llama(), tmp_path, num_rounds=1)
+def test_resuming_where_there_is_no_run_starts_one_and_a_folder_with_a_run_is_not_started_over(tmp_path):
+    runs.train(cases.tiny_llama(), tmp_path, num_rounds=1, resume=True)
+    assert json.loads((tmp_path / "hbat_state.json").read_text())["next_stage"] == 2
     with pytest.raises(RunStateError, match=r"a run already\. Pass `resume_from_checkpoint=True`"):
         runs.train(cases.tiny_llama(), tmp_path, num_rounds=1)
 
@@ -184,29 +183,27 @@ def test_what_only_concerns_logs_and_checkpoints_may_change(cut_off, tmp_path):
     assert runs.same(cases.weights(resumed.model), cases.weights(expected.model))
 
 
-MANIFESTS = {
-    "broken": ('{"format": 3, "finge', "holds no complete state .*cannot be read"),
-    "of another format": (
-        json.dumps({"format": 99, "checksum": digest({"format": 99})}),
-        "has format 99; this version of hbat reads format 3",
-    ),
-    "of something else": ('{"format": 3, "epoch": 3}', "its checksum differs"),
-    "without a format": ("{}", "cannot be read"),
-}
+MANIFESTS = [
+    ('{"format": 2, "finge', "holds no complete state .*cannot be read"),
+    ('{"format": 99}', "has format 99; this version of hbat reads format 2"),
+    ('{"format": 2, "epoch": 3}', "its checksum differs"),
+    ("{}", "cannot be read"),
+]
 
 
-@pytest.mark.parametrize(("text", "message"), MANIFESTS.values(), ids=MANIFESTS)
-def test_a_manifest_that_is_not_of_a_run_is_refused(text, message, tmp_path):
-    (tmp_path / "hbat_state.json").write_text(text, encoding="utf-8")
-    with pytest.raises(RunStateError, match=message):
-        runs.train(cases.tiny_llama(), tmp_path, resume=True)
-    assert (tmp_path / "hbat_state.json").read_text(encoding="utf-8") == text
+def test_a_manifest_that_is_not_of_a_run_is_refused(tmp_path):
+    run, manifest = runs.build_run(cases.tiny_llama(), tmp_path), tmp_path / "hbat_state.json"
+    for text, message in MANIFESTS:
+        manifest.write_text(text, encoding="utf-8")
+        with pytest.raises(RunStateError, match=message):
+            run.train(resume_from_checkpoint=True)
+        assert manifest.read_text(encoding="utf-8") == text
 
 
 # --- what stays on disk ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("limit", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_as_many_weights_files_stay_beside_the_start_as_states_are_kept(limit, tmp_path):
     found = []
 

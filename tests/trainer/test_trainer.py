@@ -1,6 +1,7 @@
 """A run without consolidation is nothing but TRL's trainers one after the other."""
 
 import functools
+import math
 
 import cases
 import pytest
@@ -33,8 +34,15 @@ def test_one_round_is_two_stage_training(case, by_hand, tmp_path):
     assert runs.same(cases.weights(run.model), by_hand(case, 1))
 
 
-@each_case
-@pytest.mark.parametrize("ewc", [None, {"f_max": 0}], ids=["none", "zero strength"])
+@pytest.mark.parametrize(
+    ("case", "ewc"),
+    [
+        pytest.param("full", None, id="full"),
+        pytest.param("lora", {"f_max": 0}, id="lora with zero strength"),
+        pytest.param("full", {"f_max": 0}, id="full with zero strength", marks=pytest.mark.slow),
+        pytest.param("lora", None, id="lora", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_without_a_penalty_equals_plain_trainers(case, ewc, by_hand, tmp_path):
     run = runs.train(BUILDERS[case](0), tmp_path, ewc=ewc, **SECTIONS)
     assert runs.same(cases.weights(run.model), by_hand(case, 2))
@@ -51,8 +59,15 @@ def test_gradients_that_stages_accumulate_count_as_in_plain_trainers(tmp_path):
 # --- the reference policy --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@each_case
+@pytest.mark.parametrize(
+    ("case", "accumulation"),
+    [
+        ("full", 2),
+        ("lora", 1),
+        pytest.param("full", 1, marks=pytest.mark.slow),
+        pytest.param("lora", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_every_preference_stage_starts_at_its_reference(case, accumulation, tmp_path):
     run = runs.train(BUILDERS[case](0), tmp_path, num_rounds=3, dpo={"gradient_accumulation_steps": accumulation})
     rewards = [each for each in run.state.log_history if "dpo/rewards/chosen" in each]
@@ -62,6 +77,25 @@ def test_every_preference_stage_starts_at_its_reference(case, accumulation, tmp_
         assert first["dpo/rewards/chosen"] == 0.0
         assert first["dpo/rewards/rejected"] == 0.0
         assert second["dpo/rewards/chosen"] != 0.0
+
+
+@pytest.mark.parametrize("case", ["full", "lora"])
+def test_attention_dropout_is_off_in_preference_stages_and_back_in_the_next(case, tmp_path):
+    """TRL switches off layers of dropout, and attention keeps its probability as a number."""
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            attention = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+            seen.append({module.attention_dropout for module in attention})
+
+    seen, model = [], BUILDERS[case](0)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.25
+    run = runs.train(model, tmp_path, callbacks=[Look()])
+    assert seen == [{0.25}, {0.25}, {0.0}, {0.0}] * 2
+    assert runs.logged(run, "dpo/rewards/chosen")[:: runs.STEPS] == [0.0, 0.0]
+    assert runs.logged(run, "dpo/loss")[:: runs.STEPS] == pytest.approx([math.log(2)] * 2, abs=1e-6)
 
 
 def test_the_reference_of_a_model_that_a_trainer_touched_does_not_follow_the_policy(tmp_path):
@@ -114,7 +148,7 @@ def dtypes_by_stage(monkeypatch):
 MIXED = {"sft": {"bf16": True}, "dpo": {"bf16": True}}
 
 
-@each_case
+@pytest.mark.parametrize("case", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_every_stage_computes_in_bfloat16_when_asked(case, dtypes_by_stage, tmp_path):
     counter, found = dtypes_by_stage
     runs.train(BUILDERS[case](0), tmp_path, callbacks=[counter], **MIXED)

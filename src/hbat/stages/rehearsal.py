@@ -54,12 +54,10 @@ def _require_packages(tracks: Sequence[Track], config: HBATConfig) -> None:
                     f"`{track.name}.{option}` is set, but {package} is not installed. Install it with `pip install "
                     f"{package}`, or remove the option."
                 )
-    if config.report_to in {None, "none"}:
-        return
-    reporters = [config.report_to] if isinstance(config.report_to, str) else list(config.report_to)
+    reporters = [config.report_to] if isinstance(config.report_to, str) else list(config.report_to or [])
     for reporter in reporters:
         try:
-            for callback in get_reporting_integration_callbacks(reporter):
+            for callback in get_reporting_integration_callbacks(reporter):  # "all" and "none" have a meaning
                 callback()
         except (ImportError, RuntimeError) as error:
             raise ImportError(f"`report_to` has {reporter!r}, which cannot be used: {error}") from error
