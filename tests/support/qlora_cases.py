@@ -1,5 +1,7 @@
 """Adapters on quantised tiny models: the models on disk, in 4 or 8 bits by bitsandbytes, and runs on them."""
 
+import contextlib
+
 import cases
 import ppo_cases
 import runs
@@ -8,6 +10,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hbat.config.hbat import HBATConfig
 from hbat.trainer import HBATTrainer
+
+with contextlib.suppress(ImportError):  # a CPU with AVX512-BF16 would compute otherwise in evaluation mode
+    import bitsandbytes.nn.modules
+
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
 #: Wide enough for a matrix of the adapter to have optimizer moments in 8 bits, which bitsandbytes keeps from 4096 on.
 WIDTH, RANK = 128, 32
