@@ -108,7 +108,9 @@ class HBATTrainer:
         self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.keep_states)
         self._scores = RunScores(self.matrix, self._plan, self._folder)
         self._start = StageStart(self.model, needs_reference=needs_reference, engine=engine)
-        builder = TrainerBuilder(self.model, self.processing_class, self._start, engine)
+        builder = TrainerBuilder(
+            self.model, self.processing_class, self._start, engine, keep_adapter_dtype=args.keep_adapter_dtype
+        )
         self._evaluator = Evaluator(tracks, builder, self._start)
         self._request = StopRequest()
         self._stages = StageRunner(

@@ -106,7 +106,7 @@ def test_frozen_weights_in_half_precision_below_an_adapter_are_no_fault():
 
 
 def test_a_model_of_which_nothing_trains_is_refused():
-    with pytest.raises(ValueError, match=r"no trainable parameter\. Unfreeze what shall be trained"):
+    with pytest.raises(ValueError, match=r"no trainable parameter\. Unfreeze what is to be trained"):
         load_model(cases.tiny_llama().requires_grad_(False), config(), None)
 
 

@@ -1,7 +1,5 @@
 """Adapters on quantised tiny models: the models on disk, in 4 or 8 bits by bitsandbytes, and runs on them."""
 
-import contextlib
-
 import cases
 import ppo_cases
 import runs
@@ -10,13 +8,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hbat.config.hbat import HBATConfig
 from hbat.trainer import HBATTrainer
-
-# On a CPU with bfloat16 instructions bitsandbytes (0.50) repacks 4-bit weights in evaluation mode, for a kernel that
-# rounds otherwise and has no gradient; a later training step fails there or computes with it.
-with contextlib.suppress(ImportError):
-    from bitsandbytes.nn import modules
-
-    modules.has_avx512bf16 = lambda: False
 
 #: Wide enough for a matrix of the adapter to have optimizer moments in 8 bits, which bitsandbytes keeps from 4096 on.
 WIDTH, RANK = 128, 32

@@ -134,6 +134,13 @@ class HBATConfig:
             "when the model is given by name or path."
         },
     )
+    keep_adapter_dtype: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether an adapter on a base in 4 or 8 bits keeps its dtype, which is float32 for a new one. "
+            "`False`: TRL casts it to bfloat16, which rounds away most updates of a small learning rate."
+        },
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.output_dir, str) or not self.output_dir:

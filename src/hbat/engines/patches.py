@@ -133,16 +133,12 @@ def at_checkpoint(trainer: Any, load: Callable[..., None]) -> Undo:
     return _shadow(trainer, "_load_from_checkpoint", load)
 
 
-def keep_adapters(model: Any) -> Undo:
-    """Let `add_adapter` do nothing: TRL adds the reference adapter, which is there already.
+def at_add_adapter(model: Any, add: Callable[..., None]) -> Undo:
+    """Let TRL (1.0-1.16) add its reference adapter by `add(inner, adapter_name, *args)`.
 
-    Can go when TRL (1.0-1.16) takes a reference adapter that exists.
+    Can go when TRL takes a reference adapter that exists, and copies all of its parameters.
     """
-
-    def add_adapter(*_: object, **__: object) -> None:
-        pass
-
-    return _shadow(model, "add_adapter", add_adapter)
+    return _shadow(model, "add_adapter", add)
 
 
 def let_epochs_grow(sampler: Any) -> Undo:

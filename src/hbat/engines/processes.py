@@ -64,3 +64,8 @@ def _device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
     speaks_cpu = any(backend in torch.distributed.get_backend() for backend in ("gloo", "mpi"))
     return torch.device("cpu") if speaks_cpu or accelerator is None else accelerator
+
+
+def weights_come_later() -> bool:
+    """Whether this process's weights are placeholders until the model is sharded (RAM-efficient loading of FSDP)."""
+    return is_launched_with("FSDP_CPU_RAM_EFFICIENT_LOADING") and not is_main_process()

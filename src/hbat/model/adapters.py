@@ -1,5 +1,6 @@
-"""The reference policy of a model with an adapter: a frozen copy of the adapter beside it."""
+"""PEFT adapters: the reference policy as a frozen copy of the adapter, and what loading and TRL do to an adapter."""
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,126 +11,28 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hbat.engines.patches import at_add_adapter, at_checkpoint
 from hbat.engines.refusals import REFUSALS
 from hbat.engines.sharded import is_sharded, part_of
 from hbat.ewc.parameters import canonical_name
 
-#: Name that the host gives to the adapter it copies for the reference policy.
+#: PEFT's name of the adapter that is trained, and TRL's of the copy that is the reference policy.
+ADAPTER = "default"
 REFERENCE_ADAPTER = "ref"
 
-
-ADAPTER = "default"
-
-
-_DEFAULT = re.compile(r"\.default(?=\.|$)")  # `...lora_A.default.weight`, and `...lora_embedding_A.default`
-
-
-def reference_parameters(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
-    """Find the reference adapter's counterparts of the adapter's parameters.
-
-    Args:
-        model: A PeftModel with both adapters.
-        names: Canonical names of parameters of the adapter that is trained.
-
-    Returns:
-        Detached parameters of the reference adapter, by the names given.
-    """
-    parameters = {canonical_name(name): each for name, each in model.named_parameters()}
-    return {name: parameters[_reference_name(name)].detach() for name in names}
-
-
-def reference_tensors(model: Any) -> dict[str, Tensor]:
-    """List the reference adapter's parameters.
-
-    Args:
-        model: A PeftModel with both adapters.
-
-    Returns:
-        Detached parameters by the canonical names of those that are trained.
-    """
-    return reference_parameters(model, _own(model))
-
-
-def _own(model: Any) -> dict[str, Tensor]:
-    return {canonical_name(name): each for name, each in model.named_parameters() if _DEFAULT.search(name)}
-
-
-@torch.no_grad()
-def add_reference_adapter(model: Any) -> None:
-    """Make the reference policy of a PeftModel what its adapter is now.
-
-    Args:
-        model: The model; an adapter of that name that is there already is overwritten.
-    """
-    with _kept_gradient_flags(model):
-        if REFERENCE_ADAPTER not in model.peft_config:
-            with torch.random.fork_rng():
-                model.add_adapter(REFERENCE_ADAPTER, model.peft_config[ADAPTER])
-            model.set_adapter(ADAPTER)
-    match_reference_adapter(model)
-
-
-@torch.no_grad()
-def match_reference_adapter(model: Any) -> None:
-    """Make the reference adapter compute what the adapter computes: the same numbers in the same precision.
-
-    PEFT makes a new adapter in float32, while TRL casts the one that is trained to bfloat16 on a quantised base. And
-    TRL copies only names with `.default.` inside, not those that end in it.
-
-    Args:
-        model: A PeftModel with both adapters.
-    """
-    parameters = {canonical_name(name): each for name, each in model.named_parameters()}
-    for name, each in _own(model).items():  # not the trainable ones alone: some may be frozen for this stage
-        copy = parameters[_reference_name(name)]
-        if copy.dtype != each.dtype:
-            copy.data = copy.data.to(each.dtype)
-        if not torch.equal(part_of(copy), part_of(each)):
-            copy.copy_(each)
-
-
-@contextmanager
-def using_reference_adapter(model: Any) -> Iterator[None]:
-    """Let a PeftModel compute with its reference adapter.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-    """
-    with _kept_gradient_flags(model):
-        model.set_adapter(REFERENCE_ADAPTER)
-        try:
-            yield
-        finally:
-            model.set_adapter(ADAPTER)
-
-
-@contextmanager
-def _kept_gradient_flags(model: Any) -> Iterator[None]:
-    # PEFT sets `requires_grad` on the whole adapter that becomes active, also where it was frozen, and leaves it set.
-    flags = {name: each.requires_grad for name, each in model.named_parameters()}
-    try:
-        yield
-    finally:
-        for name, each in model.named_parameters():
-            each.requires_grad_(flags.get(name, False))
-
-
-def _reference_name(name: str) -> str:
-    return _DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)
+_DEFAULT = re.compile(r"\.default(?=\.|$)")  # `lora_A.default.weight`, but also `lora_embedding_A.default`
+_CONFIG = "adapter_config.json"
 
 
 def refuse_adapters(model: Any, *, takes_reference: bool) -> None:
-    """Refuse adapters that are not a single PEFT one of the host's name, and those that cannot be copied.
+    """Refuse adapters that are not a single PEFT one named `default`, and ones that cannot be copied.
 
     Args:
         model: The model.
         takes_reference: Whether a copy of the adapter is the reference policy.
 
     Raises:
-        ValueError: If it has others.
+        ValueError: If the adapters are not supported.
     """
     if not (adapters := getattr(model, "peft_config", {})):
         return
@@ -143,14 +46,165 @@ def refuse_adapters(model: Any, *, takes_reference: bool) -> None:
         raise REFUSALS["virtual tokens"].error(adapter=type(adapters[ADAPTER]).__name__)
 
 
-_CONFIG = "adapter_config.json"
+# --- the reference adapter -------------------------------------------------------------------------------------------
+
+
+def reference_parameters(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """Detached parameters of the reference adapter, by the canonical names of their trained counterparts."""
+    parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    return {name: parameters[_reference_name(name)].detach() for name in names}
+
+
+def reference_tensors(model: Any) -> dict[str, Tensor]:
+    """All of `reference_parameters`."""
+    return reference_parameters(model, _adapter_parameters(model))
+
+
+def _reference_name(name: str) -> str:
+    return _DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)
+
+
+def _adapter_parameters(model: Any) -> dict[str, Tensor]:
+    # Not the trainable ones alone: some may be frozen for this stage.
+    return {canonical_name(name): parameter for name, parameter in model.named_parameters() if _DEFAULT.search(name)}
+
+
+@torch.no_grad()
+def add_reference_adapter(model: Any) -> None:
+    """Make the reference policy of a PeftModel what its adapter is now; add the reference adapter if there is none."""
+    if REFERENCE_ADAPTER not in model.peft_config:
+        config = copy.deepcopy(model.peft_config[ADAPTER])
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # PiSSA and its like take their weights out of the base, a second time
+        devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+        with _kept_gradient_flags(model):
+            with torch.random.fork_rng(devices=list(devices)):
+                type(model).add_adapter(model, REFERENCE_ADAPTER, config)  # see `complete_reference_adapter`
+            model.set_adapter(ADAPTER)
+    match_reference_adapter(model)
+
+
+@torch.no_grad()
+def match_reference_adapter(model: Any) -> None:
+    """Copy the adapter of a PeftModel to its reference adapter, in the same dtype."""
+    parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    for name, parameter in _adapter_parameters(model).items():
+        reference = parameters[_reference_name(name)]
+        if reference.dtype != parameter.dtype:
+            reference.data = reference.data.to(parameter.dtype)
+        if not torch.equal(part_of(reference), part_of(parameter)):
+            reference.copy_(parameter)
+
+
+@contextmanager
+def complete_reference_adapter(model: Any) -> Iterator[None]:
+    """Give a trainer a reference adapter that is complete when its constructor asks for one.
+
+    TRL (1.0 to 1.16) calls `model.add_adapter("ref", ...)` and copies the parameters with `.default.` in their name,
+    but not those whose name ends in it (LoRA on embeddings, LoHa, IA3, VeRA). The constructor computes with it already
+    if `precompute_ref_log_probs` is set.
+
+    Args:
+        model: The model; one without adapter is left alone.
+
+    Yields:
+        Nothing; construct the trainer inside.
+    """
+    if not hasattr(model, "peft_config"):
+        yield
+        return
+
+    def add(inner: Callable[..., None], adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if adapter_name == REFERENCE_ADAPTER:
+            add_reference_adapter(model)
+        else:
+            inner(adapter_name, *args, **kwargs)
+
+    undo = at_add_adapter(model, add)
+    try:
+        yield
+    finally:
+        undo()
+
+
+@contextmanager
+def using_reference_adapter(model: Any) -> Iterator[None]:
+    """Compute with the reference adapter of a PeftModel inside the block."""
+    with _kept_gradient_flags(model):
+        model.set_adapter(REFERENCE_ADAPTER)
+        try:
+            yield
+        finally:
+            model.set_adapter(ADAPTER)
+
+
+@contextmanager
+def _kept_gradient_flags(model: Any) -> Iterator[None]:
+    # PEFT sets `requires_grad` on the whole adapter that becomes active, also where it was frozen, and leaves it set.
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags.get(name, False))
+
+
+# --- the dtype of an adapter -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def keep_adapter_dtype(model: nn.Module) -> Iterator[None]:
+    """Keep the dtype of trained parameters while a trainer is constructed.
+
+    On a base in 4 or 8 bits, TRL's constructors (1.0 to 1.16) cast them to bfloat16, whose 8 bits round away most
+    updates of a small learning rate: at 1e-5 hardly an element moves. The optimizer is made later, so that it sees the
+    parameters as they were.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing; construct the trainer inside.
+    """
+    before = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if name in before and parameter.dtype != before[name].dtype:
+                parameter.data = before[name].to(parameter.device)
+
+
+@contextmanager
+def kept_form(model: nn.Module) -> Iterator[None]:
+    """Load into a model and keep the dtype, memory and `requires_grad` of its parameters.
+
+    PEFT (0.18 to 0.21) casts an adapter that it loads to float32, and sets `requires_grad` on all of it: parameters
+    in bfloat16 or frozen for a stage would no longer fit the checkpoint's optimizer state.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing; load inside.
+    """
+    before = {name: (parameter.data, parameter.requires_grad) for name, parameter in model.named_parameters()}
+    yield
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in before:
+                continue
+            own, trained = before[name]
+            if own.dtype != parameter.dtype and own.shape == parameter.shape:
+                parameter.data = own.copy_(parameter)
+            parameter.requires_grad_(trained)
 
 
 def load_adapter_as_it_was(trainer: Trainer) -> None:
-    """Let a trainer go on from a checkpoint with the adapter that wrote it.
+    """Let a trainer resume from a checkpoint with the adapter that wrote it, in its form (see `kept_form`).
 
-    transformers 4.57 loads the reference adapter, which lies in a folder of its own, and leaves the one that is
-    trained as it is: at the stage's start. And see `kept_form`.
+    Beside a reference adapter, transformers 4.57 loads that one alone, from its subfolder, and leaves the trained
+    adapter as it was at the stage's start.
 
     Args:
         trainer: The trainer, before `train()`; one whose model is no PeftModel is left alone.
@@ -158,40 +212,13 @@ def load_adapter_as_it_was(trainer: Trainer) -> None:
     model: Any = trainer.model
     if not hasattr(model, "peft_config"):
         return
-    load: Callable[..., None] = trainer._load_from_checkpoint  # noqa: SLF001 - the host has no public hook there
 
-    def loading(checkpoint: str, *args: Any, **kwargs: Any) -> None:
+    def load(inner: Callable[..., None], checkpoint: str, *args: Any, **kwargs: Any) -> None:
         with kept_form(model):
-            load(checkpoint, *args, **kwargs)
-            # Of a sharded one the host's files of FSDP hold the adapter that is trained.
+            inner(checkpoint, *args, **kwargs)
+            # The checkpoint of a sharded model has the trained adapter in its shards.
             if not is_sharded(model) and len(model.peft_config) > 1 and (Path(checkpoint) / _CONFIG).is_file():
                 model.load_adapter(checkpoint, ADAPTER, is_trainable=True)
                 model.set_adapter(ADAPTER)
 
-    trainer._load_from_checkpoint = loading  # type: ignore[assignment, method-assign] # noqa: SLF001 - as above
-
-
-@contextmanager
-def kept_form(model: nn.Module) -> Iterator[None]:
-    """Leave parameters in their precision and memory, trained or frozen as they are, whatever is loaded into them.
-
-    PEFT (0.18 to 0.21) casts an adapter that it loads to float32, also one that TRL made bfloat16 on a quantised base:
-    the stage would compute otherwise than the one that wrote the checkpoint. And it sets `requires_grad` on the whole
-    adapter, also where a part is frozen: the optimizer's state would no longer fit.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-    """
-    before = {name: (each.data, each.requires_grad) for name, each in model.named_parameters()}
-    yield
-    with torch.no_grad():
-        for name, each in model.named_parameters():
-            if name not in before:
-                continue
-            own, trained = before[name]
-            if own.dtype != each.dtype and own.shape == each.shape:
-                each.data = own.copy_(each)
-            each.requires_grad_(trained)
+    at_checkpoint(trainer, load)

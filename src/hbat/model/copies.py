@@ -1,4 +1,4 @@
-"""TODO: say what this file owns."""
+"""Frozen copies of a model, free of what trainers attached to it."""
 
 import copy
 from collections.abc import Iterator
@@ -8,13 +8,12 @@ from torch import nn
 
 from hbat.engines.loaded_shards import copy_of_shards, is_loaded_in_shards
 
+#: Instance attributes with which trainers and accelerate wrap a model's forward.
+_WRAPPERS = ("forward", "_original_forward", "_is_accelerate_prepared")
+
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to zero, also those that attention keeps as a number and not as a layer.
-
-    Args:
-        model: The model; a `StageGuard` brings the probabilities back.
-    """
+    """Set every dropout probability to zero, including those that attention keeps as a number instead of a layer."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -31,8 +30,8 @@ def is_dropout(key: str, value: object) -> bool:
 def unpatched_copy(model: nn.Module) -> nn.Module:
     """Deep-copy a model without what trainers patched onto it.
 
-    A plain `copy.deepcopy` of a model that a TRL trainer has touched is a trap: the copied `forward` is bound to the
-    original, so the copy computes with the original's weights.
+    After a plain `copy.deepcopy` of a model that a TRL trainer has touched, the copy's `forward` is bound to the
+    original and computes with its weights.
 
     Args:
         model: The model; it is left as it was.
@@ -40,13 +39,10 @@ def unpatched_copy(model: nn.Module) -> nn.Module:
     Returns:
         A frozen copy in evaluation mode.
     """
-    kept = {}
-    for module in wrapped_models(model):
-        kept[module] = {
-            key: module.__dict__.pop(key)
-            for key in ("forward", "_original_forward", "_is_accelerate_prepared")
-            if key in module.__dict__
-        }
+    kept = {
+        module: {key: module.__dict__.pop(key) for key in _WRAPPERS if key in module.__dict__}
+        for module in wrapped_models(model)
+    }
     try:
         duplicate = copy.deepcopy(model)
     finally:
@@ -64,12 +60,5 @@ def wrapped_models(model: Any) -> Iterator[Any]:
 
 
 def frozen_copy(model: Any) -> nn.Module:
-    """Copy a model as a reference policy, without what trainers patched onto it.
-
-    Args:
-        model: The model, without adapter; it is left as it was.
-
-    Returns:
-        A frozen copy in evaluation mode, sharded where the model was loaded so.
-    """
+    """Reference policy of a model without adapter: `unpatched_copy`, sharded if the model was loaded in shards."""
     return copy_of_shards(model) if is_loaded_in_shards(model) else unpatched_copy(model)

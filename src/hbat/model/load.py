@@ -1,6 +1,5 @@
 """Model, tokenizer and adapter of a run: loaded once, checked once."""
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,56 +11,46 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from hbat.config.hbat import HBATConfig
 from hbat.engines.checks import refuse_model
 from hbat.engines.choose import make_whole
-from hbat.engines.processes import is_main_process
+from hbat.engines.processes import weights_come_later
 from hbat.ewc.parameters import trainable_parameters
 from hbat.model.adapters import ADAPTER, refuse_adapters
 
 _ADAPTER_FILE = "adapter_config.json"
-
-
 _TOKENIZER_FILE = "tokenizer_config.json"
-
-
 #: Arguments of the model's `from_pretrained` that its configuration and tokenizer need as well.
 _SHARED_INIT_KWARGS = (
     "cache_dir", "code_revision", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
 )  # fmt: skip
-
-
-#: Left out, the host asks at the terminal whether code that lies beside the weights may run.
+#: Without it, transformers asks at the terminal whether code beside the weights may run.
 _NO_REMOTE_CODE = {"trust_remote_code": False}
-
-
-#: What the host raises where it says itself what is wrong, or where nothing is wrong with the weights.
+#: Errors of transformers that are clear by themselves, or not about the weights.
 _CLEAR = (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError)
-
-
 _TWO_ADAPTERS = (
-    "The model has an adapter already and `peft_config` asks for another. Leave `peft_config` out to train the one "
-    "that is there, or merge it first."
+    "The model has an adapter already and `peft_config` asks for another. Omit `peft_config` to train the existing "
+    "adapter, or merge it first."
 )
 
 
 class PrecisionWarning(UserWarning):
-    """The trained weights are too coarse for what consolidation measures."""
+    """Trained weights are in half precision, which is too coarse for small updates and for displacement."""
 
 
 def load_model(model: Any, config: HBATConfig, peft_config: Any, *, takes_reference: bool = False) -> Any:
-    """Bring the model into the form that all stages train.
+    """Load or check the model that all stages train, and add its adapter.
 
     Args:
         model: Name or path, also of an adapter's folder, or a model.
         config: The run's configuration.
-        peft_config: Configuration of a new adapter.
-        takes_reference: Whether a copy of an adapter is the reference policy.
+        peft_config: PEFT configuration of a new adapter, or None.
+        takes_reference: Whether a copy of the adapter is the reference policy.
 
     Returns:
-        The model, with its adapter where there is one.
+        The model, with its adapter if there is one.
 
     Raises:
         ValueError: If arguments contradict each other or the weights cannot be trained.
-        NotImplementedError: If the model is cut, spread over devices or offloaded.
-        TypeError: If the model is none.
+        NotImplementedError: If the model is sharded, spread over devices or offloaded in an unsupported way.
+        TypeError: If `model` or `peft_config` is of another type.
         ImportError: If PEFT is needed and missing.
     """
     if isinstance(model, str | Path):
@@ -71,69 +60,61 @@ def load_model(model: Any, config: HBATConfig, peft_config: Any, *, takes_refere
     elif not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a {type(model).__name__}; give a name, a path or a model.")
     elif config.model_init_kwargs:
-        raise ValueError("`model_init_kwargs` is set, but the model is loaded already. Leave one of the two out.")
-    make_whole(model)
+        raise ValueError("`model_init_kwargs` is set, but the model is loaded already. Omit one of the two.")
+    make_whole(model)  # it may have been loaded partitioned
     refuse_adapters(model, takes_reference=takes_reference)
     refuse_model(model, gets_adapter=peft_config is not None)
     if peft_config is not None:
         model = _add_adapter(model, peft_config, config.seed)
     refuse_adapters(model, takes_reference=takes_reference)
     _require_trainable(model)
-    if not _is_filled_later():
+    if not weights_come_later():
         _check_weights(model)
+    keep_differentiable(model)
     return model
 
 
-def _is_filled_later() -> bool:
-    # Under FSDP the host can load the weights on the main process alone, which hands them out when it shards.
-    asked = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in {"1", "true", "yes", "on", "y", "t"}
-    return asked and not is_main_process()
+def keep_differentiable(model: Any) -> None:
+    """Keep 4-bit layers on a CPU differentiable.
+
+    On a CPU with AVX512-BF16, bitsandbytes (0.50) repacks their weights at the first forward in evaluation mode, for a
+    kernel that has no backward pass. Can go when it unpacks them for training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def is_adapter(name: Any) -> bool:
-    """Whether a name is that of a folder with a PEFT adapter.
-
-    Args:
-        name: What was given as model.
-
-    Returns:
-        True if the folder has an adapter's configuration.
-    """
+    """Whether `name` is a folder with a PEFT adapter."""
     return isinstance(name, str | Path) and (Path(name) / _ADAPTER_FILE).is_file()
 
 
 def shared_init_kwargs(config: HBATConfig) -> dict[str, Any]:
-    """Pick the options that say how the model is fetched, which its configuration and tokenizer need as well.
-
-    Args:
-        config: The run's configuration.
-
-    Returns:
-        Part of `model_init_kwargs`.
-    """
+    """Part of `model_init_kwargs` that the model's configuration and tokenizer need as well."""
     given = {**_NO_REMOTE_CODE, **(config.model_init_kwargs or {})}
     return {key: given[key] for key in _SHARED_INIT_KWARGS if key in given}
 
 
 def load_pretrained(auto_class: Any, name: str | Path, *, called: str = "model", **options: Any) -> Any:
-    """Load weights that lie in a folder or on the Hub. Code beside them does not run unless the options say so.
+    """Load weights from a folder or the Hub. Code beside them does not run unless the options ask for it.
 
     Args:
-        auto_class: The host's class that loads them.
+        auto_class: Class of transformers or PEFT that loads them.
         name: Name or path.
-        called: How the user knows the model, for messages.
+        called: Name of the user's option, for messages.
         options: Arguments of `from_pretrained`.
 
     Returns:
-        What the host returns.
+        The loaded model.
 
     Raises:
-        ValueError: If the weights are damaged, or hold more than tensors, which the host refuses.
+        ValueError: If the weights are damaged, or pickled objects that are not tensors.
     """
     try:
         return auto_class.from_pretrained(str(name), **{**_NO_REMOTE_CODE, **options})
     except Exception as error:
-        # transformers 4.57 makes an `OSError` about files of TensorFlow out of whatever went wrong.
+        # transformers 4.57 turns any error into an `OSError` about TensorFlow files.
         if isinstance(error, _CLEAR) and "Unable to load weights" not in str(error):
             raise
         reason = " ".join(str(error).split()).partition(". ")[0]
@@ -143,23 +124,23 @@ def load_pretrained(auto_class: Any, name: str | Path, *, called: str = "model",
 
 
 def load_tokenizer(processing_class: Any, model: Any, config: HBATConfig | None = None, origin: Any = None) -> Any:
-    """Take the given tokenizer, or the model's own.
+    """Return the given tokenizer, or load the model's own, with a padding token.
 
     Args:
-        processing_class: The given one.
+        processing_class: The given tokenizer, or None.
         model: The model.
-        config: The run's configuration; its `model_init_kwargs` say how to fetch.
-        origin: What was given as model; an adapter's folder can hold a tokenizer, which goes before the base's.
+        config: The run's configuration, whose `model_init_kwargs` apply to the tokenizer too.
+        origin: What the user gave as model; a tokenizer in an adapter's folder takes precedence over the base's.
 
     Returns:
-        The tokenizer, with a padding token.
+        The tokenizer.
 
     Raises:
-        ValueError: If there is none, or it has no token to pad with.
+        ValueError: If there is none, or it has neither a padding nor an end token.
     """
     if processing_class is None:
         options = dict(_NO_REMOTE_CODE) if config is None else shared_init_kwargs(config)
-        name = model.config._name_or_path  # noqa: SLF001 - the host's own place for it
+        name = model.config._name_or_path  # noqa: SLF001 - transformers has no public name
         if is_adapter(origin) and (Path(origin) / _TOKENIZER_FILE).is_file():
             name = str(origin)
         if not name:
@@ -175,17 +156,15 @@ def load_tokenizer(processing_class: Any, model: Any, config: HBATConfig | None 
 def require_adapter_parameters(model: nn.Module) -> None:
     """Refuse trainable parameters of a PeftModel that policy and reference would share.
 
-    TRL's reference policy is a second adapter, "ref", beside the one that is trained. A parameter is the adapter's own
-    where its name has the component `default`: low-rank matrices, DoRA's magnitudes, copies of `modules_to_save`,
-    `trainable_token_indices` and embeddings among the `target_modules` (`lora_embedding_A.default`) all have. What
-    PEFT trains in place has not: with `bias="all"` every bias, with `bias="lora_only"` those of the adapted layers
-    (`q_proj.base_layer.bias`); nor has what was unfrozen by hand.
+    The reference policy is a copy of the adapter, of all parameters with the component `default` in their name. PEFT
+    trains others in place: with `bias="all"` every bias, with `bias="lora_only"` those of the adapted layers
+    (`q_proj.base_layer.bias`). Users may also have unfrozen some.
 
     Args:
         model: The model; one without adapter has a reference model of its own.
 
     Raises:
-        ValueError: If it has such parameters.
+        ValueError: If there are such parameters.
     """
     if not hasattr(model, "peft_config"):
         return
@@ -202,7 +181,7 @@ def require_adapter_parameters(model: nn.Module) -> None:
 def _from_pretrained(name: str | Path, config: HBATConfig) -> Any:
     options = dict(config.model_init_kwargs or {})
     if "torch_dtype" not in options:  # the older name
-        # float32 weights, as TRL loads them: with `bf16` the host computes in bfloat16 but keeps these.
+        # As TRL loads them: with `bf16`, the trainer computes in bfloat16 on float32 weights.
         options.setdefault("dtype", "float32")
     if not is_adapter(name):
         return load_pretrained(AutoModelForCausalLM, name, **options)
@@ -234,15 +213,15 @@ def _add_adapter(model: Any, peft_config: Any, seed: int) -> Any:
 def _require_trainable(model: Any) -> None:
     if not trainable_parameters(model):
         hint = " Load the adapter with `is_trainable=True`." if hasattr(model, "peft_config") else ""
-        raise ValueError(f"The model has no trainable parameter.{hint or ' Unfreeze what shall be trained.'}")
+        raise ValueError(f"The model has no trainable parameter.{hint or ' Unfreeze what is to be trained.'}")
 
 
 def _check_weights(model: Any) -> None:
     coarse = 0
-    for name, each in trainable_parameters(model).items():
-        if not bool(torch.isfinite(each).all()):
+    for name, parameter in trainable_parameters(model).items():
+        if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"The weight {name!r} of the model holds NaN or infinity. Load an intact model.")
-        coarse += each.dtype in {torch.bfloat16, torch.float16}
+        coarse += parameter.dtype in {torch.bfloat16, torch.float16}
     if coarse:
         warnings.warn(
             f"{coarse} trained tensors are in half precision: small updates are rounded away and displacement comes "

@@ -1,4 +1,4 @@
-"""A run's model as a folder that any library of the host reads."""
+"""A run's model as a folder that any library of the Hugging Face ecosystem loads, and its upload."""
 
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,20 @@ from hbat.engines.sharded import is_sharded, whole_state
 from hbat.model.adapters import ADAPTER
 from hbat.state.files import storage_errors
 
+#: What only resuming the run needs.
+_PRIVATE = ["state/*", "stage-*", "runs/*", "hbat_state*.json", "trainer_state*.json", "hbat.lock", "*.tmp"]
+
 
 def save(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Save model or adapter, and tokenizer.
-
-    All processes call it, the main one writes: the parts of a sharded model are put together first.
+    """Save model or adapter, and tokenizer. Called on every process; the main one writes.
 
     Args:
         folder: The folder.
-        model: The model.
+        model: The model; a sharded one is gathered first.
         tokenizer: The tokenizer.
 
     Raises:
-        StorageError: If the disk is full or may not be written to.
+        StorageError: If the disk is full or not writable.
     """
     options: dict[str, Any] = {}
     if is_sharded(model):
@@ -29,36 +30,31 @@ def save(folder: Path, model: Any, tokenizer: Any) -> None:
     if not is_main_process():
         return
     if hasattr(model, "peft_config"):
-        options["selected_adapters"] = [ADAPTER]  # under FSDP the reference adapter lies beside it
+        options["selected_adapters"] = [ADAPTER]  # there can be a reference adapter
     with storage_errors(folder), written_as_whole(model):
         model.save_pretrained(folder, **options)
         tokenizer.save_pretrained(folder)
 
 
-#: What only the run itself needs to go on.
-_PRIVATE = ["state/*", "stage-*", "runs/*", "hbat_state*.json", "trainer_state*.json", "hbat.lock", "*.tmp"]
-
-
 def upload(folder: Path, repo_id: str | None, *, private: bool | None) -> str:
-    """Upload a run's model, card and results.
+    """Upload a run's model, card and results to the Hub.
 
     Args:
         folder: The run's folder.
-        repo_id: Repository; the name of the folder where left out.
+        repo_id: Repository; default: the folder's name.
         private: Whether a new repository is private.
 
     Returns:
-        Address of the commit.
+        URL of the commit.
     """
     from huggingface_hub import HfApi  # noqa: PLC0415 - only needed here
 
     api = HfApi()
     repository = api.create_repo(repo_id or folder.resolve().name, private=private, exist_ok=True)
-    return str(
-        api.upload_folder(
-            repo_id=repository.repo_id,
-            folder_path=folder,
-            ignore_patterns=_PRIVATE,
-            commit_message="Hybrid alignment training",
-        )
+    commit = api.upload_folder(
+        repo_id=repository.repo_id,
+        folder_path=folder,
+        ignore_patterns=_PRIVATE,
+        commit_message="Hybrid alignment training",
     )
+    return str(commit)

@@ -1,7 +1,7 @@
 """Builds an objective's trainer on the run's model, and leaves the model clean afterwards."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from transformers import Trainer, TrainerCallback
 
 from hbat.engines.engine import Engine
 from hbat.engines.environment import kept_environment
-from hbat.engines.patches import after_backward, keep_adapters
+from hbat.engines.patches import after_backward
 from hbat.ewc.parameters import trainable_parameters
-from hbat.model.adapters import REFERENCE_ADAPTER, load_adapter_as_it_was
+from hbat.model.adapters import complete_reference_adapter, keep_adapter_dtype, load_adapter_as_it_was
 from hbat.model.copies import switch_off_dropout
 from hbat.objectives.track import Track
 from hbat.stages.guard import StageGuard
@@ -29,13 +29,23 @@ class TrainerBuilder:
         processing_class: The tokenizer.
         start: Holder of the stage's start.
         engine: The engine of the run.
+        keep_adapter_dtype: Whether a trained adapter keeps its dtype on a quantized base.
     """
 
-    def __init__(self, model: Any, processing_class: Any, start: StageStart, engine: Engine) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processing_class: Any,
+        start: StageStart,
+        engine: Engine,
+        *,
+        keep_adapter_dtype: bool = True,
+    ) -> None:
         self._model = model
         self._processing_class = processing_class
         self._start = start
         self._engine = engine
+        self._keep_adapter_dtype = keep_adapter_dtype
 
     @contextmanager
     def building(
@@ -105,11 +115,12 @@ class TrainerBuilder:
         *,
         evaluating: bool,
     ) -> Trainer:
-        if track.objective.uses_reference:
-            self._start.add_reference_adapter()  # complete before TRL computes with it, and filled again by TRL
-        if REFERENCE_ADAPTER in getattr(self._model, "peft_config", {}):
-            keep_adapters(self._model)  # the guard takes this back
-        with _quiet_datasets(), self._engine.building(track.args, evaluating=evaluating) as changes:
+        with (
+            _quiet_datasets(),
+            self._engine.building(track.args, evaluating=evaluating) as changes,
+            complete_reference_adapter(self._model),
+            keep_adapter_dtype(self._model) if self._keep_adapter_dtype else nullcontext(),
+        ):
             args = track.objective.stage_args(track.args, str(folder), seed_offset, **changes)
             if evaluating and hasattr(args, "precompute_ref_log_probs"):
                 args.precompute_ref_log_probs = False

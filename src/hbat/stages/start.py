@@ -61,11 +61,6 @@ class StageStart:
             for name, anchor in self._anchor.items()
         )
 
-    def add_reference_adapter(self) -> None:
-        """Give the model its reference adapter, complete, before a trainer is built that computes with it."""
-        if self._has_adapter:
-            add_reference_adapter(self._model)
-
     def complete_adapter(self) -> None:
         """Make the reference adapter compute what the adapter computes, now that a trainer was built on both."""
         if self._has_reference_adapter():

@@ -82,6 +82,7 @@ def fingerprint(
             "seed": config.seed,
             "processes": process_count(),
             "optimizer_state": config.optimizer_state,
+            "keep_adapter_dtype": config.keep_adapter_dtype,
             "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
             "end_weight": {name: config.end_weight_of(name) for name in config.objective_names},
         },
