@@ -61,10 +61,10 @@ class Starts(TrainerCallback):
 @pytest.mark.parametrize(
     ("kind", "preference"),
     [
-        ("4-bit", "dpo"),
-        ("8-bit", "ppo"),
-        pytest.param("8-bit", "dpo", marks=pytest.mark.slow),
-        pytest.param("4-bit", "ppo", marks=pytest.mark.slow),
+        pytest.param("4-bit", "dpo", id="dpo-4-bit"),
+        pytest.param("8-bit", "ppo", id="ppo-8-bit"),
+        pytest.param("8-bit", "dpo", id="dpo-8-bit", marks=pytest.mark.slow),
+        pytest.param("4-bit", "ppo", id="ppo-4-bit", marks=pytest.mark.slow),
     ],
 )
 def test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone(kind, preference, saved, tmp_path):
