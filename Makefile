@@ -17,8 +17,8 @@ export TOKENIZERS_PARALLELISM := false
 # What covers the core: SFT and DPO with a penalty, the penalty against autograd, resume, bad rows, rules of the house.
 QUICK := tests/test_house.py tests/data/test_check.py tests/ewc/test_callback.py tests/trainer/test_trainer.py \
 	tests/trainer/test_resume.py::test_a_run_that_was_cut_off_ends_as_if_it_was_not
-# Tests of one file share trained runs, so one process takes them all.
-PYTEST := python -m pytest -n $(WORKERS) --dist loadfile
+# Tests of one file share trained runs, so one process takes them all; in order, as the longest files come early.
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo demo-ppo quick quick-tests test test-all check oldest newest support benchmarks benchmarks-gpu benchmarks-ppo faults clean
 

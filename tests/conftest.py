@@ -10,7 +10,7 @@ from importlib import metadata
 
 import pytest
 
-# Before the hosts are imported: they read these once.
+# Before transformers and datasets are imported: they read these once.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -23,7 +23,7 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 
 def pytest_report_header():
     names = ["torch", "transformers", "trl", "accelerate", "peft", "datasets"]
-    return "hosts: " + ", ".join(f"{name} {_version(name)}" for name in names)
+    return "libraries: " + ", ".join(f"{name} {_version(name)}" for name in names)
 
 
 def _version(name):
@@ -34,24 +34,24 @@ def _version(name):
 
 
 @pytest.fixture(autouse=True)
-def _fresh_host_state():
+def _fresh_state():
     """Every test starts from the same seeds and without an accelerator left by the last one."""
     import numpy as np
     import torch
 
     torch.set_num_threads(1)
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - the hosts draw from this global state
+    np.random.seed(0)  # noqa: NPY002 - the trainers draw from this global state
     torch.manual_seed(0)
     before = dict(os.environ)
     yield
-    # Hosts older than transformers 5 write their engine and precision there.
+    # transformers < 5 writes engine and precision there.
     for key in [each for each in os.environ if each.startswith(("ACCELERATE_", "FSDP_")) and each not in before]:
         del os.environ[key]
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
 
-        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - the host's own way to start anew
+        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - accelerate's own way to start anew
         GradientState._reset_state()  # noqa: SLF001
 
 

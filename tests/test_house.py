@@ -218,7 +218,7 @@ def test_every_option_has_a_help_text_without_percent_signs():
     for config_class in classes:
         for each in dataclasses.fields(config_class):
             if each.name not in inspect.get_annotations(config_class):
-                continue  # the host's
+                continue  # of transformers
             if config_class.__name__ == "RunFile" and each.name == "config":
                 continue  # stands for all options of HBATConfig
             text = each.metadata.get("help", "")

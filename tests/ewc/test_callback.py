@@ -38,7 +38,7 @@ def with_autograd_penalty(objective, anchor, importance, strength):
     """The trainer with the penalty in its loss, so that autograd does all the work.
 
     The loss of SFT is already divided by the tokens of all micro-batches of a step, that of DPO is divided by the
-    host: the penalty takes its share of either.
+    trainer: the penalty takes its share of either.
     """
 
     class WithPenalty(trl.SFTTrainer if objective == "sft" else trl.DPOTrainer):

@@ -80,6 +80,6 @@ def test_a_good_answer_is_the_target_and_a_bad_one_is_none():
 
 
 @pytest.mark.skipif(not runs.EXPERIMENTAL, reason="this TRL's KTOTrainer is stable")
-def test_the_experimental_trainer_of_old_hosts_is_refused():
+def test_the_experimental_trainer_of_an_older_trl_is_refused():
     with pytest.raises(ImportError, match=r"'kto' needs TRL 1\.8 or newer"):
         KTO()

@@ -13,7 +13,7 @@ def objective(config=None, **options):
     return Objective(name="mine", trainer_class=trl.SFTTrainer, config_class=trl.SFTConfig, config=config, **options)
 
 
-def test_fields_become_the_hosts_configuration(tmp_path):
+def test_fields_become_the_arguments_of_the_trainer(tmp_path):
     args = objective(runs.section(learning_rate="3e-4", max_length=20)).base_args(str(tmp_path))
     assert isinstance(args, trl.SFTConfig)
     assert (args.learning_rate, args.max_length, args.report_to) == (3e-4, 20, [])

@@ -241,7 +241,7 @@ def test_rewards_see_the_other_columns_of_a_row_and_a_stage_without_divergence_h
     assert seen
 
 
-def test_a_run_with_other_rewards_is_not_gone_on_with(tmp_path):
+def test_a_run_is_not_resumed_with_other_rewards(tmp_path):
     def other(completions, **columns):
         return [0.0] * len(completions)
 

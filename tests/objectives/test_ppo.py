@@ -241,7 +241,7 @@ def test_a_run_without_rewards_is_refused(tmp_path):
         HBATTrainer(cases.tiny_llama(0), config, {"ppo": ppo_cases.prompts()}, processing_class=cases.tiny_tokenizer())
 
 
-def test_another_critic_is_not_gone_on_with(tmp_path):
+def test_a_run_is_not_resumed_with_another_critic(tmp_path):
     with pytest.raises(CutOffError):
         train("full", tmp_path, callbacks=[Kill(0, "begin")])
     with pytest.raises(RunStateError, match=r"ppo\.critic: 'shared' -> 'separate'"):

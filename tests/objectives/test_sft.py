@@ -38,7 +38,7 @@ def test_only_the_completion_is_a_target(conversational, tmp_path):
         assert targets(example)[-1] == cases.tiny_tokenizer().eos_token_id
 
 
-def test_every_token_is_a_target_where_the_host_trains_on_all(tmp_path):
+def test_every_token_is_a_target_where_trl_trains_on_all(tmp_path):
     (row,) = prepared(cases.sft_rows(1), tmp_path, completion_only_loss=False)
     (example,) = SFT(config={"completion_only_loss": False}).fisher_sequences(row)
     assert list(example.labels) == list(example.input_ids)
@@ -53,7 +53,7 @@ def test_a_packed_row_holds_all_its_sequences_apart(tmp_path):
     assert sorted(text(targets(each)) for each in found) == sorted(row["completion"] for row in rows)
 
 
-def test_masks_of_older_hosts_say_the_same_as_labels():
+def test_masks_of_an_older_trl_say_the_same_as_labels():
     (example,) = SFT().fisher_sequences({
         "input_ids": [5, 6, 7, 8],
         "completion_mask": [0, 1, 1, 1],

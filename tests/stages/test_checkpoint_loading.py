@@ -7,7 +7,7 @@ from hbat.stages.checkpoints import named_checkpoint
 from hbat.state.manifest import RunStateError
 
 
-def _load_rng_state(error):  # named as the host's own
+def _load_rng_state(error):  # named as transformers' own
     raise error
 
 

@@ -1,4 +1,4 @@
-"""From which checkpoint of the host a stage goes on."""
+"""From which of its checkpoints a stage resumes."""
 
 import json
 
@@ -21,7 +21,7 @@ def checkpoint(folder, step, *, whole=True, sealed=True):
 
 
 @pytest.mark.parametrize(("max_steps", "expected"), [(-1, 10), (12, 10), (10, None), (9, None)])
-def test_a_stage_goes_on_from_its_newest_whole_checkpoint_unless_that_is_its_end(max_steps, expected, tmp_path):
+def test_a_stage_resumes_from_its_newest_whole_checkpoint_unless_that_is_its_end(max_steps, expected, tmp_path):
     for step in (2, 10):
         checkpoint(tmp_path, step)
     checkpoint(tmp_path, 11, whole=False, sealed=False)
@@ -34,7 +34,7 @@ def test_a_stage_without_checkpoints_starts_anew(tmp_path):
     assert last_checkpoint(tmp_path / "absent", 4) is None
 
 
-def test_a_stage_goes_on_from_the_newest_checkpoint_that_its_objective_can_go_on_from(tmp_path):
+def test_a_stage_resumes_from_the_newest_checkpoint_that_its_objective_can_resume_from(tmp_path):
     for step in (2, 4, 5):
         checkpoint(tmp_path, step)
     assert last_checkpoint(tmp_path, -1, lambda step: step % 2 == 0) == str(tmp_path / "checkpoint-4")
@@ -42,7 +42,7 @@ def test_a_stage_goes_on_from_the_newest_checkpoint_that_its_objective_can_go_on
     assert last_checkpoint(tmp_path, 5, lambda step: step % 2 == 0) is None
 
 
-def test_a_checkpoint_that_is_what_was_written_is_gone_on_from_without_a_word(tmp_path, caplog):
+def test_a_checkpoint_that_is_what_was_written_is_resumed_from_silently(tmp_path, caplog):
     made = checkpoint(tmp_path, 3)
     assert set(json.loads((made / SEAL).read_text())["files"]) == set(NAMES)
     (made / "added-later").touch()

@@ -54,7 +54,7 @@ TERM, INT = (signal.SIGTERM, 143), (signal.SIGINT, 130)
         pytest.param(*TERM, 3, 3, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_at_the_end_of_the_step_and_the_run_goes_on_from_there(
+def test_a_signal_saves_at_the_end_of_the_step_and_the_run_resumes_from_there(
     number, status, stage, step, whole, tmp_path
 ):
     with pytest.raises(RunInterrupted) as ending:

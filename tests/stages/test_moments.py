@@ -52,7 +52,7 @@ class _Later:
         pytest.param("lora", "adamw_torch", marks=pytest.mark.slow),
     ],
 )
-def test_the_next_stage_of_an_objective_goes_on_in_its_moments(case, optim, tmp_path):
+def test_the_next_stage_of_an_objective_starts_from_its_moments(case, optim, tmp_path):
     build, sections = cases.MODEL_CASES[case], {name: ADAM | {"optim": optim} for name in ("sft", "dpo")}
     by_hand = Continuation()
     expected = runs.by_hand(build, tmp_path / "by-hand", sections=sections, prepare=by_hand.prepare)[-1]

@@ -195,7 +195,7 @@ def test_a_stage_is_rolled_back_so_often_and_no_more(tmp_path):
     assert poison.rates == [0.1, 0.1, 0.05, 0.025]
 
 
-def test_a_run_that_goes_on_remembers_the_smaller_learning_rate(tmp_path):
+def test_a_run_that_resumes_remembers_the_smaller_learning_rate(tmp_path):
     poison = PoisonGradient(1)
 
     class Gone(TrainerCallback):

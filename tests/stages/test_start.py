@@ -70,7 +70,7 @@ def test_an_equal_reference_adapter_becomes_the_anchor():
     assert start.anchor.keys() == taken.keys()
     memory = {each.data_ptr() for name, each in model.named_parameters() if ".ref." in name}
     assert {each.data_ptr() for each in start.anchor.values()} == memory
-    start.take()  # the host deletes its adapter after the stage
+    start.take()  # the guard deletes it after the stage
     assert not memory & {each.data_ptr() for each in start.anchor.values()}
 
 

@@ -49,7 +49,7 @@ def options(state, save_steps=None):
 
 
 def log(run):
-    """The log without TRL's count of tokens, which starts anew at a checkpoint."""
+    """The log without the trainer's count of tokens, which starts at zero at a checkpoint."""
     return [{key: each[key] for key in each if not key.endswith("num_tokens")} for each in run.state.log_history]
 
 

@@ -44,7 +44,7 @@ CONFIGURATION_ERRORS = {
     "negative strength": ({"ewc": {"f_max": -1.0}}, ValueError, r"`ewc\.f_max` is -1\.0.*at least 0"),
     "unknown key": ({"sft": {"learning_rat": 1}}, ValueError, r"`sft\.learning_rat`.*Did you mean `learning_rate`"),
     "text for a number": ({"dpo": {"beta": "strong"}}, TypeError, r"`dpo\.beta` is 'strong'.*a number"),
-    "value refused by the host": (
+    "value refused by transformers": (
         {"dpo": {"save_strategy": "often"}},
         ValueError,
         r"`dpo\.save_strategy`: '?often'? is not",

@@ -80,14 +80,14 @@ def assert_equal(run, expected, *, log=True):
     for kind in states[0]["files"]:
         assert runs.same(*(runs.state_tensors(each, kind) for each in folders)), kind
     if log:
-        # The host's count of tokens starts anew at a checkpoint.
+        # The trainer's count of tokens starts at zero at a checkpoint.
         logs = [[{key: each[key] for key in each if "num_tokens" not in key} for each in run.state.log_history]]
         logs += [[{key: each[key] for key in each if "num_tokens" not in key} for each in expected.state.log_history]]
         assert logs[0] == logs[1]
 
 
 CHECKPOINT = "stage-002-sft/checkpoint-2/"
-#: Files of the run that was cut off, with the stage from which it goes on; none where no complete state is left.
+#: Files of the run that was cut off, with the stage from which it resumes; none where no complete state is left.
 FILES = {
     "weights": ("state/weights-002.safetensors", 1),
     "importance of the newest state": ("state/importance-dpo-001.safetensors", 1),
@@ -119,20 +119,20 @@ SAME_PATH = {
 
 def _cases():
     """Every kind of file with every damage; outside of `make test-all` each path with one damage in turn."""
-    for number, (kind, (name, goes_on_at)) in enumerate(FILES.items()):
+    for number, (kind, (name, resumes_at)) in enumerate(FILES.items()):
         for turn, (how, damage) in enumerate(DAMAGES.items()):
             slow = number % len(DAMAGES) != turn or kind in SAME_PATH
             marks = [pytest.mark.slow] if slow else []
-            yield pytest.param(kind, name, goes_on_at, damage, id=f"{kind} {how}", marks=marks)
+            yield pytest.param(kind, name, resumes_at, damage, id=f"{kind} {how}", marks=marks)
 
 
-@pytest.mark.parametrize(("kind", "name", "goes_on_at", "damage"), list(_cases()))
-def test_a_damaged_file_is_gone_around_or_named(kind, name, goes_on_at, damage, cut_off, whole, tmp_path, caplog):
+@pytest.mark.parametrize(("kind", "name", "resumes_at", "damage"), list(_cases()))
+def test_a_damaged_file_is_skipped_or_named(kind, name, resumes_at, damage, cut_off, whole, tmp_path, caplog):
     folder = tmp_path / "run"
     shutil.copytree(cut_off, folder)
     damage(folder / name)
     run = build(folder)
-    if goes_on_at is None:
+    if resumes_at is None:
         before = {each: each.read_bytes() for each in folder.rglob("*") if each.is_file() and each.name != "hbat.lock"}
         with pytest.raises(RunStateError, match=f"{folder / name} (is|has|cannot) "):
             run.train(resume_from_checkpoint=True)
@@ -143,7 +143,7 @@ def test_a_damaged_file_is_gone_around_or_named(kind, name, goes_on_at, damage, 
     run.train(resume_from_checkpoint=True)
     assert_equal(run, whole, log=kind != "log")
     assert (Path(name).name in caplog.text) is (kind not in SILENT)
-    assert first[0].startswith(f"stage-{goes_on_at:03d}")
+    assert first[0].startswith(f"stage-{resumes_at:03d}")
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -198,11 +198,11 @@ class FillUp(TrainerCallback):
 
 
 def unsaved(**options):
-    """Without checkpoints inside the stages, whose writing is the host's."""
+    """Without checkpoints inside the stages, which transformers writes."""
     return {"dpo": ADAM, "objectives": ["sft", "dpo"], "sft": ADAM, "num_rounds": 1, "evaluation": None} | options
 
 
-def test_a_disk_that_fills_up_between_stages_stops_the_run_which_goes_on_once_there_is_room(tmp_path):
+def test_a_disk_that_fills_up_between_stages_stops_the_run_which_resumes_once_there_is_room(tmp_path):
     expected = build(tmp_path / "whole", **unsaved())
     expected.train()
     with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=4m") as folder:
@@ -232,7 +232,7 @@ class FillUpAtStep(TrainerCallback):
             self.fill()
 
 
-def test_a_disk_that_is_full_for_the_hosts_checkpoint_leaves_a_run_that_goes_on(tmp_path):
+def test_a_disk_that_is_full_for_a_checkpoint_leaves_a_run_that_resumes(tmp_path):
     options = unsaved(objectives=["sft"], sft=SAVES, num_rounds=1, ewc=None) | {"data": {"sft": cases.sft_rows(8, 3)}}
     expected = build(tmp_path / "whole", **options)
     expected.train()
@@ -263,7 +263,7 @@ def test_a_write_that_fails_leaves_the_state_before_and_the_first_error_stands(n
     build(tmp_path, **unsaved()).train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_of_the_host_that_does_not_fit_is_named_and_the_run_goes_on(whole, tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_named_and_the_run_resumes(whole, tmp_path):
     weights = sum(each.nbytes for each in whole.model.state_dict().values())
     with files_of_at_most(weights * 3 // 2), pytest.raises(StorageError, match=r"cannot be written.*`--resume`"):
         build(tmp_path).train()  # two moments for each weight
@@ -339,7 +339,7 @@ def test_an_allowed_change_holds_from_the_start_of_the_stage_under_way(tmp_path,
     assert f"The run in {tmp_path / 'run'} is finished; nothing is left to train." in caplog.text
 
 
-def test_allowed_changes_are_a_list_and_of_a_run_that_goes_on(tmp_path):
+def test_allowed_changes_are_a_list_and_of_a_run_that_resumes(tmp_path):
     run = build(tmp_path, **unsaved())
     with pytest.raises(TypeError, match=r"`allow_changed` is 'dpo\.beta'; give a list"):
         run.train(resume_from_checkpoint=True, allow_changed="dpo.beta")
@@ -348,7 +348,7 @@ def test_allowed_changes_are_a_list_and_of_a_run_that_goes_on(tmp_path):
     assert not (tmp_path / "hbat_state.json").exists()
 
 
-def test_every_checkpoint_of_the_host_is_sealed_whole(cut_off):
+def test_every_checkpoint_is_sealed_whole(cut_off):
     for each in (cut_off / "stage-002-sft").glob("checkpoint-*"):
         sealed = json.loads((each / "hbat_checksums.json").read_text())["files"]
         assert {*sealed, "hbat_checksums.json"} == {str(file.relative_to(each)) for file in each.rglob("*")}

@@ -103,7 +103,7 @@ def test_a_callback_that_was_bound_to_one_trainer_acts_in_the_next(tmp_path):
     assert cases.largest_difference(second, trainer(None, cases.tiny_llama())) > 1e-4
 
 
-def test_a_stage_that_another_run_left_behind_is_not_gone_on_from(tmp_path):
+def test_a_stage_that_another_run_left_behind_is_not_resumed(tmp_path):
     (tmp_path / "stage-000-sft" / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(RunStateError, match=r"'stage-000-sft' of another run, but no hbat_state.json"):
         runs.train(cases.tiny_llama(), tmp_path)

@@ -61,10 +61,10 @@ class Starts(TrainerCallback):
 @pytest.mark.parametrize(
     ("kind", "preference"),
     [
-        ("4-bit", "dpo"),
-        ("8-bit", "ppo"),
-        pytest.param("8-bit", "dpo", marks=pytest.mark.slow),
-        pytest.param("4-bit", "ppo", marks=pytest.mark.slow),
+        pytest.param("4-bit", "dpo", id="dpo-4-bit"),
+        pytest.param("8-bit", "ppo", id="ppo-8-bit"),
+        pytest.param("8-bit", "dpo", id="dpo-8-bit", marks=pytest.mark.slow),
+        pytest.param("4-bit", "ppo", id="ppo-4-bit", marks=pytest.mark.slow),
     ],
 )
 def test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone(kind, preference, saved, tmp_path):
@@ -196,7 +196,7 @@ def whole(saved, tmp_path_factory):
     return train
 
 
-def assert_goes_on(kind, preference, cut, expected, saved, folder, optim="adamw_torch"):
+def assert_resumes(kind, preference, cut, expected, saved, folder, optim="adamw_torch"):
     settings = options(preference, optim, saves=True)
     with pytest.raises(CutOffError):
         qlora_cases.train(qlora_cases.qlora(saved, kind), folder, preference, callbacks=[cut], **settings)
@@ -218,7 +218,7 @@ def assert_goes_on(kind, preference, cut, expected, saved, folder, optim="adamw_
     ],
 )
 def test_a_run_that_was_cut_off_ends_as_if_it_was_not(kind, preference, stage, whole, saved, tmp_path):
-    assert_goes_on(kind, preference, Cut(stage, 2), whole(kind, preference), saved, tmp_path)
+    assert_resumes(kind, preference, Cut(stage, 2), whole(kind, preference), saved, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_was_not(kind, preference, stage, w
     ],
     ids=["other bits", "other precision"],
 )
-def test_another_quantisation_is_not_gone_on_with(kind, more, named, saved, tmp_path):
+def test_a_run_is_not_resumed_with_another_quantisation(kind, more, named, saved, tmp_path):
     settings = options("dpo", saves=True)
     with pytest.raises(CutOffError):
         qlora_cases.train(qlora_cases.qlora(saved, "4-bit"), tmp_path, "dpo", callbacks=[Cut(0, 1)], **settings)
@@ -284,8 +284,8 @@ def test_moments_in_eight_bits_are_carried_on_disk(optim, whole, saved, tmp_path
 
 @each_optimizer
 @on_the_cpu
-def test_a_run_with_moments_in_eight_bits_goes_on_to_the_last_bit(optim, whole, saved, tmp_path):
-    assert_goes_on("4-bit", "dpo", Cut(3, 2), whole("4-bit", "dpo", optim), saved, tmp_path, optim)
+def test_a_run_with_moments_in_eight_bits_resumes_to_the_last_bit(optim, whole, saved, tmp_path):
+    assert_resumes("4-bit", "dpo", Cut(3, 2), whole("4-bit", "dpo", optim), saved, tmp_path, optim)
 
 
 # --- from the command line to a merged model -------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def trained(saved, tmp_path):
     def train(kind, name="run", model=saved, **more):
         cases.sft_rows(8).to_json(tmp_path / "sft.jsonl")
         cases.preference_rows(8).to_json(tmp_path / "dpo.jsonl")
-        host = runs.section(learning_rate=0.1)
+        section = runs.section(learning_rate=0.1)
         values = {
             "model_name_or_path": str(model),
             "output_dir": str(tmp_path / name),
@@ -306,8 +306,8 @@ def trained(saved, tmp_path):
             "disable_tqdm": True,
             "datasets": {name: str(tmp_path / f"{name}.jsonl") for name in ("sft", "dpo")},
             "quantization": qlora_cases.KINDS[kind],
-            "sft": host,
-            "dpo": host,
+            "sft": section,
+            "dpo": section,
         }
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(values | more), encoding="utf-8")

@@ -177,7 +177,7 @@ def test_evaluation_between_stages_does_not_change_what_is_trained(build, tmp_pa
     assert runs.same(cases.weights(with_scores.model), cases.weights(without.model))
 
 
-def test_the_hosts_own_evaluation_inside_a_stage_is_logged_with_its_objective(tmp_path):
+def test_the_trainers_own_evaluation_inside_a_stage_is_logged_with_its_objective(tmp_path):
     run = runs.train(
         cases.tiny_llama(),
         tmp_path,

@@ -22,7 +22,7 @@ BUILDERS = {"full": cases.tiny_llama, "lora": functools.partial(cases.lora_llama
 EVALUATION = runs.rows(2, sft=8, dpo=8)
 
 
-#: Kill, and how often the host saves inside a stage.
+#: Kill, and how often the trainer saves inside a stage.
 KILLS = {
     "at the start": (Kill(0, "begin"), None),
     "between stages": (Kill(2, "begin"), None),
@@ -112,7 +112,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_process_that_was_killed_goes_on_in_another(whole, tmp_path):
+def test_a_process_that_was_killed_resumes_in_another(whole, tmp_path):
     root = Path(__file__).parents[2]
     script, folder = tmp_path / "killed.py", tmp_path / "run"
     paths = [str(root / "tests" / "support"), str(root / "src")]
@@ -165,12 +165,12 @@ def cut_off(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("changed", "message"), CHANGES.values(), ids=CHANGES)
-def test_another_run_is_not_gone_on_with_and_the_message_says_what_changed(changed, message, cut_off):
+def test_another_run_is_not_resumed_and_the_message_says_what_changed(changed, message, cut_off):
     with pytest.raises(RunStateError, match=f"holds another run: .*{message}"):
         runs.train(cases.tiny_llama(), cut_off, resume=True, **changed)
 
 
-def test_another_model_is_not_gone_on_with(cut_off):
+def test_a_run_is_not_resumed_with_another_model(cut_off):
     with pytest.raises(RunStateError, match=r"parameters\.shapes"):
         runs.train(cases.tiny_llama(hidden=16), cut_off, resume=True)
 

@@ -37,10 +37,10 @@ def test_one_round_is_two_stage_training(case, by_hand, tmp_path):
 @pytest.mark.parametrize(
     ("case", "ewc"),
     [
-        pytest.param("full", None, id="full"),
-        pytest.param("lora", {"f_max": 0}, id="lora with zero strength"),
-        pytest.param("full", {"f_max": 0}, id="full with zero strength", marks=pytest.mark.slow),
-        pytest.param("lora", None, id="lora", marks=pytest.mark.slow),
+        pytest.param("full", None, id="none-full"),
+        pytest.param("lora", {"f_max": 0}, id="zero strength-lora"),
+        pytest.param("full", {"f_max": 0}, id="zero strength-full", marks=pytest.mark.slow),
+        pytest.param("lora", None, id="none-lora", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_without_a_penalty_equals_plain_trainers(case, ewc, by_hand, tmp_path):

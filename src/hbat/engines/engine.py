@@ -102,7 +102,7 @@ class Engine:
         """Shard model and reference policy in place, once for the run."""
 
     @contextmanager
-    def stage(self, models: Sequence[nn.Module], args: Any) -> Iterator[None]:
+    def stage(self, models: Sequence[nn.Module]) -> Iterator[None]:
         """Around a stage: afterwards every model is whole on every process and in its own precision."""
         yield
 

@@ -26,7 +26,7 @@ class LoadedShards(FSDP2):
         self._refuse_untested(tracks, ewc)
 
     @contextmanager
-    def stage(self, models: Sequence[nn.Module], args: Any) -> Iterator[None]:
+    def stage(self, models: Sequence[nn.Module]) -> Iterator[None]:
         """See `Engine`."""
         try:
             yield

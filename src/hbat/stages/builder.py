@@ -80,7 +80,7 @@ class TrainerBuilder:
             RunInterrupted: If the block does, on all processes.
         """
         models = self._models_of(track)
-        with kept_environment(), self._engine.stage(models, track.args):
+        with kept_environment(), self._engine.stage(models):
             guard, trainer, together = StageGuard(*models, engine=self._engine), None, False
             try:
                 parameters = trainable_parameters(self._model)

@@ -53,7 +53,7 @@ class DeepSpeed(Engine):
             raise REFUSALS["EWCCallback alone under DeepSpeed"].error()
 
     @contextmanager
-    def stage(self, models: Sequence[nn.Module], args: Any) -> Iterator[None]:
+    def stage(self, models: Sequence[nn.Module]) -> Iterator[None]:
         """See `Engine`."""
         self._precision = FullPrecision(models)
         try:
