@@ -294,7 +294,9 @@ def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path):
             while b"trains" not in (line := first.stdout.readline()):
                 assert line, "the first process ended early"
             second = build(folder, **unsaved())
-            with pytest.raises(RunStateError, match=rf"Another process \(process {first.pid} on .*\) trains into `output_dir`"):
+            with pytest.raises(
+                RunStateError, match=rf"Another process \(process {first.pid} on .*\) trains into `output_dir`"
+            ):
                 second.train(resume_from_checkpoint=True)
         finally:
             first.send_signal(signal.SIGKILL)
