@@ -40,7 +40,7 @@ def test_the_model_is_not_sharded_again_and_its_trainers_write_no_checkpoints():
 
 def test_a_stage_leaves_no_gradient_hook_that_holds_its_trainer():
     engine, model, calls = LoadedShards(), nn.Linear(1, 1), []
-    with engine.stage([model], None):
+    with engine.stage([model]):
         model.weight.register_post_accumulate_grad_hook(lambda _: calls.append("trainer's"))
         model.weight._replicated_grad_hook_registered = True  # noqa: SLF001 - as transformers marks it
         model.bias.register_post_accumulate_grad_hook(lambda _: calls.append("user's"))

@@ -303,15 +303,8 @@ def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path):
         try:
             while b"trains" not in (line := first.stdout.readline()):
                 assert line, "the first process ended early"
-<<<<<<< HEAD
             second = runs.build_run(cases.tiny_llama(), folder, num_rounds=1)
             with pytest.raises(RunStateError, match=rf"Another process \(process {first.pid} on .*\) trains into"):
-=======
-            second = build(folder, **unsaved())
-            with pytest.raises(
-                RunStateError, match=rf"Another process \(process {first.pid} on .*\) trains into `output_dir`"
-            ):
->>>>>>> w-state
                 second.train(resume_from_checkpoint=True)
         finally:
             first.send_signal(signal.SIGKILL)

@@ -106,7 +106,7 @@ def test_a_stage_releases_the_engine_and_what_it_left_on_the_model():
     row = torch.zeros(6)
     trainer = trainer_on(model.weight, enabled=True)
     trainer.deepspeed = object()
-    with engine.stage([model], None):
+    with engine.stage([model]):
         engine.adapt(trainer)
         model.weight.data = row[:4].view(2, 2)  # as ZeRO-1 and -2 make of trained parameters
         model.weight._hp_mapping, model.weight.ds_id = None, 1  # noqa: SLF001
