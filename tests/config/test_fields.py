@@ -162,6 +162,12 @@ def test_a_class_whose_annotations_cannot_be_read_takes_any_value():
     assert build_section("own", unreadable, {"size": "large"}).size == "large"
 
 
+@pytest.mark.parametrize("hint", [str, str | None, Optional[list[str]]])  # noqa: UP045
+def test_fsdp_may_be_true_whatever_its_annotation_says(hint):
+    own = dataclasses.make_dataclass("Own", [("fsdp", hint, field(default=""))])
+    assert build_section("own", own, {"fsdp": True}).fsdp is True
+
+
 # --- sections of TRL -------------------------------------------------------------------------------------------------
 
 TRL_CONFIGS = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}
