@@ -11,6 +11,7 @@ from hbat.ppo.rewards.model import RewardWarning as RewardWarning
 from hbat.ppo.trainer import PPOTrainer as PPOTrainer
 from hbat.reports.matrix import ForgettingMatrix as ForgettingMatrix
 from hbat.stages.interruption import RunInterrupted as RunInterrupted
+from hbat.stages.moments import MomentsWarning as MomentsWarning
 from hbat.state.consolidation import SaturationWarning as SaturationWarning
 from hbat.state.files import StorageError as StorageError
 from hbat.state.manifest import RunStateError as RunStateError

@@ -19,6 +19,7 @@ from hbat.cli.main import main
 from hbat.engines.engine import Engine
 from hbat.ewc.callback import EWCCallback
 from hbat.ewc.parameters import trainable_parameters
+from hbat.model.adapters import keep_adapter_dtype
 from hbat.stages.start import StageStart
 from hbat.state.manifest import RunStateError
 
@@ -73,11 +74,11 @@ def test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone(kind, 
     starts.run, before, adapter = run, frozen(run.model), cases.weights(run.model)
     run.train()
     assert runs.same(frozen(run.model), before)
-    assert {each.dtype for each in adapter.values()} == {torch.bfloat16}  # TRL's cast
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}  # without TRL's cast
     assert all(not torch.equal(each, adapter[name]) for name, each in cases.weights(run.model).items())
     for stage, (anchor, weights, copies) in enumerate(starts.seen):
         assert runs.same(anchor, weights)
-        assert {each.dtype for each in (*anchor.values(), *copies.values())} == {torch.bfloat16}
+        assert {tensor.dtype for tensor in (*anchor.values(), *copies.values())} == {torch.float32}
         assert runs.same(copies, weights if stage % 2 else {})
     key = {"dpo": "dpo/rewards/chosen", "ppo": "ppo/kl"}[preference]
     scores = {stage: [] for stage in (1, 3)}
@@ -96,9 +97,17 @@ def test_every_stage_starts_at_its_reference_and_trains_the_adapter_alone(kind, 
     ("kind", "tolerance"), [("4-bit", 0.0), pytest.param("8-bit", 1.5e-3, marks=pytest.mark.slow)]
 )
 def test_a_run_without_a_penalty_equals_plain_trainers(kind, tolerance, saved, tmp_path):
-    """The plain ones get a reference in bfloat16 as well; TRL's own copy of the adapter is in float32."""
+    """The plain ones keep the adapter in float32 too, which TRL casts to bfloat16."""
     build = functools.partial(qlora_cases.qlora, saved, kind)
-    expected = runs.by_hand(lambda _: build(dtype=torch.bfloat16), tmp_path / "by-hand")
+
+    def keeping(stage, _):
+        def construct(model, **options):
+            with keep_adapter_dtype(model):
+                return runs.trainer_of(stage[2])(model=model, **options)
+
+        return construct
+
+    expected = runs.by_hand(lambda _: build(), tmp_path / "by-hand", trainer_class=keeping)
     run = runs.train(build(), tmp_path / "run")
     assert cases.largest_difference(cases.weights(run.model), expected[-1]) <= tolerance
     assert cases.largest_difference(expected[0], expected[-1]) > 10 * tolerance
