@@ -14,9 +14,12 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-# What covers the core: SFT and DPO with a penalty, the penalty against autograd, resume, bad rows, rules of the house.
-QUICK := tests/test_house.py tests/data/test_check.py tests/ewc/test_callback.py tests/trainer/test_trainer.py \
-	tests/trainer/test_resume.py::test_a_run_that_was_cut_off_ends_as_if_it_was_not
+# The core: rules of the house, bad rows, the penalty against autograd, SFT and DPO with and without it, resume.
+TRAINER := tests/trainer
+QUICK := tests/test_house.py tests/data/test_check.py tests/ewc/test_callback.py \
+	$(TRAINER)/test_trainer.py::test_a_run_without_a_penalty_equals_plain_trainers \
+	$(TRAINER)/test_ewc.py::test_a_run_equals_plain_trainers_with_the_penalty_in_their_loss \
+	$(TRAINER)/test_resume.py::test_a_run_can_be_cut_off_again_and_again
 # Tests of one file share trained runs, so one process takes them all; in order, as the longest files come early.
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

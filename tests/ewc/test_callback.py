@@ -101,7 +101,9 @@ def _half(setting):
     return pytest.param(*setting, marks=[pytest.mark.slow] if slow else [])
 
 
-every_setting = pytest.mark.parametrize(("objective", "case", "clip", "accumulation"), map(_half, SETTINGS))
+every_setting = pytest.mark.parametrize(
+    ("objective", "case", "clip", "accumulation"), [_half(setting) for setting in SETTINGS]
+)
 bound_or_not = pytest.mark.parametrize("how", ["bound", "unbound"])
 
 

@@ -284,7 +284,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_was_not(case, cut, name, tmp_path)
     killer, options, resumes_at = CUTS[cut]
     killer.current = -1
     settings = {"options": ADAM | options, "sft": runs.section(max_steps=1), "ewc": {"f_max": 1.0}}
-    settings["num_rounds"] = 2 if cut == "between stages" else 1
+    settings["num_rounds"] = 1 if "rollout" in cut else 2
     expected = online_runs.train(cases.MODEL_CASES[case](0), tmp_path / "whole", name, **settings)
     settings["options"] = settings["options"] | SAVES
     with pytest.raises(CutOffError):

@@ -200,6 +200,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow  # `trainer/test_resume.py` has one with SFT and DPO
 def test_a_process_that_was_killed_resumes_in_another(whole, tmp_path):
     root = Path(__file__).parents[2]
     script, folder = tmp_path / "killed.py", tmp_path / "run"
