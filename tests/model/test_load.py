@@ -136,7 +136,7 @@ def test_a_second_adapter_is_refused():
 
 def test_an_adapter_of_another_name_is_refused_with_how_to_load_it():
     model = peft.get_peft_model(cases.tiny_llama(), lora(), adapter_name="mine")
-    with pytest.raises(ValueError, match=r"adapters \['mine'\].*single one named 'default'.*adapter_name='default'"):
+    with pytest.raises(ValueError, match=r"adapters \['mine'\].*single one, named 'default'.*adapter_name='default'"):
         load_model(model, config(), None)
 
 

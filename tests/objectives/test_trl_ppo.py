@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, Traine
 
 from hbat.config.hbat import HBATConfig
 from hbat.objectives.trl_ppo.models import AnnouncedBatches, RewardsAsModel, collate
-from hbat.objectives.trl_ppo.objective import is_available, ppo
+from hbat.objectives.trl_ppo.objective import is_available, trl_ppo
 from hbat.ppo.rewards.rewards import Rewards
 from hbat.ppo.rollouts.prompts import tokenize_prompts
 from hbat.trainer import HBATTrainer
@@ -287,14 +287,14 @@ def test_padding_with_the_end_token_is_refused(tmp_path):
 
 @with_trl
 def test_a_section_needs_no_options_to_switch_off_what_trl_ignores(tmp_path):
-    args = ppo({"response_length": 3}).base_args(str(tmp_path))
+    args = trl_ppo(config={"response_length": 3}).base_args(str(tmp_path))
     assert not args.bf16
     assert args.save_strategy == "no"
 
 
 @with_trl
 def test_a_stage_takes_no_checkpoint(tmp_path):
-    objective = ppo(runs.section(**PPO))
+    objective = trl_ppo(config=runs.section(**PPO))
     trainer = objective.trainer_class(
         cases.tiny_llama(),
         objective.base_args(str(tmp_path)),

@@ -306,6 +306,15 @@ def test_an_interrupt_inside_a_function_reaches_the_caller_and_leaves_the_event_
     assert rewards(PROMPTS, COMPLETIONS, completion_ids=IDS, columns={})[0].tolist() == [2, 2, 2, 2]
 
 
+@pytest.fixture
+def interruptible():
+    """Python raises KeyboardInterrupt at SIGINT, also where the shell that started it ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_of_the_waiting_thread_cancels_the_functions():
     cancelled = threading.Event()
 

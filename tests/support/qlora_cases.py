@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hbat.config.hbat import HBATConfig
+from hbat.model.load import keep_differentiable
 from hbat.trainer import HBATTrainer
 
 #: Wide enough for a matrix of the adapter to have optimizer moments in 8 bits, which bitsandbytes keeps from 4096 on.
@@ -30,7 +31,9 @@ def save_base(folder):
 def base(folder, kind, **options):
     """The model in few bits; kind None gives the full one."""
     quantised = {} if kind is None else {"quantization_config": BitsAndBytesConfig(**KINDS[kind] | options)}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **quantised)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **quantised)
+    keep_differentiable(model)
+    return model
 
 
 def lora():

@@ -255,7 +255,7 @@ def test_a_write_that_fails_leaves_the_state_before_and_the_first_error_stands(n
         Faults(monkeypatch, at=number, raises=full_disk, only=("write",))
 
     run = build(tmp_path, callbacks=[FillUp(1, fail)], **unsaved())
-    with pytest.raises(StorageError, match=r"cannot be written.*go on with `resume_from_checkpoint=True`"):
+    with pytest.raises(StorageError, match=r"cannot be written.*resume with `resume_from_checkpoint=True`"):
         run.train()
     monkeypatch.undo()
     assert json.loads((tmp_path / "hbat_state.json").read_text())["next_stage"] == 1
@@ -327,7 +327,7 @@ def test_an_allowed_change_holds_from_the_start_of_the_stage_under_way(tmp_path,
         build(tmp_path / "run", **unsaved(dpo=faster)).train(resume_from_checkpoint=True)
     changed = build(tmp_path / "run", **unsaved(dpo=faster))
     changed.train(resume_from_checkpoint=True, allow_changed=["dpo.learning_rate"])
-    assert "From stage 1 on the run goes on with: dpo.learning_rate: 0.01 -> 0.02." in caplog.text
+    assert "The run is resumed from stage 1 with: dpo.learning_rate: 0.01 -> 0.02." in caplog.text
     shutil.rmtree(tmp_path / "other" / "stage-001-dpo")
     anew = build(tmp_path / "other", **unsaved(dpo=faster))
     anew.train(resume_from_checkpoint=True, allow_changed=["dpo."])

@@ -14,6 +14,7 @@ import runs
 from kills import CutOffError, Kill, assert_equal, options
 from transformers import TrainerCallback
 
+from hbat.state.files import digest
 from hbat.state.manifest import RunStateError
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
@@ -184,9 +185,12 @@ def test_what_only_concerns_logs_and_checkpoints_may_change(cut_off, tmp_path):
 
 
 MANIFESTS = [
-    ('{"format": 2, "finge', "holds no complete state .*cannot be read"),
-    ('{"format": 99}', "has format 99; this version of hbat reads format 2"),
-    ('{"format": 2, "epoch": 3}', "its checksum differs"),
+    ('{"format": 3, "finge', "holds no complete state .*cannot be read"),
+    (
+        json.dumps({"format": 99, "checksum": digest({"format": 99})}),
+        "has format 99; this version of hbat reads format 3",
+    ),
+    ('{"format": 3, "epoch": 3}', "its checksum differs"),
     ("{}", "cannot be read"),
 ]
 
