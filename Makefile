@@ -55,7 +55,7 @@ check: $(VENV)/.installed
 oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/$(PYTEST)
 
-# The newest versions of the libraries below, in an environment of their own.
+# The newest versions of TRL, transformers, PEFT, accelerate and datasets that go together, in an environment of their own.
 newest: $(NEWEST)/.installed
 	$(NEWEST)/bin/$(PYTEST)
 
@@ -101,7 +101,6 @@ $(NEWEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(NEWEST)/bin/python -m pip install --quiet --editable ".[dev]"
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade trl transformers peft accelerate datasets
 	touch $@
 
 $(TRL112)/.installed: pyproject.toml constraints.txt
