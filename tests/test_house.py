@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -90,6 +91,33 @@ def test_the_mathematics_needs_nothing_but_torch():
     for name in MATHEMATICS:
         packages = {each.split(".")[0] for each in imported(name)} - set(sys.stdlib_module_names) - {"hbat"}
         assert packages <= {"torch"}, f"src/hbat/{name} imports {sorted(packages)}."
+
+
+#: Who names an engine beside the engines: keys of TRL's arguments, what wrappers leave in names of parameters, what an
+#: objective was tested with, and what PPO shards.
+NAMES_ENGINES = {
+    "config/fields.py", "ewc/parameters.py", "objectives/built_in.py", "objectives/objective.py", "ppo/engine.py",
+    "state/fingerprint.py",
+}  # fmt: skip
+
+
+def test_only_the_engines_wing_names_an_engine():
+    found = {
+        name for name, path in FILES.items() if re.search(r"fsdp|deepspeed", path.read_text("utf-8"), re.IGNORECASE)
+    }
+    assert {name for name in found if wing(name) != "engines"} == NAMES_ENGINES
+
+
+@each_room
+def test_every_patch_on_a_trainer_stands_in_one_file(name):
+    assigned = [
+        (node.lineno, ast.unparse(target))
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Assign) and ast.unparse(node.value) != "None"
+        for target in node.targets
+    ]
+    found = [(line, target) for line, target in assigned if re.search(r"(trainer|accelerator|sampler)\.\w+$", target)]
+    assert not found, f"src/hbat/{name} patches {found}: that belongs into engines/patches.py, with its undo."
 
 
 def test_only_the_faces_come_in_by_the_front_door():
