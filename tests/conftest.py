@@ -33,6 +33,15 @@ def _version(name):
         return "absent"
 
 
+_LAUNCHED = {key for key in os.environ if key.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def _forget_launch():
+    """Take out of the environment what transformers < 5 writes there: engine and precision."""
+    for key in [each for each in os.environ if each.startswith(("ACCELERATE_", "FSDP_")) and each not in _LAUNCHED]:
+        del os.environ[key]
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state():
     """Every test starts from the same seeds and without an accelerator left by the last one."""
@@ -43,11 +52,9 @@ def _fresh_state():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the trainers draw from this global state
     torch.manual_seed(0)
-    before = dict(os.environ)
+    _forget_launch()  # fixtures of a module have trained before
     yield
-    # transformers < 5 writes engine and precision there.
-    for key in [each for each in os.environ if each.startswith(("ACCELERATE_", "FSDP_")) and each not in before]:
-        del os.environ[key]
+    _forget_launch()
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
 

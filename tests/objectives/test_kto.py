@@ -72,6 +72,7 @@ def test_the_fisher_looks_at_good_answers(tmp_path):
     assert any(each.abs().max() > 0 for each in runs.state_tensors(tmp_path, "importance-kto").values())
 
 
+@runs.needs_kto
 def test_a_good_answer_is_the_target_and_a_bad_one_is_none():
     row = {"prompt_ids": [1, 2], "completion_ids": [3, 4], "label": True}
     (example,) = KTO().fisher_sequences(row)

@@ -43,7 +43,7 @@ def check_start(run, preference):
     )
     if preference == "dpo":
         assert first["dpo/rewards/chosen"] == 0.0
-        assert first["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert first["dpo/loss"] == pytest.approx(math.log(2), abs=1e-4)  # transformers 4.57 logs four decimals
     else:
         assert first["kto/kl"] == 0.0
         assert {first[key] for key in ("kto/rewards/chosen", "kto/rewards/rejected") if key in first} == {0.0}

@@ -95,7 +95,7 @@ def test_attention_dropout_is_off_in_preference_stages_and_back_in_the_next(case
     run = runs.train(model, tmp_path, callbacks=[Look()])
     assert seen == [{0.25}, {0.25}, {0.0}, {0.0}] * 2
     assert runs.logged(run, "dpo/rewards/chosen")[:: runs.STEPS] == [0.0, 0.0]
-    assert runs.logged(run, "dpo/loss")[:: runs.STEPS] == pytest.approx([math.log(2)] * 2, abs=1e-6)
+    assert runs.logged(run, "dpo/loss")[:: runs.STEPS] == pytest.approx([math.log(2)] * 2, abs=1e-4)
 
 
 def test_the_reference_of_a_model_that_a_trainer_touched_does_not_follow_the_policy(tmp_path):

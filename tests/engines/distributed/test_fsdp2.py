@@ -9,13 +9,11 @@ import fsdp_runs
 import launched
 import pytest
 import runs
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 #: transformers 4.57 takes the version of FSDP from `accelerate launch` alone.
-BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 SHARDED = {"STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
 FULL = {"STATE_DICT_TYPE": "FULL_STATE_DICT"}
 QUICK = ["sft and dpo", "lora"]
@@ -27,7 +25,7 @@ each_run = launched.marked(QUICK, SLOW)
 
 
 def launch(folder, mode, *names, environment=SHARDED):
-    told = fsdp_runs.LAUNCHED | {"FSDP_STATE_DICT_TYPE": environment["STATE_DICT_TYPE"]} if BEFORE_5 else {}
+    told = fsdp_runs.LAUNCHED | {"FSDP_STATE_DICT_TYPE": environment["STATE_DICT_TYPE"]} if launched.BEFORE_5 else {}
     return launched.launch(fsdp_runs, folder, mode, *names, environment=told | environment)
 
 
@@ -61,7 +59,7 @@ def test_two_processes_end_with_the_weights_of_one(name, two, one):
 @each_run
 def test_importance_tables_and_logs_are_those_of_one_process(name, two, one):
     # transformers 4.57 averages a loss over processes in another way than over batches, also under DDP.
-    launched.assert_numbers_of_one(name, two(name), one(name), losses=not BEFORE_5)
+    launched.assert_numbers_of_one(name, two(name), one(name), losses=not launched.BEFORE_5)
 
 
 @each_run
@@ -179,7 +177,7 @@ def test_the_command_trains_under_a_launch_for_fsdp2_that_reads_the_model_once(t
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 says FSDP1 here, which is refused")
+@pytest.mark.skipif(launched.BEFORE_5, reason="transformers 4.57 says FSDP1 here, which is refused")
 def test_a_run_on_a_cpu_where_accelerate_ignores_fsdp_is_refused(tmp_path):
     done = launch(tmp_path, "without fsdp", "sft and dpo")
     assert done.returncode != 0

@@ -147,7 +147,7 @@ def load_reward_tokenizer(model: Any, name: str | Path) -> Any:
         raise ValueError(f"The reward model, a {type(model).__name__}, does not know where it came from. {advice}")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:  # the last one from transformers 4.57
         raise ValueError(f"There is no tokenizer for the reward model {str(name)!r}. {advice}") from error
 
 
