@@ -1,7 +1,7 @@
 """Hybrid alignment training on TRL: alternate SFT and preference training, and hold back forgetting with EWC.
 
-`__init__.pyi` lists the public names for type checkers and for this file, which loads each on first use: importing
-`hbat` imports neither torch nor TRL. The mathematics of EWC is public as `hbat.ewc`.
+`__init__.pyi` lists the public names, also errors and warnings, with their modules: for type checkers and this file,
+which loads each on first use. Importing `hbat` imports neither torch nor TRL. The mathematics of EWC is `hbat.ewc`.
 """
 
 import ast

@@ -26,8 +26,9 @@ from hbat.stages.builder import TrainerBuilder
 from hbat.stages.evaluator import Evaluator
 from hbat.stages.guard import cheap_garbage_collection
 from hbat.stages.interruption import StopRequest
+from hbat.stages.nonfinite import with_advice
 from hbat.stages.rehearsal import rehearse
-from hbat.stages.runner import StageRunner
+from hbat.stages.runner import StageResult, StageRunner
 from hbat.stages.start import StageStart
 from hbat.state.fingerprint import fingerprint
 from hbat.state.folder import RunFolder
@@ -69,7 +70,7 @@ class HBATTrainer:
         ValueError: If configuration, data or model cannot be trained as asked; the message names what and where.
         TypeError: If an argument is of the wrong type.
         ImportError: If an option needs a package that is missing.
-        NotImplementedError: With what `docs/support.md` says is not supported.
+        NotImplementedError: For combinations that `docs/support.md` lists as unsupported.
     """
 
     def __init__(  # noqa: PLR0913 - the arguments of TRL's trainers
@@ -136,9 +137,9 @@ class HBATTrainer:
         Args:
             resume_from_checkpoint: True resumes the run in `output_dir` where it was cut off, and starts one if there
                 is none. Otherwise the folder must not hold a run.
-            allow_changed: Values that may differ from the run that is resumed, as `sft.learning_rate`, or `ewc.` for
-                all that begin so. They hold from the start of the stage under way. What cannot change within a run,
-                such as data and rounds, is refused all the same.
+            allow_changed: Values that may differ from the run that is resumed, such as `sft.learning_rate`; `ewc.`
+                allows every value with that prefix. New values apply from the start of the current stage. What cannot
+                change within a run, such as data and rounds, is refused all the same.
 
         Returns:
             Steps of the run, mean of the logged training losses, and the final scores as `eval_<objective>/<metric>`.
@@ -146,9 +147,9 @@ class HBATTrainer:
         Raises:
             TypeError: If `resume_from_checkpoint` is a path, or `allow_changed` no list.
             ValueError: If `allow_changed` is given without `resume_from_checkpoint`.
-            RunStateError: If `output_dir` holds another run, or one and `resume_from_checkpoint` is not set; if no
-                complete state of the run is left; or if another process trains into it.
-            StorageError: If the state cannot be written; the last one is untouched.
+            RunStateError: If `output_dir` holds a different run, or any run while `resume_from_checkpoint` is not
+                set; if no complete state of the run is left; or if another process trains into it.
+            StorageError: If the state cannot be written; the previously saved one stays intact.
             FloatingPointError: If a loss, gradient, weight or importance is NaN or infinite; the stage's start is on
                 disk.
             RunInterrupted: At SIGTERM or SIGINT, with everything saved; uncaught it ends the process with status 143
@@ -157,7 +158,7 @@ class HBATTrainer:
         check_request(resume_from_checkpoint, allow_changed, self.args.output_dir)
         with self._folder.locked():
             run = self._run = self._open(resume=bool(resume_from_checkpoint), allow_changed=allow_changed)
-            reporter = self._report(run)
+            reporter = self._make_reporter(run)
             try:
                 with cheap_garbage_collection(), self._request.listening():
                     self._evaluate_if_due(run, reporter)
@@ -191,7 +192,7 @@ class HBATTrainer:
             self.state = load_log(self._folder.path, run.state.global_step, run.state.log)
         return run
 
-    def _report(self, run: Run) -> RunReporter:
+    def _make_reporter(self, run: Run) -> RunReporter:
         if run.state.next_stage == len(self._plan):
             logger.info("The run in %s is finished; nothing is left to train.", self.args.output_dir)
         total = run.state.global_step + self._steps_from(run.state.next_stage)
@@ -203,13 +204,21 @@ class HBATTrainer:
             reporter.save()
             self._scores.draw()
         except OSError as error:  # the run's state is safe; an error about that one says more
-            logger.warning("Log and picture of the run are not up to date: %s", error)
+            logger.warning("The log and the plot of the run could not be updated: %s", error)
         reporter.close()
 
     def _train_stage(self, stage: Stage, run: Run, reporter: RunReporter) -> None:
+        while (result := self._try_stage(stage, run, reporter)) is None:
+            reporter.forget_after(run.state.global_step)
+        run.state.log = reporter.save()
+        run.commit_stage(stage, weights=trainable_parameters(self.model), **vars(result))
+        self.state.global_step = run.state.global_step
+
+    def _try_stage(self, stage: Stage, run: Run, reporter: RunReporter) -> StageResult | None:
+        # None: the stage was rolled back.
         self._start.take()
         try:
-            result = self._stages.run(
+            return self._stages.run(
                 stage,
                 self.tracks[stage.objective],
                 folder=self._folder.path / stage.folder,
@@ -219,16 +228,11 @@ class HBATTrainer:
             )
         except FloatingPointError as error:
             self._folder.remove_stage(stage.folder)  # its checkpoints may hold the weights that led here
-            if self.args.on_nan == "stop" or run.rollbacks(stage) == self.args.max_rollbacks:
-                raise
+            if self.args.on_nan == "stop" or run.rollbacks(stage) >= self.args.max_rollbacks:
+                raise with_advice(error, stage) from error
             logger.warning("%s Back to the start of the stage, with half the learning rate.", error)
             run.roll_back(stage, trainable_parameters(self.model))
-            reporter.forget_after(run.state.global_step)
-            self._train_stage(stage, run, reporter)
-            return
-        run.state.log = reporter.save()
-        run.commit_stage(stage, weights=trainable_parameters(self.model), **vars(result))
-        self.state.global_step = run.state.global_step
+            return None
 
     def _evaluate_if_due(self, run: Run, reporter: RunReporter) -> None:
         if self._evaluator.has_rows and self._scores.are_due(run):

@@ -310,7 +310,9 @@ def test_a_model_from_disk_brings_its_tokenizer(adapter, saved):
 
 
 def test_a_model_in_memory_needs_its_tokenizer():
-    with pytest.raises(ValueError, match=r"does not know where it came from\. Pass its tokenizer as `processing_cl"):
+    with pytest.raises(
+        ValueError, match=r"has no name or path to load a tokenizer from\. Pass its tokenizer as `processing_cl"
+    ):
         load_tokenizer(None, cases.tiny_llama())
 
 

@@ -151,7 +151,7 @@ def test_the_reward_after_every_stage_is_the_score_and_higher_is_better(case, na
 
 
 def test_evaluation_batches_that_tear_groups_apart_are_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"`per_device_eval_batch_size` makes batches of 3 .* whole groups of 2"):
+    with pytest.raises(ValueError, match=r"`per_device_eval_batch_size` makes batches of 3 .* not a multiple of 2"):
         online_runs.build_run(
             cases.tiny_llama(), tmp_path, "grpo", options={"per_device_eval_batch_size": 3}, evaluation=True
         )

@@ -247,3 +247,23 @@ def test_a_run_is_not_resumed_with_another_critic(tmp_path):
         train("full", tmp_path, callbacks=[Kill(0, "begin")])
     with pytest.raises(RunStateError, match=r"ppo\.critic: 'shared' -> 'separate'"):
         train("full", tmp_path, resume=True, ppo={"critic": "separate"})
+
+
+class FailOnce(TrainerCallback):
+    """A PPO stage that is not finite at its first try, and the learning rates with which each try begins."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if hasattr(model, "critic"):
+            self.rates.append({group["initial_lr"] for group in optimizer.param_groups})
+            if len(self.rates) == 1:
+                raise FloatingPointError("made up")
+
+
+def test_a_stage_that_is_rolled_back_halves_the_critics_learning_rate_as_well(tmp_path):
+    tries = FailOnce()
+    ppo = {"critic_learning_rate": 0.04, "max_steps": 1}
+    train("full", tmp_path, num_rounds=1, on_nan="rollback", callbacks=[tries], sft={"max_steps": 1}, ppo=ppo)
+    assert tries.rates == [{0.05, 0.04}, {0.025, 0.02}]

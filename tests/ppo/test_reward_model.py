@@ -258,7 +258,7 @@ def test_a_model_is_loaded_with_its_weights_and_precision(tmp_path):
 
 def test_a_language_model_is_refused_rather_than_given_a_random_head(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is no reward model: it has no weights of the right shape for \['score"):
+    with pytest.raises(ValueError, match=r"is not a reward model: it has no weights of the right shape for \['score"):
         load_reward_model(tmp_path)
 
 
@@ -282,7 +282,9 @@ def test_an_adapter_brings_the_head_that_its_base_lacks(tmp_path):
 
 def test_a_model_without_tokenizer_is_refused(tmp_path):
     model = tiny_scorer()
-    with pytest.raises(ValueError, match="LlamaForSequenceClassification, does not know where it came from"):
+    with pytest.raises(
+        ValueError, match="LlamaForSequenceClassification, has no name or path to load a tokenizer from"
+    ):
         load_reward_tokenizer(model, "")
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"There is no tokenizer for the reward model .* Pass its tokenizer"):

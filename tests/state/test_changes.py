@@ -121,7 +121,7 @@ def test_the_rest_can_be_allowed(name, now):
     [("sft.learning_rat", "sft.learning_rate"), ("sft", "sft."), ("ewc.fmax", "ewc.f_max"), ("dpo.betas", "dpo.beta")],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name, meant):
-    with pytest.raises(RunStateError, match=rf"names '{name}', which is no value of this run\..*`{meant}`"):
+    with pytest.raises(RunStateError, match=rf"names '{name}', which is not a setting of this run\..*`{meant}`"):
         accept(BEFORE, name)
 
 

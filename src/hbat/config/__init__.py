@@ -1,1 +1,4 @@
-"""Options of a run and of EWC, with their help texts and checks."""
+"""Options of a run and of EWC, with their defaults, help texts and checks.
+
+Options of PPO are in `hbat.ppo.config`, those of a run file in `hbat.cli.run_file`; `fields` parses sections of any.
+"""

@@ -1,4 +1,4 @@
-"""How one model trains on one process or several: each engine is a subclass of `Engine`, and only here it is named.
+"""How one model trains on one process or several: each engine is a subclass of `Engine`, and no other wing names one.
 
 `engine` has the interface, and its base class is one process or DDP; `fsdp2`, `loaded_shards` and `deepspeed` override
 it. `choose` finds the engine of a run. `checks` refuses what is untested, with the messages of `refusals`. `patches`

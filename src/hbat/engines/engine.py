@@ -9,11 +9,10 @@ from transformers import Trainer
 
 from hbat.config.ewc import EWCConfig
 from hbat.engines.environment import forget_deepspeed
-from hbat.engines.patches import after_backward
+from hbat.engines.patches import Undo, after_backward
 from hbat.engines.refusals import REFUSALS
 from hbat.engines.sharded import shared_as
 
-Undo = Callable[[], None]
 #: What `Objective.engines` can name; `ddp` stands for one process, too.
 ALL_ENGINES = ("ddp", "fsdp2", "deepspeed")
 

@@ -5,13 +5,14 @@ order. Tested with TRL 1.0-1.16, transformers 4.57-5.24, accelerate 1.10-1.15, P
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 Undo = Callable[[], None]
+_LOADER = "create_model_from_path"  # with which GRPO and RLOO load their reference policy
 
 
 class _Shadow:
@@ -159,25 +160,25 @@ def let_epochs_grow(sampler: Any) -> Undo:
 
 
 @contextmanager
-def given_reference(trainer_class: type, reference: Any, loader: str = "create_model_from_path") -> Iterator[None]:
+def given_reference(trainer_class: type, reference: Any) -> Iterator[None]:
     """Within the block TRL's GRPO and RLOO get `reference` where they would load one from disk by the model's name.
 
     They take no `ref_model` (TRL 1.0-1.16). Can go when they do. None leaves them as they are.
     """
     modules = (sys.modules[base.__module__] for base in trainer_class.__mro__)
-    module = next((found for found in modules if found.__name__.startswith("trl.") and hasattr(found, loader)), None)
+    module = next((found for found in modules if found.__name__.startswith("trl.") and hasattr(found, _LOADER)), None)
     if reference is None or module is None:
         yield
         return
-    before = getattr(module, loader)
-    setattr(module, loader, lambda *_, **__: reference)
+    before = getattr(module, _LOADER)
+    setattr(module, _LOADER, lambda *_, **__: reference)
     try:
         yield
     finally:
-        setattr(module, loader, before)
+        setattr(module, _LOADER, before)
 
 
-def undo_all(accelerator: Any, names: Iterable[str] = ("backward", "clip_grad_norm_", "prepare")) -> None:
+def undo_all(accelerator: Any) -> None:
     """Undo all patches of an accelerator, whatever laid them: its trainer is gone."""
-    for name in names:
+    for name in ("backward", "clip_grad_norm_", "prepare"):
         accelerator.__dict__.pop(name, None)

@@ -1,12 +1,11 @@
 """The tensors that consolidation is about: which, under which names, on which device."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hbat.engines.sharded import give_back, shared_as, whole_shape
+from hbat.engines.sharded import give_back, whole_shape
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
 
@@ -47,29 +46,6 @@ def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         Detached copies of the same dtype on the same device.
     """
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
-def on_device(tensors: Mapping[str, Tensor | float], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Move anchor or importance to the devices of its parameters, sharded as these are.
-
-    Args:
-        tensors: Tensors of the parameters' shapes or of shape `()`, or numbers, by name.
-        parameters: Parameters by name.
-
-    Returns:
-        Tensors by parameter name; a tensor of shape `()` for a larger parameter becomes a number, which is read once
-        instead of at every step.
-    """
-    placed: dict[str, Any] = {}
-    for name, parameter in parameters.items():
-        value = tensors[name]
-        if not isinstance(value, Tensor):
-            placed[name] = value
-        elif value.dim() == 0 and parameter.dim() > 0:
-            placed[name] = float(value)
-        else:
-            placed[name] = shared_as(value.detach(), parameter).to(parameter.device)
-    return placed
 
 
 def require_counterparts(expected: Mapping[str, Tensor], given: Mapping[str, Tensor | float], what: str) -> None:

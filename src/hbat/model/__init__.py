@@ -1,1 +1,1 @@
-"""The model: load, save, adapters and copies."""
+"""The model: `load` and `save`, `adapters` with the reference adapter, `copies` as reference policy."""

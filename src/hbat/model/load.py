@@ -144,7 +144,9 @@ def load_tokenizer(processing_class: Any, model: Any, config: HBATConfig | None 
         if is_adapter(origin) and (Path(origin) / _TOKENIZER_FILE).is_file():
             name = str(origin)
         if not name:
-            raise ValueError("The model does not know where it came from. Pass its tokenizer as `processing_class`.")
+            raise ValueError(
+                "The model has no name or path to load a tokenizer from. Pass its tokenizer as `processing_class`."
+            )
         processing_class = AutoTokenizer.from_pretrained(name, **options)
     if getattr(processing_class, "pad_token", "") is None:
         if processing_class.eos_token is None:

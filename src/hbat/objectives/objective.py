@@ -97,7 +97,7 @@ class Objective:
         raise NotImplementedError(f"{type(self).__name__} has no `fisher_sequences`.")
 
     def minimum_rows(self, args: Any) -> int:
-        """Rows that a stage needs at least."""
+        """Minimum number of rows of a stage."""
         return 1
 
     def epoch_steps(self, args: Any, rows: int) -> int:

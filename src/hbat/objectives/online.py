@@ -106,7 +106,7 @@ def _require_whole_groups(args: Any) -> None:
     batch = args.per_device_eval_batch_size * args.world_size
     if batch % group:
         raise ValueError(
-            f"`per_device_eval_batch_size` makes batches of {batch} completions, which are no whole groups of {group} "
+            f"`per_device_eval_batch_size` makes batches of {batch} completions, which is not a multiple of {group} "
             "(`num_generations_eval`, else `num_generations`). Set it to a multiple, or the number of generations to "
             "a divisor."
         )

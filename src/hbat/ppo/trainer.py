@@ -56,8 +56,6 @@ class PPOTrainer(PolicyCheckpoints):
         NotImplementedError: For what `docs/support.md` lists as not supported.
     """
 
-    _tag_names = ("hbat", "ppo")
-
     def __init__(  # noqa: PLR0913, PLR0917 - the constructor of TRL's trainers
         self,
         model: Any,

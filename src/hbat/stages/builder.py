@@ -1,6 +1,6 @@
 """Builds an objective's trainer on the run's model, and leaves the model clean afterwards."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from hbat.objectives.track import Track
 from hbat.stages.guard import StageGuard
 from hbat.stages.interruption import RunInterrupted
 from hbat.stages.start import StageStart
+
+_LEARNING_RATES = ("learning_rate", "critic_learning_rate")
 
 
 class TrainerBuilder:
@@ -48,7 +50,7 @@ class TrainerBuilder:
         self._keep_adapter_dtype = keep_adapter_dtype
 
     @contextmanager
-    def building(
+    def building(  # noqa: PLR0913 - all but two by name
         self,
         track: Track,
         folder: Path | str,
@@ -58,6 +60,7 @@ class TrainerBuilder:
         seed_offset: int = 0,
         callbacks: Iterable[TrainerCallback] = (),
         frozen: Iterable[str] = (),
+        learning_rate_factor: float = 1.0,
         for_evaluation: bool = False,
     ) -> Iterator[Trainer]:
         """Build the trainer of a track, and leave the model clean afterwards, whatever happens.
@@ -70,6 +73,7 @@ class TrainerBuilder:
             seed_offset: Added to the seeds of the track's arguments.
             callbacks: Callbacks of the trainer.
             frozen: Names of parameters that get no update.
+            learning_rate_factor: Factor of every learning rate of the track's arguments.
             for_evaluation: The reference policy is given other weights before the trainer is used.
 
         Yields:
@@ -80,6 +84,8 @@ class TrainerBuilder:
             RunInterrupted: If the block does, on all processes.
         """
         models = self._models_of(track)
+        rates = {name: getattr(track.args, name, None) for name in _LEARNING_RATES}
+        slower = {name: rate * learning_rate_factor for name, rate in rates.items() if rate is not None}
         with kept_environment(), self._engine.stage(models):
             guard, trainer, together = StageGuard(*models, engine=self._engine), None, False
             try:
@@ -88,8 +94,9 @@ class TrainerBuilder:
                 for parameter in held:
                     parameter.requires_grad_(False)
                 trainer = self._build(
-                    track, folder, train_dataset, eval_dataset, seed_offset, list(callbacks), evaluating=for_evaluation
-                )
+                    track, folder, train_dataset, eval_dataset, seed_offset, list(callbacks), slower,
+                    evaluating=for_evaluation,
+                )  # fmt: skip
                 _hold(trainer, held)
                 yield trainer
                 together = True
@@ -112,6 +119,7 @@ class TrainerBuilder:
         eval_dataset: Dataset | None,
         seed_offset: int,
         callbacks: list[TrainerCallback],
+        rates: Mapping[str, float],
         *,
         evaluating: bool,
     ) -> Trainer:
@@ -121,7 +129,7 @@ class TrainerBuilder:
             complete_reference_adapter(self._model),
             keep_adapter_dtype(self._model) if self._keep_adapter_dtype else nullcontext(),
         ):
-            args = track.objective.stage_args(track.args, str(folder), seed_offset, **changes)
+            args = track.objective.stage_args(track.args, str(folder), seed_offset, **rates, **changes)
             if evaluating and hasattr(args, "precompute_ref_log_probs"):
                 args.precompute_ref_log_probs = False
             trainer = track.objective.build_trainer(
@@ -135,8 +143,9 @@ class TrainerBuilder:
             )
         self._engine.adapt(trainer)
         if getattr(trainer.args, "disable_dropout", False):  # TRL leaves the attention's own dropout on
-            for model in self._models_of(track)[:2]:
-                switch_off_dropout(model)
+            for model in (self._model, self._start.reference):
+                if model is not None:
+                    switch_off_dropout(model)
         self._start.complete_adapter()
         load_adapter_as_it_was(trainer)
         return trainer

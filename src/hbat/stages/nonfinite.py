@@ -74,7 +74,7 @@ class StopOnNonFinite(TrainerCallback):
     def _error(self, offender: str) -> FloatingPointError:
         return FloatingPointError(
             f"The gradient of {offender} is not finite in {self._stage} at its step "
-            f"{self._trainer.state.global_step + 1}.{_advice(self._stage)}"
+            f"{self._trainer.state.global_step + 1}."
         )
 
     def _offender(self) -> str:
@@ -88,7 +88,6 @@ class StopOnNonFinite(TrainerCallback):
         if bad is not None and _anywhere(bad):
             raise FloatingPointError(
                 f"The loss is not finite in {self._stage} at its step {self._trainer.state.global_step + 1}."
-                f"{_advice(self._stage)}"
             )
 
     def on_pre_optimizer_step(
@@ -115,7 +114,7 @@ def require_finite_importance(importance: Mapping[str, Tensor], stage: Stage) ->
     """
     name = first_not_finite(importance)
     if name is not None:
-        raise FloatingPointError(f"The importance of {name!r} from {stage} is not finite.{_advice(stage)}")
+        raise FloatingPointError(f"The importance of {name!r} from {stage} is not finite.")
 
 
 def require_finite_weights(parameters: Mapping[str, Tensor], stage: Stage) -> None:
@@ -126,7 +125,7 @@ def require_finite_weights(parameters: Mapping[str, Tensor], stage: Stage) -> No
     """
     name = first_not_finite(parameters)
     if name is not None:
-        raise FloatingPointError(f"The weight {name!r} is not finite at the end of {stage}.{_advice(stage)}")
+        raise FloatingPointError(f"The weight {name!r} is not finite at the end of {stage}.")
 
 
 def _anywhere(bad: Tensor) -> bool:
@@ -138,8 +137,9 @@ def _anywhere(bad: Tensor) -> bool:
     return bool(bad)
 
 
-def _advice(stage: Stage) -> str:
-    return (
-        f" The weights at the stage's start are on disk: lower the learning rate of `{stage.objective}` and train "
-        "into a new folder, or fix the data."
+def with_advice(error: FloatingPointError, stage: Stage) -> FloatingPointError:
+    """The error of a stage that ends the run, with what to do."""
+    return FloatingPointError(
+        f"{error} The weights at the stage's start are on disk: lower the learning rate of `{stage.objective}` and "
+        "train into a new folder, or fix the data."
     )

@@ -75,7 +75,9 @@ def _named(objective: str) -> Iterator[None]:
         if isinstance(error, ValueError | TypeError) and objective in text:
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{objective!r} cannot be trained with its section and its rows: {kind}{text}") from error
+        raise ValueError(
+            f"The trainer of {objective!r} cannot be built from its section and its rows: {kind}{text}"
+        ) from error
 
 
 def first_rows(dataset: Dataset, count: int) -> Dataset:

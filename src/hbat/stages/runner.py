@@ -116,6 +116,7 @@ class StageRunner:
             seed_offset=stage.index,
             callbacks=[*carries, *own, ForwardLogs(reporter, stage, steps_after)],
             frozen=consolidation.frozen(stage) if consolidation is not None else (),
+            learning_rate_factor=_STEP_BACK ** run.rollbacks(stage),
         ) as trainer:
             _report_dropped_rows(trainer, stage, len(part))
             self._prepare(trainer, stage, run)
@@ -136,7 +137,6 @@ class StageRunner:
         return StageResult(steps, importance, carry.saved if carries else {}, kept)
 
     def _prepare(self, trainer: Trainer, stage: Stage, run: Run) -> None:
-        trainer.args.learning_rate *= _STEP_BACK ** run.rollbacks(stage)
         precise = self._engine.keeps_precision(trainer)
         if precise:
             self._start.share_adapter()
@@ -174,13 +174,11 @@ def _report_dropped_rows(trainer: Trainer, stage: Stage, rows: int) -> None:
     prepared: Any = trainer.train_dataset
     left = len(prepared) if hasattr(prepared, "__len__") else rows
     length = getattr(trainer.args, "max_length", None)
-    why = (
-        f"`{stage.objective}.max_length` is {length}, which the prompt alone fills, or nothing is left to learn below"
-    )
+    why = f"`{stage.objective}.max_length` is {length}, which leaves no tokens to train on"
     if left == 0:
         raise DatasetError(
             f"{stage}: none of the {rows} rows of train_dataset[{stage.objective!r}] is left to train on: {why}. "
-            "Raise it, or give shorter prompts."
+            "Raise `max_length`, or give shorter prompts."
         )
     if left < rows and not getattr(trainer.args, "packing", False):
         logger.warning(

@@ -97,7 +97,7 @@ def accepted(before: Fingerprint, now: Fingerprint, allowed: Sequence[str], *, o
     for name in allowed:
         if name not in known:
             raise RunStateError(
-                f"`allow_changed` names {name!r}, which is no value of this run.{nearest(name, known)}"
+                f"`allow_changed` names {name!r}, which is not a setting of this run.{nearest(name, known)}"
             )
     named = [change for change in found if any(_covers(name, change.name) for name in allowed)]
     refused = [change for change in found if change not in named or change.fixed]

@@ -194,7 +194,7 @@ class Run:
         weights: Mapping[str, Tensor],
         kept: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Make what a stage left the run's state on disk.
+        """Commit what a stage left the run's state on disk.
 
         Args:
             stage: The stage that is done.

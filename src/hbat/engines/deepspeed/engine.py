@@ -11,8 +11,8 @@ from hbat.config.ewc import EWCConfig
 from hbat.engines.deepspeed import flat, zero3, zero12
 from hbat.engines.deepspeed.bf16 import FullPrecision, engine_of, rounds_weights
 from hbat.engines.deepspeed.request import deepspeed_config, is_asked, left_aside
-from hbat.engines.engine import Engine, Local, Trained, Undo
-from hbat.engines.patches import before_engine_step, without_empty_groups
+from hbat.engines.engine import Engine, Local, Trained
+from hbat.engines.patches import Undo, before_engine_step, without_empty_groups
 from hbat.engines.refusals import REFUSALS
 
 #: Optimizers whose state holds tensors like the weights, and numbers: what a stage can hand to the next one.

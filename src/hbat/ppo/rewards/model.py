@@ -134,7 +134,7 @@ def load_reward_model(name: str | Path) -> Any:
     made_up = sorted({*found["missing_keys"], *mismatched})
     if made_up and not is_adapter(name):  # an adapter brings the head that its base lacks
         raise ValueError(
-            f"{str(name)!r} is no reward model: it has no weights of the right shape for {made_up}. Train one with "
+            f"{str(name)!r} is not a reward model: it has no weights of the right shape for {made_up}. Train one with "
             "TRL's `RewardTrainer`, or name one with `num_labels` 1."
         )
     return model
@@ -144,7 +144,9 @@ def load_reward_tokenizer(model: Any, name: str | Path) -> Any:
     """Load a reward model's tokenizer from the model's own name or path; ValueError if there is none."""
     advice = "Pass its tokenizer among the processing classes, at the model's position."
     if not str(name):
-        raise ValueError(f"The reward model, a {type(model).__name__}, does not know where it came from. {advice}")
+        raise ValueError(
+            f"The reward model, a {type(model).__name__}, has no name or path to load a tokenizer from. {advice}"
+        )
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError) as error:  # the last one from transformers 4.57
