@@ -182,6 +182,7 @@ def test_consolidation_is_switched_off_by_null(run_file):
         ("", "--datasets.dpo null", ["`datasets.dpo` is missing"]),
         ("", "--datasets [a.jsonl]", ["`datasets`", "a mapping"]),
         ("", "--objectives [sft]", ["`datasets.dpo` has no objective"]),
+        ("", "--objectives [sft,dop]", ["`objectives` names 'dop'", "Did you mean `dpo`?"]),
         ("eval_datasets: {dp: x.jsonl}", "", ["`eval_datasets.dp`", "`dpo`"]),
         ("num_rounds: two", "", ["`num_rounds`", "an integer"]),
         ("num_rounds: 0", "", ["`num_rounds` is 0"]),

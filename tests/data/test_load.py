@@ -88,6 +88,7 @@ def test_a_missing_folder_is_named():
     [
         ("a.jsonl", b'{"a": 1}\n{"a": 2,}\n', "it is not valid JSON: "),
         ("a.jsonl", b'{"a": 1}\n{"a": ', "(line 2 column"),
+        ("a.jsonl", b'{"a": [\n', "(line 1 column 8)"),
         ("a.json", b'[{"a": 1},\n{"a" 2}]', "(line 2 column 6)"),
         ("a.jsonl", b'{"a": 1}\n3\n', "line 2 is not a JSON object"),
         ("a.jsonl", b'{"a": 1}\nnull\n', "line 2 is `null`, not a JSON object"),

@@ -12,7 +12,8 @@ from hbat.config.fields import build_section, nearest, shown
 from hbat.config.hbat import HBATConfig
 
 #: Keys that hold the fields of another configuration.
-SECTIONS = ("sft", "dpo", "kto", "ppo", "grpo", "rloo", "ewc")
+_OBJECTIVES = ("sft", "dpo", "kto", "ppo", "grpo", "rloo")
+SECTIONS = (*_OBJECTIVES, "ewc")
 _REQUIRED = ("model_name_or_path", "output_dir", "datasets")
 
 
@@ -58,6 +59,12 @@ class RunFile:
 
     def __post_init__(self) -> None:
         names = self.config.objective_names
+        for name in names:
+            if name not in _OBJECTIVES:
+                raise ValueError(
+                    f"`objectives` names {name!r}, which is not built in ({', '.join(_OBJECTIVES)})."
+                    f"{nearest(name, _OBJECTIVES)}"
+                )
         self.datasets = _by_objective("datasets", self.datasets, names)
         self.eval_datasets = _by_objective("eval_datasets", self.eval_datasets or {}, names)
         for name in names:

@@ -163,7 +163,7 @@ def _json_problem(file: Path) -> str | None:
             is_list = _suffix(file.name) == ".json" and lines.read(1) == "["
             lines.seek(0)
             for number, text in enumerate([lines.read()] if is_list else lines, start=1):
-                if text.strip() and not isinstance(json.loads(text), list if is_list else dict):
+                if text.strip() and not isinstance(json.loads(text.rstrip()), list if is_list else dict):
                     return f"line {number} is not a JSON object"
     except json.JSONDecodeError as error:
         return f"it is not valid JSON: {error.msg} (line {error.lineno if is_list else number} column {error.colno})"
