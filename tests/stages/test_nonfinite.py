@@ -98,13 +98,19 @@ def test_weights_that_are_not_finite_at_the_end_of_a_stage_do_not_become_its_res
 class PoisonGradient(TrainerCallback):
     """Makes one gradient NaN in one step of one stage, where the loss is a number; `times` only."""
 
-    def __init__(self, stage, times=1, tensor=0):
-        self.stage, self.times, self.tensor, self.current, self.rates = stage, times, tensor, -1, []
+    def __init__(self, stage, times=1, tensor=0, after=0):
+        self.stage, self.times, self.tensor, self.after, self.current, self.rates = stage, times, tensor, after, -1, []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.current += 1
         self.rates.append(args.learning_rate)
-        if self.stage <= self.current < self.stage + self.times:
+        self._poison(model, step=0)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._poison(model, state.global_step)
+
+    def _poison(self, model, step):
+        if self.stage <= self.current < self.stage + self.times and step == self.after:
             parameter = list(cases.trainable(model).values())[self.tensor]
             self.handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
 
@@ -154,7 +160,7 @@ def test_looking_at_the_gradient_changes_no_bit_of_the_clipping(tmp_path):
 
 @pytest.mark.parametrize("case", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_stage_is_rolled_back_and_trained_with_half_the_learning_rate(case, tmp_path):
-    poison = PoisonGradient(1, times=2)
+    poison = PoisonGradient(1, times=2, after=1)  # each try has logged a step
     options = {"on_nan": "rollback", "optimizer_state": "carry"}
     run = runs.train(
         cases.MODEL_CASES[case](0), tmp_path / "run", callbacks=[RemoveAtStart(poison), poison], **options
