@@ -37,7 +37,8 @@ ORDER = [
 ]
 #: What needs nothing but torch: the mathematics.
 MATHEMATICS = {
-    "ewc/fisher.py", "ewc/importance.py", "ewc/kernels.py", "ewc/parameters.py", "ewc/penalty.py", "ppo/maths.py",
+    "ewc/fisher.py", "ewc/importance.py", "ewc/kernels.py", "ewc/parameters.py", "ewc/path.py", "ewc/penalty.py",
+    "ppo/maths.py",
 }  # fmt: skip
 
 #: The front door imports from everywhere; it is checked on its own.

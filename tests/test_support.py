@@ -138,7 +138,7 @@ def test_sft_alone_takes_virtual_tokens(adapter, tmp_path):
 def test_a_compiled_model_trains_as_it_does_otherwise(tmp_path):
     """The backend does what the eager model does; that a compiler's code is right is not shown here."""
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
-    settings = {"ewc": {"f_max": 1.0}, "num_rounds": 1}
+    settings = {"ewc": {"strength": 1.0}, "num_rounds": 1}
     eager = runs.train(cases.tiny_llama(), tmp_path / "eager", **settings)
     other = runs.train(cases.tiny_llama(), tmp_path / "compiled", sft=compiled, dpo=compiled, **settings)
     assert cases.largest_difference(cases.weights(eager.model), cases.weights(other.model)) < 1e-5

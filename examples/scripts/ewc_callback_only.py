@@ -14,7 +14,7 @@ A LoRA adapter on a GPU; data sets by their names on the Hub, or files:
     python examples/scripts/ewc_callback_only.py --model Qwen/Qwen2.5-0.5B --lora --bf16 --learning_rate 2e-4 \
         --first trl-lib/tldr --second trl-lib/Capybara
 
-`--f_max 0` trains without the penalty, for comparison.
+`--strength 0` trains without the penalty, for comparison.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
     trainer.save_model()
     model = load_adapter(options.output_dir) if options.lora else options.output_dir
 
-    penalty = EWCCallback(importance, f_max=options.f_max)
+    penalty = EWCCallback(importance, strength=options.strength)
     trainer = build_trainer(model, rows, "second", options, callbacks=[penalty])
     trainer.train()
     report("second", trainer)
@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--second", required=True, help="data of the task to add: name on the Hub, or file")
     parser.add_argument("--held_out", type=int, default=64, help="rows kept for evaluation (default: %(default)s)")
     parser.add_argument("--output_dir", default="ewc-callback", help="folder of the model (default: %(default)s)")
-    parser.add_argument("--f_max", type=float, default=10.0, help="strength of EWC, 0 is off (default: %(default)s)")
+    parser.add_argument("--strength", type=float, default=10.0, help="strength of EWC, 0 is off (default: %(default)s)")
     parser.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="(default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=1.0, help="(default: %(default)s)")

@@ -83,7 +83,7 @@ def refusal(outcome, status=2):
 
 
 def test_a_run_trains_saves_its_model_and_prints_the_table(hbat, tmp_path):
-    status, out, lines = hbat("train", "--num_rounds", "2", "--sft.learning_rate=1e-2", "--ewc.f_max", "3")
+    status, out, lines = hbat("train", "--num_rounds", "2", "--sft.learning_rate=1e-2", "--ewc.strength", "3")
     assert (status, lines) == (0, [])
     for part in (
         "after",
@@ -101,7 +101,7 @@ def test_a_run_trains_saves_its_model_and_prints_the_table(hbat, tmp_path):
     described = json.loads((tmp_path / "out" / "hbat_state.json").read_text())["fingerprint"]
     assert described["run"]["num_rounds"] == 2
     assert (described["sft"]["learning_rate"], described["dpo"]["learning_rate"]) == (0.01, 0.1)
-    assert described["ewc"]["f_max"] == 3.0
+    assert described["ewc"]["strength"] == 3.0
     assert described["data"]["sft"]["rows"] == 16
 
 
@@ -302,5 +302,5 @@ def test_help_of_train_describes_every_key(capsys):
         main(["train", "--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    for part in ("--resume", "num_rounds", "model_name_or_path", "ewc.f_max", "trl.SFTConfig", "trl.DPOConfig"):
+    for part in ("--resume", "num_rounds", "model_name_or_path", "ewc.strength", "trl.SFTConfig", "trl.DPOConfig"):
         assert part in shown

@@ -133,14 +133,14 @@ def test_an_override_takes_precedence_over_the_file_and_a_later_one_over_an_earl
 
 
 def test_numbers_from_the_file_and_from_the_command_line_have_the_same_type(run_file):
-    file = run_file("ewc: {f_max: 1e1}\nsft: {learning_rate: 1e-5}\nend_weight: 5e-1")
-    for run in (parsed(file), parsed(file, "--ewc.f_max", "1e1", "--sft.learning_rate=1e-5", "--end_weight", "5e-1")):
-        assert (run.config.ewc.f_max, run.config.sft, run.config.end_weight) == (10.0, {"learning_rate": 1e-5}, 0.5)
-        assert isinstance(run.config.ewc.f_max, float)
+    file = run_file("ewc: {strength: 1e1}\nsft: {learning_rate: 1e-5}\nend_weight: 5e-1")
+    for run in (parsed(file), parsed(file, "--ewc.strength", "1e1", "--sft.learning_rate=1e-5", "--end_weight", "5e-1")):
+        assert (run.config.ewc.strength, run.config.sft, run.config.end_weight) == (10.0, {"learning_rate": 1e-5}, 0.5)
+        assert isinstance(run.config.ewc.strength, float)
 
 
 def test_an_override_makes_the_section_that_is_not_there(run_file):
-    assert parsed(run_file("ewc: null"), "--ewc.f_max", "3").config.ewc.f_max == 3.0
+    assert parsed(run_file("ewc: null"), "--ewc.strength", "3").config.ewc.strength == 3.0
     assert parsed(run_file(), "--dpo.beta", "0.2").config.dpo == {"beta": 0.2}
     assert parsed(run_file(), "--datasets.dpo", "c.jsonl").datasets == {"sft": "a.jsonl", "dpo": "c.jsonl"}
     run = parsed(run_file(), "--datasets.dpo=null", "--datasets.dpo.path=c")
@@ -157,7 +157,7 @@ def test_reward_functions_are_one_text_or_several(run_file):
 
 def test_consolidation_is_switched_off_by_null(run_file):
     assert parse(run_file("ewc: null")).config.ewc is None
-    assert parsed(run_file("ewc: {f_max: 2}"), "--ewc", "null").config.ewc is None
+    assert parsed(run_file("ewc: {strength: 2}"), "--ewc", "null").config.ewc is None
     assert parse(run_file()).config.ewc == EWCConfig()
 
 
@@ -186,8 +186,8 @@ def test_consolidation_is_switched_off_by_null(run_file):
         ("eval_datasets: {dp: x.jsonl}", "", ["`eval_datasets.dp`", "`dpo`"]),
         ("num_rounds: two", "", ["`num_rounds`", "an integer"]),
         ("num_rounds: 0", "", ["`num_rounds` is 0"]),
-        ("ewc: {fmax: 3}", "", ["`ewc.fmax`", "`f_max`"]),
-        ("ewc: {f_max: strong}", "", ["`ewc.f_max`", "a number"]),
+        ("ewc: {fmax: 3}", "", ["`ewc.fmax`", "`strength`"]),
+        ("ewc: {strength: strong}", "", ["`ewc.strength`", "a number"]),
         ("ewc: true", "", ["`ewc` is True", "a mapping or null"]),
         ("sft: 3", "", ["`sft` is 3", "a mapping or null"]),
         ("grpo: 3", "", ["`grpo` is 3", "a mapping or null"]),

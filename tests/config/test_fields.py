@@ -148,13 +148,13 @@ def test_at_the_top_level_names_stand_alone():
 
 
 def test_our_own_refusals_keep_their_one_prefix():
-    with pytest.raises(ValueError, match=r"^`ewc\.f_max` is -1\.0; it must be"):
-        build_section("ewc", EWCConfig, {"f_max": -1})
+    with pytest.raises(ValueError, match=r"^`ewc\.strength` is -1\.0; it must be"):
+        build_section("ewc", EWCConfig, {"strength": -1})
 
 
 def test_a_run_is_a_section_at_the_top_level():
-    config = build_section("", HBATConfig, {"output_dir": "run", "ewc": {"f_max": "3"}, "end_weight": {"sft": 0.5}})
-    assert (config.ewc.f_max, config.end_weight_of("sft")) == (3.0, 0.5)
+    config = build_section("", HBATConfig, {"output_dir": "run", "ewc": {"strength": "3"}, "end_weight": {"sft": 0.5}})
+    assert (config.ewc.strength, config.end_weight_of("sft")) == (3.0, 0.5)
 
 
 def test_a_class_whose_annotations_cannot_be_read_takes_any_value():

@@ -33,10 +33,10 @@ def test_every_option_has_a_help_text(config_class):
         ({"normalization": "maximum"}, r"`ewc\.normalization` is 'maximum'.* Did you mean `max`\?|'maximum', which"),
         ({"method": "proximate"}, r"`ewc\.method` is 'proximate'.* Did you mean `proximal`\?"),
         ({"estimator": "gbn"}, r"`ewc\.estimator` is 'gbn'.* Did you mean `gnb`\?"),
-        ({"f_max": -1}, r"`ewc\.f_max` is -1; it must be a number of at least 0"),
-        ({"f_max": math.nan}, r"`ewc\.f_max` is nan"),
-        ({"f_max": "10"}, r"`ewc\.f_max` is '10'; it must be a number"),
-        ({"f_max": True}, r"`ewc\.f_max` is True; it must be a number"),
+        ({"strength": -1}, r"`ewc\.strength` is -1; it must be a number of at least 0"),
+        ({"strength": math.nan}, r"`ewc\.strength` is nan"),
+        ({"strength": "10"}, r"`ewc\.strength` is '10'; it must be a number"),
+        ({"strength": True}, r"`ewc\.strength` is True; it must be a number"),
         ({"importance_scale": -1.0}, r"`ewc\.importance_scale` is -1\.0"),
         ({"freeze": 1.5}, r"`ewc\.freeze` is 1\.5; it must be a number between 0 and 1"),
         ({"freeze": 1.0}, r"`ewc\.freeze` is 1\.0; it must be below 1"),
@@ -57,9 +57,9 @@ def test_a_wrong_ewc_option_is_named_with_what_would_be_right(options, message):
 
 
 def test_the_authors_preset_sets_all_of_their_choices_and_keeps_the_strength():
-    config = EWCConfig(preset="authors", f_max=3.0)
+    config = EWCConfig(preset="authors", strength=3.0)
     assert (config.source, config.granularity, config.normalization) == ("displacement", "tensor", "softmax")
-    assert (config.importance_scale, config.method, config.freeze, config.f_max) == (1e10, "gradient", 0.0, 3.0)
+    assert (config.importance_scale, config.method, config.freeze, config.strength) == (1e10, "gradient", 0.0, 3.0)
 
 
 def test_the_help_of_the_authors_preset_says_all_that_it_sets():
@@ -77,9 +77,9 @@ def test_the_authors_preset_may_be_spelled_out_beside_it():
 
 
 @given(st.floats(0, 1e6), st.floats(0, 1, exclude_max=True))
-def test_any_number_in_range_is_accepted(f_max, freeze):
-    config = EWCConfig(f_max=f_max, freeze=freeze)
-    assert (config.f_max, config.freeze) == (f_max, freeze)
+def test_any_number_in_range_is_accepted(strength, freeze):
+    config = EWCConfig(strength=strength, freeze=freeze)
+    assert (config.strength, config.freeze) == (strength, freeze)
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
@@ -109,8 +109,8 @@ def test_any_number_in_range_is_accepted(f_max, freeze):
         ({"end_weight": 1.5}, r"`end_weight` is 1\.5; it must be a number between 0 and 1"),
         ({"end_weight": {"sft": -0.1}}, r"`end_weight` is -0\.1; it must be a number between 0 and 1"),
         ({"end_weight": {"kto": 0.5}}, r"`end_weight` names the objective 'kto', which is not among \['sft', 'dpo'\]"),
-        ({"ewc": {"fmax": 1.0}}, r"`ewc\.fmax` is not an option.* Did you mean `f_max`\?"),
-        ({"ewc": {"f_max": -1.0}}, r"`ewc\.f_max` is -1\.0"),
+        ({"ewc": {"fmax": 1.0}}, r"`ewc\.fmax` is not an option.* Did you mean `strength`\?"),
+        ({"ewc": {"strength": -1.0}}, r"`ewc\.strength` is -1\.0"),
     ],
 )
 def test_a_wrong_option_of_the_run_is_named_with_what_would_be_right(options, message):
@@ -124,8 +124,8 @@ def test_an_ewc_section_of_a_wrong_type_is_refused():
 
 
 def test_the_ewc_section_may_be_a_mapping_an_object_or_nothing():
-    assert HBATConfig(output_dir="run", ewc={"f_max": 2.0}).ewc == EWCConfig(f_max=2.0)
-    assert HBATConfig(output_dir="run", ewc=EWCConfig(f_max=2.0)).ewc == EWCConfig(f_max=2.0)
+    assert HBATConfig(output_dir="run", ewc={"strength": 2.0}).ewc == EWCConfig(strength=2.0)
+    assert HBATConfig(output_dir="run", ewc=EWCConfig(strength=2.0)).ewc == EWCConfig(strength=2.0)
     assert HBATConfig(output_dir="run", ewc=None).ewc is None
 
 

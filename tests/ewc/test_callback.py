@@ -77,7 +77,7 @@ def outcome(tmp_path_factory):
         options = {"max_grad_norm": clip, "gradient_accumulation_steps": accumulation}
         if how == "autograd":
             options["trainer_class"] = with_autograd_penalty(objective, anchor, importance, F_MAX)
-        callback = EWCCallback(importance, anchor, f_max=F_MAX)
+        callback = EWCCallback(importance, anchor, strength=F_MAX)
         if how == "unbound":
             options["callbacks"] = [callback]
         trainer = build_trainer(
@@ -147,7 +147,7 @@ def test_a_gradient_scaler_does_not_change_the_result(outcome, tmp_path):
     for bound in (True, False):
         model = cases.tiny_llama()
         anchor, importance = anchor_and_importance(model)
-        callback = EWCCallback(importance, anchor, f_max=F_MAX)
+        callback = EWCCallback(importance, anchor, strength=F_MAX)
         trainer = build_trainer(
             "sft", model, tmp_path, max_grad_norm=0.0, callbacks=None if bound else [callback], logging_steps=50
         )
@@ -163,7 +163,7 @@ def test_a_gradient_scaler_does_not_change_the_result(outcome, tmp_path):
 def test_a_strength_of_zero_is_bit_identical_to_no_callback(outcome, tmp_path, how):
     expected, expected_logs = outcome("sft", "full", 0.3, 1, "plain")
     model = cases.tiny_llama()
-    callback = EWCCallback({}, f_max=0.0)  # not even the names are looked at
+    callback = EWCCallback({}, strength=0.0)  # not even the names are looked at
     trainer = build_trainer(
         "sft", model, tmp_path, max_grad_norm=0.3, callbacks=[callback] if how == "unbound" else None
     )
@@ -225,7 +225,7 @@ def test_binding_twice_adds_the_penalty_once(outcome, tmp_path):
     expected, _ = outcome("sft", "full", 0.3, 1, "autograd")
     model = cases.tiny_llama()
     anchor, importance = anchor_and_importance(model)
-    callback = EWCCallback(importance, anchor, f_max=F_MAX)
+    callback = EWCCallback(importance, anchor, strength=F_MAX)
     trainer = build_trainer("sft", model, tmp_path, max_grad_norm=0.3, callbacks=[callback])
     assert callback.bind(trainer).bind(trainer) is callback
     trainer.train()
@@ -243,14 +243,14 @@ def test_resuming_without_an_anchor_is_refused_and_with_one_goes_on_exactly(tmp_
 
     anchor, importance = anchor_and_importance(cases.tiny_llama())
     trainer, whole = trainer_with(
-        EWCCallback(importance, anchor, f_max=F_MAX), tmp_path, save_strategy="steps", save_steps=2
+        EWCCallback(importance, anchor, strength=F_MAX), tmp_path, save_strategy="steps", save_steps=2
     )
     trainer.train()
     checkpoint = str(tmp_path / "checkpoint-2")
-    trainer, _ = trainer_with(EWCCallback(importance, f_max=F_MAX), tmp_path)
+    trainer, _ = trainer_with(EWCCallback(importance, strength=F_MAX), tmp_path)
     with pytest.raises(ValueError, match=r"no `anchor` and training resumes at step 2"):
         trainer.train(resume_from_checkpoint=checkpoint)
-    trainer, resumed = trainer_with(EWCCallback(importance, anchor, f_max=F_MAX), tmp_path)
+    trainer, resumed = trainer_with(EWCCallback(importance, anchor, strength=F_MAX), tmp_path)
     trainer.train(resume_from_checkpoint=checkpoint)
     assert cases.largest_difference(cases.weights(resumed), cases.weights(whole)) == 0.0
 
@@ -307,7 +307,7 @@ def test_logging_every_other_step_logs_the_same_numbers(outcome, tmp_path, how):
     _, every = outcome("sft", "full", 0.3, 1, how)
     model = cases.tiny_llama()
     anchor, importance = anchor_and_importance(model)
-    callback = EWCCallback(importance, anchor, f_max=F_MAX)
+    callback = EWCCallback(importance, anchor, strength=F_MAX)
     trainer = build_trainer(
         "sft", model, tmp_path, max_grad_norm=0.3, logging_steps=2, callbacks=[callback] if how == "unbound" else None
     )
@@ -337,16 +337,16 @@ def test_reporters_see_the_added_entries(tmp_path):
 
 @bound_or_not
 @pytest.mark.parametrize(
-    ("f_max", "message"),
+    ("strength", "message"),
     [
-        (1e-9, r"did nothing.*Raise `f_max` \(now 1e-09\)"),
-        (1e3, r"dominated.*times the task's.*Lower `f_max` \(now 1000\)"),
+        (1e-9, r"did nothing.*Raise `strength` \(now 1e-09\)"),
+        (1e3, r"dominated.*times the task's.*Lower `strength` \(now 1000\)"),
     ],
 )
-def test_a_penalty_that_is_dead_or_dominates_is_warned_of(tmp_path, how, f_max, message):
+def test_a_penalty_that_is_dead_or_dominates_is_warned_of(tmp_path, how, strength, message):
     model = cases.tiny_llama()
     anchor, importance = anchor_and_importance(model)
-    callback = EWCCallback(importance, anchor, f_max=f_max)
+    callback = EWCCallback(importance, anchor, strength=strength)
     trainer = build_trainer(
         "sft", model, tmp_path, learning_rate=1e-7, callbacks=[callback] if how == "unbound" else None
     )
@@ -358,7 +358,7 @@ def test_a_penalty_that_is_dead_or_dominates_is_warned_of(tmp_path, how, f_max, 
 
 def test_two_measured_steps_are_too_few_for_a_verdict_in_each_training_anew(tmp_path):
     anchor, importance = anchor_and_importance(cases.tiny_llama())
-    callback = EWCCallback(importance, anchor, f_max=1e-9)
+    callback = EWCCallback(importance, anchor, strength=1e-9)
     for _ in range(2):  # a warning would be an error
         build_trainer("sft", cases.tiny_llama(), tmp_path, max_steps=2, callbacks=[callback]).train()
 
@@ -371,7 +371,7 @@ def test_proximal_training_equals_a_loop_by_hand(tmp_path, how):
     two = cases.sft_rows(2)  # every step sees both rows, in whatever order
     model, own = cases.tiny_llama(), cases.tiny_llama()
     anchor, importance = anchor_and_importance(model)
-    callback = EWCCallback(importance, anchor, f_max=40.0, method="proximal")
+    callback = EWCCallback(importance, anchor, strength=40.0, method="proximal")
     trainer = build_trainer(
         "sft", model, tmp_path, max_grad_norm=0.0, lr_scheduler_type="linear", train_dataset=two,
         callbacks=[callback] if how == "unbound" else None,
@@ -402,7 +402,7 @@ def test_a_large_proximal_strength_keeps_training_stable(tmp_path):
     model = cases.tiny_llama()
     anchor, importance = anchor_and_importance(model)
     importance = {name: each + 0.1 for name, each in importance.items()}
-    callback = EWCCallback(importance, anchor, f_max=1e12, method="proximal")
+    callback = EWCCallback(importance, anchor, strength=1e12, method="proximal")
     build_trainer("sft", model, tmp_path, callbacks=[callback]).train()
     assert cases.largest_difference(cases.weights(model), anchor) < 1e-6
 
@@ -426,8 +426,8 @@ def test_missing_names_are_counted_and_the_first_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"f_max": -1.0}, r"`f_max` is -1\.0; it must be at least 0"),
-        ({"f_max": math.nan}, r"`f_max` is nan"),
+        ({"strength": -1.0}, r"`strength` is -1\.0; it must be at least 0"),
+        ({"strength": math.nan}, r"`strength` is nan"),
         ({"method": "decoupled"}, r"`method` is 'decoupled'; it must be 'gradient' or 'proximal'"),
     ],
 )

@@ -31,7 +31,7 @@ def test_batches_hold_every_element_once_with_what_belongs_to_it(size, monkeypat
     monkeypatch.setattr(kernels, "_CPU_BATCH", size)
     parameters, anchor, importance = build()
     found = {name: [] for name in SHAPES}
-    for batch in kernels.batches(parameters, anchor, importance, with_gradient=True):
+    for batch in kernels.batches(parameters, anchor, importance, gradients_of(parameters)):
         assert sum(difference.numel() for difference in batch.differences) <= size
         assert len({isinstance(weight, torch.Tensor) for weight in batch.importances}) == 1
         columns = (batch.parameters, batch.anchors, batch.gradients, batch.importances, batch.differences)
@@ -46,7 +46,7 @@ def test_batches_hold_every_element_once_with_what_belongs_to_it(size, monkeypat
 
 def test_small_tensors_share_a_batch():
     parameters, anchor, _ = build()
-    (batch,) = kernels.batches(parameters, anchor, dict.fromkeys(SHAPES, 1.0), with_gradient=False)
+    (batch,) = kernels.batches(parameters, anchor, dict.fromkeys(SHAPES, 1.0))
     assert batch.names == list(SHAPES)
 
 

@@ -150,15 +150,15 @@ def test_ewc_alone_holds_a_second_task_back_in_plain_trainers(lora, toys, tmp_pa
     rows = [json.loads(line) for line in (toys / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     write(second, [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
     learned = {}
-    for f_max in (0, 1e4):
+    for strength in (0, 1e4):
         run(
             "ewc_callback_only.py", monkeypatch,
             "--model", toys / "model", "--first", toys / "sft.jsonl", "--second", second, "--use_cpu",
-            "--held_out", 4, "--batch_size", 2, "--f_max", f_max, "--output_dir", tmp_path / str(f_max),
+            "--held_out", 4, "--batch_size", 2, "--strength", strength, "--output_dir", tmp_path / str(strength),
             *(["--lora"] if lora else []),
         )  # fmt: skip
         text = capsys.readouterr().out
         before, after = (float(loss) for loss in re.findall(r"loss of the second ([\d.]+)", text))
-        learned[f_max] = before - after
-        assert (tmp_path / str(f_max) / ("adapter_model.safetensors" if lora else "model.safetensors")).exists()
+        learned[strength] = before - after
+        assert (tmp_path / str(strength) / ("adapter_model.safetensors" if lora else "model.safetensors")).exists()
     assert learned[0] > 2 * learned[1e4] > 0

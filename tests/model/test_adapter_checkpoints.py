@@ -50,7 +50,7 @@ def test_what_is_frozen_stays_frozen():
     ],
 )
 def test_an_adapter_resumes_from_a_checkpoint(stage, freeze, tmp_path):
-    settings = options("carry", save_steps=1) | {"ewc": {"f_max": 1.0, "freeze": freeze}}
+    settings = options("carry", save_steps=1) | {"ewc": {"strength": 1.0, "freeze": freeze}}
     build = functools.partial(cases.lora_llama, dropout=0.1)
     whole = runs.train(build(), tmp_path / "whole", **settings)
     with pytest.raises(CutOffError):

@@ -44,7 +44,7 @@ ROWS = {"judged answers": runs.kto_rows(8), "pairs": cases.preference_rows(4)}
     ],
 )
 def test_every_stage_starts_at_its_reference(case, kind, tmp_path):
-    run = train(cases.MODEL_CASES[case](0), tmp_path, ROWS[kind], ewc={"f_max": 1.0})
+    run = train(cases.MODEL_CASES[case](0), tmp_path, ROWS[kind], ewc={"strength": 1.0})
     divergence = runs.logged(run, "kto/kl")
     assert len(divergence) == 4
     assert divergence[::2] == [0.0, 0.0]
@@ -67,7 +67,7 @@ def test_it_is_scored_by_its_loss(tmp_path):
 @runs.needs_kto
 @pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 def test_the_fisher_looks_at_good_answers(tmp_path):
-    ewc = {"f_max": 1.0, "source": "fisher", "fisher_samples": 4}
+    ewc = {"strength": 1.0, "source": "fisher", "fisher_samples": 4}
     train(cases.tiny_llama(), tmp_path, ROWS["judged answers"], ewc=ewc, num_rounds=1)
     assert any(each.abs().max() > 0 for each in runs.state_tensors(tmp_path, "importance-kto").values())
 

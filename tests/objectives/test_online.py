@@ -99,7 +99,7 @@ def test_only_a_penalty_for_divergence_needs_a_reference(tmp_path):
 @pytest.mark.parametrize(("case", "name"), [("lora", "grpo"), pytest.param("full", "rloo", marks=pytest.mark.slow)])
 def test_consolidation_acts_on_a_stage(case, name, tmp_path):
     model = cases.MODEL_CASES[case]
-    held = online_runs.train(model(0), tmp_path / "held", name, ewc={"f_max": 20.0})
+    held = online_runs.train(model(0), tmp_path / "held", name, ewc={"strength": 20.0})
     free = online_runs.train(model(0), tmp_path / "free", name)
     penalties = [each["ewc/penalty"] for each in held.state.log_history if f"{name}/loss" in each]
     assert [each > 0 for each in penalties] == [False, True, False, True]
@@ -119,7 +119,7 @@ def marks(model):
 @each_pair
 def test_a_stage_leaves_nothing_on_the_model(case, name, tmp_path):
     model = cases.MODEL_CASES[case](0)
-    run = online_runs.build_run(model, tmp_path, name, ewc={"f_max": 1.0}, evaluation=True)
+    run = online_runs.build_run(model, tmp_path, name, ewc={"strength": 1.0}, evaluation=True)
     before = marks(model), copy.deepcopy(model.generation_config.__dict__), model.config.use_cache
     grad = {key: each.requires_grad for key, each in model.named_parameters()}
     run.train()
@@ -283,7 +283,7 @@ RESUMED = [("full", each) for each in CUTS] + [("lora", "between stages"), ("lor
 def test_a_run_that_was_cut_off_ends_as_if_it_was_not(case, cut, name, tmp_path):
     killer, options, resumes_at = CUTS[cut]
     killer.current = -1
-    settings = {"options": ADAM | options, "sft": runs.section(max_steps=1), "ewc": {"f_max": 1.0}}
+    settings = {"options": ADAM | options, "sft": runs.section(max_steps=1), "ewc": {"strength": 1.0}}
     settings["num_rounds"] = 1 if "rollout" in cut else 2
     expected = online_runs.train(cases.MODEL_CASES[case](0), tmp_path / "whole", name, **settings)
     settings["options"] = settings["options"] | SAVES

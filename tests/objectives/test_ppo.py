@@ -88,7 +88,7 @@ def test_the_kl_coefficient_lives_on_too(tmp_path):
 
 @pytest.mark.parametrize("case", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_consolidation_holds_the_policy_and_never_the_critic(case, tmp_path):
-    held = train(case, tmp_path / "held", ewc={"f_max": 100.0})
+    held = train(case, tmp_path / "held", ewc={"strength": 100.0})
     free = train(case, tmp_path / "free", ewc=None)
     assert max(runs.logged(held, "ewc/penalty")) > 0
     assert not runs.same(cases.weights(held.model), cases.weights(free.model))

@@ -147,7 +147,7 @@ class Critic(TrainerCallback):
 def test_every_ppo_stage_trains_from_its_own_reference_and_its_critic_goes_on(kind, tmp_path):
     critic, model = Critic(), BUILDERS[kind]()
     before = cases.weights(model)
-    run = train(model, tmp_path, callbacks=[critic], ewc={"f_max": 10.0})
+    run = train(model, tmp_path, callbacks=[critic], ewc={"strength": 10.0})
     kl = of_stages(run, "ppo/objective/kl")
     assert kl.keys() == {1, 3}
     for each in kl.values():
@@ -165,8 +165,8 @@ def test_every_ppo_stage_trains_from_its_own_reference_and_its_critic_goes_on(ki
 @with_trl
 @pytest.mark.parametrize("method", ["gradient", "proximal"])
 def test_the_penalty_holds_a_ppo_stage_back(method, tmp_path):
-    free = train(cases.tiny_llama(), tmp_path / "free", num_rounds=1, ewc={"f_max": 1e-8, "method": method})
-    held = train(cases.tiny_llama(), tmp_path / "held", num_rounds=1, ewc={"f_max": 1e5, "method": method})
+    free = train(cases.tiny_llama(), tmp_path / "free", num_rounds=1, ewc={"strength": 1e-8, "method": method})
+    held = train(cases.tiny_llama(), tmp_path / "held", num_rounds=1, ewc={"strength": 1e5, "method": method})
     drift, held_drift = (of_stages(each, "ewc/drift")[1][-1] for each in (free, held))
     assert of_stages(held, "ewc/penalty")[1][-1] > 0
     assert 0 < held_drift < 0.5 * drift
@@ -193,7 +193,7 @@ def test_a_run_that_was_cut_off_ends_in_the_same_weights(kind, step, tmp_path):
             if (self.stage, at) == (3, step):
                 raise CutOffError
 
-    options = {"ewc": {"f_max": 1.0}, "optimizer_state": "carry"}
+    options = {"ewc": {"strength": 1.0}, "optimizer_state": "carry"}
     whole = train(BUILDERS[kind](), tmp_path / "whole", **options)
     with pytest.raises(CutOffError):
         train(BUILDERS[kind](), tmp_path / "cut", callbacks=[CutOff()], **options)

@@ -392,7 +392,7 @@ def test_ewc_in_closed_form_equals_autograd(make, tmp_path):
 
     closed = build(make(0), tmp_path / "closed", **options)
     _, anchor, importance = ingredients(closed.model)
-    EWCCallback(importance, anchor, f_max=0.2).bind(closed)
+    EWCCallback(importance, anchor, strength=0.2).bind(closed)
     closed.train()
     autograd = build(make(0), tmp_path / "autograd", kind=WithPenalty, **options)
     autograd.train()

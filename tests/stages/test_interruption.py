@@ -18,7 +18,7 @@ from hbat.stages.interruption import RunInterrupted, StopRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "cosine", "max_steps": 4}
-OPTIONS = {"sft": ADAM, "dpo": ADAM, "optimizer_state": "carry", "ewc": {"f_max": 1.0}}
+OPTIONS = {"sft": ADAM, "dpo": ADAM, "optimizer_state": "carry", "ewc": {"strength": 1.0}}
 
 
 class Signal(TrainerCallback):

@@ -43,7 +43,7 @@ def test_the_most_important_tensors_are_frozen_even_for_weight_decay(case, tmp_p
     model = cases.MODEL_CASES[case](0)
     names = list(cases.trainable(model))
     runs.train(
-        model, tmp_path, num_rounds=1, callbacks=[seen], ewc={"f_max": 0, "freeze": 0.4}, sft=section, dpo=section
+        model, tmp_path, num_rounds=1, callbacks=[seen], ewc={"strength": 0, "freeze": 0.4}, sft=section, dpo=section
     )
     moved = oracle.displacement(*({n: each[n] for n in names} for each in (seen.ends[0], seen.starts[0])), "tensor")
     held = set(sorted(names, key=lambda name: -moved[name])[: int(0.4 * len(names))])
@@ -80,7 +80,7 @@ def test_the_proximal_method_pulls_after_each_step_as_the_formula_says(tmp_path)
     expected = runs.by_hand(cases.tiny_llama, tmp_path / "by-hand", sections=SECTIONS, prepare=prepare, after=after)[
         -1
     ]
-    ewc = {"f_max": strength, "method": "proximal", "normalization": "max"}
+    ewc = {"strength": strength, "method": "proximal", "normalization": "max"}
     run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc=ewc, **SECTIONS)
     without = runs.train(cases.tiny_llama(), tmp_path / "without", **SECTIONS)
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
@@ -88,7 +88,7 @@ def test_the_proximal_method_pulls_after_each_step_as_the_formula_says(tmp_path)
 
 
 def test_uniform_importance_pulls_every_element_alike(tmp_path):
-    """It is an L2 pull of strength f_max / K, whatever the stages before did."""
+    """It is an L2 pull of strength strength / K, whatever the stages before did."""
     strength = 20.0
 
     def trainer_class(stage, start):
@@ -103,13 +103,13 @@ def test_uniform_importance_pulls_every_element_alike(tmp_path):
         return WithPull if stage[0] > 0 else parent
 
     expected = runs.by_hand(cases.tiny_llama, tmp_path / "by-hand", sections=SECTIONS, trainer_class=trainer_class)[-1]
-    run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc={"f_max": strength, "source": "uniform"}, **SECTIONS)
+    run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc={"strength": strength, "source": "uniform"}, **SECTIONS)
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
 
 
 @pytest.mark.parametrize("granularity", ["element", "tensor"])
 def test_random_importance_is_drawn_anew_in_every_stage_from_the_seed(granularity, tmp_path):
-    ewc = {"f_max": 1.0, "source": "random", "granularity": granularity}
+    ewc = {"strength": 1.0, "source": "random", "granularity": granularity}
     run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc=ewc, **SECTIONS)
     again = runs.train(cases.tiny_llama(), tmp_path / "again", ewc=ewc, **SECTIONS)
     assert runs.same(cases.weights(run.model), cases.weights(again.model))
@@ -132,7 +132,7 @@ def test_the_empirical_fisher_of_a_stage_is_that_of_its_own_rows(case, tmp_path)
     """Its model is the one at the stage's end, its targets are completions and chosen answers."""
     seen = Boundaries()
     data = runs.rows(2)
-    ewc = {"f_max": 0.01, "source": "fisher", "estimator": "empirical"}
+    ewc = {"strength": 0.01, "source": "fisher", "estimator": "empirical"}
     runs.train(cases.MODEL_CASES[case](0), tmp_path, num_rounds=1, data=data, callbacks=[seen], ewc=ewc, **SECTIONS)
     answers = {"sft": "completion", "dpo": "chosen"}
     for end, (objective, answer) in zip(seen.ends, answers.items(), strict=True):
@@ -158,7 +158,7 @@ def test_the_fisher_of_any_format_of_rows_holds_the_next_stage(options, kind, tm
         cases.tiny_llama(),
         tmp_path,
         data=data,
-        ewc={"f_max": 1.0, "source": "fisher", "fisher_samples": 2},
+        ewc={"strength": 1.0, "source": "fisher", "fisher_samples": 2},
         sft=SLOW | options,
         dpo=SLOW,
     )

@@ -102,6 +102,6 @@ def test_a_preference_stage_with_a_penalty_holds_no_second_copy_of_the_start(cas
             anchors = {each.data_ptr() for each in run._start.anchor.values()}  # noqa: SLF001
             assert anchors <= found[-1]
 
-    run = runs.build_run(cases.MODEL_CASES[case](0), tmp_path, callbacks=[Look()], ewc={"f_max": 0.1})
+    run = runs.build_run(cases.MODEL_CASES[case](0), tmp_path, callbacks=[Look()], ewc={"strength": 0.1})
     run.train()
     assert found

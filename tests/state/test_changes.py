@@ -8,7 +8,7 @@ from hbat.state.manifest import RunStateError
 
 BEFORE = {
     "run": {"objectives": ["sft", "dpo"], "num_rounds": 2, "seed": 1, "processes": 1, "end_weight": {"sft": 1.0}},
-    "ewc": {"f_max": 1.0, "source": "displacement", "granularity": "element"},
+    "ewc": {"strength": 1.0, "source": "displacement", "granularity": "element"},
     "data": {"sft": {"rows": 8, "columns": ["a"], "content": "x"}},
     "parameters": {"tensors": 3, "shapes": "y"},
     "tokenizer": {"vocabulary": "v", "template": "t"},
@@ -49,7 +49,7 @@ def test_changes_are_sorted_and_dotted_and_show_what_came_and_went():
 
 
 def test_a_section_that_became_a_value_is_one_change():
-    assert lines({"ewc": {"f_max": 1}}, {"ewc": None}) == ["ewc: {'f_max': 1} -> None"]
+    assert lines({"ewc": {"strength": 1}}, {"ewc": None}) == ["ewc: {'strength': 1} -> None"]
 
 
 # --- what may --------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ FIXED = {
     "run.objectives": (with_(run__objectives=["dpo"]), "the plan of the stages is made of them"),
     "run.num_rounds": (with_(run__num_rounds=3), "the data sets are cut into that many parts"),
     "run.seed": (with_(run__seed=3), "it cuts the data sets into parts"),
-    "ewc": (with_(ewc=None), "`ewc.f_max: 0` switches the penalty off"),
+    "ewc": (with_(ewc=None), "`ewc.strength: 0` switches the penalty off"),
     "ewc.source": (with_(ewc__source="fisher"), "of another kind"),
     "ewc.granularity": (with_(ewc__granularity="tensor"), "of another kind"),
     "data.sft.rows": (with_(data__sft__rows=9), "rows of earlier ones"),
@@ -107,7 +107,7 @@ def test_what_would_train_garbage_cannot_be_allowed(name, now, why):
         ("run.processes", with_(run__processes=2)),
         ("run.end_weight.sft", with_(run__end_weight__sft=0.5)),
         ("tokenizer.template", with_(tokenizer__template="u")),
-        ("ewc.f_max", with_(ewc__f_max=0)),
+        ("ewc.strength", with_(ewc__f_max=0)),
     ],
 )
 def test_the_rest_can_be_allowed(name, now):
@@ -118,7 +118,7 @@ def test_the_rest_can_be_allowed(name, now):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("sft.learning_rat", "sft.learning_rate"), ("sft", "sft."), ("ewc.fmax", "ewc.f_max"), ("dpo.betas", "dpo.beta")],
+    [("sft.learning_rat", "sft.learning_rate"), ("sft", "sft."), ("ewc.fmax", "ewc.strength"), ("dpo.betas", "dpo.beta")],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name, meant):
     with pytest.raises(RunStateError, match=rf"names '{name}', which is not a setting of this run\..*`{meant}`"):
@@ -135,7 +135,7 @@ def test_a_section_that_only_one_of_the_runs_has_is_allowed_as_it_is_named():
 @pytest.mark.parametrize(
     ("name", "concerned"),
     [
-        ("sft.learning_rate", True), ("dpo.beta", False), ("run.processes", True), ("ewc.f_max", True),
+        ("sft.learning_rate", True), ("dpo.beta", False), ("run.processes", True), ("ewc.strength", True),
         ("data.sft.content", True), ("data.dpo.content", False), ("tokenizer.template", True),
     ],
 )  # fmt: skip

@@ -155,7 +155,7 @@ def test_the_saturation_warning_can_be_silenced():
         {"granularity": "tensor"},
         {"granularity": "tensor", "normalization": "max"},
         {"granularity": "tensor", "normalization": "softmax", "importance_scale": 1.0},
-        {"preset": "authors", "f_max": 0.0},
+        {"preset": "authors", "strength": 0.0},
     ],
     ids=["element", "mean", "max", "small scale", "no penalty"],
 )

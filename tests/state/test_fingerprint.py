@@ -87,7 +87,7 @@ def test_a_fingerprint_is_the_same_in_another_process(base):
         ({"lr_schedule": {"dpo": "run"}}, "run.lr_schedule.dpo: 'stage' -> 'run'"),
         ({"end_weight": {"sft": 0.5}}, "run.end_weight.sft: 1.0 -> 0.5"),
         ({"objectives": ["dpo", "sft"]}, "run.objectives: ['sft', 'dpo'] -> ['dpo', 'sft']"),
-        ({"ewc": {"f_max": 3.0}}, "ewc.f_max: 10.0 -> 3.0"),
+        ({"ewc": {"strength": 3.0}}, "ewc.strength: 10.0 -> 3.0"),
         ({"sft": {"learning_rate": 0.5}}, "sft.learning_rate: 2e-05 -> 0.5"),
         ({"dpo": {"beta": 0.2}}, "dpo.beta: 0.1 -> 0.2"),
         ({"dpo": {"seed": 1}}, "dpo.seed: 42 -> 1"),
@@ -256,14 +256,14 @@ def test_what_the_user_has_set_is_listed_by_section():
     ready = DPOConfig(output_dir="run", beta=0.2, loss_type=["sigmoid"], **CHEAP)
     own = types.SimpleNamespace(name="own", config={"learning_rate": 0.5})
     config = HBATConfig(
-        output_dir="run", objectives=["sft", "dpo", "kto", own], sft={"max_steps": 3}, dpo=ready, ewc={"f_max": 3.0}
+        output_dir="run", objectives=["sft", "dpo", "kto", own], sft={"max_steps": 3}, dpo=ready, ewc={"strength": 3.0}
     )
     given = fingerprint(config, {}, {}, {}).given
     assert (given["sft"], given["kto"], given["own"], given["ewc"]) == (
         ["max_steps"],
         [],
         ["learning_rate"],
-        ["f_max"],
+        ["strength"],
     )
     assert {"beta", "use_cpu", "max_steps"} <= set(given["dpo"])
     assert not {"loss_type", "learning_rate", "seed"} & set(given["dpo"])

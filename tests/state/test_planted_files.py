@@ -28,7 +28,7 @@ pytestmark = [
 FORMS = ("pickle", "torch")
 slow = pytest.mark.slow
 SAVES = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-OPTIONS = {"sft": SAVES, "dpo": SAVES, "num_rounds": 1, "ewc": {"f_max": 1.0}}
+OPTIONS = {"sft": SAVES, "dpo": SAVES, "num_rounds": 1, "ewc": {"strength": 1.0}}
 
 
 class CutOffError(RuntimeError):

@@ -137,7 +137,7 @@ def by_hand(folder, build, *, hands_over):
 def plain(folder):
     for name, (build, hands_over) in PLAIN.items():
         options = ddp_runs.section(**ddp_runs.ADAM)
-        run = runs.train(build(0), folder / f"plain-{name}", sft=options, dpo=options, ewc={"f_max": 0.0})
+        run = runs.train(build(0), folder / f"plain-{name}", sft=options, dpo=options, ewc={"strength": 0.0})
         expected = by_hand(folder / "by-hand", build, hands_over=hands_over)
         if torch.distributed.get_rank() == 0:
             save_file(cases.weights(run.model), folder / f"plain-{name}.safetensors")
@@ -189,7 +189,7 @@ def penalty(folder):
         model, args, train_dataset=cases.sft_rows(24, 3), processing_class=cases.tiny_tokenizer(), callbacks=[spy]
     )
     spy.trainer = trainer
-    EWCCallback(importance, anchor, f_max=STRENGTH).bind(trainer)
+    EWCCallback(importance, anchor, strength=STRENGTH).bind(trainer)
     trainer.train()
     (folder / f"penalty-{torch.distributed.get_rank()}.json").write_text(json.dumps(spy.seen))
     trainer.accelerator.free_memory()

@@ -126,7 +126,7 @@ def callback_alone(folder, *, bind=True):
     """EWC in TRL's trainer, bound to it or only in its `callbacks`."""
     model = cases.tiny_llama(0)
     anchor = cases.weights(cases.tiny_llama(1))
-    callback = EWCCallback(cases.random_like(anchor, 2), anchor, f_max=0.5)
+    callback = EWCCallback(cases.random_like(anchor, 2), anchor, strength=0.5)
     args = trl.SFTConfig(output_dir=str(folder / "alone"), report_to="none", disable_tqdm=True, **ddp_runs.section())
     rows, tokenizer = cases.sft_rows(24, 3), cases.tiny_tokenizer()
     callbacks = [] if bind else [callback]

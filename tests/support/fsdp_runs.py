@@ -126,7 +126,7 @@ def callback_alone(folder, engine, make=cases.tiny_llama):
     """EWC in TRL's trainer, by a callback that is given whole tensors and knows no trainer."""
     model = make(0)
     anchor = cases.weights(cases.tiny_llama(1))
-    callback = EWCCallback(cases.random_like(anchor, 2), anchor, f_max=0.5)
+    callback = EWCCallback(cases.random_like(anchor, 2), anchor, strength=0.5)
     options = {key: value for key, value in ddp_runs.section().items() if key != "ddp_backend"} | engine
     args = trl.SFTConfig(output_dir=str(folder / "alone"), report_to="none", disable_tqdm=True, **options)
     rows, tokenizer = cases.sft_rows(24, 3), cases.tiny_tokenizer()
@@ -178,7 +178,7 @@ def command_line(folder, **more):
         sections = {name: ddp_runs.section() for name in rows}
         config = {
             "model_name_or_path": str(folder / "base"), "output_dir": str(folder / "run"), "num_rounds": 2,
-            "objectives": ["sft", "dpo"], "seed": 5, "disable_tqdm": True, "ewc": {"f_max": 5.0},
+            "objectives": ["sft", "dpo"], "seed": 5, "disable_tqdm": True, "ewc": {"strength": 5.0},
             "datasets": {name: str(folder / f"{name}.jsonl") for name in rows}, **sections, **more,
         }  # fmt: skip
         (folder / "run.yaml").write_text(json.dumps(config))  # which is YAML

@@ -80,7 +80,7 @@ def build(case, folder, *, rewards, callbacks=None, rounds=2):
             objectives=names,
             num_rounds=rounds,
             ewc={
-                "f_max": 1.0 if case.method == "gradient" else 10.0,
+                "strength": 1.0 if case.method == "gradient" else 10.0,
                 "method": case.method,
                 "granularity": case.granularity,
                 "source": case.source,

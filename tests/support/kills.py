@@ -44,7 +44,7 @@ def options(state, save_steps=None):
         "sft": ADAM | saves,
         "dpo": ADAM | saves,
         "optimizer_state": state,
-        "ewc": {"f_max": 1.0},
+        "ewc": {"strength": 1.0},
     }
 
 

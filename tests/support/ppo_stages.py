@@ -16,7 +16,7 @@ SAVES = {"save_strategy": "steps", "save_steps": 3}
 
 
 def build(model, folder, *, ppo=None, sft=None, callbacks=None, evaluation=None, rows=16, **options):
-    config = {"num_rounds": 2, "ewc": {"f_max": 1.0}, "disable_tqdm": True, "seed": runs.SEED} | options
+    config = {"num_rounds": 2, "ewc": {"strength": 1.0}, "disable_tqdm": True, "seed": runs.SEED} | options
     sizes = {key: value for key, value in ppo_cases.SIZES.items() if key != "max_steps"}
     return HBATTrainer(
         model,

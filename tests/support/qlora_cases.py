@@ -62,7 +62,7 @@ def build(model, folder, preference, *, sections=None, callbacks=None, evaluatio
     """A run of SFT and a preference objective with a penalty."""
     sections = {"sft": {}, "dpo": {}, "ppo": PPO} | (sections or {})
     chosen = ["sft", preference]
-    settings = {"num_rounds": 2, "ewc": {"f_max": 1.0}, "disable_tqdm": True, "seed": runs.SEED} | options
+    settings = {"num_rounds": 2, "ewc": {"strength": 1.0}, "disable_tqdm": True, "seed": runs.SEED} | options
     return HBATTrainer(
         model,
         HBATConfig(

@@ -41,7 +41,7 @@ CONFIGURATION_ERRORS = {
     "unknown objective": ({"objectives": ["sft", "dpoo"]}, ValueError, r"'dpoo'.*not built in.*Did you mean `dpo`"),
     "objective of a wrong kind": ({"objectives": ["sft", trl.DPOTrainer]}, TypeError, r"`objectives` holds a type"),
     "same objective twice": ({"objectives": ["sft", "sft"]}, ValueError, r"only once"),
-    "negative strength": ({"ewc": {"f_max": -1.0}}, ValueError, r"`ewc\.f_max` is -1\.0.*at least 0"),
+    "negative strength": ({"ewc": {"strength": -1.0}}, ValueError, r"`ewc\.strength` is -1\.0.*at least 0"),
     "unknown key": ({"sft": {"learning_rat": 1}}, ValueError, r"`sft\.learning_rat`.*Did you mean `learning_rate`"),
     "text for a number": ({"dpo": {"beta": "strong"}}, TypeError, r"`dpo\.beta` is 'strong'.*a number"),
     "value refused by transformers": (

@@ -47,7 +47,7 @@ def build(folder, **options):
         cases.tiny_llama(),
         folder,
         **{
-            "objectives": [objective, "dpo"], "dpo": SAVES, "optimizer_state": "carry", "ewc": {"f_max": 1.0},
+            "objectives": [objective, "dpo"], "dpo": SAVES, "optimizer_state": "carry", "ewc": {"strength": 1.0},
             "evaluation": runs.rows(2, sft=8, dpo=8),
         }
         | options,

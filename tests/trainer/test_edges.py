@@ -95,10 +95,10 @@ def test_a_callback_that_was_bound_to_one_trainer_acts_in_the_next(tmp_path):
         return cases.weights(model)
 
     names = cases.trainable(cases.tiny_llama())
-    again = EWCCallback(dict.fromkeys(names, 1.0), f_max=0.5)
+    again = EWCCallback(dict.fromkeys(names, 1.0), strength=0.5)
     trainer(again, cases.tiny_llama(), bind=True)
     second = trainer(again, cases.tiny_llama())
-    fresh = trainer(EWCCallback(dict.fromkeys(names, 1.0), f_max=0.5), cases.tiny_llama())
+    fresh = trainer(EWCCallback(dict.fromkeys(names, 1.0), strength=0.5), cases.tiny_llama())
     assert runs.same(second, fresh)
     assert cases.largest_difference(second, trainer(None, cases.tiny_llama())) > 1e-4
 
@@ -132,7 +132,7 @@ def test_frozen_adapter_tensors_do_not_count_for_clipping(tmp_path):
         found.append([each.grad is None for each in model.parameters() if each.requires_grad])
 
     seen = Seen(on_pre_optimizer_step=look)
-    runs.train(cases.lora_llama(), tmp_path, num_rounds=1, ewc={"f_max": 0.0, "freeze": 0.5}, callbacks=[seen])
+    runs.train(cases.lora_llama(), tmp_path, num_rounds=1, ewc={"strength": 0.0, "freeze": 0.5}, callbacks=[seen])
     dpo = found[runs.STEPS :]
     assert all(sum(each) in {0, 4} for each in dpo)
     assert any(sum(each) == 4 for each in dpo) or all(len(each) == 4 for each in dpo)
@@ -165,7 +165,7 @@ def test_the_random_control_stays_as_random_in_later_rounds():
 
 def test_a_run_of_one_objective_accumulates_nothing(tmp_path):
     run = runs.train(
-        cases.tiny_llama(), tmp_path, objectives=["sft"], ewc={"f_max": 10.0}, data={"sft": cases.sft_rows(8)}
+        cases.tiny_llama(), tmp_path, objectives=["sft"], ewc={"strength": 10.0}, data={"sft": cases.sft_rows(8)}
     )
     assert not list((tmp_path / "state").glob("importance-*"))
     assert run.matrix.rows == []

@@ -124,7 +124,7 @@ def test_the_gradient_of_the_penalty_is_the_closed_form_on_the_adapter(kind, sav
         noise = cases.random_like(parameters, 3, std=0.05)
         anchor = {name: (each + noise[name]).to(each.dtype).detach() for name, each in parameters.items()}
         importance = cases.random_like(parameters, 4)
-        EWCCallback(importance, anchor, f_max=strength).bind(trainer)
+        EWCCallback(importance, anchor, strength=strength).bind(trainer)
         before = {name: each.detach().clone() for name, each in parameters.items()}
 
         class Gradients(TrainerCallback):

@@ -36,7 +36,7 @@ def evaluated(tmp_path_factory):
         folder,
         evaluation=EVALUATION,
         callbacks=[witness],
-        ewc={"f_max": 0.5},
+        ewc={"strength": 0.5},
         report_to="tensorboard",
         sft={"seed": 20},
         dpo={"seed": 40},
@@ -172,8 +172,8 @@ def test_evaluation_alone_before_training_changes_nothing(case, tmp_path):
     "build", [cases.tiny_llama, cases.embedding_lora, pytest.param(cases.lora_llama, marks=pytest.mark.slow)]
 )
 def test_evaluation_between_stages_does_not_change_what_is_trained(build, tmp_path):
-    with_scores = runs.train(build(0), tmp_path / "with", evaluation=EVALUATION, ewc={"f_max": 1.0})
-    without = runs.train(build(0), tmp_path / "without", ewc={"f_max": 1.0})
+    with_scores = runs.train(build(0), tmp_path / "with", evaluation=EVALUATION, ewc={"strength": 1.0})
+    without = runs.train(build(0), tmp_path / "without", ewc={"strength": 1.0})
     assert runs.same(cases.weights(with_scores.model), cases.weights(without.model))
 
 

@@ -148,7 +148,7 @@ def test_a_finished_run_returns_its_result_at_once(tmp_path):
 
 CHANGES = {
     "a section": ({"dpo": {"beta": 0.7}}, r"dpo\.beta: 0\.1 -> 0\.7"),
-    "the strength": ({"ewc": {"f_max": 3.0}}, r"ewc.*"),
+    "the strength": ({"ewc": {"strength": 3.0}}, r"ewc.*"),
     "the rounds": ({"num_rounds": 3}, r"run\.num_rounds: 2 -> 3"),
     "the order": ({"objectives": ["dpo", "sft"]}, r"run\.objectives: \['sft', 'dpo'\] -> \['dpo', 'sft'\]"),
     "the data": ({"data": runs.rows(8, sft=77)}, r"data\.sft\.content: "),

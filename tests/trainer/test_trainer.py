@@ -38,8 +38,8 @@ def test_one_round_is_two_stage_training(case, by_hand, tmp_path):
     ("case", "ewc"),
     [
         pytest.param("full", None, id="none-full"),
-        pytest.param("lora", {"f_max": 0}, id="zero strength-lora"),
-        pytest.param("full", {"f_max": 0}, id="zero strength-full", marks=pytest.mark.slow),
+        pytest.param("lora", {"strength": 0}, id="zero strength-lora"),
+        pytest.param("full", {"strength": 0}, id="zero strength-full", marks=pytest.mark.slow),
         pytest.param("lora", None, id="none-lora", marks=pytest.mark.slow),
     ],
 )

@@ -5,9 +5,9 @@ from typing import Literal
 
 from hbat.config.fields import check_choice, check_number, check_whole
 
-Source = Literal["displacement", "fisher", "uniform", "random"]
+Source = Literal["path", "relative", "displacement", "fisher", "uniform", "random"]
 Granularity = Literal["tensor", "element"]
-Normalization = Literal["mean", "max", "softmax"]
+Normalization = Literal["stage", "mean", "max", "softmax"]
 Method = Literal["gradient", "proximal"]
 Estimator = Literal["gnb", "empirical"]
 
@@ -33,25 +33,34 @@ class EWCConfig:
         metadata={
             "help": "Named set of options. `authors` reproduces the EWC of the authors' code: `source: displacement`, "
             "`granularity: tensor`, `normalization: softmax`, `importance_scale: 1e10`, `method: gradient` and "
-            "`freeze: 0`. `f_max` and all other sections keep their values; examples/configs/authors.yaml also sets "
+            "`freeze: 0`. `strength` and all other sections keep their values; examples/configs/authors.yaml also sets "
             "the authors' optimizers and epochs. With real displacements this softmax selects a single tensor, so use "
             "the preset for comparison only."
         },
     )
-    f_max: float = field(
-        default=10.0,
+    strength: float = field(
+        default=1.0,
         metadata={
-            "help": "Strength of the penalty. The coefficient of a weight is `f_max` times its importance. `0` "
-            "disables the penalty. The best value depends on the learning rate; monitor `ewc/grad_norm_ratio` to tune "
-            "it."
+            "help": "Strength of the penalty, the paper's F_max. With `normalization: stage` it is what a stage pays, "
+            "in the unit of its loss, for moving every weight as far as the other objective has moved it: one value "
+            "serves every learning rate, batch size, model size and adapter rank. `0` disables the penalty."
         },
     )
     source: Source = field(
-        default="displacement",
+        default="path",
         metadata={
-            "help": "What importance is computed from. `displacement`: how far the stages of the other objectives "
-            "moved each weight; needs no pass over the data. `fisher`: the diagonal Fisher information of the "
-            "log-likelihood on their data. `uniform` (plain L2 penalty towards the anchor) and `random` are controls."
+            "help": "What importance is computed from. `path`: how much of the other objective's loss decrease each "
+            "weight brought (its path integral), over how far it moved; needs one float32 number per trained weight "
+            "while a stage trains. `relative`: one over how far the other objective moved each weight. "
+            "`displacement`: how far it moved, as in the paper. `fisher`: the diagonal Fisher information of the "
+            "log-likelihood on its data. `uniform` (plain L2 penalty towards the anchor) and `random` are controls."
+        },
+    )
+    damping: float = field(
+        default=1.0,
+        metadata={
+            "help": "Multiple of a tensor's mean squared displacement that is added to the squared displacement of "
+            "each of its weights before `path` and `relative` divide by it."
         },
     )
     granularity: Granularity = field(
@@ -62,9 +71,10 @@ class EWCConfig:
         },
     )
     normalization: Normalization = field(
-        default="mean",
+        default="stage",
         metadata={
-            "help": "How importance is normalized. `mean`: the mean over all elements is 1/K for K tensors, so one "
+            "help": "How importance is normalized, for each other objective before they are added. `stage`: such that "
+            "moving every weight as far as that objective moved it costs `strength`. `mean`: the mean over all elements is 1/K for K tensors, so one "
             "value per tensor sums to 1. `max`: the largest value is 1. `softmax`: a softmax over tensors, as in the "
             "authors' code; requires `granularity: tensor` and depends on `importance_scale`."
         },
@@ -81,9 +91,10 @@ class EWCConfig:
         default="gradient",
         metadata={
             "help": "How the penalty is applied. `gradient`: its gradient is added to the loss gradient before "
-            "clipping, as if it were part of the loss. `proximal`: after each optimizer step with learning rate lr, "
-            "the distance to the anchor is multiplied by 1/(1 + 2 lr c) for the coefficient c; independent of Adam's "
-            "scaling and stable at any strength, but needs a larger `f_max`."
+            "clipping, as if it were part of the loss. `proximal`: after each optimizer step the distance to the "
+            "anchor is divided by 1 + `strength` * u * lr / s, where s is the root mean square of how far the other "
+            "objective moved the weights, and u the importance with a mean of 1; independent of the optimizer's "
+            "scaling and of the learning rate, and stable at any strength."
         },
     )
     freeze: float = field(
@@ -126,7 +137,8 @@ class EWCConfig:
         check_choice("ewc.normalization", self.normalization, Normalization)
         check_choice("ewc.method", self.method, Method)
         check_choice("ewc.estimator", self.estimator, Estimator)
-        check_number("ewc.f_max", self.f_max, 0)
+        check_number("ewc.strength", self.strength, 0)
+        check_number("ewc.damping", self.damping, 0)
         check_number("ewc.importance_scale", self.importance_scale, 0)
         check_number("ewc.freeze", self.freeze, 0, 1)
         if self.freeze == 1:
@@ -136,7 +148,7 @@ class EWCConfig:
         if self.normalization == "softmax" and self.granularity == "element":
             raise ValueError(
                 "`ewc.normalization: softmax` is taken over tensors, but `ewc.granularity` is 'element'. "
-                "Set `granularity: tensor` or `normalization: mean`."
+                "Set `granularity: tensor` or `normalization: stage`."
             )
 
     def _apply_authors_preset(self) -> None:

@@ -42,6 +42,10 @@ class Local:
         """Cut and place tensors as the weights are. Numbers and tensors of shape `()` stay whole."""
         return {name: _placed(tensors[name], weight) for name, weight in self.weights.items()}
 
+    def restored(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Undo `of`: tensors like the parameters outside the engine. Collective where it cuts them."""
+        return tensors
+
     def gradients(self) -> Mapping[str, Tensor]:
         """Gradients by name, complete between the last backward pass of an optimizer step and its clipping."""
         return {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}

@@ -27,10 +27,16 @@ class _Shadow:
         return self.around(self.inner, *args, **kwargs) if self.active else self.inner(*args, **kwargs)
 
 
-def _shadow(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
-    # `around` is called with the method as it was, and the call's arguments.
-    shadow = _Shadow(getattr(owner, name), around)
-    setattr(owner, name, shadow)
+def _shadow(owner: Any, name: str, around: Callable[..., Any], *, below: bool = False) -> Undo:
+    # `around` is called with the method as it was, and the call's arguments; `below` lays it under other layers.
+    lowest = owner.__dict__.get(name) if below else None
+    while isinstance(lowest, _Shadow) and isinstance(lowest.inner, _Shadow):
+        lowest = lowest.inner
+    if isinstance(lowest, _Shadow):
+        shadow = lowest.inner = _Shadow(lowest.inner, around)
+    else:
+        shadow = _Shadow(getattr(owner, name), around)
+        setattr(owner, name, shadow)
 
     def undo() -> None:
         shadow.active = False  # other layers may lie on top of this one: it goes when they have gone
@@ -61,7 +67,8 @@ def after_backward(accelerator: Any, action: Callable[[Tensor], None]) -> Undo:
 def before_engine_step(engine: Any, action: Callable[[], None]) -> Undo:
     """Run `action` before each optimizer step of a DeepSpeed engine, on complete gradients that are not clipped yet.
 
-    `accelerator.backward` takes the step inside. Can go with a hook of DeepSpeed's.
+    `accelerator.backward` takes the step inside. Actions run in the order in which they were laid, as after a backward
+    pass. Can go with a hook of DeepSpeed's.
     """
 
     def step(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +76,7 @@ def before_engine_step(engine: Any, action: Callable[[], None]) -> Undo:
             action()
         return inner(*args, **kwargs)
 
-    return _shadow(engine, "step", step)
+    return _shadow(engine, "step", step, below=True)
 
 
 def at_clipping(accelerator: Any, clip: Callable[..., Tensor]) -> Undo:

@@ -43,21 +43,11 @@ def part_of(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
 def parts_of(tensors: Mapping[str, _TensorOrNumber]) -> Mapping[str, _TensorOrNumber]:
-    """This rank's parts with the parts of their gradients, in the same memory: for operations in place."""
+    """This rank's parts, in the same memory: for operations in place."""
     if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         return tensors
-    return {
-        name: _with_gradient(tensor) if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()
-    }
-
-
-def _with_gradient(tensor: DTensor) -> Tensor:
-    part = part_of(tensor)
-    if tensor.grad is not None:
-        part.grad = part_of(tensor.grad)
-    return part
+    return {name: part_of(tensor) if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 The public functions need torch alone and load on first use:
 
-* importance: `displacement`, `diagonal_fisher`, `accumulate`, `normalize`, `effective_tensors`
+* importance: `displacement`, `add_path_`, `diagonal_fisher`, `accumulate`, `relative_importance`, `normalize_to_stage`,
+  `normalize`, `effective_tensors`
 * penalty: `ewc_penalty`, `add_penalty_gradient_`, `proximal_step_`
 * parameters: `trainable_parameters`, `snapshot`
 """
@@ -12,20 +13,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hbat.ewc.fisher import Example, diagonal_fisher
-    from hbat.ewc.importance import accumulate, displacement, effective_tensors, normalize
+    from hbat.ewc.importance import (
+        accumulate,
+        displacement,
+        effective_tensors,
+        normalize,
+        normalize_to_stage,
+        relative_importance,
+    )
     from hbat.ewc.parameters import snapshot, trainable_parameters
+    from hbat.ewc.path import add_path_
     from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, proximal_step_
 
 _HOMES = {
     "Example": "fisher",
     "accumulate": "importance",
+    "add_path_": "path",
     "add_penalty_gradient_": "penalty",
     "diagonal_fisher": "fisher",
     "displacement": "importance",
     "effective_tensors": "importance",
     "ewc_penalty": "penalty",
     "normalize": "importance",
+    "normalize_to_stage": "importance",
     "proximal_step_": "penalty",
+    "relative_importance": "importance",
     "snapshot": "parameters",
     "trainable_parameters": "parameters",
 }
@@ -33,13 +45,16 @@ _HOMES = {
 __all__ = [
     "Example",
     "accumulate",
+    "add_path_",
     "add_penalty_gradient_",
     "diagonal_fisher",
     "displacement",
     "effective_tensors",
     "ewc_penalty",
     "normalize",
+    "normalize_to_stage",
     "proximal_step_",
+    "relative_importance",
     "snapshot",
     "trainable_parameters",
 ]

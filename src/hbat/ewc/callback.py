@@ -11,7 +11,7 @@ from hbat.config.ewc import Method
 from hbat.engines.checks import policy_of, refuse_arguments, refuse_trainer
 from hbat.engines.choose import engine_for
 from hbat.engines.engine import Local
-from hbat.ewc.log import PenaltyLog, is_logged, unclipped_task_norm
+from hbat.ewc.log import PenaltyLog, counts, is_logged, unclipped_task_norm
 from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
 from hbat.ewc.penalty import PenaltyStatistics, add_penalty_gradient_, measure_penalty, proximal_step_
 
@@ -19,7 +19,7 @@ from hbat.ewc.penalty import PenaltyStatistics, add_penalty_gradient_, measure_p
 class EWCCallback(TrainerCallback):
     r"""Holds training back with an EWC penalty, in any trainer that is a `transformers.Trainer`. Changes gradients.
 
-    With `method="gradient"` the gradient of `f_max * sum_k F_k * ||theta_k - anchor_k||^2` joins the task's before
+    With `method="gradient"` the gradient of `strength * sum_k F_k * ||theta_k - anchor_k||^2` joins the task's before
     clipping: bound to a trainer (`bind`) it is added after the backward pass of the synchronising micro-step; passed
     in `callbacks=[...]` alone, it is written into `.grad` on `on_step_begin`, before the first micro-step. Both give
     exactly the gradient of loss + penalty; bound, the gradients need no memory during the forward pass. With
@@ -33,11 +33,11 @@ class EWCCallback(TrainerCallback):
     Args:
         importance: $F \ge 0$ by parameter name: numbers, tensors of shape `()`, or of the parameter's shape.
         anchor: Weights to pull to, by parameter name. None: the weights at the start of each `train()`.
-        f_max: Strength of the penalty.
+        strength: Strength of the penalty.
         method: `gradient` or `proximal`.
 
     Raises:
-        ValueError: If `f_max` is negative or NaN, or `method` is unknown.
+        ValueError: If `strength` is negative or NaN, or `method` is unknown.
     """
 
     def __init__(
@@ -45,16 +45,16 @@ class EWCCallback(TrainerCallback):
         importance: Mapping[str, Tensor | float],
         anchor: Mapping[str, Tensor] | None = None,
         *,
-        f_max: float = 1.0,
+        strength: float = 1.0,
         method: Method = "gradient",
     ) -> None:
-        if not f_max >= 0:  # NaN is not
-            raise ValueError(f"`f_max` is {f_max}; it must be at least 0.")
+        if not strength >= 0:  # NaN is not
+            raise ValueError(f"`strength` is {strength}; it must be at least 0.")
         if method not in {"gradient", "proximal"}:
             raise ValueError(f"`method` is {method!r}; it must be 'gradient' or 'proximal'.")
         self.importance = importance
         self.anchor = anchor
-        self.f_max = f_max
+        self.strength = strength
         self.method = method
         self._trainer: Trainer | None = None
         self._reset()
@@ -65,6 +65,7 @@ class EWCCallback(TrainerCallback):
         self._importance: Mapping[str, Any] = {}
         self._undo: Callable[[], None] | None = None
         self._measured: PenaltyStatistics | None = None
+        self._entry: dict[str, float] | None = None
         self._log = PenaltyLog()
 
     def bind(self, trainer: Trainer) -> "EWCCallback":
@@ -105,7 +106,7 @@ class EWCCallback(TrainerCallback):
         refuse_arguments(args)
         if self._trainer is not None and self._trainer.state is not state:
             self._trainer = None  # bound to another trainer, and now passed to this one in `callbacks`
-        if model is None or self.f_max == 0:
+        if model is None or self.strength == 0:
             return
         refuse_trainer(args, model)
         engine = engine_for(args)
@@ -139,13 +140,15 @@ class EWCCallback(TrainerCallback):
             self._local.weights,
             self._anchor,
             self._importance,
-            strength=self.f_max,
+            strength=self.strength,
             scale=1.0 if scaler is None else scaler.get_scale(),
-            measure=is_logged(trainer.args, trainer.state),
+            measure=counts(trainer.state) or is_logged(trainer.args, trainer.state),
         )
         self._local.release_gradients()
         if measured is not None:
-            self._measured = measured
+            norm = float(measured.task_gradient_norm)
+            ratio = self._log.ratio(measured, norm, counts=counts(trainer.state))
+            self._entry = self._log.entry(measured, ratio) if is_logged(trainer.args, trainer.state) else None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -158,7 +161,7 @@ class EWCCallback(TrainerCallback):
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
-        add_penalty_gradient_(weights, self._anchor, self._importance, strength=self.f_max, scale=scale)
+        add_penalty_gradient_(weights, self._anchor, self._importance, strength=self.strength, scale=scale)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -167,7 +170,7 @@ class EWCCallback(TrainerCallback):
         weights = self._local.weights
         if self.method == "gradient" and self._trainer is None and weights and is_logged(args, state):
             self._measured = measure_penalty(
-                weights, self._anchor, self._importance, strength=self.f_max, gradient_scale=1.0
+                weights, self._anchor, self._importance, strength=self.strength, gradient_scale=1.0
             )
 
     def on_optimizer_step(
@@ -179,7 +182,7 @@ class EWCCallback(TrainerCallback):
             return
         rate_of = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
         rates = {name: float(rate_of[id(weight)]) for name, weight in weights.items() if id(weight) in rate_of}
-        proximal_step_(weights, self._anchor, self._importance, strength=self.f_max, learning_rates=rates)
+        proximal_step_(weights, self._anchor, self._importance, strength=self.strength, learning_rates=rates)
 
     def on_log(
         self,
@@ -192,25 +195,25 @@ class EWCCallback(TrainerCallback):
         """Add the penalty's entries to the training log."""
         if logs is None or "loss" not in logs or not self._local.weights:
             return
-        entry = self._entry(logs.get("grad_norm"))
+        entry = self._entry or self._measure(logs.get("grad_norm"))
+        self._entry = None
         logs.update(entry)
         if state.log_history and "loss" in state.log_history[-1]:
             state.log_history[-1].update(entry)
 
-    def _entry(self, total_norm: float | None) -> dict[str, float]:
+    def _measure(self, total_norm: float | None) -> dict[str, float]:
         measured, self._measured = self._measured, None
         if measured is None:
-            unread = measure_penalty(self._local.weights, self._anchor, self._importance, strength=self.f_max)
+            unread = measure_penalty(self._local.weights, self._anchor, self._importance, strength=self.strength)
             return self._log.entry(unread)
-        alone = self._trainer is None
-        task = unclipped_task_norm(measured, total_norm) if alone else float(measured.task_gradient_norm)
-        return self._log.entry(measured, task)
+        norm = unclipped_task_norm(measured, total_norm)
+        return self._log.entry(measured, self._log.ratio(measured, norm, counts=True))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Warn if the penalty was dead or dominated, and release the trainer's tensors."""
-        self._log.judge(self.f_max)
+        self._log.judge(self.strength)
         self._detach()
 
     def _detach(self) -> None:

@@ -85,6 +85,78 @@ def accumulate(total: dict[str, Tensor], addition: Mapping[str, Tensor]) -> None
 
 
 @torch.no_grad()
+def relative_importance(
+    moved: Mapping[str, Tensor], path: Mapping[str, Tensor] | None = None, damping: float = 1.0
+) -> dict[str, Tensor]:
+    r"""Importance of keeping still what another objective hardly moved: $\max(0, w_i) / (A_i + \xi\, \bar A_k)$.
+
+    With $w = 1$ it depends on the relative movement alone. With the path integral $w$ it is that of Zenke et al.
+    (arXiv:1703.04200) with a damping $\xi \bar A_k$ that has the scale of each tensor. Zero where nothing moved.
+
+    Args:
+        moved: Accumulated squared displacement $A$ of the objective, by name, one value per element or per tensor.
+        path: Its accumulated path integral $w$ (see `add_path_`), of the same shapes; None for $w = 1$.
+        damping: $\xi \ge 0$, a multiple of $\bar A_k$, the mean of $A$ over tensor k.
+
+    Returns:
+        Raw importance in float32, in units of $w / A$.
+
+    Raises:
+        KeyError: If `path` lacks a name.
+        ValueError: If a shape does not match.
+    """
+    if path is not None:
+        require_counterparts(moved, path, "path integral")
+    result = {}
+    for (name, tensor), mean in zip(moved.items(), tensor_means(moved).tolist(), strict=True):
+        squared = part_of(tensor).float()
+        divisor = squared + damping * mean
+        worth = torch.ones_like(squared) if path is None else part_of(path[name]).float().clamp(min=0.0)
+        quotient = worth / divisor.clamp(min=torch.finfo(torch.float32).tiny)
+        result[name] = as_part(quotient.where(divisor > 0.0, 0.0), tensor)
+    return result
+
+
+@torch.no_grad()
+def normalize_to_stage(
+    raw: Mapping[str, Tensor], moved: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> dict[str, Tensor]:
+    r"""Give importance a unit: $F_i = \Omega_i / \sum_j \Omega_j A_j$, with the sum over all elements.
+
+    A stage that moves every element as far as the other objective has moved it then pays a penalty
+    $\sum_i F_i (\theta_i - \theta^*_i)^2$ of exactly 1. Learning rate, batch size, model size, the rank of an adapter
+    and the scale of the loss cancel.
+
+    Args:
+        raw: Raw importance $\Omega$ by name, one value per element or per tensor.
+        moved: Accumulated squared displacement $A$ of the same objective; per tensor, its mean over the elements.
+        sizes: Number of elements of each parameter.
+
+    Returns:
+        Importance in float32, in inverse squared units of the weights; all zero if nothing important moved.
+
+    Raises:
+        ValueError: If an entry is negative or not finite.
+    """
+    _require_valid(raw, [_extremes(part_of(tensor)) for tensor in raw.values()], "importance")
+    divisor = weighted_sum(raw, moved, sizes)
+    if divisor == 0.0:
+        return {name: torch.zeros_like(tensor) for name, tensor in raw.items()}
+    return {name: _divided(tensor, divisor) for name, tensor in raw.items()}
+
+
+@torch.no_grad()
+def weighted_sum(weights: Mapping[str, Tensor], values: Mapping[str, Tensor], sizes: Mapping[str, int]) -> float:
+    r"""Sum $\sum_i F_i d_i$ over all elements, in float64; a value per tensor counts for each of its elements."""
+    sums = []
+    for name, value in values.items():
+        weight, part = part_of(weights[name]), part_of(value)
+        inner = float(weight) * _sum(part) if weight.dim() == 0 else _dot(weight, part)
+        sums.append(inner * (sizes[name] if part.dim() == 0 else 1))
+    return float(summed(torch.tensor(sums, dtype=torch.float64), values.values()).sum())
+
+
+@torch.no_grad()
 def normalize(raw: Mapping[str, Tensor], normalization: str = "mean", scale: float = 1.0) -> dict[str, Tensor]:
     r"""Turn raw importance $A$ into the dimensionless $F$ of the penalty.
 
@@ -159,6 +231,11 @@ def _sum(tensor: Tensor) -> float:
     # In pieces: to sum in float64, torch converts all of its input first.
     pieces = tensor.reshape(-1).split(_BLOCK)
     return float(torch.stack([piece.sum(dtype=torch.float64) for piece in pieces]).sum())
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    pieces = zip(left.reshape(-1).split(_BLOCK), right.reshape(-1).split(_BLOCK), strict=True)
+    return float(sum(torch.dot(one.double(), other.double()) for one, other in pieces))
 
 
 def _divided(tensor: Tensor, divisor: float) -> Tensor:

@@ -29,7 +29,7 @@ class Batch:
     names: list[str]
     parameters: list[Tensor]
     anchors: list[Tensor]
-    gradients: list[Tensor]  # the parameters themselves if no gradients were requested
+    gradients: list[Tensor]  # the parameters themselves if none were given
     importances: list[Any]  # either all numbers or all tensors, of shape () or of their piece's shape
     differences: list[Tensor]  # parameter - anchor, in float32; may be overwritten
 
@@ -38,13 +38,13 @@ def batches(
     parameters: Mapping[str, Tensor],
     anchor: Mapping[str, Tensor],
     importance: Mapping[str, Tensor | float],
-    *,
-    with_gradient: bool,
+    gradients: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Batch]:
-    """Yield this process's parts of the parameters in batches; `with_gradient` skips those without a gradient."""
+    """Yield this process's parts of the parameters in batches; with `gradients`, of those alone that have one."""
+    gradients = parameters if gradients is None else gradients
     pieces: list[_Piece] = []
     elements, kind = 0, None
-    for piece in _pieces(parts_of(parameters), parts_of(anchor), parts_of(importance), with_gradient=with_gradient):
+    for piece in _pieces(parts_of(parameters), parts_of(anchor), parts_of(importance), parts_of(gradients)):
         _, parameter, _, _, weight = piece
         own_kind = parameter.device, isinstance(weight, Tensor)
         if pieces and (kind != own_kind or elements + parameter.numel() > _batch_elements(parameter)):
@@ -54,6 +54,11 @@ def batches(
         elements, kind = elements + parameter.numel(), own_kind
     if pieces:
         yield _batch(pieces)
+
+
+def gradients_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is in `.grad`, by name; parameters without a gradient are left out, as optimizers skip them."""
+    return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 
 
 def _batch(pieces: list[_Piece]) -> Batch:
@@ -68,13 +73,10 @@ def _pieces(
     parameters: Mapping[str, Tensor],
     anchor: Mapping[str, Tensor],
     importance: Mapping[str, Any],
-    *,
-    with_gradient: bool,
+    given: Mapping[str, Tensor],
 ) -> Iterator[_Piece]:
-    for name, parameter in parameters.items():
-        gradient = parameter.grad if with_gradient else parameter
-        if gradient is None:
-            continue
+    for name, gradient in given.items():
+        parameter = parameters[name]
         size, start, weight = _batch_elements(parameter), anchor[name], importance[name]
         by_element = isinstance(weight, Tensor) and weight.dim() > 0
         if isinstance(weight, Tensor) and not by_element and weight.device.type == "cpu":
@@ -83,7 +85,7 @@ def _pieces(
             shape = parameter.shape
             yield name, parameter, start.reshape(shape), gradient, weight.reshape(shape) if by_element else weight
             continue
-        own, gradients = parameter.detach().view(-1).split(size), gradient.view(-1).split(size)
+        own, gradients = parameter.detach().view(-1).split(size), gradient.detach().view(-1).split(size)
         weights = weight.reshape(-1).split(size) if by_element else repeat(weight, len(own))
         yield from zip(repeat(name, len(own)), own, start.reshape(-1).split(size), gradients, weights, strict=True)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hbat.engines.sharded import summed
-from hbat.ewc.kernels import batches
+from hbat.ewc.kernels import batches, gradients_of
 from hbat.ewc.parameters import require_counterparts
 
 
@@ -71,7 +71,8 @@ def measure_penalty(
         The statistics.
     """
     sums, count = torch.zeros(5, dtype=torch.float64), 0  # F d^2, d^2, (F d)^2, g^2, g F d
-    for batch in batches(parameters, anchor, importance, with_gradient=gradient_scale is not None):
+    gradients = None if gradient_scale is None else gradients_of(parameters)
+    for batch in batches(parameters, anchor, importance, gradients):
         sums = sums.to(batch.parameters[0].device)
         for difference, weight, gradient in zip(batch.differences, batch.importances, batch.gradients, strict=True):
             pull = (difference * weight).float()  # the importance may be of another precision
@@ -138,7 +139,7 @@ def add_penalty_gradient_(
         parameters: Parameters by name. One whose `.grad` is None is skipped, as optimizers skip it.
         anchor: Weights to pull to, by name, on the same devices.
         importance: $F \ge 0$ by name: a number, or a tensor of shape `()` or of the parameter's.
-        strength: Factor of the penalty, such as `f_max`.
+        strength: Factor of the penalty, such as `strength`.
         scale: Loss scale that the gradients carry already; the added gradient is multiplied by it too.
         measure: Return statistics, with the norm of the gradients as they were before.
 
@@ -153,7 +154,7 @@ def add_penalty_gradient_(
         measure_penalty(parameters, anchor, importance, strength=strength, gradient_scale=scale) if measure else None
     )
     factor = 2.0 * scale * strength
-    for batch in batches(parameters, anchor, importance, with_gradient=True):
+    for batch in batches(parameters, anchor, importance, gradients_of(parameters)):
         if isinstance(batch.importances[0], Tensor):
             torch._foreach_addcmul_(batch.gradients, batch.differences, batch.importances, value=factor)
         else:
@@ -188,7 +189,7 @@ def proximal_step_(
         KeyError: If a parameter has no anchor or no importance.
     """
     moved = {name: parameter for name, parameter in parameters.items() if name in learning_rates}
-    for batch in batches(moved, anchor, importance, with_gradient=False):
+    for batch in batches(moved, anchor, importance):
         for name, parameter, start, weight, difference in zip(
             batch.names, batch.parameters, batch.anchors, batch.importances, batch.differences, strict=True
         ):

@@ -35,7 +35,7 @@ def resolve(config: HBATConfig) -> list[Objective]:
     """
     objectives = [entry if isinstance(entry, Objective) else _built_in(entry, config) for entry in config.objectives]
     ewc = config.ewc
-    if ewc is None or ewc.source != "fisher" or (ewc.f_max == 0 and ewc.freeze == 0):
+    if ewc is None or ewc.source != "fisher" or (ewc.strength == 0 and ewc.freeze == 0):
         return objectives
     for objective in objectives:
         if not objective.has_fisher:

@@ -1,17 +1,18 @@
-"""The importance that a stage yields: from its displacement, from the Fisher of its data, or from a control."""
+"""What a stage leaves to its objective's importance: its displacement, and its path integral or Fisher information."""
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from hbat.engines.sharded import shared_as
 from hbat.ewc.fisher import Example, diagonal_fisher
-from hbat.ewc.importance import displacement
+from hbat.ewc.importance import displacement, tensor_means
 from hbat.ewc.parameters import trainable_parameters
 from hbat.objectives.objective import Objective
-from hbat.state.consolidation import Consolidation
+from hbat.state.consolidation import DISPLACEMENT, IMPORTANCE, Consolidation, Record
 from hbat.state.plan import Stage
 
 
@@ -30,32 +31,43 @@ def measure(
     consolidation: Consolidation | None,
     model: Any,
     start: Mapping[str, Tensor],
+    path: Mapping[str, Tensor],
     examples: list[Example],
     *,
     stage: Stage,
     seed: int,
-) -> Mapping[str, Tensor] | None:
-    """Measure the raw importance of a stage, once its trainer is gone.
+) -> Record | None:
+    """Measure what a stage leaves to its objective's importance, once its trainer is gone.
 
     Args:
         consolidation: What importance is for; None without it.
         model: The model at the stage's end.
         start: Its trainable weights at the stage's start.
+        path: Its path integral, for `source: path`.
         examples: Sequences for the Fisher.
         stage: The stage.
         seed: Seed of the run.
 
     Returns:
-        Raw importance by parameter name; None where nothing would use it.
+        Tensors by kind and parameter name; None where nothing would use them.
     """
-    if consolidation is None or (consolidation.config.f_max == 0 and consolidation.config.freeze == 0):
+    if not is_used(consolidation):
         return None
     config, parameters = consolidation.config, trainable_parameters(model)
-    if config.source == "displacement":
-        # To the CPU one by one, so that an accelerator never holds a float32 copy of the whole model.
-        return displacement(parameters, start, config.granularity, device="cpu")
+    # To the CPU one by one, so that an accelerator never holds a float32 copy of the whole model.
+    record: dict[str, Mapping[str, Tensor]] = {
+        DISPLACEMENT: displacement(parameters, start, config.granularity, device="cpu")
+    }
+    if config.source == "path":
+        # Tensors that the stage held frozen have none.
+        whole = {
+            name: path[name] if name in path else shared_as(torch.zeros(parameter.shape), parameter).cpu()
+            for name, parameter in parameters.items()
+        }
+        means = tensor_means(whole).float() if config.granularity == "tensor" else None
+        record[IMPORTANCE] = whole if means is None else dict(zip(whole, means.unbind(), strict=True))
     if config.source == "fisher":
-        return diagonal_fisher(
+        record[IMPORTANCE] = diagonal_fisher(
             model,
             examples,
             estimator=config.estimator,
@@ -63,4 +75,9 @@ def measure(
             batch_size=config.fisher_batch_size,
             generator=torch.Generator().manual_seed(seed + stage.index),
         )
-    return consolidation.control(parameters, stage)
+    return record
+
+
+def is_used(consolidation: Consolidation | None) -> TypeGuard[Consolidation]:
+    """Whether importance holds any stage back."""
+    return consolidation is not None and (consolidation.config.strength > 0 or consolidation.config.freeze > 0)

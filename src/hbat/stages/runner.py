@@ -19,12 +19,14 @@ from hbat.reports.reporter import ForwardLogs, RunReporter
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.callbacks import HookLimit, KeepEpoch
 from hbat.stages.checkpoints import SealCheckpoints, last_checkpoint, named_checkpoint
-from hbat.stages.importance import fisher_examples, measure
+from hbat.stages.importance import fisher_examples, is_used, measure
 from hbat.stages.interruption import StopAtStep, StopRequest
 from hbat.stages.learning_rate import extend_schedule
 from hbat.stages.moments import CarryMoments
 from hbat.stages.nonfinite import StopOnNonFinite, require_finite_importance, require_finite_weights
+from hbat.stages.path import PathIntegral
 from hbat.stages.start import StageStart
+from hbat.state.consolidation import Consolidation, Record
 from hbat.state.files import storage_errors
 from hbat.state.plan import Stage
 from hbat.state.run import Run
@@ -40,13 +42,13 @@ class StageResult:
 
     Attributes:
         steps: Its optimizer steps.
-        importance: Raw importance that it yields; None without consolidation.
+        importance: What it leaves to its objective's importance; None without consolidation.
         moments: Optimizer moments for the objective's next stage; empty if they are reset.
         kept: State that the objective keeps for its next stage beside the model.
     """
 
     steps: int
-    importance: Mapping[str, Tensor] | None
+    importance: Record | None
     moments: Mapping[str, Tensor]
     kept: Mapping[str, Tensor]
 
@@ -115,14 +117,14 @@ class StageRunner:
             eval_dataset=track.eval_dataset if _evaluates(track) else None,
             seed_offset=stage.index,
             callbacks=[*carries, *own, ForwardLogs(reporter, stage, steps_after)],
-            frozen=consolidation.frozen(stage) if consolidation is not None else (),
+            frozen=consolidation.frozen(stage, trainable_parameters(self._model)) if consolidation is not None else (),
             learning_rate_factor=_STEP_BACK ** run.rollbacks(stage),
         ) as trainer:
             _report_dropped_rows(trainer, stage, len(part))
-            self._prepare(trainer, stage, run)
+            checkpoint = self._checkpoint(track, trainer, len(part), folder)
+            path = self._prepare(trainer, stage, run, checkpoint)
             if kept:
                 objective.load_state_dict(trainer, kept)
-            checkpoint = self._checkpoint(track, trainer, len(part), folder)
             with storage_errors(folder), named_checkpoint(checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint)
             if stop.stopped:
@@ -132,11 +134,13 @@ class StageRunner:
         require_finite_weights(trainable_parameters(self._model), stage)
         self._start.interpolate(self._config.end_weight_of(stage.objective))
         anchor, seed = self._start.anchor, self._config.seed
-        importance = measure(consolidation, self._model, anchor, examples, stage=stage, seed=seed)
-        require_finite_importance(importance or {}, stage)
+        moved = path.total if path is not None else {}
+        importance = measure(consolidation, self._model, anchor, moved, examples, stage=stage, seed=seed)
+        for tensors in (importance or {}).values():
+            require_finite_importance(tensors, stage)
         return StageResult(steps, importance, carry.saved if carries else {}, kept)
 
-    def _prepare(self, trainer: Trainer, stage: Stage, run: Run) -> None:
+    def _prepare(self, trainer: Trainer, stage: Stage, run: Run, checkpoint: str | None) -> PathIntegral | None:
         precise = self._engine.keeps_precision(trainer)
         if precise:
             self._start.share_adapter()
@@ -147,16 +151,31 @@ class StageRunner:
             num_rounds=stage.num_rounds,
             steps_before=run.state.objective_steps.get(stage.objective, 0),
         )
-        consolidation = run.consolidation
-        importance = None
-        if consolidation is not None and consolidation.config.f_max > 0:
-            importance = consolidation.importance(stage)
-        if consolidation is not None and importance is not None:
+        path = self._consolidate(trainer, stage, run.consolidation, checkpoint, precise=precise)
+        StopOnNonFinite(trainer, stage, self._engine)
+        return path
+
+    def _consolidate(
+        self,
+        trainer: Trainer,
+        stage: Stage,
+        consolidation: Consolidation | None,
+        checkpoint: str | None,
+        *,
+        precise: bool,
+    ) -> PathIntegral | None:
+        if not is_used(consolidation):
+            return None
+        config, importance = consolidation.config, None
+        if config.strength > 0:
+            importance = consolidation.importance(stage, trainable_parameters(self._model))
+        if importance is not None:
             # Weights that the engine keeps more precisely than the model begin with the start that it rounded.
             anchor = self._start.anchor if precise else None
-            config = consolidation.config
-            EWCCallback(importance, anchor, f_max=config.f_max, method=config.method).bind(trainer)
-        StopOnNonFinite(trainer, stage, self._engine)
+            EWCCallback(importance, anchor, strength=config.strength, method=config.method).bind(trainer)
+        if config.source != "path":
+            return None
+        return PathIntegral(trainer, self._engine, self._start.anchor, checkpoint)
 
     def _checkpoint(self, track: Track, trainer: Trainer, rows: int, folder: Path) -> str | None:
         if not self._engine.resumes_inside_stage:

@@ -21,7 +21,7 @@ _FIXED = {
     "run.num_rounds": "the data sets are cut into that many parts",
     "run.seed": "it cuts the data sets into parts",
     "run.ppo_backend": "what PPO keeps between its stages belongs to its trainer",
-    "ewc": "the finished stages have left importance, or none; `ewc.f_max: 0` switches the penalty off",
+    "ewc": "the finished stages have left importance, or none; `ewc.strength: 0` switches the penalty off",
     "ewc.source": "the importance accumulated so far is of another kind",
     "ewc.granularity": "the importance accumulated so far is of another kind",
     "data.*.rows": "the parts of later rounds would hold rows of earlier ones",

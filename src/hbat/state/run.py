@@ -12,7 +12,7 @@ from hbat.engines.processes import wait_for_everyone
 from hbat.engines.sharded import shared_as
 from hbat.ewc.parameters import require_counterparts
 from hbat.state.changes import Change, accepted
-from hbat.state.consolidation import Consolidation
+from hbat.state.consolidation import KINDS, Consolidation, Record
 from hbat.state.fingerprint import Fingerprint
 from hbat.state.folder import RunFolder
 from hbat.state.manifest import RunState, RunStateError
@@ -129,10 +129,11 @@ class Run:
         run = cls(config, folder, state)
         run.was_resumed = True
         for objective in config.objective_names:
-            importance = folder.read_tensors(state, f"importance-{objective}")
-            if importance and run.consolidation is not None:
-                own = {name: shared_as(tensor, parameters[name]).cpu() for name, tensor in importance.items()}
-                run.consolidation.accumulated[objective] = own
+            for kind in KINDS if run.consolidation is not None else ():
+                found = folder.read_tensors(state, f"{kind}-{objective}")
+                own = {name: shared_as(tensor, parameters[name]).cpu() for name, tensor in found.items()}
+                if own and run.consolidation is not None:
+                    run.consolidation.accumulated.setdefault(objective, {})[kind] = own
             run.read_carried(objective)
         if needs_initial:
             folder.require_whole(state, "initial")
@@ -189,7 +190,7 @@ class Run:
         stage: Stage,
         *,
         steps: int,
-        importance: Mapping[str, Tensor] | None,
+        importance: Record | None,
         moments: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
         kept: Mapping[str, Tensor] | None = None,
@@ -199,7 +200,7 @@ class Run:
         Args:
             stage: The stage that is done.
             steps: Its optimizer steps.
-            importance: Raw importance that it yields.
+            importance: What it leaves to its objective's importance.
             moments: Moments for its objective's next stage.
             weights: Trainable weights at its end.
             kept: What else its objective keeps for its next stage.
@@ -208,7 +209,7 @@ class Run:
         written: dict[str, Mapping[str, Tensor]] = {f"optimizer-{name}": moments, f"kept-{name}": kept or {}}
         if self.consolidation is not None and importance is not None:
             self.consolidation.add(name, importance)
-            written[f"importance-{name}"] = self.consolidation.accumulated[name]
+            written |= {f"{kind}-{name}": sums for kind, sums in self.consolidation.accumulated[name].items()}
         self.moments[name], self.kept[name] = moments, kept or {}
         for kind, tensors in written.items():
             if tensors:

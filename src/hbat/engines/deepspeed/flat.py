@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from hbat.engines.engine import Local
-from hbat.engines.sharded import whole_shape
+from hbat.engines.sharded import whole_of, whole_shape
 
 
 class FlatLocal(Local):
@@ -31,6 +31,10 @@ class FlatLocal(Local):
     def of(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Cut and place tensors that are whole on every rank, or partitioned by ZeRO-3, as the weights are."""
         return {name: self._of(tensors[name], name, parameter) for name, parameter in self._parameters.items()}
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gather what `of` has cut, on every rank."""
+        return {name: whole_of(tensors[name]).view(whole_shape(own)) for name, own in self._parameters.items()}
 
     def _of(self, tensor: Any, name: str, parameter: nn.Parameter) -> Any:
         if not isinstance(tensor, Tensor):
