@@ -117,7 +117,8 @@ def test_training_does_not_notice_it(tmp_path):
     ends = []
     for source in ("path", "relative"):
         # The first stage has no penalty: it differs in the accumulation alone.
-        seen = runs.train(cases.tiny_llama(), tmp_path / source, num_rounds=1, ewc={"source": source, "strength": 1e-9})
+        ewc = {"source": source, "strength": 1e-9}
+        seen = runs.train(cases.tiny_llama(), tmp_path / source, num_rounds=1, ewc=ewc)
         ends.append(runs.logged(seen, "sft/loss"))
     assert ends[0] == ends[1]
 

@@ -2,8 +2,8 @@
 
 The public functions need torch alone and load on first use:
 
-* importance: `displacement`, `add_path_`, `diagonal_fisher`, `accumulate`, `relative_importance`, `normalize_to_stage`,
-  `normalize`, `effective_tensors`
+* importance: `displacement`, `add_path_`, `diagonal_fisher`, `accumulate`, `relative_importance`,
+  `normalize_to_stage`, `normalize`, `effective_tensors`
 * penalty: `ewc_penalty`, `add_penalty_gradient_`, `proximal_step_`
 * parameters: `trainable_parameters`, `snapshot`
 """

@@ -26,8 +26,8 @@ def add_path_(
     r"""Accumulate one side of an optimizer step, in place: $w \mathrel{+}= \pm g (\theta - \theta^*)$.
 
     Called with the same gradients before the step (plus) and after it (minus), the two add
-    $-g (\theta_{t+1} - \theta_t)$ without a copy of the weights. Measured from $\theta^*$, the products have the size of
-    the stage's change, so that float32 does not cancel.
+    $-g (\theta_{t+1} - \theta_t)$ without a copy of the weights. Measured from $\theta^*$, the products have the size
+    of the stage's change, so that float32 does not cancel.
 
     Args:
         path: $w$ so far, by name, in float32.
@@ -38,6 +38,4 @@ def add_path_(
     """
     sign = -1.0 if after_step else 1.0
     for batch in batches(parameters, anchor, path, gradients):
-        torch._foreach_addcmul_(  # noqa: SLF001 - torch has no public name for it
-            batch.importances, batch.gradients, batch.differences, value=sign
-        )
+        torch._foreach_addcmul_(batch.importances, batch.gradients, batch.differences, value=sign)

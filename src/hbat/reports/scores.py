@@ -31,12 +31,22 @@ class RunScores:
         """Log and commit scores by objective and metric."""
         done = run.state.next_stage - 1
         number, objective = (self._stages[done].round, self._stages[done].objective) if done >= 0 else (0, None)
+        increases = self._increases(results, run.state.predicted)
         self._matrix.add(stage=done, round_index=number, objective=objective, scores=results)
-        reporter.log(as_metrics(results), run.state.global_step)
+        reporter.log(as_metrics(results) | increases, run.state.global_step)
         run.state.log = reporter.save()
         run.commit_evaluations(self._matrix.rows)
         if is_main_process():
             write_json(self._folder / SCORES_FILE, self._matrix.as_dict())
+
+    def _increases(
+        self, results: Mapping[str, Mapping[str, float]], predicted: Mapping[str, float]
+    ) -> dict[str, float]:
+        # By how much the last stage raised the losses of other objectives, as its penalty and as evaluation has it.
+        before = self._matrix.rows[-1]["scores"] if self._matrix.rows else {}
+        both = [name for name in predicted if "loss" in before.get(name, {}) and "loss" in results.get(name, {})]
+        measured = sum(results[name]["loss"] - before[name]["loss"] for name in both)
+        return {"ewc/predicted": sum(predicted[name] for name in both), "ewc/measured": measured} if both else {}
 
     def draw(self) -> None:
         """Draw the matrix, unless it is empty."""

@@ -1,6 +1,6 @@
 """PathIntegral: when the path integral of a stage's loss is accumulated, saved and resumed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,9 @@ class PathIntegral(TrainerCallback):
         self._local = local = self._engine.local(trainable_parameters(policy_of(model)))
         self._anchor = local.of(self._start)
         if self._checkpoint is None:
-            self._path = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in local.weights.items()}
+            self._path = {
+                name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in local.weights.items()
+            }
         else:
             self._path = local.of(load_file(Path(self._checkpoint) / _FILE))
         self._engine.before_clipping(self._trainer, self._before_step)

@@ -23,8 +23,8 @@ from hbat.state.plan import Stage
 
 _SATURATED_BELOW = 2.0
 
-#: What a stage leaves, by parameter name: its squared displacement; and its path integral or Fisher information, if the
-#: source is one of these.
+#: What a stage leaves, by parameter name: its squared displacement; and its path integral or Fisher information, if
+#: the source is one of these.
 DISPLACEMENT, IMPORTANCE = "displacement", "importance"
 KINDS = (DISPLACEMENT, IMPORTANCE)
 
@@ -52,7 +52,11 @@ class Consolidation:
         """Add what a stage leaves to its objective's sums, on the CPU."""
         sums = self.accumulated.setdefault(objective, {})
         for kind, tensors in record.items():
-            accumulate(sums.setdefault(kind, {}), {name: tensor.cpu() for name, tensor in tensors.items()})
+            addition = {name: tensor.cpu() for name, tensor in tensors.items()}
+            if kind in sums:
+                accumulate(sums[kind], addition)
+            else:
+                sums[kind] = addition  # not copied: it can be model-sized
 
     def importance(self, stage: Stage, parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Normalized importance for a stage's penalty, on the CPU, summed over the objectives that hold it back.
@@ -64,11 +68,12 @@ class Consolidation:
         Returns:
             Importance by parameter name; None if no other objective has trained yet.
         """
-        total: dict[str, Tensor] = {}
-        for _, record in self._others(stage):
-            accumulate(total, self._normalized(record, stage, _sizes(parameters)))
-        if not total:
+        parts = [self._normalized(record, stage, _sizes(parameters)) for _, record in self._others(stage)]
+        if not parts:
             return None
+        total = parts[0]
+        for part in parts[1:]:
+            accumulate(total, part)
         shared = effective_tensors(total)
         if self.config.normalization == "softmax" and self.config.strength > 0 and shared < _SATURATED_BELOW:
             warnings.warn(
@@ -87,7 +92,9 @@ class Consolidation:
             accumulate(total, normalize_to_stage(self._raw(record, stage), moved, sizes))
         return most_important(total, self.config.freeze)
 
-    def predicted(self, stage: Stage, moved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    def predicted(
+        self, stage: Stage, moved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    ) -> dict[str, float]:
         r"""Predict by how much a stage raised the loss of each other objective: $\sum_j w_j \cdot \sum_i F_i d_i$.
 
         The sum of the path integral is what the objective's stages took off its loss, the other one how much of

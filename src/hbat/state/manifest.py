@@ -32,6 +32,7 @@ class RunState:
         objective_steps: Optimizer steps so far by objective.
         files: Names of the tensor files in `state/` by what they hold.
         checksums: Size and checksum of these files by name.
+        predicted: By how much the last stage raised the loss of each other objective, as its penalty predicts it.
         evaluations: Rows of the forgetting matrix so far.
         log: Number of entries of the log so far, and their checksum.
         rollbacks: How often a stage was rolled back after a NaN, by its index as text.
@@ -46,6 +47,7 @@ class RunState:
     objective_steps: dict[str, int] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     checksums: dict[str, Any] = field(default_factory=dict)
+    predicted: dict[str, float] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     log: dict[str, Any] = field(default_factory=dict)
     rollbacks: dict[str, int] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from hbat.engines.processes import wait_for_everyone
 from hbat.engines.sharded import shared_as
 from hbat.ewc.parameters import require_counterparts
 from hbat.state.changes import Change, accepted
-from hbat.state.consolidation import KINDS, Consolidation, Record
+from hbat.state.consolidation import DISPLACEMENT, KINDS, Consolidation, Record
 from hbat.state.fingerprint import Fingerprint
 from hbat.state.folder import RunFolder
 from hbat.state.manifest import RunState, RunStateError
@@ -208,6 +208,7 @@ class Run:
         state, name = self.state, stage.objective
         written: dict[str, Mapping[str, Tensor]] = {f"optimizer-{name}": moments, f"kept-{name}": kept or {}}
         if self.consolidation is not None and importance is not None:
+            state.predicted = self.consolidation.predicted(stage, importance[DISPLACEMENT], weights)
             self.consolidation.add(name, importance)
             written |= {f"{kind}-{name}": sums for kind, sums in self.consolidation.accumulated[name].items()}
         self.moments[name], self.kept[name] = moments, kept or {}
