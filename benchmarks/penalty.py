@@ -1,8 +1,9 @@
-"""Cost of the penalty on a model of 100M parameters: closed form, autograd, and the limit of memory bandwidth.
+"""Cost of penalty and path integral on a model of 100M parameters, beside autograd and the limit of memory bandwidth.
 
 `authors` is the loop of the authors' code: a sum of weighted squared distances with its own backward pass. The floor
 is what any implementation must move (read parameter, anchor and gradient, write the gradient: 16 bytes per element, 20
-with an importance per element) at the best bandwidth of torch's simplest kernels on the same tensors. Each peak is
+with an importance per element; the path integral reads gradient, parameter, anchor and itself, writes itself and a copy
+of the gradient before the step, and all but that copy again after it: 44) at the best bandwidth of torch's simplest kernels on the same tensors. Each peak is
 measured in its own process.
 
     python benchmarks/penalty.py [--repeats 7]
@@ -18,11 +19,11 @@ from pathlib import Path
 import torch
 from workload import llama, save, status
 
-from hbat.ewc import add_penalty_gradient_, snapshot, trainable_parameters
+from hbat.ewc import add_path_, add_penalty_gradient_, snapshot, trainable_parameters
 
 STRENGTH = 10.0
-VARIANTS = ("closed form, per tensor", "closed form, per element", "authors, per tensor")
-BYTES = {"closed form, per tensor": 16, "closed form, per element": 20, "authors, per tensor": 16}
+VARIANTS = ("closed form, per tensor", "closed form, per element", "path, per element", "authors, per tensor")
+BYTES = dict(zip(VARIANTS, (16, 20, 44, 16), strict=True))
 
 
 def prepare(variant: str) -> tuple[dict, dict, dict]:
@@ -42,6 +43,10 @@ def step(variant: str, parameters: dict, anchor: dict, importance: dict) -> None
     """Add the penalty's gradient once."""
     if variant.startswith("closed"):
         add_penalty_gradient_(parameters, anchor, importance, strength=STRENGTH)
+    elif variant.startswith("path"):
+        gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+        for after_step in (False, True):
+            add_path_(importance, parameters, anchor, gradients, after_step=after_step)
     else:
         loss = 0
         for name, parameter in parameters.items():

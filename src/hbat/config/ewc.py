@@ -34,8 +34,8 @@ class EWCConfig:
             "help": "Named set of options. `authors` reproduces the EWC of the authors' code: `source: displacement`, "
             "`granularity: tensor`, `normalization: softmax`, `importance_scale: 1e10`, `method: gradient` and "
             "`freeze: 0`. `strength` and all other sections keep their values; examples/configs/authors.yaml also "
-            "sets the authors' optimizers and epochs. With real displacements this softmax selects a single tensor, so use "
-            "the preset for comparison only."
+            "sets the authors' optimizers and epochs. With real displacements this softmax selects a single tensor, "
+            "so use the preset for comparison only."
         },
     )
     strength: float = field(
@@ -75,8 +75,9 @@ class EWCConfig:
         metadata={
             "help": "How importance is normalized, for each other objective before they are added. `stage`: such that "
             "moving every weight as far as that objective moved it costs `strength`. `mean`: the mean over all "
-            "elements is 1/K for K tensors, so one value per tensor sums to 1. `max`: the largest value is 1. `softmax`: a softmax over tensors, as in the "
-            "authors' code; requires `granularity: tensor` and depends on `importance_scale`."
+            "elements is 1/K for K tensors, so one value per tensor sums to 1. `max`: the largest value is 1. "
+            "`softmax`: a softmax over tensors, as in the authors' code; requires `granularity: tensor` and depends "
+            "on `importance_scale`."
         },
     )
     importance_scale: float = field(
