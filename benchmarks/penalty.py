@@ -1,10 +1,10 @@
 """Cost of penalty and path integral on a model of 100M parameters, beside autograd and the limit of memory bandwidth.
 
 `authors` is the loop of the authors' code: a sum of weighted squared distances with its own backward pass. The floor
-is what any implementation must move (read parameter, anchor and gradient, write the gradient: 16 bytes per element, 20
-with an importance per element; the path integral reads gradient, parameter, anchor and itself, writes itself and a copy
-of the gradient before the step, and all but that copy again after it: 44) at the best bandwidth of torch's simplest kernels on the same tensors. Each peak is
-measured in its own process.
+is what any implementation must move at the best bandwidth of torch's simplest kernels on the same tensors: read
+parameter, anchor and gradient and write the gradient, 16 bytes per element, 20 with an importance per element. The path
+integral reads these and itself, writes itself and a copy of the gradient before the step, and all but that copy again
+after it: 44. Each peak is measured in its own process.
 
     python benchmarks/penalty.py [--repeats 7]
 """

@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hbat import EWCCallback
-from hbat.ewc import displacement, normalize, snapshot, trainable_parameters
+from hbat.ewc import displacement, normalize_to_stage, relative_importance, snapshot, trainable_parameters
 
 
 def main() -> None:
@@ -37,7 +37,8 @@ def main() -> None:
     trainer = build_trainer(options.model, rows, "first", options, peft_config=adapter() if options.lora else None)
     before = snapshot(trainable_parameters(trainer.model))
     trainer.train()
-    importance = normalize(displacement(trainable_parameters(trainer.model), before))
+    moved = displacement(trainable_parameters(trainer.model), before)
+    importance = normalize_to_stage(relative_importance(moved), moved)
     report("first", trainer)
     # Reloaded: accelerate wraps a model's `forward` once, and a second trainer would run without mixed precision.
     trainer.save_model()
@@ -99,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--second", required=True, help="data of the task to add: name on the Hub, or file")
     parser.add_argument("--held_out", type=int, default=64, help="rows kept for evaluation (default: %(default)s)")
     parser.add_argument("--output_dir", default="ewc-callback", help="folder of the model (default: %(default)s)")
-    parser.add_argument("--strength", type=float, default=10.0, help="strength of EWC, 0 is off (default: %(default)s)")
+    parser.add_argument("--strength", type=float, default=1.0, help="strength of EWC, 0 is off (default: %(default)s)")
     parser.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="(default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=1.0, help="(default: %(default)s)")

@@ -119,7 +119,7 @@ def relative_importance(
 
 @torch.no_grad()
 def normalize_to_stage(
-    raw: Mapping[str, Tensor], moved: Mapping[str, Tensor], sizes: Mapping[str, int]
+    raw: Mapping[str, Tensor], moved: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None
 ) -> dict[str, Tensor]:
     r"""Give importance a unit: $F_i = \Omega_i / \sum_j \Omega_j A_j$, with the sum over all elements.
 
@@ -130,7 +130,7 @@ def normalize_to_stage(
     Args:
         raw: Raw importance $\Omega$ by name, one value per element or per tensor.
         moved: Accumulated squared displacement $A$ of the same objective; per tensor, its mean over the elements.
-        sizes: Number of elements of each parameter.
+        sizes: Number of elements of each parameter; needed for values per tensor.
 
     Returns:
         Importance in float32, in inverse squared units of the weights; all zero if nothing important moved.
@@ -146,13 +146,15 @@ def normalize_to_stage(
 
 
 @torch.no_grad()
-def weighted_sum(weights: Mapping[str, Tensor], values: Mapping[str, Tensor], sizes: Mapping[str, int]) -> float:
+def weighted_sum(
+    weights: Mapping[str, Tensor], values: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None
+) -> float:
     r"""Sum $\sum_i F_i d_i$ over all elements, in float64; a value per tensor counts for each of its elements."""
     sums = []
     for name, value in values.items():
         weight, part = part_of(weights[name]), part_of(value)
         inner = float(weight) * _sum(part) if weight.dim() == 0 else _dot(weight, part)
-        sums.append(inner * (sizes[name] if part.dim() == 0 else 1))
+        sums.append(inner * (sizes[name] if sizes is not None and part.dim() == 0 else 1))
     return float(summed(torch.tensor(sums, dtype=torch.float64), values.values()).sum())
 
 
