@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hbat.ewc.callback import EWCCallback
 from hbat.ewc.log import EWCWarning
 
-F_MAX = 1.5
+STRENGTH = 0.5
 KEYS = ("ewc/penalty", "ewc/drift", "ewc/grad_norm_ratio")
 
 
@@ -76,8 +76,8 @@ def outcome(tmp_path_factory):
         anchor, importance = anchor_and_importance(model)
         options = {"max_grad_norm": clip, "gradient_accumulation_steps": accumulation}
         if how == "autograd":
-            options["trainer_class"] = with_autograd_penalty(objective, anchor, importance, F_MAX)
-        callback = EWCCallback(importance, anchor, strength=F_MAX)
+            options["trainer_class"] = with_autograd_penalty(objective, anchor, importance, STRENGTH)
+        callback = EWCCallback(importance, anchor, strength=STRENGTH)
         if how == "unbound":
             options["callbacks"] = [callback]
         trainer = build_trainer(
@@ -147,7 +147,7 @@ def test_a_gradient_scaler_does_not_change_the_result(outcome, tmp_path):
     for bound in (True, False):
         model = cases.tiny_llama()
         anchor, importance = anchor_and_importance(model)
-        callback = EWCCallback(importance, anchor, strength=F_MAX)
+        callback = EWCCallback(importance, anchor, strength=STRENGTH)
         trainer = build_trainer(
             "sft", model, tmp_path, max_grad_norm=0.0, callbacks=None if bound else [callback], logging_steps=50
         )
@@ -225,7 +225,7 @@ def test_binding_twice_adds_the_penalty_once(outcome, tmp_path):
     expected, _ = outcome("sft", "full", 0.3, 1, "autograd")
     model = cases.tiny_llama()
     anchor, importance = anchor_and_importance(model)
-    callback = EWCCallback(importance, anchor, strength=F_MAX)
+    callback = EWCCallback(importance, anchor, strength=STRENGTH)
     trainer = build_trainer("sft", model, tmp_path, max_grad_norm=0.3, callbacks=[callback])
     assert callback.bind(trainer).bind(trainer) is callback
     trainer.train()
@@ -243,14 +243,14 @@ def test_resuming_without_an_anchor_is_refused_and_with_one_goes_on_exactly(tmp_
 
     anchor, importance = anchor_and_importance(cases.tiny_llama())
     trainer, whole = trainer_with(
-        EWCCallback(importance, anchor, strength=F_MAX), tmp_path, save_strategy="steps", save_steps=2
+        EWCCallback(importance, anchor, strength=STRENGTH), tmp_path, save_strategy="steps", save_steps=2
     )
     trainer.train()
     checkpoint = str(tmp_path / "checkpoint-2")
-    trainer, _ = trainer_with(EWCCallback(importance, strength=F_MAX), tmp_path)
+    trainer, _ = trainer_with(EWCCallback(importance, strength=STRENGTH), tmp_path)
     with pytest.raises(ValueError, match=r"no `anchor` and training resumes at step 2"):
         trainer.train(resume_from_checkpoint=checkpoint)
-    trainer, resumed = trainer_with(EWCCallback(importance, anchor, strength=F_MAX), tmp_path)
+    trainer, resumed = trainer_with(EWCCallback(importance, anchor, strength=STRENGTH), tmp_path)
     trainer.train(resume_from_checkpoint=checkpoint)
     assert cases.largest_difference(cases.weights(resumed), cases.weights(whole)) == 0.0
 
@@ -278,7 +278,7 @@ def test_the_logged_loss_is_the_tasks_and_the_rest_equals_the_oracle(
     assert held[0]["loss"] == plain[0]["loss"]
     start = cases.weights(cases.MODEL_CASES[case](0))
     anchor, importance = anchor_and_importance(cases.MODEL_CASES[case](0))
-    pull = oracle.norm(oracle.penalty_gradient(start, anchor, importance, F_MAX))
+    pull = oracle.norm(oracle.penalty_gradient(start, anchor, importance, STRENGTH))
     assert held[0]["ewc/drift"] == pytest.approx(oracle.drift(start, anchor), rel=1e-5)
     task_norm = plain[0].get("grad_norm")
     if task_norm is None:  # transformers 4.57 logs none without clipping; with clipping it is the same
@@ -289,7 +289,7 @@ def test_the_logged_loss_is_the_tasks_and_the_rest_equals_the_oracle(
 def test_the_logged_penalty_equals_the_oracle(outcome):
     start = cases.weights(cases.lora_llama())
     anchor, importance = anchor_and_importance(cases.lora_llama())
-    expected = oracle.penalty(start, anchor, importance, F_MAX)
+    expected = oracle.penalty(start, anchor, importance, STRENGTH)
     for how in ("bound", "unbound"):
         assert outcome("sft", "lora", 0.3, 1, how)[1][0]["ewc/penalty"] == pytest.approx(expected, rel=1e-5)
 
@@ -307,7 +307,7 @@ def test_logging_every_other_step_logs_the_same_numbers(outcome, tmp_path, how):
     _, every = outcome("sft", "full", 0.3, 1, how)
     model = cases.tiny_llama()
     anchor, importance = anchor_and_importance(model)
-    callback = EWCCallback(importance, anchor, strength=F_MAX)
+    callback = EWCCallback(importance, anchor, strength=STRENGTH)
     trainer = build_trainer(
         "sft", model, tmp_path, max_grad_norm=0.3, logging_steps=2, callbacks=[callback] if how == "unbound" else None
     )

@@ -107,7 +107,7 @@ def test_what_would_train_garbage_cannot_be_allowed(name, now, why):
         ("run.processes", with_(run__processes=2)),
         ("run.end_weight.sft", with_(run__end_weight__sft=0.5)),
         ("tokenizer.template", with_(tokenizer__template="u")),
-        ("ewc.strength", with_(ewc__f_max=0)),
+        ("ewc.strength", with_(ewc__strength=0)),
     ],
 )
 def test_the_rest_can_be_allowed(name, now):
@@ -118,7 +118,7 @@ def test_the_rest_can_be_allowed(name, now):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("sft.learning_rat", "sft.learning_rate"), ("sft", "sft."), ("ewc.fmax", "ewc.strength"), ("dpo.betas", "dpo.beta")],
+    [("sft.learning_rat", "sft.learning_rate"), ("sft", "sft."), ("ewc.strenght", "ewc.strength"), ("dpo.betas", "dpo.beta")],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name, meant):
     with pytest.raises(RunStateError, match=rf"names '{name}', which is not a setting of this run\..*`{meant}`"):

@@ -16,7 +16,7 @@ pytestmark = [
 
 SLOW = {"learning_rate": 0.05, "max_steps": 3}
 SECTIONS = {"sft": SLOW, "dpo": SLOW | {"beta": 0.5}}
-F_MAX = 2.0
+STRENGTH = 2.0
 
 
 class ByHand:
@@ -40,7 +40,7 @@ class ByHand:
         class WithPenalty(parent):
             def compute_loss(self, model, inputs, **kwargs):
                 penalty = sum(
-                    F_MAX * (importance[name] * (each - start[name]) ** 2).sum()
+                    STRENGTH * (importance[name] * (each - start[name]) ** 2).sum()
                     for name, each in cases.trainable(self.model).items()
                 )
                 return super().compute_loss(model, inputs, **kwargs) + penalty
@@ -74,7 +74,7 @@ def assert_importance(folder, by_hand):
 def test_a_run_equals_plain_trainers_with_the_penalty_in_their_loss(case, tmp_path):
     build, by_hand = cases.MODEL_CASES[case], ByHand()
     expected = by_hand.train(build, tmp_path / "by-hand")
-    run = runs.train(build(0), tmp_path / "run", ewc={"strength": F_MAX}, **SECTIONS)
+    run = runs.train(build(0), tmp_path / "run", ewc={"strength": STRENGTH}, **SECTIONS)
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
     assert_importance(tmp_path / "run", by_hand)
     if case == "full":
@@ -95,7 +95,7 @@ def assert_penalty_is_logged_from_the_second_stage_on(run):
 def test_the_authors_preset_equals_their_softmax_in_the_loss(tmp_path):
     by_hand = ByHand(granularity="tensor", normalization="softmax", scale=1e10)
     expected = by_hand.train(cases.tiny_llama, tmp_path / "by-hand")
-    run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc={"strength": F_MAX, "preset": "authors"}, **SECTIONS)
+    run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc={"strength": STRENGTH, "preset": "authors"}, **SECTIONS)
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
 
 
@@ -110,7 +110,7 @@ def test_the_authors_preset_equals_their_softmax_in_the_loss(tmp_path):
 def test_the_displacement_of_a_stage_is_that_of_its_end_after_end_weight(granularity, share, tmp_path):
     by_hand = ByHand(granularity, share=share)
     expected = by_hand.train(cases.tiny_llama, tmp_path / "by-hand")
-    ewc = {"strength": F_MAX, "granularity": granularity}
+    ewc = {"strength": STRENGTH, "granularity": granularity}
     run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc=ewc, end_weight=share, **SECTIONS)
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
     assert_importance(tmp_path / "run", by_hand)
@@ -143,7 +143,7 @@ def test_a_stage_of_three_objectives_is_held_by_the_sum_of_the_two_others(tmp_pa
         tmp_path / "run",
         objectives=["sft", "dpo", kto],
         data=data,
-        ewc={"strength": F_MAX},
+        ewc={"strength": STRENGTH},
         **SECTIONS,
     )
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
