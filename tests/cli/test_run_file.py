@@ -134,7 +134,10 @@ def test_an_override_takes_precedence_over_the_file_and_a_later_one_over_an_earl
 
 def test_numbers_from_the_file_and_from_the_command_line_have_the_same_type(run_file):
     file = run_file("ewc: {strength: 1e1}\nsft: {learning_rate: 1e-5}\nend_weight: 5e-1")
-    for run in (parsed(file), parsed(file, "--ewc.strength", "1e1", "--sft.learning_rate=1e-5", "--end_weight", "5e-1")):
+    for run in (
+        parsed(file),
+        parsed(file, "--ewc.strength", "1e1", "--sft.learning_rate=1e-5", "--end_weight", "5e-1"),
+    ):
         assert (run.config.ewc.strength, run.config.sft, run.config.end_weight) == (10.0, {"learning_rate": 1e-5}, 0.5)
         assert isinstance(run.config.ewc.strength, float)
 
@@ -186,7 +189,7 @@ def test_consolidation_is_switched_off_by_null(run_file):
         ("eval_datasets: {dp: x.jsonl}", "", ["`eval_datasets.dp`", "`dpo`"]),
         ("num_rounds: two", "", ["`num_rounds`", "an integer"]),
         ("num_rounds: 0", "", ["`num_rounds` is 0"]),
-        ("ewc: {fmax: 3}", "", ["`ewc.fmax`", "`strength`"]),
+        ("ewc: {strenght: 3}", "", ["`ewc.strenght`", "`strength`"]),
         ("ewc: {strength: strong}", "", ["`ewc.strength`", "a number"]),
         ("ewc: true", "", ["`ewc` is True", "a mapping or null"]),
         ("sft: 3", "", ["`sft` is 3", "a mapping or null"]),

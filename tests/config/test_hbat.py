@@ -37,6 +37,8 @@ def test_every_option_has_a_help_text(config_class):
         ({"strength": math.nan}, r"`ewc\.strength` is nan"),
         ({"strength": "10"}, r"`ewc\.strength` is '10'; it must be a number"),
         ({"strength": True}, r"`ewc\.strength` is True; it must be a number"),
+        ({"damping": -0.5}, r"`ewc\.damping` is -0\.5; it must be a number of at least 0"),
+        ({"damping": math.nan}, r"`ewc\.damping` is nan"),
         ({"importance_scale": -1.0}, r"`ewc\.importance_scale` is -1\.0"),
         ({"freeze": 1.5}, r"`ewc\.freeze` is 1\.5; it must be a number between 0 and 1"),
         ({"freeze": 1.0}, r"`ewc\.freeze` is 1\.0; it must be below 1"),
@@ -109,7 +111,7 @@ def test_any_number_in_range_is_accepted(strength, freeze):
         ({"end_weight": 1.5}, r"`end_weight` is 1\.5; it must be a number between 0 and 1"),
         ({"end_weight": {"sft": -0.1}}, r"`end_weight` is -0\.1; it must be a number between 0 and 1"),
         ({"end_weight": {"kto": 0.5}}, r"`end_weight` names the objective 'kto', which is not among \['sft', 'dpo'\]"),
-        ({"ewc": {"fmax": 1.0}}, r"`ewc\.fmax` is not an option.* Did you mean `strength`\?"),
+        ({"ewc": {"strenght": 1.0}}, r"`ewc\.strenght` is not an option.* Did you mean `strength`\?"),
         ({"ewc": {"strength": -1.0}}, r"`ewc\.strength` is -1\.0"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hbat.ewc import kernels
+from hbat.ewc.kernels import gradients_of
 from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, proximal_step_
 
 SHAPES = {f"matrix {index}": torch.empty(6, 4) for index in range(5)} | {
@@ -50,12 +51,12 @@ def test_small_tensors_share_a_batch():
     assert batch.names == list(SHAPES)
 
 
-def test_tensors_without_a_gradient_are_skipped_if_gradients_are_requested():
+def test_tensors_without_a_gradient_are_skipped_if_gradients_are_given():
     parameters, anchor, importance = build()
     parameters["vector"].grad = None
     names = [
-        {name for batch in kernels.batches(parameters, anchor, importance, with_gradient=flag) for name in batch.names}
-        for flag in (True, False)
+        {name for batch in kernels.batches(parameters, anchor, importance, gradients) for name in batch.names}
+        for gradients in (gradients_of(parameters), None)
     ]
     assert names == [SHAPES.keys() - {"vector"}, SHAPES.keys()]
 

@@ -118,7 +118,12 @@ def test_the_rest_can_be_allowed(name, now):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("sft.learning_rat", "sft.learning_rate"), ("sft", "sft."), ("ewc.strenght", "ewc.strength"), ("dpo.betas", "dpo.beta")],
+    [
+        ("sft.learning_rat", "sft.learning_rate"),
+        ("sft", "sft."),
+        ("ewc.strenght", "ewc.strength"),
+        ("dpo.betas", "dpo.beta"),
+    ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name, meant):
     with pytest.raises(RunStateError, match=rf"names '{name}', which is not a setting of this run\..*`{meant}`"):

@@ -21,6 +21,11 @@ def tensors(number):
     return {"a": torch.full((2, 2), float(number)), "b": torch.tensor([float(number)] * 3)}
 
 
+def record(number):
+    """What a stage leaves to its objective's importance."""
+    return {"displacement": tensors(number), "importance": tensors(number + 0.5)}
+
+
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -50,7 +55,7 @@ def finish(run, stage, *, steps=5, importance=True, moments=True, kept=None):
     run.commit_stage(
         stage,
         steps=steps,
-        importance=tensors(stage.index + 1) if importance else None,
+        importance=record(stage.index + 1) if importance else None,
         moments={"a::exp_avg": torch.full((2, 2), stage.index + 0.5)} if moments else {},
         weights=tensors(10 * (stage.index + 1)),
         kept=kept,
@@ -82,12 +87,14 @@ def test_a_resumed_run_holds_what_the_stages_left(tmp_path):
     assert again.state.objective_steps == {"sft": 11, "dpo": 7}
     assert same(again.weights(), tensors(30))
     assert same(again.weights("initial"), tensors(0))
-    assert same(again.consolidation.accumulated["sft"], tensors(1 + 3))
-    assert same(again.consolidation.accumulated["dpo"], tensors(2))
+    assert same(again.consolidation.accumulated["sft"]["displacement"], tensors(1 + 3))
+    assert same(again.consolidation.accumulated["sft"]["importance"], tensors(1.5 + 3.5))
+    assert same(again.consolidation.accumulated["dpo"]["displacement"], tensors(2))
+    assert same(again.consolidation.accumulated["dpo"]["importance"], tensors(2.5))
     assert same(again.moments["sft"], {"a::exp_avg": torch.full((2, 2), 2.5)})
     assert same(again.moments["dpo"], {"a::exp_avg": torch.full((2, 2), 1.5)})
     for stage in PLAN:
-        ours, theirs = run.consolidation.importance(stage), again.consolidation.importance(stage)
+        ours, theirs = (each.consolidation.importance(stage, tensors(0)) for each in (run, again))
         assert same(ours, theirs)
 
 
@@ -102,6 +109,7 @@ def test_a_stage_that_is_done_leaves_no_checkpoints_and_no_old_tensors(tmp_path)
     assert {file.name for file in (tmp_path / "state").iterdir()} == {
         "weights-000.safetensors",  # the run's start, for evaluations
         "weights-001.safetensors",
+        "displacement-sft-000.safetensors",
         "importance-sft-000.safetensors",
         "optimizer-sft-000.safetensors",
     }
@@ -159,7 +167,7 @@ def test_a_process_that_only_reads_follows_the_run_without_writing(tmp_path):
     run = Run.start(config(tmp_path), folder, described(), tensors(0))
     finish(run, PLAN[0])
     assert (run.state.next_stage, run.state.global_step) == (1, 5)
-    assert same(run.consolidation.accumulated["sft"], tensors(1))
+    assert same(run.consolidation.accumulated["sft"]["displacement"], tensors(1))
     assert not list(tmp_path.iterdir())
 
 
@@ -250,7 +258,9 @@ def test_a_refused_change_leaves_everything_as_it_was(tmp_path):
 @every_damage
 @pytest.mark.parametrize("limit", [1, 2])
 @pytest.mark.parametrize(
-    "kind", ["weights", "importance-sft", "importance-dpo", "optimizer-sft", "kept-dpo", "manifest"]
+    "kind",
+    ["weights", "optimizer-sft", "kept-dpo", "manifest"]
+    + [f"{kind}-{objective}" for kind in ("displacement", "importance") for objective in ("sft", "dpo")],
 )
 def test_damage_of_any_file_is_gone_around_or_named(kind, limit, damage, tmp_path, caplog):
     run = start(tmp_path, keep_states=limit)
@@ -295,22 +305,23 @@ def test_damaged_initial_weights_are_named_where_they_are_needed(damage, tmp_pat
 
 
 def _expected(done):
-    """What a run holds after `done` stages: next stage, weights, importance of sft, moments of dpo."""
+    """What a run holds after `done` stages: next stage, weights, what sft has left, moments of dpo."""
+    first, both = {"displacement": 1.0, "importance": 1.5}, {"displacement": 4.0, "importance": 5.0}
     return {
         "next": done,
         "weights": 10.0 * done,
-        "sft": {0: None, 1: 1.0, 2: 1.0, 3: 4.0, 4: 4.0}[done],
+        "sft": {0: {}, 1: first, 2: first, 3: both, 4: both}[done],
         "dpo": {0: None, 1: None, 2: 1.5, 3: 1.5, 4: 3.5}[done],
     }
 
 
 def _held(run):
-    importance = run.consolidation.accumulated.get("sft")
+    sums = run.consolidation.accumulated.get("sft", {})
     moments = run.moments["dpo"]
     return {
         "next": run.state.next_stage,
         "weights": float(run.weights()["a"][0, 0]),
-        "sft": float(importance["a"][0, 0]) if importance else None,
+        "sft": {kind: float(tensors["a"][0, 0]) for kind, tensors in sums.items()},
         "dpo": float(moments["a::exp_avg"][0, 0]) if moments else None,
     }
 
@@ -363,11 +374,14 @@ def test_state_of_a_stage_is_named_for_the_stage(tmp_path):
     finish(run, PLAN[1])
     manifest = json.loads((tmp_path / "hbat_state.json").read_text())
     assert manifest["files"]["weights"] == "weights-002.safetensors"
-    assert manifest["files"]["importance-dpo"] == "importance-dpo-001.safetensors"
+    for kind in ("displacement", "importance"):
+        assert manifest["files"][f"{kind}-dpo"] == f"{kind}-dpo-001.safetensors"
 
 
 def test_the_random_control_is_the_same_before_and_after_a_resume(tmp_path):
     ewc = EWCConfig(source="random")
-    first = start(tmp_path, ewc=ewc, seed=9).consolidation.control(tensors(0), PLAN[2])
-    again = resume(tmp_path, ewc=ewc, seed=9).consolidation.control(tensors(0), PLAN[2])
+    run = start(tmp_path, ewc=ewc, seed=9)
+    finish(run, PLAN[0])
+    first = run.consolidation.importance(PLAN[1], tensors(0))
+    again = resume(tmp_path, ewc=ewc, seed=9).consolidation.importance(PLAN[1], tensors(0))
     assert same(first, again)

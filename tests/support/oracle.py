@@ -85,6 +85,63 @@ def normalize(raw, normalization, scale=1.0):
     return {name: each / sum(weights.values()) for name, each in weights.items()}
 
 
+def relative_importance(moved, path=None, damping=1.0):
+    """max(0, w_i) / (A_i + damping * mean of A over the tensor), with w = 1 without a path; 0 for a divisor of 0."""
+    result = {}
+    for name, squared in arrays(moved).items():
+        result[name] = np.zeros(squared.shape)
+        for index in np.ndindex(squared.shape):
+            worth = 1.0 if path is None else max(0.0, array(path[name])[index])
+            divisor = squared[index] + damping * squared.mean()
+            result[name][index] = worth / divisor if divisor > 0 else 0.0
+    return result
+
+
+def elements(value, size):
+    """One number for each of the elements of a tensor; a value of the whole tensor counts for each of them."""
+    return np.broadcast_to(array(value).ravel(), size).tolist()
+
+
+def weighted_sum(weights, values, sizes):
+    """sum_i F_i d_i over all elements."""
+    return math.fsum(
+        one * other
+        for name, size in sizes.items()
+        for one, other in zip(elements(weights[name], size), elements(values[name], size), strict=True)
+    )
+
+
+def normalize_to_stage(raw, moved, sizes):
+    """F = raw / sum_i raw_i A_i; zero where that divides by zero."""
+    total = weighted_sum(raw, moved, sizes)
+    return {name: array(each) / total if total > 0 else 0.0 * array(each) for name, each in raw.items()}
+
+
+def raw_importance(record, source, damping):
+    """Importance from what an objective has left: its displacement, and its path integral or Fisher information."""
+    moved = record["displacement"]
+    return {
+        "path": lambda: relative_importance(moved, record["importance"], damping),
+        "relative": lambda: relative_importance(moved, None, damping),
+        "displacement": lambda: arrays(moved),
+        "fisher": lambda: arrays(record["importance"]),
+        "uniform": lambda: {name: np.ones(array(each).shape) for name, each in moved.items()},
+    }[source]()
+
+
+def held_by(records, source, damping, sizes):
+    """Importance for a stage: what each other objective has left in the unit of a stage, then summed."""
+    each = [normalize_to_stage(raw_importance(one, source, damping), one["displacement"], sizes) for one in records]
+    return {name: sum(one[name] for one in each) for name in sizes}
+
+
+def predicted(record, moved, damping, sizes):
+    """How much a stage raises an objective's loss: all that its path gained, times the share that it undoes."""
+    path = record["importance"]
+    gain = math.fsum(one for name, size in sizes.items() for one in elements(path[name], size))
+    return max(gain, 0.0) * weighted_sum(held_by([record], "path", damping, sizes), moved, sizes)
+
+
 def effective_tensors(importance):
     means = [array(each).mean() for each in importance.values()]
     shares = [each / sum(means) for each in means]
