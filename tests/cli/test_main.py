@@ -92,6 +92,7 @@ def test_a_run_trains_saves_its_model_and_prints_the_table(hbat, tmp_path):
         "round 1: sft",
         "round 2: dpo",
         "backward transfer",
+        "forgetting",
         str(tmp_path / "out"),
     ):
         assert part in out

@@ -19,13 +19,14 @@ def print_result(trainer: HBATTrainer) -> None:
     console, matrix = Console(soft_wrap=True), trainer.matrix
     folder = Path(trainer.args.output_dir).absolute()
     if matrix.rows:
-        head, (*rows, transfer) = table_rows(matrix)
+        head, (*rows, transfer, forgetting) = table_rows(matrix)
         table = _table(*head)
         table.title = f"Objectives after each stage ({directions(matrix)})"
         for cells in rows:
             table.add_row(*cells)
         table.add_section()
         table.add_row(*transfer)
+        table.add_row(*forgetting)
         console.print(table)
         console.print(f"Scores: {folder / SCORES_FILE}", highlight=False)
     console.print(f"Model:  {folder}", highlight=False)
