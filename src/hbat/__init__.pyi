@@ -9,6 +9,7 @@ from hbat.ppo.config import PPOConfig as PPOConfig
 from hbat.ppo.rewards.function import RewardError as RewardError
 from hbat.ppo.rewards.model import RewardWarning as RewardWarning
 from hbat.ppo.trainer import PPOTrainer as PPOTrainer
+from hbat.reports.front import Front as Front
 from hbat.reports.matrix import ForgettingMatrix as ForgettingMatrix
 from hbat.stages.interruption import RunInterrupted as RunInterrupted
 from hbat.stages.moments import MomentsWarning as MomentsWarning

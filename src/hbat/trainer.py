@@ -1,7 +1,7 @@
 """HBATTrainer: the loop over the stages of a run."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from hbat.config.fields import check_number
 from hbat.config.hbat import HBATConfig
 from hbat.engines.choose import choose_engine
 from hbat.engines.processes import is_main_process
@@ -18,8 +19,10 @@ from hbat.model.save import save, upload
 from hbat.objectives.rewards import reward_names
 from hbat.objectives.track import Track, build_tracks, fit
 from hbat.reports.card import write_model_card
+from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
 from hbat.reports.log import load_log
 from hbat.reports.matrix import ForgettingMatrix
+from hbat.reports.plots import draw_front
 from hbat.reports.reporter import RunReporter, mean_loss
 from hbat.reports.scores import RunScores
 from hbat.stages.builder import TrainerBuilder
@@ -30,8 +33,10 @@ from hbat.stages.nonfinite import with_advice
 from hbat.stages.rehearsal import rehearse
 from hbat.stages.runner import StageResult, StageRunner
 from hbat.stages.start import StageStart
-from hbat.state.fingerprint import fingerprint
+from hbat.state.files import write_json
+from hbat.state.fingerprint import Fingerprint, fingerprint
 from hbat.state.folder import RunFolder
+from hbat.state.last_stage import LastStage
 from hbat.state.plan import Stage, plan
 from hbat.state.run import Run, check_request
 
@@ -118,6 +123,7 @@ class HBATTrainer:
             self.model, args, builder, self._start, engine, list(callbacks or []), self._request
         )
         self._run: Run | None = None
+        self._moved_to: float | None = None
         self._start.take()
         rehearse(tracks, args, builder)
 
@@ -172,25 +178,27 @@ class HBATTrainer:
 
     def _open(self, *, resume: bool, allow_changed: Sequence[str]) -> Run:
         parameters = trainable_parameters(self.model)
-        tracks = self.tracks.values()
-        described = fingerprint(
-            self.args,
-            {track.name: track.args for track in tracks},
-            {track.name: track.train_dataset for track in tracks},
-            parameters,
-            self.model,
-            rewards=reward_names(track.objective for track in tracks),
-            processing_class=self.processing_class,
-        )
         run = Run.open(
-            self.args, self._folder, described, parameters,
+            self.args, self._folder, self._described(), parameters,
             resume=resume, allow_changed=allow_changed, needs_initial=self._evaluator.needs_reference,
         )  # fmt: skip
-        self.matrix.rows, self.state = list(run.state.evaluations), TrainerState()
+        self.matrix.rows, self.state, self._moved_to = list(run.state.evaluations), TrainerState(), None
         if run.was_resumed:
             run.load_weights(parameters)
             self.state = load_log(self._folder.path, run.state.global_step, run.state.log)
         return run
+
+    def _described(self) -> Fingerprint:
+        tracks = self.tracks.values()
+        return fingerprint(
+            self.args,
+            {track.name: track.args for track in tracks},
+            {track.name: track.train_dataset for track in tracks},
+            trainable_parameters(self.model),
+            self.model,
+            rewards=reward_names(track.objective for track in tracks),
+            processing_class=self.processing_class,
+        )
 
     def _make_reporter(self, run: Run) -> RunReporter:
         if run.state.next_stage == len(self._plan):
@@ -258,6 +266,71 @@ class HBATTrainer:
             return self._evaluator.evaluate(snapshot(trainable_parameters(self.model)))
         return self._evaluator.evaluate(self._run.weights("initial"))
 
+    def front(self, points: Iterable[float] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> Front:
+        """Evaluate the line between the start and the end of a finished run's last stage.
+
+        The model at a point is what the run would have ended with under that `end_weight`. Writes `front.json` and
+        `front.png` into `output_dir` and leaves the run there as it is; the model holds the run's end afterwards, as
+        after `train()`. Collective: call on every rank.
+
+        Args:
+            points: Values of `end_weight` between 0 and 1.
+
+        Returns:
+            Scores of every objective with evaluation rows, in the order of ascending points.
+
+        Raises:
+            ValueError: If a point is no number between 0 and 1, or fewer than two objectives have evaluation rows.
+            RunStateError: If `output_dir` holds no finished run of this trainer, or no longer has the start of its
+                last stage (`keep_states: 1`).
+        """
+        chosen = list(points)
+        for point in chosen:
+            check_number("points", point, 0, 1)
+        if not chosen:
+            raise ValueError("`points` is empty; give numbers between 0 and 1.")
+        if len(evaluated := list(self.eval_dataset)) < 2:  # noqa: PLR2004 - one against another
+            raise ValueError(
+                f"The front compares objectives, but of {list(self.tracks)} only {evaluated} have evaluation rows. "
+                "Give them for two or more (`eval_dataset`, in YAML `eval_datasets`)."
+            )
+        line = self._last_stage()
+        front = Front({name: self.matrix.headline[name] for name in evaluated}, better=self.matrix.better)
+        parameters = trainable_parameters(self.model)
+        try:
+            for point in sorted(set(map(float, chosen))):
+                line.move(parameters, point)
+                front.add(point, self.evaluate())
+        finally:
+            line.move(parameters, line.end_weight)
+            self._moved_to = None
+        if is_main_process():
+            write_json(self._folder.path / FRONT_FILE, front.as_dict())
+            draw_front(front, self._folder.path / FRONT_PLOT_FILE)
+        return front
+
+    def move_to(self, end_weight: float) -> None:
+        """Move the model to a point between the start and the end of a finished run's last stage.
+
+        It becomes `start + end_weight * (end - start)`, with the end as it was before the run's own `end_weight`.
+        The run in `output_dir` stays as it is. Collective: call on every rank.
+
+        Args:
+            end_weight: The point, between 0 and 1.
+
+        Raises:
+            ValueError: If it is no such number.
+            RunStateError: As `front`.
+        """
+        check_number("end_weight", end_weight, 0, 1)
+        self._last_stage().move(trainable_parameters(self.model), end_weight)
+        self._moved_to = end_weight
+
+    def _last_stage(self) -> LastStage:
+        last = LastStage.read(self._folder, self._plan, self._described())
+        self._run, self.matrix.rows = Run(self.args, self._folder, last.state), list(last.state.evaluations)
+        return last
+
     def save_model(self, output_dir: str | None = None) -> None:
         """Save model or adapter, tokenizer and model card. Collective: call on every rank; rank 0 writes.
 
@@ -270,7 +343,7 @@ class HBATTrainer:
         folder = Path(output_dir or self.args.output_dir)
         save(folder, self.model, self.processing_class)
         if is_main_process():
-            write_model_card(folder, self.args, self.model, self.matrix)
+            write_model_card(folder, self.args, self.model, self.matrix, self._moved_to)
 
     def push_to_hub(self, repo_id: str | None = None, *, private: bool | None = None) -> str:
         """Save and upload what `save_model` writes.

@@ -66,7 +66,7 @@ def hbat(tmp_path, values, capfd):
         file = tmp_path / "run.yaml"
         file.write_text(yaml.safe_dump(values))
         capfd.readouterr()
-        status = main([command, "--config", str(file), *words])
+        status = main([command, *(["--config"] if command != "front" else []), str(file), *words])
         captured = capfd.readouterr()
         return status, captured.out, [line for line in captured.err.splitlines() if line.startswith("hbat: ")]
 
@@ -92,6 +92,7 @@ def test_a_run_trains_saves_its_model_and_prints_the_table(hbat, tmp_path):
         "round 1: sft",
         "round 2: dpo",
         "backward transfer",
+        "forgetting",
         str(tmp_path / "out"),
     ):
         assert part in out
@@ -200,6 +201,61 @@ def test_a_stage_that_is_not_finite_is_rolled_back_as_often_as_the_command_says(
     assert sum("Back to the start of the stage" in message for message in caplog.messages) == 2
 
 
+# --- front ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_front_of_a_run_is_measured_drawn_and_one_of_its_models_is_saved(hbat, tmp_path):
+    words = ("--sft.learning_rate", "1e-2")
+    assert hbat("train", *words)[0] == 0
+    scores = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
+    state = (tmp_path / "out" / "hbat_state.json").read_bytes()
+    status, out, lines = hbat("front", "--points", "0,1", "--save", "0.75", str(tmp_path / "point"), *words)
+    assert (status, lines) == (0, [])
+    for part in (
+        "end_weight",
+        "sft loss",
+        "dpo loss",
+        "lower is better",
+        "0.75",
+        "front.png",
+        str(tmp_path / "point"),
+    ):
+        assert part in out
+    rows = json.loads((tmp_path / "out" / "front.json").read_text())["rows"]
+    assert [row["end_weight"] for row in rows] == [0.0, 0.75, 1.0]
+    assert [row["scores"] for row in rows[::2]] == [row["scores"] for row in scores[-2:]]
+    assert f"{rows[1]['scores']['dpo']['loss']:.4f}" in out
+    assert (tmp_path / "out" / "front.png").exists()
+    assert (tmp_path / "out" / "hbat_state.json").read_bytes() == state
+    point, end = (load_file(tmp_path / name / "model.safetensors") for name in ("point", "out"))
+    assert point.keys() == end.keys()
+    assert not any(point[name].equal(end[name]) for name in point)
+    assert (tmp_path / "point" / "tokenizer.json").exists()
+    assert "`0.75`" in (tmp_path / "point" / "README.md").read_text()
+    assert "is not an empty folder" in refusal(hbat("front", "--save", "1", str(tmp_path / "point"), *words))
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--points", "0,2"], "`--points` has '2' for a point; give a number between 0 and 1"),
+        (["--points", "0,,1"], "`--points` has '' for a point"),
+        (["--points", "nan"], "`--points` has 'nan' for a point"),
+        (["--save", "half", "new"], "`--save` has 'half' for a point"),
+        (["--save", "0.5"], "--save: expected 2 arguments"),
+        ([], "holds no run"),
+    ],
+)
+def test_what_the_front_cannot_measure_is_one_line_with_status_2(hbat, tmp_path, words, part):
+    assert part in refusal(hbat("front", *words))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_the_file_of_the_front_may_also_be_named_as_for_the_other_commands(capsys):
+    assert main(["front", "--config", "none.yaml"]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+
+
 # --- validation ------------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +328,7 @@ def test_the_traceback_is_shown_when_asked_for(hbat, capfd):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["tran"], ["train"], ["train", "--config"], ["demo", "--fast"], ["demo", "--seed", "x"]]
+    "words", [[], ["tran"], ["train"], ["train", "--config"], ["front"], ["demo", "--fast"], ["demo", "--seed", "x"]]
 )
 def test_a_wrong_command_line_is_one_line_with_status_2(words, capsys):
     assert main(words) == 2
@@ -283,7 +339,8 @@ def test_a_wrong_command_line_is_one_line_with_status_2(words, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["train", "--help"], ["validate", "--help"], ["demo", "-h"]]
+    "words",
+    [["--help"], ["--version"], ["train", "--help"], ["validate", "--help"], ["front", "--help"], ["demo", "-h"]],
 )
 def test_help_imports_nothing_heavy(words):
     code = (

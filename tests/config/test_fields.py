@@ -153,8 +153,8 @@ def test_our_own_refusals_keep_their_one_prefix():
 
 
 def test_a_run_is_a_section_at_the_top_level():
-    config = build_section("", HBATConfig, {"output_dir": "run", "ewc": {"strength": "3"}, "end_weight": {"sft": 0.5}})
-    assert (config.ewc.strength, config.end_weight_of("sft")) == (3.0, 0.5)
+    config = build_section("", HBATConfig, {"output_dir": "run", "ewc": {"strength": "3"}, "end_weight": "0.5"})
+    assert (config.ewc.strength, config.end_weight) == (3.0, 0.5)
 
 
 def test_a_class_whose_annotations_cannot_be_read_takes_any_value():

@@ -109,8 +109,9 @@ def test_any_number_in_range_is_accepted(strength, freeze):
         ({"lr_schedule": {"dpo": "decline"}}, r"`lr_schedule` is 'decline'"),
         ({"lr_schedule": {"dop": "run"}}, r"`lr_schedule` names the objective 'dop'.* Did you mean `dpo`\?"),
         ({"end_weight": 1.5}, r"`end_weight` is 1\.5; it must be a number between 0 and 1"),
-        ({"end_weight": {"sft": -0.1}}, r"`end_weight` is -0\.1; it must be a number between 0 and 1"),
-        ({"end_weight": {"kto": 0.5}}, r"`end_weight` names the objective 'kto', which is not among \['sft', 'dpo'\]"),
+        ({"end_weight": -0.1}, r"`end_weight` is -0\.1; it must be a number between 0 and 1"),
+        ({"end_weight": float("nan")}, r"`end_weight` is nan; it must be a number between 0 and 1"),
+        ({"end_weight": {"dpo": 0.5}}, r"`end_weight` is \{'dpo': 0\.5\}; it must be a number between 0 and 1"),
         ({"ewc": {"strenght": 1.0}}, r"`ewc\.strenght` is not an option.* Did you mean `strength`\?"),
         ({"ewc": {"strength": -1.0}}, r"`ewc\.strength` is -1\.0"),
     ],
@@ -132,19 +133,17 @@ def test_the_ewc_section_may_be_a_mapping_an_object_or_nothing():
 
 
 def test_one_word_holds_for_all_objectives_and_a_mapping_for_those_it_names():
-    config = HBATConfig(output_dir="run", lr_schedule="run", end_weight=0.5)
+    config = HBATConfig(output_dir="run", lr_schedule="run")
     assert [config.lr_schedule_of(name) for name in ("sft", "dpo")] == ["run", "run"]
-    assert [config.end_weight_of(name) for name in ("sft", "dpo")] == [0.5, 0.5]
-    config = HBATConfig(output_dir="run", lr_schedule={"dpo": "decay"}, end_weight={"sft": 0.25})
+    config = HBATConfig(output_dir="run", lr_schedule={"dpo": "decay"})
     assert [config.lr_schedule_of(name) for name in ("sft", "dpo")] == ["stage", "decay"]
-    assert [config.end_weight_of(name) for name in ("sft", "dpo")] == [0.25, 1.0]
 
 
 def test_an_objective_of_ones_own_counts_by_its_name():
     own = types.SimpleNamespace(name="distill")
-    config = HBATConfig(output_dir="run", objectives=["sft", own], end_weight={"distill": 0.5})
+    config = HBATConfig(output_dir="run", objectives=["sft", own], lr_schedule={"distill": "run"})
     assert config.objective_names == ["sft", "distill"]
-    assert config.end_weight_of("distill") == 0.5
+    assert config.lr_schedule_of("distill") == "run"
 
 
 def test_two_configurations_share_nothing_that_can_change():

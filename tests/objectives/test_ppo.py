@@ -133,8 +133,9 @@ def test_evaluation_puts_the_reward_into_the_table_and_higher_is_better(tmp_path
     assert rewards[0] == pytest.approx(
         build(cases.tiny_llama(0), tmp_path / "x", evaluation=evaluation).evaluate()["ppo"]["reward"]
     )
-    transfer = run.matrix.backward_transfer()
-    assert transfer.keys() == {"sft", "ppo"}
+    losses = run.matrix.series("sft")
+    assert run.matrix.backward_transfer() == {"sft": losses[-2] - losses[-1]}
+    assert run.matrix.forgetting()["ppo"] == max(rewards[1:-1]) - rewards[-1]
 
 
 # --- resume ----------------------------------------------------------------------------------------------------------

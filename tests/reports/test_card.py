@@ -66,12 +66,12 @@ def test_the_card_says_what_was_trained_from_what_and_how(tmp_path):
     model.config._name_or_path = "some/model"  # noqa: SLF001 - where transformers keeps it
     folder = tmp_path / "my run"
     folder.mkdir()
-    _, body = card(folder, model, num_rounds=3, ewc={"strength": 2.5}, end_weight={"dpo": 0.5})
+    _, body = card(folder, model, num_rounds=3, ewc={"strength": 2.5}, end_weight=0.5)
     assert "# my run\n" in body
     assert "Trained from `some/model`" in body
     assert "sft, dpo alternate over 3 rounds" in body
     assert '"strength": 2.5' in body
-    assert "end_weight: `{'dpo': 0.5}`" in body
+    assert "end_weight: `0.5`" in body
 
 
 def test_a_model_given_in_memory_and_a_run_without_consolidation_are_said_so(tmp_path):

@@ -8,7 +8,8 @@ import sys
 import pytest
 from matrices import TWO_ROUNDS, matrix
 
-from hbat.reports.plots import can_draw, draw_matrix
+from hbat.reports.front import Front
+from hbat.reports.plots import can_draw, draw_front, draw_matrix
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -74,11 +75,44 @@ def test_drawing_leaves_no_figure_open(tmp_path):
     assert pyplot.get_fignums() == before
 
 
+def front(*rows):
+    """A front from the losses of its objectives by name, at even distances."""
+    found = Front(dict.fromkeys(rows[0], "loss"))
+    for index, losses in enumerate(rows):
+        found.add(index / len(rows), {name: {"loss": loss} for name, loss in losses.items()})
+    return found
+
+
+FRONTS = {
+    "a line": [{"sft": 1.0, "dpo": 2.0}, {"sft": 2.0, "dpo": 1.0}],
+    "one point": [{"sft": 1.0, "dpo": 2.0}],
+    "equal scores": [{"sft": 1.0, "dpo": 2.0}] * 3,
+    "not a number": [{"sft": math.nan, "dpo": 2.0}, {"sft": 2.0, "dpo": math.inf}],
+    "missing": [{"sft": 1.0, "dpo": 2.0}, {"sft": 1.0}],
+}
+
+
+@pytest.mark.parametrize("rows", FRONTS.values(), ids=FRONTS)
+def test_a_front_is_drawn_whatever_the_scores(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    draw_front(front(*rows), tmp_path / "front.png")
+    assert min(size(tmp_path / "front.png")) > 100
+
+
+def test_every_two_objectives_have_a_picture_of_their_own(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw_front(front({"sft": 1.0, "dpo": 2.0}), tmp_path / "two.png")
+    draw_front(front({"sft": 1.0, "dpo": 2.0, "kto": 3.0}), tmp_path / "three.png")
+    assert size(tmp_path / "three.png")[0] == 3 * size(tmp_path / "two.png")[0]
+
+
 def test_without_matplotlib_one_line_says_what_is_missing(hidden, tmp_path, caplog):
     assert not can_draw()
     with caplog.at_level(logging.INFO, logger="hbat.reports.plots"):
         draw_matrix(matrix(*TWO_ROUNDS), tmp_path / "evaluation.png")
+        draw_front(front(*FRONTS["a line"]), tmp_path / "front.png")
     assert [record.message for record in caplog.records] == [
-        "matplotlib is not installed, so evaluation.png is not drawn (pip install 'hbat-trl[plots]')."
+        f"matplotlib is not installed, so {name} is not drawn (pip install 'hbat-trl[plots]')."
+        for name in ("evaluation.png", "front.png")
     ]
     assert not list(tmp_path.iterdir())

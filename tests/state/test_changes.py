@@ -7,7 +7,7 @@ from hbat.state.fingerprint import Fingerprint
 from hbat.state.manifest import RunStateError
 
 BEFORE = {
-    "run": {"objectives": ["sft", "dpo"], "num_rounds": 2, "seed": 1, "processes": 1, "end_weight": {"sft": 1.0}},
+    "run": {"objectives": ["sft", "dpo"], "num_rounds": 2, "seed": 1, "processes": 1, "end_weight": 1.0},
     "ewc": {"strength": 1.0, "source": "displacement", "granularity": "element"},
     "data": {"sft": {"rows": 8, "columns": ["a"], "content": "x"}},
     "parameters": {"tensors": 3, "shapes": "y"},
@@ -105,7 +105,7 @@ def test_what_would_train_garbage_cannot_be_allowed(name, now, why):
     [
         ("data.sft.content", with_(data__sft__content="other")),
         ("run.processes", with_(run__processes=2)),
-        ("run.end_weight.sft", with_(run__end_weight__sft=0.5)),
+        ("run.end_weight", with_(run__end_weight=0.5)),
         ("tokenizer.template", with_(tokenizer__template="u")),
         ("ewc.strength", with_(ewc__strength=0)),
     ],

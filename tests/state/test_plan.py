@@ -43,6 +43,10 @@ def test_a_single_round_trains_on_the_data_set_as_it_is(num_rows, seed):
     assert part_indices(num_rows, 1, 0, seed) == list(range(num_rows))
 
 
+def test_the_last_of_all_stages_alone_is_the_last():
+    assert [stage.is_last for stage in plan(2, ["sft", "dpo"])] == [False, False, False, True]
+
+
 def test_another_seed_cuts_other_parts():
     assert parts(100, 4, 0) != parts(100, 4, 1)
 

@@ -22,8 +22,9 @@ STRENGTH = 2.0
 class ByHand:
     """The penalty of plain trainers by autograd, with raw importance from the oracle."""
 
-    def __init__(self, granularity="element", normalization="mean", scale=1.0, share=1.0):
-        self.granularity, self.normalization, self.scale, self.share = granularity, normalization, scale, share
+    def __init__(self, granularity="element", normalization="mean", scale=1.0, end_weight=1.0):
+        self.granularity, self.normalization, self.scale = granularity, normalization, scale
+        self.end_weight = end_weight
         self.accumulated = {}
 
     def trainer_class(self, stage, start):
@@ -48,7 +49,8 @@ class ByHand:
         return WithPenalty
 
     def after(self, stage, start, end):
-        end = {name: start[name] + self.share * (end[name] - start[name]) for name in end}
+        if stage == (3, 1, "dpo"):  # the last
+            end = {name: start[name] + self.end_weight * (end[name] - start[name]) for name in end}
         moved = oracle.displacement(end, start, self.granularity)
         own = self.accumulated.setdefault(stage[2], dict.fromkeys(moved, 0.0))
         for name, each in moved.items():
@@ -100,29 +102,22 @@ def test_the_authors_preset_equals_their_softmax_in_the_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("granularity", "share"),
+    ("granularity", "end_weight"),
     [
         ("tensor", 0.5),
         pytest.param("element", 0.5, marks=pytest.mark.slow),
         pytest.param("tensor", 1.0, marks=pytest.mark.slow),
     ],
 )
-def test_the_displacement_of_a_stage_is_that_of_its_end_after_end_weight(granularity, share, tmp_path):
-    by_hand = ByHand(granularity, share=share)
+def test_the_last_stage_alone_is_averaged_with_its_start_before_its_displacement_is_taken(
+    granularity, end_weight, tmp_path
+):
+    by_hand = ByHand(granularity, end_weight=end_weight)
     expected = by_hand.train(cases.tiny_llama, tmp_path / "by-hand")
     ewc = {"strength": STRENGTH, "granularity": granularity}
-    run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc=ewc, end_weight=share, **SECTIONS)
+    run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc=ewc, end_weight=end_weight, **SECTIONS)
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
     assert_importance(tmp_path / "run", by_hand)
-
-
-def test_an_objective_can_have_an_end_weight_of_its_own(tmp_path):
-    def after(stage, start, end):
-        return {name: (start[name] + end[name]) / 2 for name in end} if stage[2] == "dpo" else end
-
-    expected = runs.by_hand(cases.tiny_llama, tmp_path / "by-hand", after=after)[-1]
-    run = runs.train(cases.tiny_llama(), tmp_path / "run", end_weight={"dpo": 0.5})
-    assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
 
 
 def test_a_stage_of_three_objectives_is_held_by_the_sum_of_the_two_others(tmp_path):

@@ -1,8 +1,9 @@
-"""The command `hbat`: train or validate a run from a YAML file, or run the demo. `--help` imports nothing heavy."""
+"""The command `hbat`: train, validate or measure the run of a YAML file, or run the demo. `--help` is quick."""
 
 import argparse
 import contextlib
 import dataclasses
+import math
 import sys
 import textwrap
 import traceback
@@ -15,7 +16,7 @@ from hbat.cli.run_file import SECTIONS, RunFile, described_keys, parse, parse_ov
 from hbat.config.ewc import EWCConfig
 
 _USER_ERRORS = (ValueError, TypeError, KeyError, OSError, NotImplementedError, ImportError)
-_OWN_OPTIONS = ("config", "resume", "allow_changed", "traceback", "help")
+_OWN_OPTIONS = ("config", "resume", "allow_changed", "points", "save", "traceback", "help")
 
 
 class _TrainingError(Exception):
@@ -110,6 +111,39 @@ def _validate(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
+def _front(options: argparse.Namespace, words: Sequence[str]) -> int:
+    points = [_point("points", text) for text in options.points.split(",")]
+    saved, folder = None, None
+    if options.save:
+        saved, folder = _point("save", options.save[0]), Path(options.save[1])
+        points.append(saved)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"`--save` names {str(folder)!r}, which is not an empty folder. Name a new one.")
+    run = _prepare(options, words)
+    with contextlib.redirect_stdout(sys.stderr):
+        from hbat.cli.build import build_trainer  # noqa: PLC0415 - heavy
+        from hbat.cli.summary import end_processes, print_front  # noqa: PLC0415 - heavy
+
+        trainer = build_trainer(run)
+        front = trainer.front(points)
+        if saved is not None:
+            trainer.move_to(saved)
+            trainer.save_model(str(folder))
+    print_front(trainer, front, folder)
+    end_processes()
+    return 0
+
+
+def _point(option: str, text: str) -> float:
+    try:
+        point = float(text)
+    except ValueError:
+        point = math.nan
+    if not 0 <= point <= 1:
+        raise ValueError(f"`--{option}` has {text!r} for a point; give a number between 0 and 1.")
+    return point
+
+
 def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
     if words:
         raise ValueError(f"`{words[0]}` is not an option. See `hbat demo --help`.")
@@ -132,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="hbat", allow_abbrev=False, description="Hybrid alignment training: alternate SFT and preference stages."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{train,validate,demo}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="{train,validate,front,demo}")
     train = _run_command(commands, "train", _train, "train a run described by a YAML file")
     train.add_argument("--resume", action="store_true", help="continue the interrupted run in `output_dir`")
     train.add_argument(
@@ -142,6 +176,17 @@ def _parser() -> argparse.ArgumentParser:
         help="values that may differ from the run that resumes, comma-separated: `sft.learning_rate,ewc.`",
     )
     _run_command(commands, "validate", _validate, "check configuration, data and model without training")
+    what = "score the models between the start and the end of a finished run's last stage, and save one"
+    front = _run_command(commands, "front", _front, what, file="RUN")
+    front.add_argument(
+        "--points",
+        default="0,0.25,0.5,0.75,1",
+        metavar="NUMBERS",
+        help="values of `end_weight` to evaluate: 0 is the stage's start, 1 its end (default: %(default)s)",
+    )
+    front.add_argument(
+        "--save", nargs=2, metavar=("POINT", "DIR"), help="save the model or adapter at a point into a new folder"
+    )
     what = "compare HBAT and two-stage training on a small model, on the CPU"
     demo = commands.add_parser("demo", allow_abbrev=False, help=what, description=_sentence(what))
     demo.add_argument(
@@ -155,17 +200,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_command(commands: Any, name: str, run: Any, what: str) -> argparse.ArgumentParser:
+def _run_command(
+    commands: Any, name: str, run: Any, what: str, *, file: str = "--config run.yaml"
+) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         allow_abbrev=False,
         help=what,
-        usage=f"hbat {name} --config run.yaml [options] [--KEY VALUE ...]",
+        usage=f"hbat {name} {file} [options] [--KEY VALUE ...]",
         description=_sentence(what),
         epilog=_keys_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    if file.startswith("--"):
+        command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    else:
+        command.add_argument("config", metavar=file, help="YAML file of the run")
+        command.add_argument(
+            "--config", action="store_true", dest="_", help=argparse.SUPPRESS
+        )  # as before other files
     command.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     command.set_defaults(run=run)
     return command

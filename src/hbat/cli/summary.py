@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hbat.engines.processes import is_main_process
+from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
 from hbat.reports.matrix import directions, table_rows
+from hbat.reports.plots import can_draw
 from hbat.reports.scores import SCORES_FILE
 from hbat.trainer import HBATTrainer
 
@@ -19,16 +21,34 @@ def print_result(trainer: HBATTrainer) -> None:
     console, matrix = Console(soft_wrap=True), trainer.matrix
     folder = Path(trainer.args.output_dir).absolute()
     if matrix.rows:
-        head, (*rows, transfer) = table_rows(matrix)
+        head, (*rows, transfer, forgetting) = table_rows(matrix)
         table = _table(*head)
         table.title = f"Objectives after each stage ({directions(matrix)})"
         for cells in rows:
             table.add_row(*cells)
         table.add_section()
         table.add_row(*transfer)
+        table.add_row(*forgetting)
         console.print(table)
         console.print(f"Scores: {folder / SCORES_FILE}", highlight=False)
     console.print(f"Model:  {folder}", highlight=False)
+
+
+def print_front(trainer: HBATTrainer, front: Front, saved: Path | None) -> None:
+    """Print the scores along the last stage and the paths of the results, on the main process."""
+    if not is_main_process():
+        return
+    console, folder = Console(soft_wrap=True), Path(trainer.args.output_dir).absolute()
+    table = _table("end_weight", *(f"{name} {metric}" for name, metric in front.headline.items()))
+    table.title = f"From the start (0) to the end (1) of the last stage ({directions(front)})"
+    for point, *values in zip(front.points, *map(front.series, front.headline), strict=True):
+        table.add_row(f"{point:g}", *("" if value is None else f"{value:.4f}" for value in values))
+    console.print(table)
+    console.print(f"Scores: {folder / FRONT_FILE}", highlight=False)
+    if can_draw():
+        console.print(f"Plot:   {folder / FRONT_PLOT_FILE}", highlight=False)
+    if saved is not None:
+        console.print(f"Model:  {saved.absolute()}", highlight=False)
 
 
 def print_plan(trainer: HBATTrainer) -> None:

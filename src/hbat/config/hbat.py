@@ -77,12 +77,12 @@ class HBATConfig:
             "like `stage`, multiplied by 1 - n/N in round n = 0, ..., N-1."
         },
     )
-    end_weight: Any = field(
+    end_weight: float = field(
         default=1.0,
         metadata={
-            "help": "Weight of a stage's end in the average with its start: after a stage the weights are set to "
-            "start + end_weight * (end - start). One number or a mapping from objective to number. `1.0` keeps the "
-            "end as it is."
+            "help": "Weight of the end of the run's last stage in the average with its start: after that stage alone "
+            "the weights are set to start + end_weight * (end - start), with a number between 0 and 1. `1.0` keeps "
+            "the end as it is. `hbat front` measures the line between the two after training."
         },
     )
     on_bad_rows: OnBadRows = field(
@@ -156,7 +156,7 @@ class HBATConfig:
         check_choice("ppo_backend", self.ppo_backend, PPOBackend)
         for name in self.objective_names:
             check_choice("lr_schedule", self.lr_schedule_of(name), LRSchedule)
-            check_number("end_weight", self.end_weight_of(name), 0, 1)
+        check_number("end_weight", self.end_weight, 0, 1)
         if isinstance(self.ewc, Mapping):
             self.ewc = build_section("ewc", EWCConfig, self.ewc)
         if not isinstance(self.ewc, EWCConfig | None):
@@ -177,11 +177,6 @@ class HBATConfig:
     def lr_schedule_of(self, objective: str) -> str:
         """Learning rate schedule of an objective: `stage`, `run` or `decay`."""
         return str(self._by_objective("lr_schedule", objective, "stage"))
-
-    def end_weight_of(self, objective: str) -> float:
-        """Weight of the end of an objective's stages, between 0 and 1."""
-        value: float = self._by_objective("end_weight", objective, 1.0)
-        return value
 
     def _by_objective(self, name: str, objective: str, default: Any) -> Any:
         value = getattr(self, name)

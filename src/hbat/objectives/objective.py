@@ -23,7 +23,8 @@ _OWNED_BY_RUN = {
     "run_name": "one set of reporters serves the whole run. Set the run's `run_name`.",
     "push_to_hub": "stages are not pushed. Call `push_to_hub()` after training.",
     "resume_from_checkpoint": "the run resumes as a whole. Pass `resume_from_checkpoint` to `HBATTrainer.train`.",
-    "load_best_model_at_end": "the next stage starts from the end of this one. Use `end_weight` to hold a stage back.",
+    "load_best_model_at_end": "the next stage starts from the end of this one. `hbat front` chooses a point "
+    "of the last stage after training.",
     "model_init_kwargs": "the model is loaded once for all stages. Set the run's `model_init_kwargs`.",
     "cast_lm_head_to_fp32": "it changes the model for all later stages. Load the model in float32.",
     "sync_ref_model": "the reference policy is the model at the start of the stage. More rounds renew it more often.",

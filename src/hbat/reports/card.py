@@ -22,17 +22,21 @@ Trained from `{{ origin }}` by hybrid alignment training ([HBAT](https://arxiv.o
 
 * elastic weight consolidation: `{{ ewc }}`
 * optimizer moments between stages: `{{ config.optimizer_state }}`
-* learning-rate schedule: `{{ config.lr_schedule }}`; end_weight: `{{ config.end_weight }}`
+* learning-rate schedule: `{{ config.lr_schedule }}`; end_weight: `{{ end_weight }}`
 {% if scores %}
 ## Scores after each stage
 
 {{ better }}. The reference policy of a preference score is the model at the start of the run.
+{%- if moved %} The last row is the run's own end; this model is another point of its last stage,
+start + {{ end_weight }} * (end - start).{% endif %}
 
 {{ scores }}
 {% endif %}"""
 
 
-def write_model_card(folder: Path, config: HBATConfig, model: Any, matrix: ForgettingMatrix) -> None:
+def write_model_card(
+    folder: Path, config: HBATConfig, model: Any, matrix: ForgettingMatrix, end_weight: float | None = None
+) -> None:
     """Write the model card, `README.md`.
 
     Args:
@@ -40,6 +44,7 @@ def write_model_card(folder: Path, config: HBATConfig, model: Any, matrix: Forge
         config: The run's configuration.
         model: The model.
         matrix: Its scores.
+        end_weight: The point of the last stage that the model was moved to after the run, if it was.
     """
     base = getattr(model.config, "_name_or_path", "")
     on_hub, is_adapter = _is_hub_name(base), hasattr(model, "peft_config")
@@ -55,6 +60,8 @@ def write_model_card(folder: Path, config: HBATConfig, model: Any, matrix: Forge
         origin=(base if on_hub else re.split(r"[/\\]", base.rstrip("/\\"))[-1]) or "a model given in memory",
         objectives=", ".join(config.objective_names),
         config=config,
+        end_weight=config.end_weight if end_weight is None else end_weight,
+        moved=end_weight is not None,
         ewc="none" if config.ewc is None else json.dumps({k: v for k, v in vars(config.ewc).items() if v is not None}),
         better=better[:1].upper() + better[1:],
         scores=markdown_table(matrix) if matrix.rows else "",

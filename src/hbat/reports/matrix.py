@@ -1,5 +1,6 @@
 """The forgetting matrix: what every objective scores after every stage, what it says, and how it reads as a table."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,11 +25,8 @@ def as_metrics(scores_of: Mapping[str, Mapping[str, float]]) -> dict[str, float]
 
 
 @dataclass
-class ForgettingMatrix:
-    """Scores of every objective at the start of a run and after every stage.
-
-    A row is `{"stage": index, "round": n, "objective": name, "scores": {objective: {metric: value}}}`; the row of the
-    start has stage -1 and objective None.
+class ScoreTable:
+    """Scores of objectives in rows, each with `"scores": {objective: {metric: value}}`.
 
     Attributes:
         headline: Metric that stands for each objective.
@@ -43,6 +41,27 @@ class ForgettingMatrix:
     def better_of(self, objective: str) -> Better:
         """Which scores of an objective are better, `lower` or `higher`."""
         return self.better.get(objective, "lower")
+
+    def series(self, objective: str) -> list[float | None]:
+        """Headline score of an objective in each row, None where it was not evaluated."""
+        metric = self.headline[objective]
+        return [row["scores"].get(objective, {}).get(metric) for row in self.rows]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file: headline metrics, which of them are better, rows."""
+        return {
+            "headline": dict(self.headline),
+            "better": {name: self.better_of(name) for name in self.headline},
+            "rows": self.rows,
+        }
+
+
+class ForgettingMatrix(ScoreTable):
+    """Scores of every objective at the start of a run and after every stage.
+
+    A row is `{"stage": index, "round": n, "objective": name, "scores": {objective: {metric: value}}}`; the row of the
+    start has stage -1 and objective None.
+    """
 
     def add(self, *, stage: int, round_index: int, objective: str | None, scores: Mapping[str, Any]) -> None:
         """Append the scores after a stage.
@@ -59,32 +78,44 @@ class ForgettingMatrix:
         """Whether a stage, by its index, has its row; the start is -1."""
         return any(row["stage"] == stage for row in self.rows)
 
-    def series(self, objective: str) -> list[float | None]:
-        """Headline score of an objective in each row, None where it was not evaluated."""
-        metric = self.headline[objective]
-        return [row["scores"].get(objective, {}).get(metric) for row in self.rows]
-
     def backward_transfer(self) -> dict[str, float]:
-        r"""What all later stages did to an objective.
+        r"""What the stages after an objective's last own stage did to it.
 
-        With $R_j$ the objective's headline score after stage j, and the mean over its own stages s but the run's last:
-        $\mathrm{BWT} = \mathrm{mean}_s (R_s - R_{end})$ if lower is better, with the opposite sign if higher is.
-        Negative means forgetting, positive that later stages helped.
+        With $R_j$ the objective's headline score after stage j and s its last own stage:
+        $\mathrm{BWT} = R_{end} - R_s$ if higher is better, with the opposite sign if lower is. Negative means that the
+        other objectives' stages made it worse, positive that they helped. Source: Lopez-Paz and Ranzato,
+        arXiv 1706.08840, who train every task once.
 
         Returns:
-            Backward transfer by objective, for those that have scores in these rows.
+            Backward transfer by objective. The objective of the run's last stage has none.
         """
         result = {}
         for objective in self.headline:
-            values = self.series(objective)
-            last = values[-1] if values else None
-            own = [
-                value
-                for row, value in zip(self.rows[:-1], values, strict=False)
-                if row["objective"] == objective and value is not None
-            ]
-            if last is not None and own:
-                result[objective] = sum(self._gain(objective, value, last) for value in own) / len(own)
+            own = [value for row, value in self._after_stages(objective) if row["objective"] == objective]
+            if own and self.rows[-1]["objective"] != objective:
+                after, end = own[-1], self.series(objective)[-1]
+                if after is not None and end is not None:
+                    result[objective] = self._gain(objective, after, end)
+        return result
+
+    def forgetting(self) -> dict[str, float]:
+        r"""How far an objective ends below the best that it had reached.
+
+        With $R_j$ the objective's headline score after stage j: $\max_{j < end} R_j - R_{end}$ if higher is better,
+        $R_{end} - \min_{j < end} R_j$ if lower is. Positive means forgetting, negative that it was never better than
+        at the end. Unlike backward transfer it also counts what the objective's own later stages did, or did not bring
+        back. Source: Chaudhry et al., arXiv 1801.10112.
+
+        Returns:
+            Forgetting by objective. One that only the run's last stage trained has none.
+        """
+        result = {}
+        for objective in self.headline:
+            earlier = self._after_stages(objective)[:-1]
+            known = [value for _, value in earlier if value is not None and not math.isnan(value)]
+            end = self.series(objective)[-1] if self.rows else None
+            if known and end is not None and any(row["objective"] == objective for row, _ in earlier):
+                result[objective] = max(self._gain(objective, end, value) for value in known)
         return result
 
     def interference(self) -> dict[str, float]:
@@ -105,16 +136,19 @@ class ForgettingMatrix:
                 result[objective] = sum(changes) / len(changes)
         return result
 
+    def _after_stages(self, objective: str) -> list[tuple[dict[str, Any], float | None]]:
+        return [
+            (row, value) for row, value in zip(self.rows, self.series(objective), strict=True) if row["stage"] >= 0
+        ]
+
     def _gain(self, objective: str, before: float, after: float) -> float:
         return after - before if self.better_of(objective) == "higher" else before - after
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON file: headline metrics, which of them are better, rows, transfer, interference."""
-        return {
-            "headline": dict(self.headline),
-            "better": {name: self.better_of(name) for name in self.headline},
-            "rows": self.rows,
+        """Plain values for a JSON file: headline metrics, which of them are better, rows, and what they say."""
+        return super().as_dict() | {
             "backward_transfer": self.backward_transfer(),
+            "forgetting": self.forgetting(),
             "interference": self.interference(),
         }
 
@@ -131,14 +165,14 @@ class ForgettingMatrix:
 
 
 def table_rows(matrix: ForgettingMatrix) -> tuple[list[str], list[list[str]]]:
-    """Lay the headline scores out as cells: the head, a row for each of the matrix, and backward transfer."""
+    """Lay the headline scores out as cells: the head, and the rows of the matrix, backward transfer and forgetting."""
     head = ["after", *(f"{name} {metric}" for name, metric in matrix.headline.items())]
     rows = [
         [label, *("" if value is None else f"{value:.4f}" for value in values)] for label, values in matrix.lines()
     ]
-    transfer = matrix.backward_transfer()
-    shown = (f"{transfer[name]:+.4f}" if name in transfer else "" for name in matrix.headline)
-    return head, [*rows, ["backward transfer", *shown]]
+    for label, values in ("backward transfer", matrix.backward_transfer()), ("forgetting", matrix.forgetting()):
+        rows.append([label, *(f"{values[name]:+.4f}" if name in values else "" for name in matrix.headline)])
+    return head, rows
 
 
 def markdown_table(matrix: ForgettingMatrix) -> str:
@@ -149,7 +183,7 @@ def markdown_table(matrix: ForgettingMatrix) -> str:
     return "\n".join(lines)
 
 
-def directions(matrix: ForgettingMatrix) -> str:
+def directions(matrix: ScoreTable) -> str:
     """Say which scores are better: `lower is better`, with the names of the objectives if they differ."""
     names: dict[str, list[str]] = {}
     for name in matrix.headline:

@@ -101,7 +101,8 @@ class StageRunner:
             RunInterrupted: If a signal stopped the stage; its checkpoint is saved.
 
         Returns:
-            What the stage leaves. The model's weights are those of its end, moved by `end_weight`.
+            What the stage leaves. The model's weights are those of its end; of the run's last stage moved by
+            `end_weight`.
         """
         objective, consolidation = track.objective, run.consolidation
         carry = CarryMoments(run.moments.pop(stage.objective, {}), self._engine)
@@ -132,7 +133,8 @@ class StageRunner:
             steps, kept = trainer.state.global_step, _copies(objective.state_dict(trainer))
             examples = fisher_examples(consolidation, objective, trainer.train_dataset)
         require_finite_weights(trainable_parameters(self._model), stage)
-        self._start.interpolate(self._config.end_weight_of(stage.objective))
+        if stage.is_last:
+            self._start.interpolate(self._config.end_weight)
         anchor, seed = self._start.anchor, self._config.seed
         moved = path.total if path is not None else {}
         importance = measure(consolidation, self._model, anchor, moved, examples, stage=stage, seed=seed)

@@ -14,12 +14,14 @@ class Stage:
         round: Its round, from 0.
         objective: Name of the objective that it trains.
         num_rounds: Number of rounds of the run.
+        is_last: Whether the run ends with it.
     """
 
     index: int
     round: int
     objective: str
     num_rounds: int
+    is_last: bool = False
 
     @property
     def folder(self) -> str:
@@ -32,10 +34,10 @@ class Stage:
 
 def plan(num_rounds: int, objectives: Sequence[str]) -> list[Stage]:
     """List the stages of a run in order: each round trains every objective once."""
+    order = [(round_index, name) for round_index in range(num_rounds) for name in objectives]
     return [
-        Stage(index=round_index * len(objectives) + position, round=round_index, objective=name, num_rounds=num_rounds)
-        for round_index in range(num_rounds)
-        for position, name in enumerate(objectives)
+        Stage(index=index, round=round_index, objective=name, num_rounds=num_rounds, is_last=index == len(order) - 1)
+        for index, (round_index, name) in enumerate(order)
     ]
 
 
