@@ -30,9 +30,10 @@ from hbat.stages.nonfinite import with_advice
 from hbat.stages.rehearsal import rehearse
 from hbat.stages.runner import StageResult, StageRunner
 from hbat.stages.start import StageStart
-from hbat.state.fingerprint import fingerprint
+from hbat.state.continued import FinishedRun
+from hbat.state.fingerprint import Fingerprint, fingerprint
 from hbat.state.folder import RunFolder
-from hbat.state.plan import Stage, plan
+from hbat.state.plan import Stage
 from hbat.state.run import Run, check_request
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class HBATTrainer:
         processing_class: The tokenizer.
         tracks: What belongs to each objective: `objective`, `args`, `train_dataset`, `eval_dataset`.
         state: A `TrainerState` of the whole run: `log_history`, `global_step`.
+        continued: The run that a new one continues (`continue_from`).
         matrix: The forgetting matrix.
 
     Raises:
@@ -89,6 +91,10 @@ class HBATTrainer:
         if not isinstance(args, HBATConfig):
             raise TypeError(f"`args` is a {type(args).__name__}; give an `HBATConfig`.")
         self.args = args
+        self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.keep_states)
+        # A run that has begun has all of it in its own folder.
+        source = None if self._folder.holds_run() else args.continue_from
+        self.continued = None if source is None else FinishedRun(source)
         tracks = build_tracks(args, train_dataset, eval_dataset, reward_funcs, reward_processing_classes)
         needs_reference = any(track.objective.uses_reference for track in tracks)
         self.model = load_model(model, args, peft_config, takes_reference=needs_reference)
@@ -105,9 +111,7 @@ class HBATTrainer:
             {track.name: track.objective.metric for track in tracks},
             better={track.name: "higher" if track.objective.greater_is_better else "lower" for track in tracks},
         )
-        self._plan = plan(args.num_rounds, list(self.tracks))
-        self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.keep_states)
-        self._scores = RunScores(self.matrix, self._plan, self._folder)
+        self._scores = RunScores(self.matrix, self._folder)
         self._start = StageStart(self.model, needs_reference=needs_reference, engine=engine)
         builder = TrainerBuilder(
             self.model, self.processing_class, self._start, engine, keep_adapter_dtype=args.keep_adapter_dtype
@@ -119,6 +123,8 @@ class HBATTrainer:
         )
         self._run: Run | None = None
         self._start.take()
+        if self.continued is not None:
+            self.continued.require_same(self._fingerprint())
         rehearse(tracks, args, builder)
 
     @property
@@ -162,7 +168,7 @@ class HBATTrainer:
             try:
                 with cheap_garbage_collection(), self._request.listening():
                     self._evaluate_if_due(run, reporter)
-                    for stage in self._plan[run.state.next_stage :]:
+                    for stage in run.stages_left():
                         self._train_stage(stage, run, reporter)
                         self._request.raise_if_agreed()
                         self._evaluate_if_due(run, reporter)
@@ -170,20 +176,22 @@ class HBATTrainer:
                 self._close(reporter)
         return TrainOutput(self.state.global_step, mean_loss(self.state, self.tracks), self._scores.last())
 
-    def _open(self, *, resume: bool, allow_changed: Sequence[str]) -> Run:
-        parameters = trainable_parameters(self.model)
+    def _fingerprint(self) -> Fingerprint:
         tracks = self.tracks.values()
-        described = fingerprint(
+        return fingerprint(
             self.args,
             {track.name: track.args for track in tracks},
             {track.name: track.train_dataset for track in tracks},
-            parameters,
+            trainable_parameters(self.model),
             self.model,
             rewards=reward_names(track.objective for track in tracks),
             processing_class=self.processing_class,
         )
+
+    def _open(self, *, resume: bool, allow_changed: Sequence[str]) -> Run:
+        parameters = trainable_parameters(self.model)
         run = Run.open(
-            self.args, self._folder, described, parameters,
+            self.args, self._folder, self._fingerprint(), parameters, continued=self.continued,
             resume=resume, allow_changed=allow_changed, needs_initial=self._evaluator.needs_reference,
         )  # fmt: skip
         self.matrix.rows, self.state = list(run.state.evaluations), TrainerState()
@@ -193,9 +201,9 @@ class HBATTrainer:
         return run
 
     def _make_reporter(self, run: Run) -> RunReporter:
-        if run.state.next_stage == len(self._plan):
+        if not run.stages_left():
             logger.info("The run in %s is finished; nothing is left to train.", self.args.output_dir)
-        total = run.state.global_step + self._steps_from(run.state.next_stage)
+        total = run.state.global_step + self._steps_from(run, run.state.next_stage)
         track = next(iter(self.tracks.values()))
         return RunReporter(self.args, self.model, self.state, total, track.args, track.objective.recomputed_fields)
 
@@ -224,7 +232,7 @@ class HBATTrainer:
                 folder=self._folder.path / stage.folder,
                 run=run,
                 reporter=reporter,
-                steps_after=self._steps_from(stage.index + 1),
+                steps_after=self._steps_from(run, stage.index + 1),
             )
         except FloatingPointError as error:
             self._folder.remove_stage(stage.folder)  # its checkpoints may hold the weights that led here
@@ -238,8 +246,8 @@ class HBATTrainer:
         if self._evaluator.has_rows and self._scores.are_due(run):
             self._scores.take(self.evaluate(), run, reporter)
 
-    def _steps_from(self, first: int) -> int:
-        return sum(self.estimated_steps(stage.objective) for stage in self._plan[first:])
+    def _steps_from(self, run: Run, first: int) -> int:
+        return sum(self.estimated_steps(stage.objective) for stage in run.plan if stage.index >= first)
 
     def estimated_steps(self, objective: str) -> int:
         """Estimate the optimizer steps of one stage of an objective; packing and filters can make them fewer."""

@@ -28,7 +28,8 @@ class ForgettingMatrix:
     """Scores of every objective at the start of a run and after every stage.
 
     A row is `{"stage": index, "round": n, "objective": name, "scores": {objective: {metric: value}}}`; the row of the
-    start has stage -1 and objective None.
+    start has the index before the first stage's, -1, and objective None. Rows of runs that this one continues have
+    `"run": name of its folder` as well.
 
     Attributes:
         headline: Metric that stands for each objective.
@@ -48,7 +49,7 @@ class ForgettingMatrix:
         """Append the scores after a stage.
 
         Args:
-            stage: Its index; -1 for the start.
+            stage: Its index; for the start one less than the first's.
             round_index: Its round.
             objective: The objective that it trained; None for the start.
             scores: Scores by objective and metric.
@@ -56,8 +57,8 @@ class ForgettingMatrix:
         self.rows.append({"stage": stage, "round": round_index, "objective": objective, "scores": dict(scores)})
 
     def has(self, stage: int) -> bool:
-        """Whether a stage, by its index, has its row; the start is -1."""
-        return any(row["stage"] == stage for row in self.rows)
+        """Whether a stage of this run, by its index, has its row; the start's is one less than the first's."""
+        return any(row["stage"] == stage and "run" not in row for row in self.rows)
 
     def series(self, objective: str) -> list[float | None]:
         """Headline score of an objective in each row, None where it was not evaluated."""
@@ -99,7 +100,7 @@ class ForgettingMatrix:
             changes = [
                 self._gain(objective, after, before)
                 for row, before, after in zip(self.rows[1:], values, values[1:], strict=False)
-                if row["objective"] != objective and before is not None and after is not None
+                if row["objective"] not in {objective, None} and before is not None and after is not None
             ]
             if changes:
                 result[objective] = sum(changes) / len(changes)
@@ -119,10 +120,12 @@ class ForgettingMatrix:
         }
 
     def lines(self) -> list[tuple[str, list[float | None]]]:
-        """For each row a label, such as `start` or `round 1: sft`, and each objective's headline score."""
+        """For each row a label, such as `round 1: sft` or `other-run, start`, and each objective's headline score."""
         columns = [self.series(objective) for objective in self.headline]
         labels = [
-            "start" if row["stage"] < 0 else f"round {row['round'] + 1}: {row['objective']}" for row in self.rows
+            (f"{row['run']}, " if "run" in row else "")
+            + ("start" if row["objective"] is None else f"round {row['round'] + 1}: {row['objective']}")
+            for row in self.rows
         ]
         return [(label, [column[index] for column in columns]) for index, label in enumerate(labels)]
 
