@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from hbat.config.hbat import HBATConfig
+from hbat.data.digest import data_digest
 from hbat.engines.choose import choose_engine
 from hbat.engines.processes import is_main_process
 from hbat.ewc.parameters import snapshot, trainable_parameters
@@ -91,10 +92,6 @@ class HBATTrainer:
         if not isinstance(args, HBATConfig):
             raise TypeError(f"`args` is a {type(args).__name__}; give an `HBATConfig`.")
         self.args = args
-        self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.keep_states)
-        # A run that has begun has all of it in its own folder.
-        source = None if self._folder.holds_run() else args.continue_from
-        self.continued = None if source is None else FinishedRun(source)
         tracks = build_tracks(args, train_dataset, eval_dataset, reward_funcs, reward_processing_classes)
         needs_reference = any(track.objective.uses_reference for track in tracks)
         self.model = load_model(model, args, peft_config, takes_reference=needs_reference)
@@ -110,7 +107,9 @@ class HBATTrainer:
         self.matrix = ForgettingMatrix(
             {track.name: track.objective.metric for track in tracks},
             better={track.name: "higher" if track.objective.greater_is_better else "lower" for track in tracks},
+            data={name: data_digest(rows) for name, rows in self.eval_dataset.items()},
         )
+        self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.keep_states)
         self._scores = RunScores(self.matrix, self._folder)
         self._start = StageStart(self.model, needs_reference=needs_reference, engine=engine)
         builder = TrainerBuilder(
@@ -123,8 +122,9 @@ class HBATTrainer:
         )
         self._run: Run | None = None
         self._start.take()
-        if self.continued is not None:
-            self.continued.require_same(self._fingerprint())
+        # A run that has begun no longer needs the one that it continues.
+        begins = args.continue_from is not None and not self._folder.holds_run()
+        self.continued = FinishedRun(args, self._fingerprint()) if begins else None
         rehearse(tracks, args, builder)
 
     @property

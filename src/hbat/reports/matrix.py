@@ -35,11 +35,13 @@ class ForgettingMatrix:
         headline: Metric that stands for each objective.
         rows: The rows in order.
         better: Which scores of an objective are better, `lower` (default) or `higher`.
+        data: Digest of each objective's evaluation rows; every new row notes it, as `data`.
     """
 
     headline: Mapping[str, str]
     rows: list[dict[str, Any]] = field(default_factory=list)
     better: Mapping[str, Better] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
 
     def better_of(self, objective: str) -> Better:
         """Which scores of an objective are better, `lower` or `higher`."""
@@ -54,16 +56,22 @@ class ForgettingMatrix:
             objective: The objective that it trained; None for the start.
             scores: Scores by objective and metric.
         """
-        self.rows.append({"stage": stage, "round": round_index, "objective": objective, "scores": dict(scores)})
+        row = {"stage": stage, "round": round_index, "objective": objective, "scores": dict(scores)}
+        self.rows.append(row | {"data": dict(self.data)})
 
     def has(self, stage: int) -> bool:
         """Whether a stage of this run, by its index, has its row; the start's is one less than the first's."""
         return any(row["stage"] == stage and "run" not in row for row in self.rows)
 
     def series(self, objective: str) -> list[float | None]:
-        """Headline score of an objective in each row, None where it was not evaluated."""
+        """Headline score of an objective in each row, None where it was not evaluated on the data of its last row."""
         metric = self.headline[objective]
-        return [row["scores"].get(objective, {}).get(metric) for row in self.rows]
+        digests = [row.get("data", {}).get(objective) for row in self.rows]
+        latest = next((digest for digest in reversed(digests) if digest is not None), None)
+        return [
+            row["scores"].get(objective, {}).get(metric) if digest == latest else None
+            for row, digest in zip(self.rows, digests, strict=True)
+        ]
 
     def backward_transfer(self) -> dict[str, float]:
         r"""What all later stages did to an objective.

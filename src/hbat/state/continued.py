@@ -1,7 +1,6 @@
 """A finished run that another one continues: what it must be, and what of it goes into the new run's folder."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 from hbat.config.hbat import HBATConfig
@@ -18,90 +17,78 @@ _BESIDE_EWC = {"weights", "initial", "kept", "optimizer"}
 
 
 class FinishedRun:
-    """A finished run, of which nothing is changed.
+    """The finished run that a new one continues. Nothing in its folder is changed.
 
     Args:
-        path: Its folder.
+        config: Configuration of the new run.
+        described: Fingerprint of the new run.
+
+    Attributes:
+        carried: Kinds of tensors that the new run takes over, each with the number of its file.
 
     Raises:
-        RunStateError: If the folder holds no run, an unfinished or a damaged one.
+        RunStateError: If `continue_from` holds no run, an unfinished or a damaged one, or one that left what does not
+            fit the new run's model, tokenizer or `ewc`.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._folder = RunFolder(path, writes=is_main_process())
+    def __init__(self, config: HBATConfig, described: Fingerprint) -> None:
+        self._path, self._described = Path(str(config.continue_from)), described
+        self._folder = RunFolder(self._path, writes=is_main_process())
+        named = f"`continue_from` {str(self._path)!r}"
         if not self._folder.holds_run():
-            raise RunStateError(f"`continue_from` {path!r} holds no run. Give the `output_dir` of a finished run.")
+            raise RunStateError(f"{named} holds no run. Give the `output_dir` of a finished run.")
         try:
-            self.state = self._folder.read_newest()
+            state = self._state = self._folder.read_newest()
         except RunStateError as error:
-            raise RunStateError(f"`continue_from` {path!r} cannot be continued: {error}") from error
-        run, done = self.state.fingerprint["run"], self.state.next_stage - self.state.first_stage
+            raise RunStateError(f"{named} cannot be continued: {error}") from error
+        run, done = state.fingerprint["run"], state.next_stage - state.first_stage
         if done < (planned := run["num_rounds"] * len(run["objectives"])):
             raise RunStateError(
-                f"The run in `continue_from` {path!r} is not finished: {done} of its {planned} stages are done. "
-                "Resume it first (`resume_from_checkpoint=True`, `--resume`)."
+                f"{named} holds a run that is not finished: {done} of its {planned} stages are done. Resume it first "
+                "(`--resume`)."
             )
-        self._next_round = self.state.first_round + run["num_rounds"]
-
-    def __str__(self) -> str:
-        state = self.state
-        return (
-            f"Continues the run in {self.path}, which ended with round {self._next_round} (stage "
-            f"{state.next_stage - 1}): {', '.join(sorted(state.files))}; {len(state.evaluations)} rows of scores."
-        )
-
-    def require_same(self, described: Fingerprint) -> None:
-        """Raise `RunStateError` if what this run left does not fit another run's model, tokenizer or `ewc`."""
-        state = self.state
         if found := hindrances(Fingerprint(state.fingerprint, state.given, state.versions), described):
             raise RunStateError(
-                f"The run in `continue_from` {self.path!r} cannot be continued like this: {'; '.join(found)}. Restore "
-                "these values, or start a run of its own."
+                f"{named} holds a run that cannot be continued with other values: {'; '.join(found)}. Restore these "
+                "values, or start a run of its own."
             )
+        self._next_round = state.first_round + run["num_rounds"]
+        self.carried = {
+            kind: state.next_stage - (kind != "weights") for kind in state.files if self._fits(kind, config)
+        }
+        if config.ewc is not None and _BESIDE_EWC.issuperset(kind.partition("-")[0] for kind in state.files):
+            logger.warning("%s left no importance (its `ewc` was off), so it holds nothing back.", named)
 
-    def files(self, config: HBATConfig, described: Fingerprint) -> set[str]:
-        """Names of the files that `carry` writes."""
-        return {tensor_file(kind, number) for kind, number in self._carried(config, described)}
+    def _fits(self, kind: str, config: HBATConfig) -> bool:
+        what, _, objective = kind.partition("-")
+        if what == "optimizer":  # another optimizer keeps other moments
+            before, now = self._state.fingerprint[objective], self._described.values.get(objective, {})
+            return config.optimizer_state == "carry" and now.get("optim", before["optim"]) == before["optim"]
+        return what in _BESIDE_EWC or config.ewc is not None
 
-    def carry(self, config: HBATConfig, described: Fingerprint, folder: RunFolder) -> RunState:
-        """Begin another run in its folder with what this one left, and commit its start. Collective.
+    def __str__(self) -> str:
+        rows = len(self._state.evaluations)
+        return (
+            f"It continues the run in {self._path} after its round {self._next_round} with {', '.join(self.carried)}, "
+            f"and {rows} rows of scores."
+        )
 
-        Args:
-            config: Configuration of the other run.
-            described: Its fingerprint.
-            folder: Its folder.
+    def files(self) -> set[str]:
+        """Names of the tensor files that `carry` writes."""
+        return {tensor_file(kind, number) for kind, number in self.carried.items()}
+
+    def carry(self, folder: RunFolder) -> RunState:
+        """Begin the new run in its folder with what this one left, and commit its start. Collective.
 
         Returns:
             Its state before the first stage. Rounds and stages are counted on; steps and log begin anew.
-
-        Raises:
-            RunStateError: If what this run left does not fit.
         """
-        self.require_same(described)
-        before, name = self.state, Path(self.path).resolve().name
-        state = RunState(described.values, given=described.given, versions=described.versions)
+        before, now = self._state, self._described
+        state = RunState(now.values, given=now.given, versions=now.versions)
         state.first_stage = state.next_stage = before.next_stage
         state.first_round = self._next_round
-        state.evaluations = [{"run": name} | row for row in before.evaluations]
-        for kind, number in self._carried(config, described):
+        state.evaluations = [{"run": self._path.resolve().name} | row for row in before.evaluations]
+        for kind, number in self.carried.items():
             folder.write_tensors(state, kind, number, self._folder.read_tensors(before, kind))
         folder.commit(state)
-        if config.ewc is not None and all(kind.partition("-")[0] in _BESIDE_EWC for kind in state.files):
-            logger.warning(
-                "The run in %s left no importance (`ewc: null`, or a strength of 0), so what it learned holds nothing "
-                "back.",
-                self.path,
-            )
         return state
-
-    def _carried(self, config: HBATConfig, described: Fingerprint) -> Iterator[tuple[str, int]]:
-        for kind in self.state.files:
-            what, _, objective = kind.partition("-")
-            fits = what in _BESIDE_EWC or config.ewc is not None
-            if what == "optimizer":
-                before, now = self.state.fingerprint[objective], described.values.get(objective, {})
-                # Another optimizer keeps other moments.
-                fits = config.optimizer_state == "carry" and now.get("optim", before["optim"]) == before["optim"]
-            if fits:
-                yield kind, self.state.next_stage - (kind != "weights")

@@ -97,12 +97,12 @@ class Run:
             )
         found = folder.read()
         if found is None and config.continue_from is not None:
-            continued = continued or FinishedRun(config.continue_from)
+            continued = continued or FinishedRun(config, described)
         if found is None:
-            folder.require_unused(continued.files(config, described) if continued is not None else ())
+            folder.require_unused(continued.files() if continued is not None else ())
         wait_for_everyone()  # before a process makes the folder a run's
         if found is None and continued is not None:
-            found = continued.carry(config, described, folder)
+            found = continued.carry(folder)
         if found is None:
             return cls.start(config, folder, described, weights)
         return cls.resume(
