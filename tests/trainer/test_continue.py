@@ -14,7 +14,7 @@ from pathlib import Path
 import cases
 import pytest
 import runs
-from faults import every_damage
+from faults import flip_a_bit, remove, truncate
 from kills import CutOffError, Kill, options
 
 from hbat.reports.matrix import markdown_table
@@ -231,8 +231,11 @@ def test_a_folder_without_run_is_refused(tmp_path):
         second(tmp_path / "run", tmp_path / "nowhere")
 
 
-@every_damage
-@pytest.mark.parametrize("kind", ["manifest", "weights", "initial", "importance-dpo", "optimizer-sft"])
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [(kind, flip_a_bit) for kind in ("manifest", "weights", "initial", "importance-dpo", "optimizer-sft")]
+    + [("manifest", truncate), ("weights", remove)],
+)
 def test_a_damaged_run_is_refused_with_the_name_of_the_file(kind, damage, first, tmp_path):
     source = tmp_path / "first"
     shutil.copytree(first("full"), source)

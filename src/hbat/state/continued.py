@@ -52,6 +52,8 @@ class FinishedRun:
                 f"{named} holds a run that cannot be continued with other values: {'; '.join(found)}. Restore these "
                 "values, or start a run of its own."
             )
+        own = {name: values["optim"] for name, values in state.fingerprint.items() if "optim" in (values or {})}
+        self._optim = state.optim | own
         self._next_round = state.first_round + run["num_rounds"]
         self.carried = {
             kind: state.next_stage - (kind != "weights") for kind in state.files if self._fits(kind, config)
@@ -62,8 +64,8 @@ class FinishedRun:
     def _fits(self, kind: str, config: HBATConfig) -> bool:
         what, _, objective = kind.partition("-")
         if what == "optimizer":  # another optimizer keeps other moments
-            before, now = self._state.fingerprint[objective], self._described.values.get(objective, {})
-            return config.optimizer_state == "carry" and now.get("optim", before["optim"]) == before["optim"]
+            now = self._described.values.get(objective, {}).get("optim")
+            return config.optimizer_state == "carry" and now in {None, self._optim.get(objective)}
         return what in _BESIDE_EWC or config.ewc is not None
 
     def __str__(self) -> str:
@@ -86,7 +88,7 @@ class FinishedRun:
         before, now = self._state, self._described
         state = RunState(now.values, given=now.given, versions=now.versions)
         state.first_stage = state.next_stage = before.next_stage
-        state.first_round = self._next_round
+        state.first_round, state.optim = self._next_round, self._optim
         state.evaluations = [{"run": self._path.resolve().name} | row for row in before.evaluations]
         for kind, number in self.carried.items():
             folder.write_tensors(state, kind, number, self._folder.read_tensors(before, kind))

@@ -32,6 +32,7 @@ class RunState:
         next_stage: Index of the stage that trains next; that of the last one plus 1 once the run is finished.
         global_step: Optimizer steps so far, over all stages.
         objective_steps: Optimizer steps so far by objective.
+        optim: Optimizers of objectives that runs before this one trained, whose moments may still be there.
         files: Names of the tensor files in `state/` by what they hold.
         checksums: Size and checksum of these files by name.
         evaluations: Rows of the forgetting matrix so far.
@@ -48,6 +49,7 @@ class RunState:
     next_stage: int = 0
     global_step: int = 0
     objective_steps: dict[str, int] = field(default_factory=dict)
+    optim: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     checksums: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
