@@ -11,6 +11,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hbat.config.fields import check_number
 from hbat.config.hbat import HBATConfig
+from hbat.data.digest import data_digest
 from hbat.engines.choose import choose_engine
 from hbat.engines.processes import is_main_process
 from hbat.ewc.parameters import snapshot, trainable_parameters
@@ -33,11 +34,12 @@ from hbat.stages.nonfinite import with_advice
 from hbat.stages.rehearsal import rehearse
 from hbat.stages.runner import StageResult, StageRunner
 from hbat.stages.start import StageStart
+from hbat.state.continued import FinishedRun
 from hbat.state.files import write_json
 from hbat.state.fingerprint import Fingerprint, fingerprint
 from hbat.state.folder import RunFolder
 from hbat.state.last_stage import LastStage
-from hbat.state.plan import Stage, plan
+from hbat.state.plan import Stage
 from hbat.state.run import Run, check_request
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class HBATTrainer:
         processing_class: The tokenizer.
         tracks: What belongs to each objective: `objective`, `args`, `train_dataset`, `eval_dataset`.
         state: A `TrainerState` of the whole run: `log_history`, `global_step`.
+        continued: The run that a new one continues (`continue_from`).
         matrix: The forgetting matrix.
 
     Raises:
@@ -109,10 +112,10 @@ class HBATTrainer:
         self.matrix = ForgettingMatrix(
             {track.name: track.objective.metric for track in tracks},
             better={track.name: "higher" if track.objective.greater_is_better else "lower" for track in tracks},
+            data={name: data_digest(rows) for name, rows in self.eval_dataset.items()},
         )
-        self._plan = plan(args.num_rounds, list(self.tracks))
         self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.keep_states)
-        self._scores = RunScores(self.matrix, self._plan, self._folder)
+        self._scores = RunScores(self.matrix, self._folder)
         self._start = StageStart(self.model, needs_reference=needs_reference, engine=engine)
         builder = TrainerBuilder(
             self.model, self.processing_class, self._start, engine, keep_adapter_dtype=args.keep_adapter_dtype
@@ -125,6 +128,9 @@ class HBATTrainer:
         self._run: Run | None = None
         self._moved_to: float | None = None
         self._start.take()
+        # A run that has begun no longer needs the one that it continues.
+        begins = args.continue_from is not None and not self._folder.holds_run()
+        self.continued = FinishedRun(args, self._fingerprint()) if begins else None
         rehearse(tracks, args, builder)
 
     @property
@@ -168,7 +174,7 @@ class HBATTrainer:
             try:
                 with cheap_garbage_collection(), self._request.listening():
                     self._evaluate_if_due(run, reporter)
-                    for stage in self._plan[run.state.next_stage :]:
+                    for stage in run.stages_left():
                         self._train_stage(stage, run, reporter)
                         self._request.raise_if_agreed()
                         self._evaluate_if_due(run, reporter)
@@ -176,19 +182,7 @@ class HBATTrainer:
                 self._close(reporter)
         return TrainOutput(self.state.global_step, mean_loss(self.state, self.tracks), self._scores.last())
 
-    def _open(self, *, resume: bool, allow_changed: Sequence[str]) -> Run:
-        parameters = trainable_parameters(self.model)
-        run = Run.open(
-            self.args, self._folder, self._described(), parameters,
-            resume=resume, allow_changed=allow_changed, needs_initial=self._evaluator.needs_reference,
-        )  # fmt: skip
-        self.matrix.rows, self.state, self._moved_to = list(run.state.evaluations), TrainerState(), None
-        if run.was_resumed:
-            run.load_weights(parameters)
-            self.state = load_log(self._folder.path, run.state.global_step, run.state.log)
-        return run
-
-    def _described(self) -> Fingerprint:
+    def _fingerprint(self) -> Fingerprint:
         tracks = self.tracks.values()
         return fingerprint(
             self.args,
@@ -200,10 +194,22 @@ class HBATTrainer:
             processing_class=self.processing_class,
         )
 
+    def _open(self, *, resume: bool, allow_changed: Sequence[str]) -> Run:
+        parameters = trainable_parameters(self.model)
+        run = Run.open(
+            self.args, self._folder, self._fingerprint(), parameters, continued=self.continued,
+            resume=resume, allow_changed=allow_changed, needs_initial=self._evaluator.needs_reference,
+        )  # fmt: skip
+        self.matrix.rows, self.state, self._moved_to = list(run.state.evaluations), TrainerState(), None
+        if run.was_resumed:
+            run.load_weights(parameters)
+            self.state = load_log(self._folder.path, run.state.global_step, run.state.log)
+        return run
+
     def _make_reporter(self, run: Run) -> RunReporter:
-        if run.state.next_stage == len(self._plan):
+        if not run.stages_left():
             logger.info("The run in %s is finished; nothing is left to train.", self.args.output_dir)
-        total = run.state.global_step + self._steps_from(run.state.next_stage)
+        total = run.state.global_step + self._steps_from(run, run.state.next_stage)
         track = next(iter(self.tracks.values()))
         return RunReporter(self.args, self.model, self.state, total, track.args, track.objective.recomputed_fields)
 
@@ -232,7 +238,7 @@ class HBATTrainer:
                 folder=self._folder.path / stage.folder,
                 run=run,
                 reporter=reporter,
-                steps_after=self._steps_from(stage.index + 1),
+                steps_after=self._steps_from(run, stage.index + 1),
             )
         except FloatingPointError as error:
             self._folder.remove_stage(stage.folder)  # its checkpoints may hold the weights that led here
@@ -246,8 +252,8 @@ class HBATTrainer:
         if self._evaluator.has_rows and self._scores.are_due(run):
             self._scores.take(self.evaluate(), run, reporter)
 
-    def _steps_from(self, first: int) -> int:
-        return sum(self.estimated_steps(stage.objective) for stage in self._plan[first:])
+    def _steps_from(self, run: Run, first: int) -> int:
+        return sum(self.estimated_steps(stage.objective) for stage in run.plan if stage.index >= first)
 
     def estimated_steps(self, objective: str) -> int:
         """Estimate the optimizer steps of one stage of an objective; packing and filters can make them fewer."""
@@ -327,7 +333,7 @@ class HBATTrainer:
         self._moved_to = end_weight
 
     def _last_stage(self) -> LastStage:
-        last = LastStage.read(self._folder, self._plan, self._described())
+        last = LastStage.read(self._folder, self.args, self._fingerprint())
         self._run, self.matrix.rows = Run(self.args, self._folder, last.state), list(last.state.evaluations)
         return last
 

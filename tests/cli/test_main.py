@@ -106,6 +106,27 @@ def test_a_run_trains_saves_its_model_and_prints_the_table(hbat, tmp_path):
     assert described["data"]["sft"]["rows"] == 16
 
 
+def test_a_run_continues_a_finished_one_and_validate_says_with_what(hbat, values, tmp_path):
+    assert hbat("train")[0] == 0
+    (tmp_path / "out").rename(tmp_path / "first")
+    values["continue_from"] = str(tmp_path / "first")
+    status, out, _ = hbat("validate")
+    assert status == 0
+    assert f"It continues the run in {tmp_path / 'first'} after its round 1 with weights, initial, " in out
+    assert "importance-sft" in out
+    assert ", and 3 rows of scores.\n" in out
+    status, out, _ = hbat("train")
+    assert status == 0
+    for label in ("first, start", "first, round 1: dpo", "start", "round 2: sft", "round 2: dpo"):
+        assert f"│ {label} " in out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "model at the start of the first of the runs that continue each other.\n" in card
+    (tmp_path / "first").rename(tmp_path / "away")
+    assert hbat("train", "--resume")[0] == 0
+    message = refusal(hbat("validate", "--output_dir", str(tmp_path / "third")))
+    assert message.startswith(f"`continue_from` '{tmp_path / 'first'}' holds no run. Give the `output_dir`")
+
+
 @pytest.mark.slow
 def test_an_online_objective_is_named_with_its_rewards(hbat, values, tmp_path):
     rewards = tmp_path / "rewards.py"

@@ -21,6 +21,25 @@ def test_every_option_has_a_help_text(config_class):
     assert all(option.metadata["help"].strip().endswith(".") for option in dataclasses.fields(config_class))
 
 
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("", r"`continue_from` is ''; it must be a finished run's folder"),
+        (3, r"`continue_from` is 3; it must be a finished run's folder"),
+        ("run/../run", r"`continue_from` and `output_dir` are both 'run'; a run is continued in another folder"),
+    ],
+)
+def test_a_run_continues_another_folder_than_its_own(folder, message):
+    with pytest.raises(ValueError, match=message):
+        HBATConfig(output_dir="run", continue_from=folder)
+
+
+def test_the_home_folder_is_found_in_the_path_of_the_run_that_is_continued(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert HBATConfig(output_dir="run", continue_from="~/first").continue_from == str(tmp_path / "first")
+    assert HBATConfig(output_dir="run", continue_from="~nobody-is-called-so/first").continue_from
+
+
 # --- EWC -------------------------------------------------------------------------------------------------------------
 
 

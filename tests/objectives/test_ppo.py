@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from hbat.config.hbat import HBATConfig
 from hbat.state.manifest import RunStateError
+from hbat.state.plan import part_indices
 from hbat.trainer import HBATTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
@@ -76,6 +77,22 @@ def test_the_critic_lives_on_from_stage_to_stage(case, critic, tmp_path):
     for name in trained:
         assert torch.equal(kept.starts[1][name], kept.ends[0][name])
         assert not torch.equal(kept.starts[1][name], kept.ends[1][name])
+
+
+@pytest.mark.parametrize(
+    ("case", "critic"), [("full", "shared"), pytest.param("lora", "separate", marks=pytest.mark.slow)]
+)
+def test_the_critic_lives_on_in_a_run_that_continues_another(case, critic, tmp_path):
+    rows = {"sft": cases.sft_rows(8), "ppo": ppo_cases.prompts(16)}
+    options = {"ppo": {"critic": critic, "adaptive_kl": True, "kl_target": 1e-3, "kl_horizon": 20.0}}
+    whole = train(case, tmp_path / "whole", data=rows, **options)
+    for number, source in enumerate([None, str(tmp_path / "0")]):
+        half = {name: each.select(part_indices(len(each), 2, number, runs.SEED)) for name, each in rows.items()}
+        run = train(case, tmp_path / str(number), data=half, num_rounds=1, continue_from=source, **options)
+    assert runs.same(cases.weights(run.model), cases.weights(whole.model))
+    kept = [runs.state_tensors(tmp_path / name, "kept-ppo") for name in ("whole", "1", "0")]
+    assert runs.same(kept[0], kept[1])
+    assert not runs.same(kept[1], kept[2])
 
 
 def test_the_kl_coefficient_lives_on_too(tmp_path):

@@ -24,7 +24,7 @@ MODEL = types.SimpleNamespace(config=types.SimpleNamespace(to_json_string=lambda
 
 @pytest.fixture
 def run(tmp_path):
-    config = HBATConfig(output_dir=str(tmp_path), disable_tqdm=True, ewc=None)
+    config = HBATConfig(output_dir=str(tmp_path), num_rounds=1, disable_tqdm=True, ewc=None)
     return Run.start(config, RunFolder(tmp_path), Fingerprint({}, {}, {}), {"a": torch.zeros(1)})
 
 
@@ -38,7 +38,7 @@ def reporter(tmp_path):
 
 @pytest.fixture
 def scores(tmp_path):
-    return RunScores(ForgettingMatrix({"sft": "loss", "dpo": "loss"}), STAGES, RunFolder(tmp_path))
+    return RunScores(ForgettingMatrix({"sft": "loss", "dpo": "loss"}), RunFolder(tmp_path))
 
 
 def finish(run, stage):

@@ -15,7 +15,7 @@ SECTION = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "
 SAVES = {"save_strategy": "steps", "save_steps": 3}
 
 
-def build(model, folder, *, ppo=None, sft=None, callbacks=None, evaluation=None, rows=16, **options):
+def build(model, folder, *, ppo=None, sft=None, callbacks=None, evaluation=None, rows=16, data=None, **options):
     config = {"num_rounds": 2, "ewc": {"strength": 1.0}, "disable_tqdm": True, "seed": runs.SEED} | options
     sizes = {key: value for key, value in ppo_cases.SIZES.items() if key != "max_steps"}
     return HBATTrainer(
@@ -27,7 +27,7 @@ def build(model, folder, *, ppo=None, sft=None, callbacks=None, evaluation=None,
             ppo=runs.section(**SECTION | sizes | {"max_steps": -1, "num_train_epochs": 1} | (ppo or {})),
             **config,
         ),
-        train_dataset={"sft": cases.sft_rows(8), "ppo": ppo_cases.prompts(rows)},
+        train_dataset=data or {"sft": cases.sft_rows(8), "ppo": ppo_cases.prompts(rows)},
         eval_dataset=evaluation,
         processing_class=cases.tiny_tokenizer(),
         reward_funcs=ppo_cases.letters,

@@ -30,7 +30,8 @@ def print_result(trainer: HBATTrainer) -> None:
         table.add_row(*transfer)
         table.add_row(*forgetting)
         console.print(table)
-        console.print(f"Scores: {folder / SCORES_FILE}", highlight=False)
+        if (folder / SCORES_FILE).is_file():  # not where all rows are of the run that was continued
+            console.print(f"Scores: {folder / SCORES_FILE}", highlight=False)
     console.print(f"Model:  {folder}", highlight=False)
 
 
@@ -66,6 +67,8 @@ def print_plan(trainer: HBATTrainer) -> None:
         part = f"{rows // rounds}" if rows % rounds == 0 else f"{rows // rounds}-{rows // rounds + 1}"
         table.add_row(name, f"{rounds}", f"{rows}", part, f"{steps}", f"{len(trainer.eval_dataset.get(name) or [])}")
     console.print(table)
+    if trainer.continued is not None:
+        console.print(f"{trainer.continued}\n", highlight=False)
     parameters = list(trainer.model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     console.print(

@@ -1,7 +1,9 @@
 """Options of a run, with their help texts and checks. Imports no trainer."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from hbat.config.ewc import EWCConfig
@@ -26,6 +28,14 @@ class HBATConfig:
         metadata={
             "help": "Output directory of the run: its state, checkpoints of stages, the final model, logs and tables."
         }
+    )
+    continue_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a finished run that this one continues, with new data and in a new `output_dir`: from "
+            "its weights, its objectives' importance, optimizer moments and critic, with its rows of scores. That "
+            "folder is left as it is."
+        },
     )
     num_rounds: int = field(
         default=4,
@@ -145,6 +155,8 @@ class HBATConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.output_dir, str) or not self.output_dir:
             raise ValueError(f"`output_dir` is {self.output_dir!r}; it must be the path of a directory.")
+        if self.continue_from is not None:
+            self._check_continue_from()
         check_whole("num_rounds", self.num_rounds, 1)
         check_whole("seed", self.seed, 0)
         check_whole("keep_states", self.keep_states, 1)
@@ -161,6 +173,16 @@ class HBATConfig:
             self.ewc = build_section("ewc", EWCConfig, self.ewc)
         if not isinstance(self.ewc, EWCConfig | None):
             raise TypeError(f"`ewc` is a {type(self.ewc).__name__}; it must be a mapping, an `EWCConfig` or null.")
+
+    def _check_continue_from(self) -> None:
+        if not isinstance(self.continue_from, str) or not self.continue_from:
+            raise ValueError(f"`continue_from` is {shown(self.continue_from)}; it must be a finished run's folder.")
+        self.continue_from = os.path.expanduser(self.continue_from)  # noqa: PTH111 - pathlib's raises at `~nobody`
+        if Path(self.continue_from).resolve() == Path(self.output_dir).resolve():
+            raise ValueError(
+                f"`continue_from` and `output_dir` are both {self.output_dir!r}; a run is continued in another "
+                "folder. To finish an interrupted one, omit `continue_from` and resume it (`--resume`)."
+            )
 
     def _check_objectives(self) -> None:
         if not isinstance(self.objectives, list | tuple) or not self.objectives:

@@ -52,7 +52,7 @@ class Track:
     def part(self, stage: Stage, seed: int) -> Dataset:
         """The part of the training rows that a stage trains on."""
         count = len(self.train_dataset)
-        return self.train_dataset.select(part_indices(count, stage.num_rounds, stage.round, seed))
+        return self.train_dataset.select(part_indices(count, stage.num_rounds, stage.part, seed))
 
     def estimated_steps(self, num_rounds: int) -> int:
         """Estimate the optimizer steps of one stage; packing and filters can make them fewer."""

@@ -26,7 +26,8 @@ Trained from `{{ origin }}` by hybrid alignment training ([HBAT](https://arxiv.o
 {% if scores %}
 ## Scores after each stage
 
-{{ better }}. The reference policy of a preference score is the model at the start of the run.
+{{ better }}. The reference policy of a preference score is the model at the start of the {% if config.continue_from
+%}first of the runs that continue each other{% else %}run{% endif %}.
 {%- if moved %} The last row is the run's own end; this model is another point of its last stage,
 start + {{ end_weight }} * (end - start).{% endif %}
 

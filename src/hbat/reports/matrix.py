@@ -32,11 +32,13 @@ class ScoreTable:
         headline: Metric that stands for each objective.
         rows: The rows in order.
         better: Which scores of an objective are better, `lower` (default) or `higher`.
+        data: Digest of each objective's evaluation rows; every new row notes it, as `data`.
     """
 
     headline: Mapping[str, str]
     rows: list[dict[str, Any]] = field(default_factory=list)
     better: Mapping[str, Better] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
 
     def better_of(self, objective: str) -> Better:
         """Which scores of an objective are better, `lower` or `higher`."""
@@ -60,23 +62,34 @@ class ForgettingMatrix(ScoreTable):
     """Scores of every objective at the start of a run and after every stage.
 
     A row is `{"stage": index, "round": n, "objective": name, "scores": {objective: {metric: value}}}`; the row of the
-    start has stage -1 and objective None.
+    start has the index before the first stage's, -1, and objective None. Rows of runs that this one continues have
+    `"run": name of its folder` as well.
     """
 
     def add(self, *, stage: int, round_index: int, objective: str | None, scores: Mapping[str, Any]) -> None:
         """Append the scores after a stage.
 
         Args:
-            stage: Its index; -1 for the start.
+            stage: Its index; for the start one less than the first's.
             round_index: Its round.
             objective: The objective that it trained; None for the start.
             scores: Scores by objective and metric.
         """
-        self.rows.append({"stage": stage, "round": round_index, "objective": objective, "scores": dict(scores)})
+        row = {"stage": stage, "round": round_index, "objective": objective, "scores": dict(scores)}
+        self.rows.append(row | {"data": dict(self.data)})
 
     def has(self, stage: int) -> bool:
-        """Whether a stage, by its index, has its row; the start is -1."""
-        return any(row["stage"] == stage for row in self.rows)
+        """Whether a stage of this run, by its index, has its row; the start's is one less than the first's."""
+        return any(row["stage"] == stage and "run" not in row for row in self.rows)
+
+    def series(self, objective: str) -> list[float | None]:
+        """Headline score of an objective in each row, None where it was not evaluated on the data of its last row."""
+        digests = [row.get("data", {}).get(objective) for row in self.rows]
+        latest = next((digest for digest in reversed(digests) if digest is not None), None)
+        return [
+            value if digest == latest else None
+            for value, digest in zip(super().series(objective), digests, strict=True)
+        ]
 
     def backward_transfer(self) -> dict[str, float]:
         r"""What the stages after an objective's last own stage did to it.
@@ -130,7 +143,7 @@ class ForgettingMatrix(ScoreTable):
             changes = [
                 self._gain(objective, after, before)
                 for row, before, after in zip(self.rows[1:], values, values[1:], strict=False)
-                if row["objective"] != objective and before is not None and after is not None
+                if row["objective"] not in {objective, None} and before is not None and after is not None
             ]
             if changes:
                 result[objective] = sum(changes) / len(changes)
@@ -153,10 +166,12 @@ class ForgettingMatrix(ScoreTable):
         }
 
     def lines(self) -> list[tuple[str, list[float | None]]]:
-        """For each row a label, such as `start` or `round 1: sft`, and each objective's headline score."""
+        """For each row a label, such as `round 1: sft` or `other-run, start`, and each objective's headline score."""
         columns = [self.series(objective) for objective in self.headline]
         labels = [
-            "start" if row["stage"] < 0 else f"round {row['round'] + 1}: {row['objective']}" for row in self.rows
+            (f"{row['run']}, " if "run" in row else "")
+            + ("start" if row["objective"] is None else f"round {row['round'] + 1}: {row['objective']}")
+            for row in self.rows
         ]
         return [(label, [column[index] for column in columns]) for index, label in enumerate(labels)]
 

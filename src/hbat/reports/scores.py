@@ -1,6 +1,6 @@
 """The scores of a run: when they are due, and their way into the forgetting matrix, the log and `evaluation.json`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from hbat.engines.processes import is_main_process
 from hbat.reports.matrix import ForgettingMatrix, as_metrics
@@ -8,7 +8,6 @@ from hbat.reports.plots import draw_matrix
 from hbat.reports.reporter import RunReporter
 from hbat.state.files import write_json
 from hbat.state.folder import RunFolder
-from hbat.state.plan import Stage
 from hbat.state.run import Run
 
 SCORES_FILE = "evaluation.json"
@@ -18,9 +17,8 @@ PLOT_FILE = "evaluation.png"
 class RunScores:
     """Keeps the forgetting matrix of a run, and its files `evaluation.json` and `evaluation.png`."""
 
-    def __init__(self, matrix: ForgettingMatrix, stages: Sequence[Stage], folder: RunFolder) -> None:
+    def __init__(self, matrix: ForgettingMatrix, folder: RunFolder) -> None:
         self._matrix = matrix
-        self._stages = stages
         self._folder = folder.path
 
     def are_due(self, run: Run) -> bool:
@@ -30,7 +28,10 @@ class RunScores:
     def take(self, results: Mapping[str, Mapping[str, float]], run: Run, reporter: RunReporter) -> None:
         """Log and commit scores by objective and metric."""
         done = run.state.next_stage - 1
-        number, objective = (self._stages[done].round, self._stages[done].objective) if done >= 0 else (0, None)
+        number, objective = run.plan[0].round, None
+        for stage in run.plan:
+            if stage.index == done:
+                number, objective = stage.round, stage.objective
         increases = self._increases(results, run.state.predicted)
         self._matrix.add(stage=done, round_index=number, objective=objective, scores=results)
         reporter.log(as_metrics(results) | increases, run.state.global_step)
@@ -54,5 +55,6 @@ class RunScores:
             draw_matrix(self._matrix, self._folder / PLOT_FILE)
 
     def last(self) -> dict[str, float]:
-        """Name the scores of the last row `eval_<objective>/<metric>`."""
-        return as_metrics(self._matrix.rows[-1]["scores"] if self._matrix.rows else {})
+        """Name the scores of this run's last row `eval_<objective>/<metric>`."""
+        rows = self._matrix.rows
+        return as_metrics(rows[-1]["scores"] if rows and "run" not in rows[-1] else {})

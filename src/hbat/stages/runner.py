@@ -149,7 +149,7 @@ class StageRunner:
         extend_schedule(
             trainer,
             self._config.lr_schedule_of(stage.objective),
-            round_index=stage.round,
+            round_index=stage.part,
             num_rounds=stage.num_rounds,
             steps_before=run.state.objective_steps.get(stage.objective, 0),
         )

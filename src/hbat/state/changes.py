@@ -20,6 +20,7 @@ _FIXED = {
     "run.objectives": "the plan of the stages is made of them",
     "run.num_rounds": "the data sets are cut into that many parts",
     "run.seed": "it cuts the data sets into parts",
+    "run.continue_from": "it has begun, with or without what another run left",
     "run.ppo_backend": "what PPO keeps between its stages belongs to its trainer",
     "ewc": "the finished stages have left importance, or none; `ewc.strength: 0` switches the penalty off",
     "ewc.source": "the importance accumulated so far is of another kind",
@@ -29,6 +30,8 @@ _FIXED = {
     "parameters.*": "the tensors on disk are not those of this model",
     "tokenizer.vocabulary": "the tokens mean something else",
 }
+#: What must be as in a run that is continued.
+_CONTINUED = ("ewc.source", "ewc.granularity", "parameters.*", "tokenizer.vocabulary", "run.ppo_backend")
 _NOTES = {"run.processes": "another number of processes gives other results"}
 
 
@@ -75,6 +78,12 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str, *, 
             yield from _changes(old, new, f"{prefix}{key}.", shared_only=of_libraries)
         elif old != new:
             yield Change(f"{prefix}{key}", old, new)
+
+
+def hindrances(before: Fingerprint, now: Fingerprint) -> list[str]:
+    """What keeps one run from being continued by another, each with the reason."""
+    found = changes(before.values, now.values)
+    return [f"{each}: {each.fixed}" for each in found if any(fnmatchcase(each.name, name) for name in _CONTINUED)]
 
 
 def accepted(before: Fingerprint, now: Fingerprint, allowed: Sequence[str], *, output_dir: str) -> list[Change]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ def fingerprint(
         },
         "parameters": {"tensors": len(shapes), "shapes": _digest(shapes)},
     }
+    if config.continue_from is not None:
+        described["run"]["continue_from"] = Path(config.continue_from).resolve().name  # folders are moved
     if rewards:
         described["run"]["rewards"] = {name: list(functions) for name, functions in rewards.items()}
     if "ppo" in config.objective_names:

@@ -16,7 +16,7 @@ A file that no manifest names belongs to an unfinished step and is removed at th
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -33,6 +33,11 @@ from hbat.state.manifest import STATE_FILE, DamagedStateError, RunState, RunStat
 logger = logging.getLogger(__name__)
 
 _STAGE = re.compile(r"stage-(\d+)-.+")
+
+
+def tensor_file(kind: str, number: int) -> str:
+    """Name of the file of a kind of tensors that belongs to a stage."""
+    return f"{kind}-{number:03d}.safetensors"
 
 
 class RunFolder:
@@ -73,6 +78,18 @@ class RunFolder:
         """Read the newest complete state; None without a run. Raises `RunStateError` if none is complete."""
         age = decided_by_main(self._newest_complete)
         return None if age < 0 else self._states.resume_from(age)
+
+    def read_newest(self) -> RunState:
+        """Read the newest state and no older one; raises `DamagedStateError` if it or a file of it is damaged."""
+        state = decode(self._states.manifest(0))
+
+        def check() -> int:
+            for kind in state.files:
+                self.require_whole(state, kind)
+            return 0
+
+        decided_by_main(check)
+        return state
 
     def _newest_complete(self) -> int:
         damages: list[str] = []
@@ -139,12 +156,12 @@ class RunFolder:
         except Exception as error:
             raise DamagedStateError(f"{file} cannot be read ({error}).") from error
 
-    def require_unused(self) -> None:
+    def require_unused(self, expected: Collection[str] = ()) -> None:
         """Raise `RunStateError` if the folder, which has no manifest, holds stages or tensors of a run."""
+        # A run that was cut off before its first commit leaves its initial weights, or the files that it expects.
         left = sorted(folder.name for folder in self.path.glob("stage-*"))
-        # A run that was cut off before its first commit leaves its initial weights.
         tensors = sorted(file.name for file in self.path.glob(f"{TENSORS}/*.safetensors"))
-        left += [f"{TENSORS}/{name}" for name in tensors if name != "weights-000.safetensors"]
+        left += [f"{TENSORS}/{name}" for name in tensors if name not in {"weights-000.safetensors", *expected}]
         if left:
             raise RunStateError(
                 f"`output_dir` {str(self.path)!r} holds {left[0]!r} of another run, but no {STATE_FILE}. Remove what "
@@ -162,7 +179,7 @@ class RunFolder:
             number: Stage that they belong to.
             tensors: Tensors by name; sharded ones are gathered.
         """
-        name = f"{kind}-{number:03d}.safetensors"
+        name = tensor_file(kind, number)
         state.checksums.pop(name, None)
         whole = whole_tensors(tensors, keep=self._writes)
         if self._writes:

@@ -1,17 +1,19 @@
 """The last stage of a finished run on disk: the line through the weights at its start and at its end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hbat.config.hbat import HBATConfig
 from hbat.engines.sharded import shared_as
 from hbat.state.changes import changes
 from hbat.state.fingerprint import Fingerprint
 from hbat.state.folder import RunFolder
 from hbat.state.manifest import RunState, RunStateError
 from hbat.state.plan import Stage
+from hbat.state.run import Run
 
 #: Without these in common, the weights on disk are not those of this model, or are scored otherwise.
 _SHARED = ("run.objectives", "run.num_rounds", "parameters.", "tokenizer.")
@@ -36,29 +38,31 @@ class LastStage:
     end_weight: float
 
     @classmethod
-    def read(cls, folder: RunFolder, stages: Sequence[Stage], described: Fingerprint) -> "LastStage":
+    def read(cls, folder: RunFolder, config: HBATConfig, described: Fingerprint) -> "LastStage":
         """Read it from a run's folder, which is left as it is.
 
         Args:
             folder: The folder.
-            stages: The plan of the run.
+            config: The run's configuration.
             described: Fingerprint of the run.
 
         Raises:
             RunStateError: If the folder holds no run, another one, or one that is not finished; if it kept nothing of
                 its last stage (`end_weight: 0`); or if the start of that is no longer on disk.
         """
-        where, stage, states = f"`output_dir` {str(folder.path)!r}", stages[-1], folder.states()
+        where, states = f"`output_dir` {str(folder.path)!r}", folder.states()
         state = next(states, None)
         if state is None:
             raise RunStateError(f"{where} holds no run. Train it first.")
         differing = changes(state.fingerprint, described.values)
         if found := [str(change) for change in differing if change.name.startswith(_SHARED)]:
             raise RunStateError(f"{where} holds another run: {'; '.join(found)}. Give the values that it had.")
+        stages = Run(config, folder, state).plan
+        stage = stages[-1]
         if state.next_stage <= stage.index:
             raise RunStateError(
-                f"The run in {where} is not finished: {state.next_stage} of its {len(stages)} stages are done. Finish "
-                "it first, with `resume_from_checkpoint=True` (`--resume`)."
+                f"The run in {where} is not finished: {state.next_stage - stages[0].index} of its {len(stages)} stages "
+                "are done. Finish it first, with `resume_from_checkpoint=True` (`--resume`)."
             )
         before = next((earlier for earlier in states if earlier.next_stage == stage.index), None)
         if before is None:

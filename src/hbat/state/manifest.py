@@ -27,9 +27,12 @@ class RunState:
         fingerprint: What the run trains on what: the values of its `Fingerprint`.
         given: Names of these values that the user has set, by section; all others are defaults.
         versions: Versions of the libraries that last wrote the run.
-        next_stage: Index of the stage that trains next; the number of stages once the run is finished.
+        first_stage: Index of the run's first stage: 0, or where the run that it continues ended.
+        first_round: The same for its first round.
+        next_stage: Index of the stage that trains next; that of the last one plus 1 once the run is finished.
         global_step: Optimizer steps so far, over all stages.
         objective_steps: Optimizer steps so far by objective.
+        optim: Optimizers of objectives that runs before this one trained, whose moments may still be there.
         files: Names of the tensor files in `state/` by what they hold.
         checksums: Size and checksum of these files by name.
         predicted: By how much the last stage raised the loss of each other objective, as its penalty predicts it.
@@ -42,9 +45,12 @@ class RunState:
     fingerprint: dict[str, Any]
     given: dict[str, list[str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    first_stage: int = 0
+    first_round: int = 0
     next_stage: int = 0
     global_step: int = 0
     objective_steps: dict[str, int] = field(default_factory=dict)
+    optim: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     checksums: dict[str, Any] = field(default_factory=dict)
     predicted: dict[str, float] = field(default_factory=dict)

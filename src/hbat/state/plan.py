@@ -10,10 +10,11 @@ class Stage:
     """One objective within a round: one `train()` of one trainer.
 
     Attributes:
-        index: Position in the run, from 0.
-        round: Its round, from 0.
+        index: Position in the run, from 0; a run that continues another counts on from it.
+        round: Its round, likewise.
         objective: Name of the objective that it trains.
-        num_rounds: Number of rounds of the run.
+        num_rounds: Number of rounds of the run, without those that it continues.
+        first_round: The run's first round.
         is_last: Whether the run ends with it.
     """
 
@@ -21,7 +22,18 @@ class Stage:
     round: int
     objective: str
     num_rounds: int
+    first_round: int = 0
     is_last: bool = False
+
+    @property
+    def part(self) -> int:
+        """Which of the run's `num_rounds` parts of the data it trains on, from 0."""
+        return self.round - self.first_round
+
+    @property
+    def last_round(self) -> int:
+        """Number of the run's last round, from 1."""
+        return self.first_round + self.num_rounds
 
     @property
     def folder(self) -> str:
@@ -29,15 +41,22 @@ class Stage:
         return f"stage-{self.index:03d}-{self.objective}"
 
     def __str__(self) -> str:
-        return f"stage {self.index} (round {self.round + 1} of {self.num_rounds}, {self.objective})"
+        return f"stage {self.index} (round {self.round + 1} of {self.last_round}, {self.objective})"
 
 
-def plan(num_rounds: int, objectives: Sequence[str]) -> list[Stage]:
+def plan(num_rounds: int, objectives: Sequence[str], *, first_stage: int = 0, first_round: int = 0) -> list[Stage]:
     """List the stages of a run in order: each round trains every objective once."""
     order = [(round_index, name) for round_index in range(num_rounds) for name in objectives]
     return [
-        Stage(index=index, round=round_index, objective=name, num_rounds=num_rounds, is_last=index == len(order) - 1)
-        for index, (round_index, name) in enumerate(order)
+        Stage(
+            index=first_stage + position,
+            round=first_round + round_index,
+            objective=name,
+            num_rounds=num_rounds,
+            first_round=first_round,
+            is_last=position == len(order) - 1,
+        )
+        for position, (round_index, name) in enumerate(order)
     ]
 
 

@@ -13,6 +13,7 @@ from hbat.engines.sharded import shared_as
 from hbat.ewc.parameters import require_counterparts
 from hbat.state.changes import Change, accepted
 from hbat.state.consolidation import DISPLACEMENT, KINDS, Consolidation, Record
+from hbat.state.continued import FinishedRun
 from hbat.state.fingerprint import Fingerprint
 from hbat.state.folder import RunFolder
 from hbat.state.manifest import RunState, RunStateError
@@ -45,9 +46,11 @@ class Run:
 
     def __init__(self, config: HBATConfig, folder: RunFolder, state: RunState) -> None:
         self.state = state
-        # With a single objective nothing would ever read what it accumulates.
-        holds_back = config.ewc is not None and len(config.objectives) > 1
-        self.consolidation = Consolidation(config.ewc, config.seed) if holds_back else None
+        self.plan = plan(
+            config.num_rounds, config.objective_names, first_stage=state.first_stage, first_round=state.first_round
+        )
+        # With a single objective as well: a run that continues this one may train another.
+        self.consolidation = Consolidation(config.ewc, config.seed) if config.ewc is not None else None
         self.moments: dict[str, Mapping[str, Tensor]] = {}
         self.kept: dict[str, Mapping[str, Tensor]] = {}
         self.was_resumed = False
@@ -67,6 +70,7 @@ class Run:
         resume: bool,
         allow_changed: Sequence[str] = (),
         needs_initial: bool = False,
+        continued: FinishedRun | None = None,
     ) -> "Run":
         """Begin a run, or resume the one in the folder. Collective.
 
@@ -78,9 +82,10 @@ class Run:
             resume: Whether to resume a run in the folder.
             allow_changed: What of the fingerprint may differ from the run in the folder.
             needs_initial: Whether the initial weights of the run will be needed.
+            continued: The run that a new one continues; by default read from `continue_from`.
 
         Returns:
-            The run before its next stage; `was_resumed` says which of the two it is.
+            The run before its next stage; `was_resumed` says whether its weights are on disk, not the model's.
 
         Raises:
             RunStateError: If the folder holds a run that may not or cannot be resumed.
@@ -91,9 +96,13 @@ class Run:
                 "resume it, or choose another folder."
             )
         found = folder.read()
+        if found is None and config.continue_from is not None:
+            continued = continued or FinishedRun(config, described)
         if found is None:
-            folder.require_unused()
+            folder.require_unused(continued.files() if continued is not None else ())
         wait_for_everyone()  # before a process makes the folder a run's
+        if found is None and continued is not None:
+            found = continued.carry(folder)
         if found is None:
             return cls.start(config, folder, described, weights)
         return cls.resume(
@@ -128,12 +137,14 @@ class Run:
         changed = accepted(before, described, allow_changed, output_dir=config.output_dir)
         run = cls(config, folder, state)
         run.was_resumed = True
+        # Also of objectives that only a run before this one trained, and in the order in which they came.
+        for name in state.files if run.consolidation is not None else ():
+            kind, _, objective = name.partition("-")
+            if kind in KINDS:
+                found = folder.read_tensors(state, name).items()
+                own = {name: shared_as(tensor, parameters[name]).cpu() for name, tensor in found}
+                run.consolidation.accumulated.setdefault(objective, {})[kind] = own
         for objective in config.objective_names:
-            for kind in KINDS if run.consolidation is not None else ():
-                found = folder.read_tensors(state, f"{kind}-{objective}")
-                own = {name: shared_as(tensor, parameters[name]).cpu() for name, tensor in found.items()}
-                if own and run.consolidation is not None:
-                    run.consolidation.accumulated.setdefault(objective, {})[kind] = own
             run.read_carried(objective)
         if needs_initial:
             folder.require_whole(state, "initial")
@@ -142,7 +153,7 @@ class Run:
 
     def _take_over(self, described: Fingerprint, changed: Sequence[Change]) -> None:
         state, objectives = self.state, self._config.objective_names
-        stages = plan(self._config.num_rounds, objectives)[state.next_stage :]
+        stages = self.stages_left()
         # A stage is trained in one way from its start to its end.
         starts_anew = bool(stages) and any(change.concerns(stages[0].objective, objectives) for change in changed)
         self._folder.remove_stages_but(None if starts_anew else state.next_stage)
@@ -152,6 +163,10 @@ class Run:
             logger.info("The run is resumed from stage %d with: %s.", state.next_stage, "; ".join(lines))
             state.changes.append({"stage": state.next_stage, "changes": lines})
             self._folder.commit(state)
+
+    def stages_left(self) -> list[Stage]:
+        """List the stages that are not done yet."""
+        return [stage for stage in self.plan if stage.index >= self.state.next_stage]
 
     # --- at the start of a stage -----------------------------------------------------------------------------------
 
