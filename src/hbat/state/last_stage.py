@@ -61,8 +61,8 @@ class LastStage:
         stage = stages[-1]
         if state.next_stage <= stage.index:
             raise RunStateError(
-                f"The run in {where} is not finished: {state.next_stage - stages[0].index} of its {len(stages)} stages "
-                "are done. Finish it first, with `resume_from_checkpoint=True` (`--resume`)."
+                f"The run in {where} is not finished: {state.next_stage - stages[0].index} of its {len(stages)} "
+                "stages are done. Finish it first, with `resume_from_checkpoint=True` (`--resume`)."
             )
         before = next((earlier for earlier in states if earlier.next_stage == stage.index), None)
         if before is None:

@@ -138,9 +138,9 @@ class Run:
         run = cls(config, folder, state)
         run.was_resumed = True
         # Also of objectives that only a run before this one trained, and in the order in which they came.
-        for name in state.files if run.consolidation is not None else ():
+        for name in state.files:
             kind, _, objective = name.partition("-")
-            if kind in KINDS:
+            if kind in KINDS and run.consolidation is not None:
                 found = folder.read_tensors(state, name).items()
                 own = {name: shared_as(tensor, parameters[name]).cpu() for name, tensor in found}
                 run.consolidation.accumulated.setdefault(objective, {})[kind] = own
