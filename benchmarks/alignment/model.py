@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, PreTraine
 
 from hbat import HBATConfig, HBATTrainer
 from hbat.cli.demo.scoring import LONGEST_ANSWER
+from hbat.cli.demo.task import Row
 
 TEMPERATURES = (0.0, 0.75, 1.0)  # 0 is greedy, 0.75 that of the paper
 Scores = dict[str, dict[str, dict[str, float]]]  # by temperature, task and metric
@@ -59,6 +60,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", model_max_length=32)  # noqa: S106
 
 
+def tokenized(rows: Sequence[Row], tokenizer: Any) -> Dataset:
+    """Tokenize demonstrations for SFT all at once, which is faster than row by row in every stage."""
+    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    answers = tokenizer([row["completion"] + tokenizer.eos_token for row in rows])["input_ids"]
+    pairs = list(zip(prompts, answers, strict=True))
+    return Dataset.from_dict({
+        "input_ids": [prompt + answer for prompt, answer in pairs],
+        "labels": [[-100] * len(prompt) + answer for prompt, answer in pairs],
+    })
+
+
 def load_base(name: str, folder: Path) -> GPT2LMHeadModel:
     """Load a base model, and pretrain it first where the folder does not have it yet."""
     path = folder / f"base-{name}"
@@ -84,7 +96,7 @@ def _pretrain(base: Base, work: str) -> Any:
     run = HBATConfig(
         output_dir=f"{work}/run", objectives=["sft"], num_rounds=1, sft=section, ewc=None, disable_tqdm=True
     )
-    rows = Dataset.from_list(documents(0, base.documents, SHARE_INSTRUCTIONS))
+    rows = tokenized(documents(0, base.documents, SHARE_INSTRUCTIONS), tokenizer)
     trainer = HBATTrainer(GPT2LMHeadModel(config), run, {"sft": rows}, processing_class=tokenizer)
     trainer.train()
     return trainer.model

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -31,10 +32,13 @@ _SMOKE = {"size": 64, "prompts": 16}
 
 
 def _prepare() -> None:
-    import datasets  # noqa: PLC0415 - heavy, and only the workers need it
+    import accelerate.utils.imports  # noqa: PLC0415 - heavy, and only the workers need it
+    import datasets  # noqa: PLC0415
     import torch  # noqa: PLC0415
     import transformers  # noqa: PLC0415
 
+    # TRL asks at every step whether PEFT is installed, and accelerate 1.15 reads the packages' metadata anew.
+    accelerate.utils.imports._is_package_available = cache(accelerate.utils.imports._is_package_available)  # noqa: SLF001
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from model import SECTION, Scores, build_tokenizer, evaluate, load_base
+from model import SECTION, Scores, build_tokenizer, evaluate, load_base, tokenized
 from spec import REGIMES, Regime, Spec
 from task import demonstrations, pairs, test_prompts, utility
 from transformers import TrainerCallback
 
 from hbat import HBATConfig, HBATTrainer
 from hbat.cli.demo.scoring import LONGEST_ANSWER
+from hbat.cli.demo.task import Row
 from hbat.engines.checks import policy_of
 
 ROWS = 2048  # of demonstrations, which are seen twice, and of pairs, which are seen once
@@ -71,7 +72,7 @@ def train(spec: Spec, folder: Path, size: int = ROWS, prompts: int = PROMPTS) ->
     model, watch = load_base(spec.base, folder), _Watch(score, spec.score_every)
     with tempfile.TemporaryDirectory() as work:
         for index in range(len(regime.parts)):
-            rows = _rows(spec, regime, index, size // len(regime.parts))
+            rows = _rows(spec, index, size // len(regime.parts), tokenizer)
             options = _options(spec, work, index)
             trainer = HBATTrainer(
                 model, HBATConfig(**options), rows, processing_class=tokenizer, callbacks=[watch],
@@ -115,19 +116,20 @@ _PPO = {
 }  # fmt: skip
 
 
-def _rows(spec: Spec, regime: Regime, part: int, size: int) -> dict[str, Dataset]:
+def _rows(spec: Spec, part: int, size: int, tokenizer: Any) -> dict[str, Dataset]:
+    regime = REGIMES[spec.regime]
     tasks = regime.parts[part]
     paired = tuple(task for task in tasks if task in regime.paired)
     earlier = tuple(task for other in regime.parts[:part] for task in other)
     old = round(size * spec.old_rows) if earlier else 0
 
-    def mixed(generate: Any, own: Sequence[str]) -> Dataset:
-        rows = generate(spec.seed, size - old, regime.conflict, tuple(own))
-        return Dataset.from_list(rows + (generate(spec.seed, old, regime.conflict, earlier) if old else []))
+    def mixed(generate: Any, own: Sequence[str]) -> list[Row]:
+        rows: list[Row] = generate(spec.seed, size - old, regime.conflict, tuple(own))
+        return rows + (generate(spec.seed, old, regime.conflict, earlier) if old else [])
 
-    found = {"sft": mixed(demonstrations, tasks)}
+    found = {"sft": tokenized(mixed(demonstrations, tasks), tokenizer)}
     if spec.preference:
-        found[spec.preference] = mixed(pairs, paired)
+        found[spec.preference] = Dataset.from_list(mixed(pairs, paired))
     if spec.preference == "ppo":
         found["ppo"] = found["ppo"].select_columns("prompt")
     return found
