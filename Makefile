@@ -23,7 +23,7 @@ QUICK := tests/test_house.py tests/data/test_check.py tests/ewc/test_callback.py
 # Tests of one file share trained runs, so one process takes them all; in order, as the longest files come early.
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-ppo quick quick-tests test test-all check oldest newest support benchmarks benchmarks-gpu benchmarks-ppo faults clean
+.PHONY: demo demo-ppo quick quick-tests test test-all check oldest newest support benchmarks benchmarks-gpu benchmarks-ppo evidence evidence-smoke faults clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hbat demo
@@ -78,6 +78,17 @@ benchmarks-gpu: $(VENV)/.installed
 benchmarks-ppo: $(VENV)/.installed $(TRL112)/.installed
 	$(BIN)/python benchmarks/ppo.py --trl-python $(TRL112)/bin/python
 	$(BIN)/python benchmarks/ppo.py --trl-python $(TRL112)/bin/python --lengths uneven
+
+# HBAT against its alternatives on generated tasks: hours on two cores; continues where it was cut off.
+evidence: $(VENV)/.installed
+	$(BIN)/python benchmarks/alignment/run.py
+	$(BIN)/python benchmarks/alignment/report.py
+
+# Every step of it, too small to learn anything, in a new folder.
+evidence-smoke: $(VENV)/.installed
+	rm -rf benchmarks/results/alignment-smoke
+	$(BIN)/python benchmarks/alignment/run.py --smoke --output benchmarks/results/alignment-smoke
+	$(BIN)/python benchmarks/alignment/report.py --output benchmarks/results/alignment-smoke
 
 # Runs that are killed at random moments, and other faults: minutes on two cores. Its tables are those of docs/faults.md.
 faults: $(VENV)/.installed
