@@ -38,10 +38,10 @@ class HBATConfig:
         },
     )
     num_rounds: int = field(
-        default=4,
+        default=1,  # docs/does-it-work.md, "Rounds": more rounds on the same data did not help
         metadata={
             "help": "Number of rounds N. Every data set is split into N parts, and each round trains every objective "
-            "on one part of its data. `1` is ordinary two-stage training."
+            "on one part of its data. `1` trains one objective after the other, with `ewc` holding later ones back."
         },
     )
     objectives: list[Any] = field(

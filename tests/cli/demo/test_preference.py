@@ -1,7 +1,5 @@
 """The demo's preference objectives: the same prompts, and the judge as the reward of PPO."""
 
-import pytest
-
 from hbat.cli.demo.preference import Preference, judge
 from hbat.cli.demo.scoring import LONGEST_ANSWER
 from hbat.cli.demo.settings import DemoSettings
@@ -27,18 +25,10 @@ def test_the_reward_of_ppo_is_the_judges_utility():
     assert Preference.of("dpo", SETTINGS).reward is None
 
 
-def test_the_rows_of_a_round_are_whole_rollouts_for_every_method(tmp_path):
+def test_the_rows_are_whole_rollouts(tmp_path):
     ppo = Preference.of("ppo", SETTINGS)
     args = PPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=ppo.batch_size, **ppo.options
     )
-    rows_a_round, left = divmod(SETTINGS.preference_rows, SETTINGS.num_rounds)
-    assert left == 0
-    assert rows_a_round % args.rollout_size == 0
+    assert SETTINGS.preference_rows % args.rollout_size == 0
     assert args.max_completion_length == LONGEST_ANSWER
-
-
-@pytest.mark.parametrize("name", ["dpo", "ppo"])
-def test_the_tuned_learning_rate_is_the_smaller_one(name):
-    preference = Preference.of(name, SETTINGS)
-    assert preference.tuned_learning_rate < preference.learning_rate

@@ -18,8 +18,7 @@ class Preference:
     """The demo's preference objective."""
 
     name: Kind
-    learning_rate: float  # shared by HBAT and two-stage training
-    tuned_learning_rate: float  # the best for two-stage training
+    learning_rates: tuple[float, ...]
     epochs: int
     batch_size: int
     options: dict[str, Any]  # further fields of its section
@@ -31,16 +30,14 @@ class Preference:
         if name == "dpo":
             return cls(
                 name=name,
-                learning_rate=settings.dpo_learning_rate,
-                tuned_learning_rate=settings.tuned_dpo_learning_rate,
+                learning_rates=settings.dpo_learning_rates,
                 epochs=settings.dpo_epochs,
                 batch_size=settings.batch_size,
                 options={"beta": settings.dpo_beta},
             )
         return cls(
             name=name,
-            learning_rate=settings.ppo_learning_rate,
-            tuned_learning_rate=settings.tuned_ppo_learning_rate,
+            learning_rates=settings.ppo_learning_rates,
             epochs=settings.ppo_epochs,
             batch_size=settings.ppo_batch_size,
             options={

@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,17 @@ from tqdm.auto import tqdm
 
 from hbat.cli.demo.base_model import build_model, build_tokenizer, prepare_base
 from hbat.cli.demo.preference import Kind, Preference
-from hbat.cli.demo.results import Outcome, draw_trade_off, print_results
-from hbat.cli.demo.scoring import Scores, evaluate
+from hbat.cli.demo.results import Outcome, Point, draw_trade_off, print_results
+from hbat.cli.demo.scoring import evaluate
 from hbat.cli.demo.settings import DemoSettings
 from hbat.cli.demo.task import instruction_rows, test_prompts
 from hbat.config.hbat import HBATConfig
-from hbat.engines.checks import policy_of
 from hbat.state.manifest import STATE_FILE
 from hbat.trainer import HBATTrainer
 
 #: Large enough that every step of the command runs, too small to learn anything.
 QUICK = DemoSettings(
-    base_steps=40, instruction_rows=128, preference_rows=128, test_prompts=64, sft_epochs=1, ppo_rollout=32
+    seeds=1, base_steps=40, instruction_rows=128, preference_rows=128, test_prompts=64, sft_epochs=1, ppo_rollout=32
 )
 _TEST_SEED = 1_000_003  # far from the seeds of training rows
 
@@ -38,19 +37,22 @@ class Method:
 
     name: str
     folder: str
-    options: dict[str, Any]  # fields of HBATConfig
     learning_rate: float  # of the preference stages
+    options: dict[str, Any] = field(default_factory=dict)  # fields of HBATConfig
 
 
-def methods(settings: DemoSettings, preference: Preference) -> list[Method]:
-    """List HBAT, two-stage training at the same preference learning rate, and at one tuned for it."""
-    name, shared, tuned = preference.name.upper(), preference.learning_rate, preference.tuned_learning_rate
+def methods(preference: Preference) -> list[Method]:
+    """List HBAT with its defaults, and two-stage training at several preference learning rates."""
+    name = preference.name.upper()
     # One round without EWC is two-stage training with plain TRL trainers, bit for bit.
     two_stage = {"num_rounds": 1, "ewc": None, "optimizer_state": "reset"}
+    shared, *_ = shorts = [_short(rate) for rate in preference.learning_rates]
     return [
-        Method(f"HBAT, {name} at {_short(shared)}", "hbat", {"num_rounds": settings.num_rounds}, shared),
-        Method(f"two-stage, {name} at {_short(shared)}", "two-stage", two_stage, shared),
-        Method(f"two-stage, {name} at {_short(tuned)}", "two-stage-tuned", two_stage, tuned),
+        Method(f"HBAT, {name} {shared}", "hbat", preference.learning_rates[0]),
+        *(
+            Method(f"two-stage, {name} {short}", f"two-stage-{short}", rate, two_stage)
+            for rate, short in zip(preference.learning_rates, shorts, strict=True)
+        ),
     ]
 
 
@@ -59,7 +61,11 @@ def _short(rate: float) -> str:
 
 
 def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind = "dpo") -> int:
-    """Pretrain a base model, train it with each method, print and save the scores; return the exit status."""
+    """Pretrain a base model, train it with each method on several seeds, print and save the scores.
+
+    Returns:
+        The exit status.
+    """
     start = time.perf_counter()
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' and TRL's, about their next release
     transformers.logging.set_verbosity_error()
@@ -68,7 +74,7 @@ def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind =
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # results do not depend on the number of cores; the model is too small to gain from more
     try:
-        base, outcomes = _Comparison(output_dir, seed, settings, Preference.of(preference, settings)).run()
+        outcomes = _Comparison(output_dir, seed, settings, Preference.of(preference, settings)).run()
     finally:
         torch.set_num_threads(threads)
     seconds = time.perf_counter() - start
@@ -76,14 +82,13 @@ def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind =
         "seed": seed,
         "preference": preference,
         "settings": asdict(settings),
-        "base": asdict(base),
         "methods": [asdict(outcome) for outcome in outcomes],
         "seconds": seconds,
     }
     file = output_dir / "demo.json"
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    plot = draw_trade_off(base, outcomes, output_dir / "trade-off.png")
-    print_results(base, outcomes, seconds=seconds, files=[file, *([plot] if plot else []), output_dir / "hbat"])
+    plot = draw_trade_off(outcomes, output_dir / "trade-off.png")
+    print_results(outcomes, seconds=seconds, files=[file, *([plot] if plot else []), output_dir / "hbat"])
     return 0
 
 
@@ -91,21 +96,17 @@ class _Comparison:
     def __init__(self, output_dir: Path, seed: int, settings: DemoSettings, preference: Preference) -> None:
         self._output_dir, self._seed, self._settings, self._preference = output_dir, seed, settings, preference
         self._tokenizer = build_tokenizer()
-        self._prompts = test_prompts(seed + _TEST_SEED, settings.test_prompts)
-        self._rows = {
-            "sft": Dataset.from_list(instruction_rows(seed, settings.instruction_rows)),
-            preference.name: preference.rows(seed, settings.preference_rows),
-        }
 
-    def run(self) -> tuple[Scores, list[Outcome]]:
-        base = self._base()
-        outcomes = []
-        for method in methods(self._settings, self._preference):
-            print(f"\n{method.name}", file=sys.stderr)  # noqa: T201 - a command's own output
-            model = build_model(self._seed)
-            model.load_state_dict(base.state_dict())
-            outcomes.append(self._train(method, model))
-        return evaluate(base, self._tokenizer, self._prompts), outcomes
+    def run(self) -> list[Outcome]:
+        base = self._base().state_dict()
+        outcomes = [Outcome(method.name) for method in methods(self._preference)]
+        for seed in range(self._seed, self._seed + self._settings.seeds):
+            for method, outcome in zip(methods(self._preference), outcomes, strict=True):
+                print(f"\n{method.name}, seed {seed}", file=sys.stderr)  # noqa: T201 - a command's own output
+                model = build_model(self._seed)
+                model.load_state_dict(base)
+                self._train(method, model, seed, outcome)
+        return outcomes
 
     def _base(self) -> Any:
         settings = self._settings
@@ -123,34 +124,36 @@ class _Comparison:
                 progress=progress,
             )
 
-    def _train(self, method: Method, model: Any) -> Outcome:
-        start = time.perf_counter()
-        folder = self._output_dir / method.folder
+    def _train(self, method: Method, model: Any, seed: int, outcome: Outcome) -> None:
+        settings, preference = self._settings, self._preference
+        folder = self._output_dir / method.folder / f"seed-{seed}"
         if (folder / STATE_FILE).exists():
             shutil.rmtree(folder)  # of an earlier demo
-        scoring = _ScoreAfterStage(self._prompts, self._tokenizer)
+        rows = {
+            "sft": Dataset.from_list(instruction_rows(seed, settings.instruction_rows)),
+            preference.name: preference.rows(seed, settings.preference_rows),
+        }
         config = HBATConfig(
             output_dir=str(folder),
-            objectives=list(self._rows),
-            seed=self._seed,
-            **self._sections(method.learning_rate),
+            objectives=list(rows),
+            seed=seed,
+            **self._sections(method.learning_rate, seed),
             **method.options,
         )
         trainer = HBATTrainer(
-            model,
-            config,
-            train_dataset=self._rows,
-            processing_class=self._tokenizer,
-            reward_funcs=self._preference.reward,
-            callbacks=[scoring],
+            model, config, train_dataset=rows, processing_class=self._tokenizer, reward_funcs=preference.reward
         )
-        steps = trainer.train().global_step
+        outcome.steps = trainer.train().global_step
         trainer.save_model()
-        rounds = config.num_rounds
-        labels = [f"{name.upper()} {index + 1}/{rounds}" for index in range(rounds) for name in self._rows]
-        return Outcome(method.name, list(zip(labels, scoring.scores, strict=True)), steps, time.perf_counter() - start)
+        prompts = test_prompts(seed + _TEST_SEED, settings.test_prompts)
+        points = []
+        for end_weight in (0.0, *settings.end_weights):
+            trainer.move_to(end_weight)
+            greedy, sampled = (evaluate(model, self._tokenizer, prompts, sample=sample) for sample in (False, True))
+            points.append(Point(end_weight, greedy, sampled))
+        outcome.runs.append(points)
 
-    def _sections(self, learning_rate: float) -> dict[str, Any]:
+    def _sections(self, learning_rate: float, seed: int) -> dict[str, Any]:
         settings, preference = self._settings, self._preference
         shared = {
             "adam_beta2": settings.adam_beta2,
@@ -159,7 +162,7 @@ class _Comparison:
             "logging_steps": 16,
             "lr_scheduler_type": "cosine",
             "save_strategy": "no",
-            "seed": self._seed,
+            "seed": seed,
             "use_cpu": True,
             "warmup_steps": settings.warmup_steps,
         }
@@ -174,13 +177,3 @@ class _Comparison:
             "per_device_train_batch_size": preference.batch_size,
         }
         return {"sft": shared | sft, preference.name: shared | own | preference.options}
-
-
-class _ScoreAfterStage(transformers.TrainerCallback):
-    def __init__(self, rows: Any, tokenizer: Any) -> None:
-        self.scores: list[Scores] = []
-        self._rows, self._tokenizer = rows, tokenizer
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        policy: Any = policy_of(kwargs["model"])  # without the critic that PPO trains beside it
-        self.scores.append(evaluate(policy, self._tokenizer, self._rows))

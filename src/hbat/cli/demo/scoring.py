@@ -23,9 +23,14 @@ class Scores:
 
 
 def generate_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int = 512
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    batch_size: int = 512,
+    *,
+    sample: bool = False,
 ) -> list[str]:
-    """Generate a greedy answer to each prompt; the model's training mode is restored."""
+    """Answer each prompt greedily, or `sample` at temperature 1; the model's training mode is restored."""
     was_training = model.training
     model.eval()
     answers: list[str] = []
@@ -33,11 +38,13 @@ def generate_answers(
         batch = tokenizer(
             list(prompts[start : start + batch_size]), padding=True, padding_side="left", return_tensors="pt"
         ).to(model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(start)
             texts: torch.Tensor = model.generate(  # type: ignore[operator]
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
-                do_sample=False,
+                do_sample=sample,
+                **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}),
                 max_new_tokens=LONGEST_ANSWER,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
@@ -61,6 +68,8 @@ def score_answers(rows: Sequence[Row], answers: Sequence[str]) -> Scores:
     )
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Scores:
-    """Score the greedy answers of a model."""
-    return score_answers(rows, generate_answers(model, tokenizer, [row["prompt"] for row in rows]))
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, sample: bool = False
+) -> Scores:
+    """Score the answers of a model, greedy or sampled ones."""
+    return score_answers(rows, generate_answers(model, tokenizer, [row["prompt"] for row in rows], sample=sample))
