@@ -7,7 +7,7 @@ Writes `report.md` and PNG files beside `runs.jsonl`.
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -74,8 +74,8 @@ def comparison_table(records: Sequence[Record]) -> str:
         if not seeds or not count:
             continue
         own, other = (runs[:count] for runs in whole)
-        cells = [_difference(own, other, seeds, lambda runs, heat=heat: _tuned(runs, heat)) for heat in HEATS]
-        cells += [_difference(own, other, seeds, lambda runs, heat=heat: _areas(runs, heat)) for heat in ("T0", "T1")]
+        cells = [_difference(_tuned(own, heat), _tuned(other, heat)) for heat in HEATS]
+        cells += [_difference(_areas(own, heat), _areas(other, heat)) for heat in ("T0", "T1")]
         lines.append([name, str(count), str(len(seeds)), *cells])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -86,14 +86,8 @@ def _whole(methods: dict[str, list[Record]], seeds: Sequence[int]) -> list[dict[
     return [{seed: runs[seed] for seed in seeds} for runs in found if runs.keys() >= set(seeds)]
 
 
-def _difference(
-    own: list[dict[int, Record]],
-    other: list[dict[int, Record]],
-    seeds: Sequence[int],
-    measure: Callable[[list[dict[int, Record]]], dict[int, float]],
-) -> str:
-    first, second = measure(own), measure(other)
-    middle, half = interval([100 * (first[seed] - second[seed]) for seed in seeds])
+def _difference(own: dict[int, float], other: dict[int, float]) -> str:
+    middle, half = interval([100 * (own[seed] - other[seed]) for seed in own])
     return f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"
 
 

@@ -15,7 +15,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
@@ -71,7 +71,8 @@ def run(specs: Iterable[Spec], folder: Path, sizes: dict[str, int]) -> int:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_prepare) as pool, file.open("a") as lines:
         list(pool.map(_base, sorted({spec.base for spec in left}), [folder] * len(left)))
-        waiting, queue = {}, iter(left)
+        waiting: dict[Future[dict[str, Any]], Spec] = {}
+        queue = iter(left)
         while True:
             # Two more than the workers, so that an interrupted programme has no long queue to drop.
             waiting |= {

@@ -24,7 +24,7 @@ PROMPTS = 512  # of a test set
 SHARES = (0.25, 0.5, 0.75, 1.0)  # points of the averaging line, from the last stage's start to its end
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
+class _Watch(TrainerCallback):
     """Keeps the last stage's start and end, and scores the model on its way."""
 
     def __init__(self, score: Any, every: int) -> None:
@@ -156,7 +156,7 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in policy_of(model).named_parameters()}
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def _place(model: Any, watch: _Watch, share: float) -> None:
     for name, parameter in model.named_parameters():
         parameter.copy_(watch.start[name] + share * (watch.end[name] - watch.start[name]))
