@@ -205,6 +205,11 @@ FEATURES: Mapping[str, Cell] = {
     "several adapters": "several adapters",
     "`model.add_adapter` instead of a PeftModel": "adapter inside",
     "`torch_compile`": Shown("test_support.py::test_a_compiled_model_trains_as_it_does_otherwise"),
+    "`replay`, one process": Shown(
+        "stages/test_replay.py::test_a_run_equals_plain_trainers_with_the_replayed_loss_in_theirs"
+    ),
+    "`replay`, DDP": Shown(f"{_DDP}[replay]"),
+    "`replay`, FSDP2 and ZeRO": "replay",
 }
 
 

@@ -100,7 +100,7 @@ class HBATTrainer:
         tracks = build_tracks(args, train_dataset, eval_dataset, reward_funcs, reward_processing_classes)
         needs_reference = any(track.objective.uses_reference for track in tracks)
         self.model = load_model(model, args, peft_config, takes_reference=needs_reference)
-        engine = choose_engine(tracks, self.model, args.ewc)
+        engine = choose_engine(tracks, self.model, args.ewc, replays=args.replay_share > 0)
         if needs_reference:
             require_adapter_parameters(self.model)
         self.processing_class = load_tokenizer(processing_class, self.model, args, model)
@@ -122,8 +122,9 @@ class HBATTrainer:
         )
         self._evaluator = Evaluator(tracks, builder, self._start)
         self._request = StopRequest()
+        replayed = self.tracks["sft"] if args.replay_share > 0 else None
         self._stages = StageRunner(
-            self.model, args, builder, self._start, engine, list(callbacks or []), self._request
+            self.model, args, builder, self._start, engine, list(callbacks or []), self._request, replayed
         )
         self._run: Run | None = None
         self._moved_to: float | None = None

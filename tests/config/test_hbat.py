@@ -133,6 +133,16 @@ def test_any_number_in_range_is_accepted(strength, freeze):
         ({"end_weight": {"dpo": 0.5}}, r"`end_weight` is \{'dpo': 0\.5\}; it must be a number between 0 and 1"),
         ({"ewc": {"strenght": 1.0}}, r"`ewc\.strenght` is not an option.* Did you mean `strength`\?"),
         ({"ewc": {"strength": -1.0}}, r"`ewc\.strength` is -1\.0"),
+        ({"replay": {"sft": 1.5}}, r"`replay\.sft` is 1\.5; it must be a number between 0 and 1"),
+        ({"replay": {"sft": -0.1}}, r"`replay\.sft` is -0\.1; it must be a number between 0 and 1"),
+        ({"replay": {"sft": math.nan}}, r"`replay\.sft` is nan; it must be a number between 0 and 1"),
+        ({"replay": {"sft": None}}, r"`replay\.sft` is None; it must be a number between 0 and 1"),
+        ({"replay": {"dpo": 0.1}}, r"`replay` names 'dpo'; only rows of 'sft' can be replayed, whose loss needs no"),
+        ({"replay": {"stf": 0.1}}, r"`replay` names 'stf'; only rows of 'sft'"),
+        (
+            {"replay": {"sft": 0.1}, "objectives": ["dpo", "kto"]},
+            r"`replay` needs the built-in objective 'sft', but `objectives` is \['dpo', 'kto'\]",
+        ),
     ],
 )
 def test_a_wrong_option_of_the_run_is_named_with_what_would_be_right(options, message):
@@ -143,6 +153,16 @@ def test_a_wrong_option_of_the_run_is_named_with_what_would_be_right(options, me
 def test_an_ewc_section_of_a_wrong_type_is_refused():
     with pytest.raises(TypeError, match=r"`ewc` is a float; it must be a mapping, an `EWCConfig` or null"):
         HBATConfig(output_dir="run", ewc=10.0)
+
+
+def test_replay_of_a_wrong_type_is_refused():
+    with pytest.raises(TypeError, match=r"`replay` is 0\.1; it must be a mapping such as \{'sft': 0\.1\}, or null"):
+        HBATConfig(output_dir="run", replay=0.1)
+
+
+def test_no_replay_and_an_empty_mapping_are_a_share_of_zero():
+    shares = [HBATConfig(output_dir="run", replay=each).replay_share for each in (None, {}, {"sft": 0}, {"sft": 1})]
+    assert shares == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_the_ewc_section_may_be_a_mapping_an_object_or_nothing():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import cases
 import pytest
 import torch
-from refused import track
+from refused import refused, track
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -55,6 +55,15 @@ def test_a_run_without_an_engine_trains_in_one_process(caplog):
 def test_an_engine_of_one_objective_is_that_of_the_run():
     with pytest.raises(NotImplementedError, match=r"set for \['dpo'\] only"):
         choose_engine([track(), track("dpo", **ZERO_2)], cases.tiny_llama(), None)
+
+
+def test_an_engine_that_cannot_replay_rows_is_refused():
+    """Nothing else of it is: without replay it is chosen."""
+    tracks = [track(**ZERO_2), track("dpo", **ZERO_2)]
+    assert type(choose_engine(tracks, cases.tiny_llama(), None)) is DeepSpeed
+    with refused("replay"):
+        choose_engine(tracks, cases.tiny_llama(), None, replays=True)
+    assert type(choose_engine([track(), track("dpo")], cases.tiny_llama(), None, replays=True)) is Engine
 
 
 def test_a_run_whose_stages_cannot_resume_says_so(caplog):

@@ -68,8 +68,9 @@ def test_an_entry_is_named_for_its_objective_or_dropped(key, expected):
 
 
 def test_no_entry_is_lost_to_another_ones_name():
-    logs = {"loss": 1, "eval_loss": 2, "ewc/penalty": 3, "train_loss": 4}
-    assert renamed(logs, "sft") == {"sft/loss": 1, "eval_sft_stage/loss": 2, "ewc/penalty": 3}
+    logs = {"loss": 1, "eval_loss": 2, "ewc/penalty": 3, "train_loss": 4, "replay/loss": 5}
+    expected = {"dpo/loss": 1, "eval_dpo_stage/loss": 2, "ewc/penalty": 3, "replay/loss": 5}
+    assert renamed(logs, "dpo") == expected
 
 
 def test_evaluation_inside_a_stage_and_after_it_have_names_of_their_own(reporter):

@@ -112,6 +112,7 @@ RUNS = {
         "section": ADAM,
     },
     "checkpointing": {"objectives": ["sft", "dpo"], "section": {runs.CHECKPOINTING: True}},
+    "replay": {"objectives": ["sft", "dpo", "ppo"], "replay": {"sft": 0.4}},  # of one row a process has none
     "kto": {"objectives": ["sft", "kto"]},
     "ppo": {"objectives": ["sft", "ppo"]},
     "adam, ppo and lora": {"objectives": ["sft", "ppo"], "model": "lora", "section": ADAM},
@@ -145,6 +146,7 @@ def build(name, folder, *, model=None, callbacks=None, save_steps=None):
         ppo=ppo_section(**options.get("section", {}) | critic | saves),
         ewc=options.get("ewc", {"strength": 5.0}),
         end_weight=options.get("end_weight", 1.0),
+        replay=options.get("replay"),
         disable_tqdm=True,
         seed=runs.SEED,
     )

@@ -95,6 +95,14 @@ class HBATConfig:
             "the end as it is. `hbat front` measures the line between the two after training."
         },
     )
+    replay: Any = field(
+        default=None,
+        metadata={
+            "help": "Share of SFT rows that the stages of all other objectives train on too, as a mapping such as "
+            "`sft: 0.1`: an optimizer step over B rows adds 0.1 * B of them on average, from all rounds so far, each "
+            "with the weight of one of the B. Only `sft` can be replayed. `null` disables it."
+        },
+    )
     on_bad_rows: OnBadRows = field(
         default="raise",
         metadata={
@@ -169,6 +177,7 @@ class HBATConfig:
         for name in self.objective_names:
             check_choice("lr_schedule", self.lr_schedule_of(name), LRSchedule)
         check_number("end_weight", self.end_weight, 0, 1)
+        self._check_replay()
         if isinstance(self.ewc, Mapping):
             self.ewc = build_section("ewc", EWCConfig, self.ewc)
         if not isinstance(self.ewc, EWCConfig | None):
@@ -191,6 +200,21 @@ class HBATConfig:
         if len(set(names)) != len(names):
             raise ValueError(f"`objectives` is {names}; an objective can occur only once per round.")
 
+    def _check_replay(self) -> None:
+        if not isinstance(self.replay, Mapping | None):
+            raise TypeError(f"`replay` is {shown(self.replay)}; it must be a mapping such as {{'sft': 0.1}}, or null.")
+        for name, share in (self.replay or {}).items():
+            if name != "sft":
+                raise ValueError(
+                    f"`replay` names {shown(name)}; only rows of 'sft' can be replayed, whose loss needs no reference "
+                    "policy and no reward. Remove it."
+                )
+            check_number("replay.sft", share, 0, 1)
+            if "sft" not in self.objectives:
+                raise ValueError(
+                    f"`replay` needs the built-in objective 'sft', but `objectives` is {self.objective_names}."
+                )
+
     @property
     def objective_names(self) -> list[str]:
         """Names of the objectives of a round, in order."""
@@ -199,6 +223,11 @@ class HBATConfig:
     def lr_schedule_of(self, objective: str) -> str:
         """Learning rate schedule of an objective: `stage`, `run` or `decay`."""
         return str(self._by_objective("lr_schedule", objective, "stage"))
+
+    @property
+    def replay_share(self) -> float:
+        """Replayed SFT rows per row of a stage of another objective; 0 without replay."""
+        return float((self.replay or {}).get("sft", 0.0))
 
     def _by_objective(self, name: str, objective: str, default: Any) -> Any:
         value = getattr(self, name)

@@ -15,6 +15,7 @@ from hbat.engines.engine import Engine, Trained
 from hbat.engines.fsdp2 import FSDP2, fsdp_version
 from hbat.engines.loaded_shards import LoadedShards, is_loaded_in_shards
 from hbat.engines.processes import is_main_process
+from hbat.engines.refusals import REFUSALS
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +29,14 @@ def engine_for(args: Any, model: Any = None) -> Engine:
     return FSDP2() if fsdp_version(args) is not None else Engine()
 
 
-def choose_engine(tracks: Sequence[Trained], model: Any, ewc: EWCConfig | None) -> Engine:
+def choose_engine(tracks: Sequence[Trained], model: Any, ewc: EWCConfig | None, *, replays: bool = False) -> Engine:
     """Find the engine of a run, and refuse what was not tested with it.
 
     Args:
         tracks: The objectives of the run.
         model: The model.
         ewc: The run's consolidation.
+        replays: Whether its stages replay rows.
 
     Returns:
         The engine, which knows how it shards.
@@ -48,6 +50,8 @@ def choose_engine(tracks: Sequence[Trained], model: Any, ewc: EWCConfig | None) 
     engines = [engine_for(track.args, model) for track in tracks]
     engine = next((found for found in engines if type(found) is not Engine), engines[0])
     engine.check(tracks, ewc)
+    if replays and engine.name != Engine.name:
+        raise REFUSALS["replay"].error(engine=engine.name)
     if not engine.resumes_inside_stage and is_main_process():
         logger.warning(
             "With DeepSpeed or `distributed_config` no checkpoints are written inside a stage: a stage that is cut "

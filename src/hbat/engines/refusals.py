@@ -86,6 +86,11 @@ REFUSALS: Mapping[str, Refusal] = {
         "`{objective}.precompute_ref_log_probs` is not supported under {engine}. Remove it.", HBAT
     ),
     "compilation": _untested("`torch_compile` is not supported under {engine}. Remove it.", HBAT),
+    "replay": _untested(
+        "`replay` is not supported under {engine}. Remove it, or train in one process or with DDP "
+        "(`accelerate launch --multi_gpu`).",
+        HBAT,
+    ),
     "separate critic under FSDP2": _untested(
         "`critic: separate` is not supported under FSDP: a separate model cannot be copied from a sharded policy. Set "
         "`critic: shared`.",

@@ -155,7 +155,7 @@ def renamed(logs: dict[str, Any], objective: str) -> dict[str, Any]:
     for key, value in logs.items():
         if key in _DROPPED or key.endswith(_RUN_TIMES):
             continue
-        if key.startswith("ewc/"):
+        if key.startswith(("ewc/", "replay/")):
             result[key] = value
         elif key.startswith("eval_"):
             result[f"eval_{objective}_stage/{key.removeprefix('eval_')}"] = value

@@ -25,6 +25,7 @@ from hbat.stages.learning_rate import extend_schedule
 from hbat.stages.moments import CarryMoments
 from hbat.stages.nonfinite import StopOnNonFinite, require_finite_importance, require_finite_weights
 from hbat.stages.path import PathIntegral
+from hbat.stages.replay import Replay, prepare_replay
 from hbat.stages.start import StageStart
 from hbat.state.consolidation import Consolidation, Record
 from hbat.state.files import storage_errors
@@ -64,6 +65,7 @@ class StageRunner:
         engine: The engine of the run.
         callbacks: The user's callbacks, for every stage.
         request: Where signals are remembered.
+        replayed: The track whose rows the other stages replay; None without replay.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class StageRunner:
         engine: Engine,
         callbacks: list[TrainerCallback],
         request: StopRequest,
+        replayed: Track | None = None,
     ) -> None:
         self._model = model
         self._config = config
@@ -83,6 +86,7 @@ class StageRunner:
         self._engine = engine
         self._callbacks = callbacks
         self._request = request
+        self._replayed = replayed
 
     def run(
         self, stage: Stage, track: Track, *, folder: Path, run: Run, reporter: RunReporter, steps_after: int
@@ -111,6 +115,7 @@ class StageRunner:
         stop = StopAtStep(self._request, saves=self._engine.resumes_inside_stage)
         own = [HookLimit(), KeepEpoch(), *self._callbacks, stop, SealCheckpoints()]
         part = track.part(stage, self._config.seed)
+        replay = self._replay(stage, track)
         with self._builder.building(
             track,
             folder,
@@ -123,6 +128,8 @@ class StageRunner:
         ) as trainer:
             _report_dropped_rows(trainer, stage, len(part))
             checkpoint = self._checkpoint(track, trainer, len(part), folder)
+            if replay is not None:
+                replay.bind(trainer, self._engine)
             path = self._prepare(trainer, stage, run, checkpoint)
             if kept:
                 objective.load_state_dict(trainer, kept)
@@ -141,6 +148,12 @@ class StageRunner:
         for tensors in (importance or {}).values():
             require_finite_importance(tensors, stage)
         return StageResult(steps, importance, carry.saved if carries else {}, kept)
+
+    def _replay(self, stage: Stage, track: Track) -> Replay | None:
+        if self._replayed is None or self._replayed.name == stage.objective:
+            return None
+        share, seed = self._config.replay_share, self._config.seed
+        return prepare_replay(stage, track, self._replayed, self._builder, share=share, seed=seed)
 
     def _prepare(self, trainer: Trainer, stage: Stage, run: Run, checkpoint: str | None) -> PathIntegral | None:
         precise = self._engine.keeps_precision(trainer)

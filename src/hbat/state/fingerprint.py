@@ -85,6 +85,7 @@ def fingerprint(
             "optimizer_state": config.optimizer_state,
             "keep_adapter_dtype": config.keep_adapter_dtype,
             "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
+            "replay": config.replay_share,
             "end_weight": config.end_weight,
         },
         "ewc": None if config.ewc is None else asdict(config.ewc),
