@@ -2,9 +2,9 @@
 
 `authors` is the loop of the authors' code: a sum of weighted squared distances with its own backward pass. The floor
 is what any implementation must move at the best bandwidth of torch's simplest kernels on the same tensors: read
-parameter, anchor and gradient and write the gradient, 16 bytes per element, 20 with an importance per element. The path
-integral reads these and itself, writes itself and a copy of the gradient before the step, and all but that copy again
-after it: 44. Each peak is measured in its own process.
+parameter, anchor and gradient and write the gradient, 16 bytes per element, 20 with an importance per element. The
+path integral reads these and itself, writes itself and a copy of the gradient before the step, and all but that copy
+again after it: 44. Each peak is measured in its own process.
 
     python benchmarks/penalty.py [--repeats 7]
 """

@@ -53,11 +53,11 @@ def print_results(outcomes: Sequence[Outcome], *, seconds: float, files: Sequenc
     """Print the table, its reading, and the files written."""
     console = Console()
     table = Table(title="Answers to unseen prompts, %: sampled at temperature 1, and greedy (T=0)")
-    for column in ("method", "point"):
-        table.add_column(column, no_wrap=True)
+    for label in ("method", "point"):
+        table.add_column(label, no_wrap=True)
     for kind in ("T=1", "T=0"):
-        for column in ("right", "style", "both"):
-            table.add_column(f"{kind}\n{column}", justify="right", no_wrap=True)
+        for label in ("right", "style", "both"):
+            table.add_column(f"{kind}\n{label}", justify="right", no_wrap=True)
     # All methods share the first stage, as nothing holds it back.
     start, *_ = outcomes[0].columns()
     table.add_row("SFT alone", "", *_cells(start))
