@@ -169,6 +169,7 @@ class HBATConfig:
         check_whole("seed", self.seed, 0)
         check_whole("keep_states", self.keep_states, 1)
         self._check_objectives()
+        self._check_replay()
         check_choice("optimizer_state", self.optimizer_state, OptimizerState)
         check_choice("on_bad_rows", self.on_bad_rows, OnBadRows)
         check_choice("on_nan", self.on_nan, OnNaN)
@@ -177,7 +178,6 @@ class HBATConfig:
         for name in self.objective_names:
             check_choice("lr_schedule", self.lr_schedule_of(name), LRSchedule)
         check_number("end_weight", self.end_weight, 0, 1)
-        self._check_replay()
         if isinstance(self.ewc, Mapping):
             self.ewc = build_section("ewc", EWCConfig, self.ewc)
         if not isinstance(self.ewc, EWCConfig | None):
@@ -220,14 +220,14 @@ class HBATConfig:
         """Names of the objectives of a round, in order."""
         return [entry if isinstance(entry, str) else str(getattr(entry, "name", entry)) for entry in self.objectives]
 
-    def lr_schedule_of(self, objective: str) -> str:
-        """Learning rate schedule of an objective: `stage`, `run` or `decay`."""
-        return str(self._by_objective("lr_schedule", objective, "stage"))
-
     @property
     def replay_share(self) -> float:
         """Replayed SFT rows per row of a stage of another objective; 0 without replay."""
         return float((self.replay or {}).get("sft", 0.0))
+
+    def lr_schedule_of(self, objective: str) -> str:
+        """Learning rate schedule of an objective: `stage`, `run` or `decay`."""
+        return str(self._by_objective("lr_schedule", objective, "stage"))
 
     def _by_objective(self, name: str, objective: str, default: Any) -> Any:
         value = getattr(self, name)
