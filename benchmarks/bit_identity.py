@@ -8,6 +8,7 @@ Shows that a change of the code or of a library keeps results bit-identical:
 
 import argparse
 import hashlib
+import json
 import sys
 import tempfile
 from itertools import product
@@ -37,7 +38,7 @@ def reward(completions: list[str], completion_ids: list[list[int]], target: list
     return [(sum(map(ord, text)) % 13) / 13 - 0.1 * len(ids) + 0.01 * number for text, ids, number in columns]
 
 
-def digest(preference: str, model: str, *, ewc: bool) -> str:
+def digest(preference: str, model: str, *, ewc: Any) -> str:
     """Train a run and hash its trainable weights."""
     if preference == "dpo":
         rows = cases.preference_rows(16, 3)
@@ -52,7 +53,7 @@ def digest(preference: str, model: str, *, ewc: bool) -> str:
             seed=5,
             disable_tqdm=True,
             **{"sft": SECTION, preference: SECTION | (PPO if preference == "ppo" else {})},
-            **({} if ewc else {"ewc": None}),
+            ewc=ewc,
         )
         trainer = HBATTrainer(
             MODELS[model](0),
@@ -73,13 +74,14 @@ def main() -> int:
     """Print a digest per run; return 1 if one is not among those of `--against`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--against", type=Path, help="output of an earlier call to compare with")
+    parser.add_argument("--ewc", type=json.loads, default={}, help='options of "ewc" where it is on, as JSON')
     given = parser.parse_args()
     expected = given.against.read_text(encoding="utf-8").splitlines() if given.against else None
     torch.set_num_threads(1)
     disable_progress_bars()
     status = 0
-    for preference, model, ewc in product(("dpo", "ppo"), MODELS, (True, False)):
-        line = f"sft+{preference} {model} ewc={'on' if ewc else 'off'} {digest(preference, model, ewc=ewc)}"
+    for preference, model, ewc in product(("dpo", "ppo"), MODELS, (given.ewc, None)):
+        line = f"sft+{preference} {model} ewc={'off' if ewc is None else 'on'} {digest(preference, model, ewc=ewc)}"
         differs = expected is not None and line not in expected
         status |= differs
         print(f"{line}  DIFFERS" if differs else line, flush=True)
