@@ -140,7 +140,7 @@ def normalize_to_stage(
     """
     _require_valid(raw, [_extremes(part_of(tensor)) for tensor in raw.values()], "importance")
     divisor = weighted_sum(raw, moved, sizes)
-    if divisor == 0.0:
+    if divisor < torch.finfo(torch.float32).tiny:  # float32 would not hold the quotients
         return {name: torch.zeros_like(tensor) for name, tensor in raw.items()}
     return {name: _divided(tensor, divisor) for name, tensor in raw.items()}
 

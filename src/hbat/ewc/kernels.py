@@ -78,7 +78,7 @@ def _pieces(
     for name, gradient in given.items():
         parameter = parameters[name]
         size, start, weight = _batch_elements(parameter), anchor[name], importance[name]
-        by_element = isinstance(weight, Tensor) and weight.dim() > 0
+        by_element = isinstance(weight, Tensor) and (weight.dim() > 0 or parameter.dim() == 0)
         if isinstance(weight, Tensor) and not by_element and weight.device.type == "cpu":
             weight = float(weight)  # of one on the device, that would synchronize
         if parameter.numel() <= size or not (parameter.is_contiguous() and gradient.is_contiguous()):
