@@ -51,9 +51,10 @@ class EWCConfig:
         metadata={
             "help": "What importance is computed from. `path`: how much of the other objective's loss decrease each "
             "weight brought (its path integral), over how far it moved; needs one float32 number per trained weight "
-            "while a stage trains, and a copy of the gradient during each step. `relative`: one over how far the other objective moved each weight. "
-            "`displacement`: how far it moved, as in the paper. `fisher`: the diagonal Fisher information of the "
-            "log-likelihood on its data. `uniform` (plain L2 penalty towards the anchor) and `random` are controls."
+            "while a stage trains, and a copy of the gradient during each step. `relative`: one over how far the other "
+            "objective moved each weight. `displacement`: how far it moved, as in the paper. `fisher`: the diagonal "
+            "Fisher information of the log-likelihood on its data. `uniform` (plain L2 penalty towards the anchor) and "
+            "`random` are controls."
         },
     )
     damping: float = field(
@@ -94,8 +95,8 @@ class EWCConfig:
             "help": "How the penalty is applied. `gradient`: its gradient is added to the loss gradient before "
             "clipping, as if it were part of the loss. `proximal`: after each optimizer step the distance to the "
             "anchor is divided by 1 + `strength` * u * lr / s, where s is the root mean square of how far the other "
-            "objective moved the weights, and u the importance with a mean of 1 over what it moved; independent of the "
-            "optimizer's scaling and of the learning rate, and stable at any strength."
+            "objective moved the weights, and u the importance with a mean of 1 over what it moved; independent of "
+            "the optimizer's scaling and of the learning rate, and stable at any strength."
         },
     )
     freeze: float = field(
