@@ -7,7 +7,7 @@ from typing import Any
 from spec import Spec
 
 RATE = 6e-4  # of preference stages where it is not what a family varies
-RATES = {"5e-5": 5e-5, "1e-4": 1e-4, "2e-4": 2e-4, "3e-4": 3e-4, "6e-4": 6e-4, "1e-3": 1e-3}
+RATES = {"1e-4": 1e-4, "2e-4": 2e-4, "3e-4": 3e-4, "6e-4": 6e-4, "1e-3": 1e-3, "2e-3": 2e-3}
 PPO_RATES = {"1e-4": 1e-4, "3e-4": 3e-4, "1e-3": 1e-3}
 ROUNDS = (2, 4, 8)
 
@@ -46,8 +46,8 @@ def _replay(share: float, rate: str) -> Method:
 
 
 SFT_ONLY: Method = {"method": "SFT only", "family": "SFT only", "preference": "", "options": {"ewc": None}}
-TWO_STAGE = [_plain(rate) for rate in ("3e-4", "6e-4", "1e-4", "2e-4", "1e-3", "5e-5")]
-PATH = [_ewc("path", source="path", strength=strength) for strength in (1.0, 0.5, 2.0, 0.25)]
+TWO_STAGE = [_plain(rate) for rate in ("6e-4", "1e-3", "3e-4", "1e-4", "2e-4", "2e-3")]
+PATH = [_ewc("path", source="path", strength=strength) for strength in (0.5, 1.0, 0.25, 0.12, 2.0)]
 PATH += [_ewc("path", source="path", rate=rate) for rate in (3e-4, 1e-3)]
 
 SOURCES = [
@@ -107,20 +107,20 @@ def plan(seeds: int) -> Iterator[Spec]:
     """List all runs in order: regimes, bases and methods for every seed before the next block."""
     main, few = range(seeds), range(min(3, seeds))
     blocks: list[tuple[str, str, Iterable[int], list[Method]]] = [
-        ("main", "small", main, [*TWO_STAGE[:4], *PATH[:3], SFT_ONLY]),
-        ("main", "small", main, [TWO_STAGE[4], TWO_STAGE[5], *PATH[3:]]),
-        ("time2", "small", main, [*TWO_STAGE[:3], *PATH[:3], *OLD_ROWS]),
-        ("half", "small", main, [*TWO_STAGE[:3], *PATH[:3]]),
+        ("main", "small", main, [*TWO_STAGE[:4], *PATH[:4], SFT_ONLY]),
+        ("main", "small", main, [*TWO_STAGE[4:], *PATH[4:]]),
+        ("time2", "small", main, [*TWO_STAGE[:4], *PATH[:4], *OLD_ROWS]),
+        ("half", "small", main, [*TWO_STAGE[:4], *PATH[:4]]),
         ("main", "large", main, [*TWO_STAGE[:4], *PATH[:4]]),
-        ("time4", "small", main, [*TWO_STAGE[:3], *PATH[:3], *OLD_ROWS]),
+        ("time4", "small", main, [*TWO_STAGE[:4], *PATH[:4], *OLD_ROWS]),
         ("main", "small", few, [*SOURCES, *GRANULARITY, *AUTHORS, *ALTERNATION[:4], *REPLAY]),
         ("main", "small", few, [*MAP, *FREEZE, *DAMPING, *PROXIMAL, *ALTERNATION[4:]]),
         ("main", "small", few, [*CURVES, *HEAT]),
         ("main", "small", few, PPO),
         ("weak", "small", few, [*TWO_STAGE[:4], *PATH[:4]]),
         ("strong", "small", few, [*TWO_STAGE[:4], *PATH[:4]]),
-        ("time2", "large", few, [*TWO_STAGE[:3], *PATH[:3], *OLD_ROWS]),
-        ("half", "large", few, [*TWO_STAGE[:3], *PATH[:3]]),
+        ("time2", "large", few, [*TWO_STAGE[:4], *PATH[:4], *OLD_ROWS]),
+        ("half", "large", few, [*TWO_STAGE[:4], *PATH[:4]]),
     ]
     for regime, base, which, methods in blocks:
         for seed, method in product(which, methods):
