@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hbat.ewc import importance
-from hbat.ewc.importance import accumulate, displacement, effective_tensors, most_important, normalize
+from hbat.ewc.importance import (
+    accumulate,
+    displacement,
+    effective_tensors,
+    most_important,
+    normalize,
+    normalize_to_stage,
+    relative_importance,
+    weighted_sum,
+)
 
 SHAPES = {"matrix": torch.empty(6, 4), "vector": torch.empty(9), "scalar": torch.empty(())}
 
@@ -219,6 +228,113 @@ def test_sums_in_blocks_are_those_of_the_whole(block, monkeypatch):
     raw = raw_importance("element")
     assert_equals_oracle(normalize(raw), oracle.normalize(raw, "mean"))
     assert effective_tensors(raw) == pytest.approx(oracle.effective_tensors(raw), rel=1e-6)
+
+
+# --- importance relative to the displacement -------------------------------------------------------------------------
+
+SIZES = {name: each.numel() for name, each in SHAPES.items()}
+
+
+def path_integral(granularity, seed=20):
+    """Path integrals of both signs."""
+    path = cases.random_like(SHAPES, seed, std=1e-3)
+    return path if granularity == "element" else {name: each.mean() for name, each in path.items()}
+
+
+@both_granularities
+@pytest.mark.parametrize("damping", [0.0, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("with_path", [True, False])
+def test_relative_importance_equals_the_oracle(with_path, damping, granularity):
+    moved = raw_importance(granularity)
+    path = path_integral(granularity) if with_path else None
+    expected = oracle.relative_importance(moved, path, damping)
+    assert_equals_oracle(relative_importance(moved, path, damping), expected, 1e-5)
+
+
+def test_relative_importance_worked_by_hand():
+    moved, path = {"w": torch.tensor([1.0, 5.0])}, {"w": torch.tensor([8.0, -2.0])}
+    # The mean of the displacement is 3: 1 / (1 + 3) and 1 / (5 + 3); the path ran uphill in the second element.
+    assert relative_importance(moved)["w"].tolist() == [0.25, 0.125]
+    assert relative_importance(moved, path)["w"].tolist() == [2.0, 0.0]
+    assert relative_importance(moved, damping=0.0)["w"].tolist() == [1.0, pytest.approx(0.2)]
+
+
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_what_did_not_move_has_no_importance_unless_its_tensor_did(damping):
+    moved = {"some": torch.tensor([0.0, 4.0]), "none": torch.zeros(2), "scalar": torch.tensor(0.0)}
+    found = relative_importance(moved, damping=damping)
+    assert found["some"].tolist() == ([0.5, pytest.approx(1 / 6)] if damping else [0.0, 0.25])
+    assert found["none"].tolist() == [0.0, 0.0]
+    assert found["scalar"].item() == 0.0
+
+
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_relative_importance_of_any_displacement_that_float32_holds_is_finite(damping):
+    for least in (1e-45, 1e-38, 1e-30, 1e30):
+        found = relative_importance({"w": torch.tensor([least, 0.0, 1.0])}, damping=damping)["w"]
+        assert bool(torch.isfinite(found).all())
+
+
+def test_a_path_of_other_names_is_refused():
+    with pytest.raises(KeyError, match=r"1 of 1 parameters have no path integral, first 'w'"):
+        relative_importance({"w": torch.ones(2)}, {"v": torch.ones(2)})
+
+
+# --- the unit of a stage ---------------------------------------------------------------------------------------------
+
+
+@both_granularities
+@pytest.mark.parametrize("block", [1 << 22, 4, 7])
+def test_the_weighted_sum_equals_the_oracle(block, granularity, monkeypatch):
+    monkeypatch.setattr(importance, "_BLOCK", block)
+    weights, values = raw_importance("element", 3), raw_importance(granularity, 4)
+    if granularity == "tensor":
+        weights = {name: each.mean() for name, each in weights.items()}
+    expected = oracle.weighted_sum(weights, values, SIZES)
+    assert weighted_sum(weights, values, SIZES) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_number_for_a_tensor_weighs_each_of_its_elements():
+    weights, values = {"w": torch.tensor(3.0)}, {"w": torch.tensor([1.0, 2.0])}
+    assert weighted_sum(weights, values, {"w": 2}) == 9.0  # by element in the values alone
+    assert weighted_sum(weights, {"w": torch.tensor(1.5)}, {"w": 2}) == 9.0  # in neither
+
+
+@both_granularities
+def test_normalising_to_a_stage_equals_the_oracle_and_makes_its_way_cost_one(granularity):
+    raw, moved = raw_importance(granularity, 5), raw_importance(granularity, 6)
+    found = normalize_to_stage(raw, moved, SIZES)
+    assert_equals_oracle(found, oracle.normalize_to_stage(raw, moved, SIZES))
+    assert oracle.weighted_sum(found, moved, SIZES) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_importance_per_tensor_is_that_of_equal_elements():
+    raw, moved = raw_importance("tensor", 5), raw_importance("tensor", 6)
+    wide = [
+        {name: torch.full(SHAPES[name].shape, each.item()) for name, each in group.items()} for group in (raw, moved)
+    ]
+    by_element = normalize_to_stage(*wide, SIZES)
+    for name, each in normalize_to_stage(raw, moved, SIZES).items():
+        np.testing.assert_allclose(oracle.array(by_element[name]), each.item(), rtol=1e-6)
+
+
+@both_granularities
+def test_a_stage_costs_nothing_where_nothing_moved_or_matters(granularity):
+    some = raw_importance(granularity)
+    none = {name: torch.zeros_like(each) for name, each in some.items()}
+    for raw, moved in ((some, none), (none, some), (none, none)):
+        found = normalize_to_stage(raw, moved, SIZES)
+        assert cases.largest_difference(found, none) == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1e-12])
+@both_granularities
+def test_importance_for_a_stage_that_is_not_finite_or_negative_is_named(granularity, bad):
+    raw = raw_importance(granularity)
+    raw["vector"] = raw["vector"].clone()
+    raw["vector"].view(-1)[-1] = bad
+    with pytest.raises(ValueError, match=r"importance of 'vector' is not finite and non-negative"):
+        normalize_to_stage(raw, raw_importance(granularity), SIZES)
 
 
 # --- summaries -------------------------------------------------------------------------------------------------------

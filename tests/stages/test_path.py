@@ -7,31 +7,12 @@ import pytest
 import runs
 import torch
 import trl
+from paths import Witness
 from transformers import TrainerCallback
 
 from hbat.engines.engine import Engine
 from hbat.ewc.callback import EWCCallback
 from hbat.stages.path import PathIntegral
-
-
-class Witness(TrainerCallback):
-    """The path integral from its definition, in float64: autograd's gradients of the task's losses, and the steps."""
-
-    def __init__(self):
-        self.path = {}
-
-    def see(self, loss, parameters):
-        found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
-        for name, gradient in zip(parameters, found, strict=True):
-            self.gradient[name] = self.gradient.get(name, 0.0) + oracle.array(gradient)
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.gradient, self.before = {}, oracle.arrays(cases.trainable(model))
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        after = oracle.arrays(cases.trainable(model))
-        for name, gradient in self.gradient.items():
-            self.path[name] = self.path.get(name, 0.0) - gradient * (after[name] - self.before[name])
 
 
 def train(build, folder, *, penalty=None, **options):

@@ -42,9 +42,8 @@ def test_the_most_important_tensors_are_frozen_even_for_weight_decay(case, tmp_p
     section = {"optim": "adamw_torch", "learning_rate": 0.01, "weight_decay": 0.5}
     model = cases.MODEL_CASES[case](0)
     names = list(cases.trainable(model))
-    runs.train(
-        model, tmp_path, num_rounds=1, callbacks=[seen], ewc={"strength": 0, "freeze": 0.4}, sft=section, dpo=section
-    )
+    ewc = {"strength": 0, "freeze": 0.4, "source": "displacement"}
+    runs.train(model, tmp_path, num_rounds=1, callbacks=[seen], ewc=ewc, sft=section, dpo=section)
     moved = oracle.displacement(*({n: each[n] for n in names} for each in (seen.ends[0], seen.starts[0])), "tensor")
     held = set(sorted(names, key=lambda name: -moved[name])[: int(0.4 * len(names))])
     unchanged = {name for name in names if torch.equal(seen.starts[1][name], seen.ends[1][name])}
@@ -80,7 +79,7 @@ def test_the_proximal_method_pulls_after_each_step_as_the_formula_says(tmp_path)
     expected = runs.by_hand(cases.tiny_llama, tmp_path / "by-hand", sections=SECTIONS, prepare=prepare, after=after)[
         -1
     ]
-    ewc = {"strength": strength, "method": "proximal", "normalization": "max"}
+    ewc = {"strength": strength, "method": "proximal", "source": "displacement", "normalization": "max"}
     run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc=ewc, **SECTIONS)
     without = runs.train(cases.tiny_llama(), tmp_path / "without", **SECTIONS)
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
@@ -88,7 +87,7 @@ def test_the_proximal_method_pulls_after_each_step_as_the_formula_says(tmp_path)
 
 
 def test_uniform_importance_pulls_every_element_alike(tmp_path):
-    """It is an L2 pull of strength strength / K, whatever the stages before did."""
+    """With `normalization: mean` it is an L2 pull of strength / K, whatever the stages before did."""
     strength = 20.0
 
     def trainer_class(stage, start):
@@ -103,21 +102,22 @@ def test_uniform_importance_pulls_every_element_alike(tmp_path):
         return WithPull if stage[0] > 0 else parent
 
     expected = runs.by_hand(cases.tiny_llama, tmp_path / "by-hand", sections=SECTIONS, trainer_class=trainer_class)[-1]
-    run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc={"strength": strength, "source": "uniform"}, **SECTIONS)
+    ewc = {"strength": strength, "source": "uniform", "normalization": "mean"}
+    run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc=ewc, **SECTIONS)
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
 
 
 @pytest.mark.parametrize("granularity", ["element", "tensor"])
-def test_random_importance_is_drawn_anew_in_every_stage_from_the_seed(granularity, tmp_path):
+def test_random_importance_is_drawn_from_the_seed_and_leaves_displacement_alone(granularity, tmp_path):
     ewc = {"strength": 1.0, "source": "random", "granularity": granularity}
     run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc=ewc, **SECTIONS)
     again = runs.train(cases.tiny_llama(), tmp_path / "again", ewc=ewc, **SECTIONS)
     assert runs.same(cases.weights(run.model), cases.weights(again.model))
-    found = [runs.state_tensors(tmp_path / "run", f"importance-{name}") for name in ("sft", "dpo")]
+    assert not list((tmp_path / "run" / "state").glob("importance-*"))
     shapes = {name: each.shape if granularity == "element" else () for name, each in cases.weights(run.model).items()}
-    for each in found:
-        assert {name: tensor.shape for name, tensor in each.items()} == shapes
-    assert not runs.same(*found)
+    for objective in ("sft", "dpo"):
+        moved = runs.state_tensors(tmp_path / "run", f"displacement-{objective}")
+        assert {name: tensor.shape for name, tensor in moved.items()} == shapes
 
 
 FISHER = {

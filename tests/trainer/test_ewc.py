@@ -5,6 +5,7 @@ import oracle
 import pytest
 import runs
 import torch
+from paths import Witness
 
 from hbat.ewc.log import EWCWarning
 from hbat.objectives.objective import Objective
@@ -15,74 +16,112 @@ pytestmark = [
 ]
 
 SLOW = {"learning_rate": 0.05, "max_steps": 3}
+#: The paper's importance, without the unit of a stage.
+DISPLACEMENT = {"source": "displacement", "normalization": "mean"}
 SECTIONS = {"sft": SLOW, "dpo": SLOW | {"beta": 0.5}}
 STRENGTH = 2.0
 
 
 class ByHand:
-    """The penalty of plain trainers by autograd, with raw importance from the oracle."""
+    """The penalty of plain trainers by autograd, with the oracle's importance."""
 
-    def __init__(self, granularity="element", normalization="mean", scale=1.0, end_weight=1.0):
-        self.granularity, self.normalization, self.scale = granularity, normalization, scale
-        self.end_weight = end_weight
-        self.accumulated = {}
+    def __init__(self, granularity="element", source="displacement", normalization="mean", scale=1.0, end_weight=1.0):
+        self.granularity, self.source, self.end_weight = granularity, source, end_weight
+        self.normalization, self.scale = normalization, scale
+        self.left = {}
+
+    def importance(self, others, sizes):
+        if self.normalization == "stage":
+            return oracle.held_by(others, self.source, damping=1.0, sizes=sizes)
+        each = [oracle.normalize(record["displacement"], self.normalization, self.scale) for record in others]
+        return {name: sum(one[name] for one in each) for name in sizes}
 
     def trainer_class(self, stage, start):
-        others = [raw for objective, raw in self.accumulated.items() if objective != stage[2]]
-        if not others:
-            return None
-        total = {name: sum(raw[name] for raw in others) for name in start}
+        others = [record for objective, record in self.left.items() if objective != stage[2]]
+        sizes = {name: each.numel() for name, each in start.items()}
         importance = {
-            name: torch.tensor(each, dtype=torch.float32)
-            for name, each in oracle.normalize(total, self.normalization, self.scale).items()
+            name: torch.as_tensor(each).float() for name, each in self.importance(others, sizes).items() if others
         }
-        parent = runs.trainer_of(stage[2])
+        self.witness = witness = Witness()
 
-        class WithPenalty(parent):
+        class WithPenalty(runs.trainer_of(stage[2])):
             def compute_loss(self, model, inputs, **kwargs):
-                penalty = sum(
-                    STRENGTH * (importance[name] * (each - start[name]) ** 2).sum()
-                    for name, each in cases.trainable(self.model).items()
+                own = cases.trainable(self.model)
+                loss = super().compute_loss(model, inputs, **kwargs)
+                witness.see(loss, own)
+                return loss + sum(
+                    STRENGTH * (each * (own[name] - start[name]) ** 2).sum() for name, each in importance.items()
                 )
-                return super().compute_loss(model, inputs, **kwargs) + penalty
 
         return WithPenalty
+
+    def prepare(self, stage, trainer):
+        trainer.add_callback(self.witness)
 
     def after(self, stage, start, end):
         if stage == (3, 1, "dpo"):  # the last
             end = {name: start[name] + self.end_weight * (end[name] - start[name]) for name in end}
-        moved = oracle.displacement(end, start, self.granularity)
-        own = self.accumulated.setdefault(stage[2], dict.fromkeys(moved, 0.0))
-        for name, each in moved.items():
-            own[name] = own[name] + each
+        record = {"displacement": oracle.displacement(end, start, self.granularity)}
+        if self.source == "path":
+            by_element = self.granularity == "element"
+            record["importance"] = {n: each if by_element else each.mean() for n, each in self.witness.path.items()}
+        own = self.left.setdefault(stage[2], {})
+        for kind, tensors in record.items():
+            before = own.get(kind, dict.fromkeys(tensors, 0.0))
+            own[kind] = {name: before[name] + each for name, each in tensors.items()}
         return end
 
     def train(self, build, folder, **options):
-        return runs.by_hand(
-            build, folder, trainer_class=self.trainer_class, after=self.after, sections=SECTIONS, **options
-        )[-1]
+        hooks = {"trainer_class": self.trainer_class, "prepare": self.prepare, "after": self.after}
+        return runs.by_hand(build, folder, sections=SECTIONS, **hooks, **options)[-1]
 
 
-def assert_importance(folder, by_hand):
-    for objective, accumulated in by_hand.accumulated.items():
-        found = runs.state_tensors(folder, f"importance-{objective}")
-        assert found.keys() == accumulated.keys()
-        for name, importance in found.items():
-            expected = torch.tensor(accumulated[name])
-            torch.testing.assert_close(importance.double(), expected, rtol=1e-3, atol=1e-9)
+def assert_left(folder, by_hand):
+    """What the run has on disk of each objective is what the oracle has."""
+    for objective, record in by_hand.left.items():
+        for kind, tensors in record.items():
+            found = runs.state_tensors(folder, f"{kind}-{objective}")
+            assert found.keys() == tensors.keys()
+            for name, each in found.items():
+                torch.testing.assert_close(each.double(), torch.as_tensor(tensors[name]), rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("case", ["full", "lora", "tied"])
 def test_a_run_equals_plain_trainers_with_the_penalty_in_their_loss(case, tmp_path):
     build, by_hand = cases.MODEL_CASES[case], ByHand()
     expected = by_hand.train(build, tmp_path / "by-hand")
-    run = runs.train(build(0), tmp_path / "run", ewc={"strength": STRENGTH}, **SECTIONS)
+    run = runs.train(build(0), tmp_path / "run", ewc={"strength": STRENGTH} | DISPLACEMENT, **SECTIONS)
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
-    assert_importance(tmp_path / "run", by_hand)
+    assert_left(tmp_path / "run", by_hand)
     if case == "full":
         assert_penalty_is_logged_from_the_second_stage_on(run)
         without = runs.train(build(0), tmp_path / "without", **SECTIONS)
         assert cases.largest_difference(cases.weights(without.model), expected) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("case", "source", "granularity"),
+    [
+        ("full", "path", "element"),
+        ("lora", "path", "tensor"),
+        ("lora", "relative", "element"),
+        pytest.param("full", "path", "tensor", marks=pytest.mark.slow),
+        pytest.param("lora", "path", "element", marks=pytest.mark.slow),
+        pytest.param("full", "relative", "tensor", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_with_the_default_unit_equals_plain_trainers_with_the_penalty_in_their_loss(
+    case, source, granularity, tmp_path
+):
+    build = cases.MODEL_CASES[case]
+    by_hand = ByHand(granularity, source=source, normalization="stage")
+    expected = by_hand.train(build, tmp_path / "by-hand")
+    ewc = {"strength": STRENGTH, "granularity": granularity} | ({} if source == "path" else {"source": source})
+    run = runs.train(build(0), tmp_path / "run", ewc=ewc, **SECTIONS)
+    assert cases.largest_difference(cases.weights(run.model), expected) < 2e-6
+    assert_left(tmp_path / "run", by_hand)
+    without = runs.train(build(0), tmp_path / "without", **SECTIONS)
+    assert cases.largest_difference(cases.weights(without.model), expected) > 1e-4
 
 
 def assert_penalty_is_logged_from_the_second_stage_on(run):
@@ -114,13 +153,13 @@ def test_the_last_stage_alone_is_averaged_with_its_start_before_its_displacement
 ):
     by_hand = ByHand(granularity, end_weight=end_weight)
     expected = by_hand.train(cases.tiny_llama, tmp_path / "by-hand")
-    ewc = {"strength": STRENGTH, "granularity": granularity}
+    ewc = {"strength": STRENGTH, "granularity": granularity} | DISPLACEMENT
     run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc=ewc, end_weight=end_weight, **SECTIONS)
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
-    assert_importance(tmp_path / "run", by_hand)
+    assert_left(tmp_path / "run", by_hand)
 
 
-def test_a_stage_of_three_objectives_is_held_by_the_sum_of_the_two_others(tmp_path):
+def test_a_stage_of_three_objectives_is_held_by_each_of_the_two_others(tmp_path):
     trl = pytest.importorskip("trl")
     if not hasattr(trl, "KTOTrainer"):
         pytest.skip("this TRL has KTO elsewhere")
@@ -138,7 +177,7 @@ def test_a_stage_of_three_objectives_is_held_by_the_sum_of_the_two_others(tmp_pa
         tmp_path / "run",
         objectives=["sft", "dpo", kto],
         data=data,
-        ewc={"strength": STRENGTH},
+        ewc={"strength": STRENGTH} | DISPLACEMENT,
         **SECTIONS,
     )
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
