@@ -97,6 +97,22 @@ def test_a_start_cut_off_at_any_file_operation_is_made_again_or_whole(source, tm
     assert number > 20
 
 
+def test_the_first_stage_cut_off_while_it_is_committed_leaves_its_start_or_its_end(source, tmp_path):
+    def action(number, arm):
+        run = open_run(tmp_path / str(number), source=source)
+        arm()
+        finish(run)
+
+    stages = set()
+    for number, error in at_every_operation(action):
+        assert isinstance(error, Crash)
+        run = open_run(tmp_path / str(number), resume=True, source=source)
+        stages.add(run.state.next_stage)
+        assert run.state.next_stage > 2 or held(run) == EXPECTED
+        assert float(finish(run).consolidation.accumulated["dpo"]["a"][0, 0]) == 2.0 + 4.0
+    assert stages == {2, 3, 4}
+
+
 def test_numbers_count_on_over_several_runs_and_rows_keep_the_name_of_theirs(source, tmp_path):
     finish(open_run(tmp_path / "second", source=source, objectives=["dpo"])).commit_evaluations([{"run": "first"}, {}])
     run = open_run(tmp_path / "third", source=tmp_path / "second", objectives=["sft"])

@@ -126,7 +126,7 @@ def model_of(name):
     return MODELS[RUNS[name].get("model", "full")](0)
 
 
-def build(name, folder, *, model=None, callbacks=None, save_steps=None):
+def build(name, folder, *, model=None, callbacks=None, save_steps=None, rounds=2, source=None):
     options = dict(RUNS[name])
     model = model_of(name) if model is None else model
     steps = options.get("accumulate", 1)
@@ -138,7 +138,8 @@ def build(name, folder, *, model=None, callbacks=None, save_steps=None):
     critic = {"critic": options.get("critic", "shared")}
     config = HBATConfig(
         output_dir=str(folder),
-        num_rounds=2,
+        continue_from=source and str(source),
+        num_rounds=rounds,
         objectives=options["objectives"],
         sft=section(**more | saves),
         dpo=section(**more | saves),
@@ -186,6 +187,12 @@ def train(name, folder, *, resume=None, **options):
     run = build(name, folder, **options)
     run.train(resume_from_checkpoint=resume)
     return run
+
+
+def train_twice(name, folder):
+    """A run of one round, and the run of one round that continues it."""
+    train(name, folder / "first", rounds=1)
+    return train(name, folder / "run", rounds=1, source=folder / "first")
 
 
 def whole(tensor):
@@ -270,7 +277,10 @@ def main(folder, names, mode):
             train(name, place / "run", callbacks=[Gone()], save_steps=1)
         if mode == "end":
             train(name, place / "run", callbacks=[Told()])
-        run = train(name, place / "run", resume=mode == "resume", save_steps=1 if mode == "resume" else None)
+        if mode == "continue":
+            run = train_twice(name, place)
+        else:
+            run = train(name, place / "run", resume=mode == "resume", save_steps=1 if mode == "resume" else None)
         leave(run, place)
     torch.distributed.destroy_process_group()
 

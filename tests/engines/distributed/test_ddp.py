@@ -65,6 +65,15 @@ def test_two_processes_that_were_killed_resume_to_the_last_bit(name, two, tmp_pa
 
 
 @pytest.mark.slow
+def test_two_processes_continue_a_finished_run(tmp_path):
+    name = "sft and dpo"
+    launched.succeeded(launch(tmp_path, "continue", name))
+    one = ddp_runs.train_twice(name, tmp_path / "one")
+    launched.assert_weights_of_one(name, tmp_path, one)
+    launched.assert_numbers_of_one(name, tmp_path, one, losses=not launched.BEFORE_5)
+
+
+@pytest.mark.slow
 def test_accelerate_launch_that_is_told_to_end_saves_and_resumes(two, tmp_path):
     name = "sft and dpo"
     ended = launch(tmp_path, "end", name, launcher=launched.ACCELERATE)

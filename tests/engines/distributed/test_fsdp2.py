@@ -169,6 +169,15 @@ def test_two_processes_that_were_killed_resume_to_the_last_bit(name, environment
 
 
 @pytest.mark.slow
+def test_two_processes_continue_a_finished_run(tmp_path):
+    name = "adam and lora of rank one"
+    launched.succeeded(launch(tmp_path, "continue", name))
+    one = ddp_runs.train_twice(name, tmp_path / "one")
+    launched.assert_weights_of_one(name, tmp_path, one)
+    launched.assert_numbers_of_one(name, tmp_path, one, losses=not launched.BEFORE_5)
+
+
+@pytest.mark.slow
 def test_the_command_trains_under_a_launch_for_fsdp2_that_reads_the_model_once(tmp_path):
     """As `accelerate launch` starts it with an FSDP2 configuration: it says so in the environment alone."""
     launched.succeeded(launch(tmp_path, "command line", environment=SHARDED | fsdp_runs.LAUNCHED))
