@@ -151,7 +151,9 @@ class ForgettingMatrix(ScoreTable):
 
     def _after_stages(self, objective: str) -> list[tuple[dict[str, Any], float | None]]:
         return [
-            (row, value) for row, value in zip(self.rows, self.series(objective), strict=True) if row["stage"] >= 0
+            (row, value)
+            for row, value in zip(self.rows, self.series(objective), strict=True)
+            if row["objective"] is not None
         ]
 
     def _gain(self, objective: str, before: float, after: float) -> float:
