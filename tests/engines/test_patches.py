@@ -146,6 +146,22 @@ def test_an_engines_step_is_preceded_at_the_boundary_of_accumulation(last):
     assert engine.calls == (["action", ("step", 1)] if last else [("step", 1)])
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_actions_before_an_engines_step_run_in_the_order_in_which_they_were_laid(order):
+    engine, remaining = SimpleNamespace(is_gradient_accumulation_boundary=lambda: True), {0, 1, 2}
+    seen = []
+    before = engine.step = lambda: seen.append("step")
+    undos = [before_engine_step(engine, lambda index=index: seen.append(index)) for index in range(3)]
+    for index in (None, *order):
+        if index is not None:
+            undos[index]()
+            remaining.remove(index)
+        seen.clear()
+        engine.step()
+        assert seen == [*sorted(remaining), "step"]
+    assert engine.step is before
+
+
 def test_clipping_scheduler_and_checkpoint_are_done_by_what_is_given():
     owner = Owner()
     at_clipping(owner, lambda parameters, norm: (parameters, norm))

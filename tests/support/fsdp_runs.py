@@ -98,14 +98,15 @@ def share_here(tensors):
 
 def shares(run, folder):
     """What this process holds of all that is as large as the model."""
-    start, importance = run._start, run._run.consolidation.accumulated  # noqa: SLF001
+    start, accumulated = run._start, run._run.consolidation.accumulated  # noqa: SLF001
     found = {"anchor": share_here(start.anchor.values()), "model": share_here(run.model.parameters())}
     if start.reference is not None:
         give_back(start.reference)
         found["reference"] = share_here(start.reference.parameters())
-    for name, tensors in importance.items():
-        if any(tensor.dim() > 0 for tensor in tensors.values()):
-            found[f"importance of {name}"] = share_here(tensors.values())
+    for name, record in accumulated.items():
+        for kind, tensors in record.items():
+            if any(tensor.dim() > 0 for tensor in tensors.values()):
+                found[f"{kind} of {name}"] = share_here(tensors.values())
     return {"shares": found}
 
 

@@ -54,8 +54,13 @@ def log(run):
 
 
 def assert_equal(run, expected):
-    """Weights, forgetting matrix and log are those of the other run, to the last bit."""
+    """Weights, what objectives have left, forgetting matrix and log are those of the other run, to the last bit."""
     assert runs.same(cases.weights(run.model), cases.weights(expected.model))
+    sums, others = (each._run.consolidation.accumulated for each in (run, expected))  # noqa: SLF001
+    assert {name: record.keys() for name, record in sums.items()} == {
+        name: each.keys() for name, each in others.items()
+    }
+    assert all(runs.same(each, others[name][kind]) for name, record in sums.items() for kind, each in record.items())
     assert run.matrix.rows == expected.matrix.rows
     assert run.state.global_step == expected.state.global_step
     assert log(run) == log(expected)

@@ -91,6 +91,7 @@ CHECKPOINT = "stage-002-sft/checkpoint-2/"
 FILES = {
     "weights": ("state/weights-002.safetensors", 1),
     "importance of the newest state": ("state/importance-dpo-001.safetensors", 1),
+    "displacement of the newest state": ("state/displacement-dpo-001.safetensors", 1),
     "moments of the newest state": ("state/optimizer-dpo-001.safetensors", 1),
     "importance of both states": ("state/importance-sft-000.safetensors", None),
     "moments of both states": ("state/optimizer-sft-000.safetensors", None),
@@ -105,6 +106,7 @@ FILES = {
     "checkpoint: random states": (CHECKPOINT + "rng_state.pth", 2),
     "checkpoint: state": (CHECKPOINT + "trainer_state.json", 2),
     "checkpoint: arguments": (CHECKPOINT + "training_args.bin", 2),
+    "checkpoint: path integral": (CHECKPOINT + "path_integral.safetensors", 2),
     "checkpoint: checksums": (CHECKPOINT + "hbat_checksums.json", 2),
 }
 SILENT = {"manifest of the previous state"}  # of no use to the run unless the newest state is damaged too
@@ -112,8 +114,8 @@ SILENT = {"manifest of the previous state"}  # of no use to the run unless the n
 
 #: What takes the same path as the file above it.
 SAME_PATH = {
-    "moments of the newest state", "checkpoint: schedule", "checkpoint: random states", "checkpoint: state",
-    "checkpoint: arguments",
+    "displacement of the newest state", "moments of the newest state", "checkpoint: schedule",
+    "checkpoint: random states", "checkpoint: state", "checkpoint: arguments",
 }  # fmt: skip
 
 

@@ -176,6 +176,16 @@ def test_a_run_is_not_resumed_with_another_model(cut_off):
         runs.train(cases.tiny_llama(hidden=16), cut_off, resume=True)
 
 
+@pytest.mark.parametrize("allowed", [(), ("ewc.source",), ("ewc.",)])
+def test_a_run_is_not_resumed_with_another_source_of_importance(allowed, tmp_path):
+    with pytest.raises(CutOffError):
+        runs.train(cases.tiny_llama(), tmp_path, ewc={}, callbacks=[Kill(1, "begin")])
+    run = runs.build_run(cases.tiny_llama(), tmp_path, ewc={"source": "relative"})
+    message = r"`ewc\.source` cannot change within a run: " if allowed else r"ewc\.source: 'path' -> 'relative'"
+    with pytest.raises(RunStateError, match=message):
+        run.train(resume_from_checkpoint=True, allow_changed=allowed)
+
+
 def test_what_only_concerns_logs_and_checkpoints_may_change(cut_off, tmp_path):
     expected = runs.train(cases.tiny_llama(), tmp_path)
     resumed = runs.train(

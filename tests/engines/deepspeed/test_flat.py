@@ -136,6 +136,15 @@ def test_whole_tensors_are_cut_like_the_weights_and_numbers_stay(stage):
     assert (found["b"], found["c"]) == (scalar, 3.0)
 
 
+@both
+def test_what_was_cut_is_restored(stage):
+    local = DeepSpeed().local(make(stage, draw(1), draw(2))[0])
+    anchor = draw(3)
+    found = local.restored(local.of(anchor))
+    assert found.keys() == anchor.keys()
+    assert all(torch.equal(found[name], value) for name, value in anchor.items())
+
+
 def test_partitioned_tensors_are_cut_without_their_padding():
     local = DeepSpeed().local(make(3, draw(1), draw(2))[0])
     anchor = Zero3(draw(4), draw(2)).parameters
