@@ -38,7 +38,8 @@ def finish(run):
     for stage in run.stages_left():
         moments = {"a::exp_avg": torch.full((2, 2), stage.index + 0.5)}
         kept = {"critic": torch.tensor([stage.index + 0.25])} if stage.objective == "dpo" else {}
-        left = {"importance": tensors(stage.index + 1), "moments": moments, "kept": kept}
+        record = {"displacement": tensors(stage.index + 1), "importance": tensors(stage.index + 2)}
+        left = {"importance": record, "moments": moments, "kept": kept}
         run.commit_stage(stage, steps=5, weights=tensors(10 + stage.index), **left)
     return run
 
@@ -56,7 +57,10 @@ def held(run):
         "stage": run.state.next_stage,
         "weights": float(run.weights()["a"][0, 0]),
         "initial": float(run.weights("initial")["a"][0, 0]),
-        "importance": {name: float(found["a"][0, 0]) for name, found in run.consolidation.accumulated.items()},
+        "importance": {
+            name: {kind: float(found["a"][0, 0]) for kind, found in record.items()}
+            for name, record in run.consolidation.accumulated.items()
+        },
         "moments": {name: float(found["a::exp_avg"][0, 0]) for name, found in run.moments.items()},
         "critic": float(run.kept["dpo"]["critic"]),
         "rows": run.state.evaluations,
@@ -68,7 +72,7 @@ EXPECTED = {
     "stage": 2,
     "weights": 11.0,
     "initial": 0.0,
-    "importance": {"sft": 1.0, "dpo": 2.0},
+    "importance": {"sft": {"displacement": 1.0, "importance": 2.0}, "dpo": {"displacement": 2.0, "importance": 3.0}},
     "moments": {"sft": 0.5, "dpo": 1.5},
     "critic": 1.25,
     "rows": [{"run": "first", "stage": 1, "round": 0, "objective": "dpo", "scores": {"sft": {"loss": 0.5}}}],

@@ -81,7 +81,7 @@ def test_a_fingerprint_is_the_same_in_another_process(base):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"num_rounds": 2}, "run.num_rounds: 4 -> 2"),
+        ({"num_rounds": 2}, "run.num_rounds: 1 -> 2"),
         ({"seed": 7}, "run.seed: 42 -> 7"),
         ({"optimizer_state": "reset"}, "run.optimizer_state: 'carry' -> 'reset'"),
         ({"lr_schedule": {"dpo": "run"}}, "run.lr_schedule.dpo: 'stage' -> 'run'"),

@@ -115,6 +115,14 @@ def saved(run, folder):
     return {}
 
 
+def front(run, folder):
+    """The scores at the start and the end of the last stage, and the model half way."""
+    rows = run.front([0, 1]).rows
+    run.move_to(0.5)
+    run.save_model(folder / "half")
+    return {"front": [row["scores"] for row in rows]}
+
+
 def poison(folder):
     run = ddp_runs.build("sft and dpo", folder / "poison", callbacks=[Poison()])
     try:
@@ -195,7 +203,7 @@ def main(folder, mode, names):
     if "ACCELERATE_USE_FSDP" not in os.environ:
         ddp_runs.ENGINE |= ENGINE
     ddp_runs.CALLBACKS.append(Sharded)
-    ddp_runs.MORE_RESULTS.extend([shares, saved])
+    ddp_runs.MORE_RESULTS.extend([shares, saved, front])
     if mode == "command line":
         command_line(folder)
         return

@@ -251,7 +251,7 @@ def test_a_damaged_run_is_refused_with_the_name_of_the_file(kind, damage, first,
 OTHERS = {
     "source": (
         {"ewc": {"strength": 1.0, "source": "fisher"}},
-        r"ewc\.source: 'displacement' -> 'fisher': the importance",
+        r"ewc\.source: 'path' -> 'fisher': the importance",
     ),
     "granularity": ({"ewc": {"strength": 1.0, "granularity": "tensor"}}, r"ewc\.granularity: 'element' -> 'tensor'"),
 }

@@ -96,6 +96,20 @@ def test_what_is_saved_is_the_adapter_alone(two):
     assert runs.same(cases.weights(model), launched.read(two("lora"), "lora")[0])
 
 
+@pytest.mark.parametrize("name", QUICK)
+def test_the_line_of_the_last_stage_is_that_of_one_process(name, two, one):
+    place, found = launched.place_of(two(name), name), launched.read(two(name), name)[1]
+    expected = one(name).front([0, 1])
+    for objective, metric in expected.headline.items():
+        scores = [row[objective][metric] for row in found["front"]]
+        assert scores == found["table"][objective][-2:]
+        assert scores == pytest.approx(expected.series(objective), rel=2e-3)
+    if name != "lora":
+        start, end = (load_file(place / "run" / "state" / f"weights-00{number}.safetensors") for number in (3, 4))
+        half = cases.weights(AutoModelForCausalLM.from_pretrained(place / "half"))
+        assert cases.largest_difference(half, {key: (start[key] + end[key]) / 2 for key in half}) < 1e-6
+
+
 # --- the mathematics on uneven and empty parts --------------------------------------------------------------------
 
 
