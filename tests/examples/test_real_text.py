@@ -27,7 +27,7 @@ def script(monkeypatch, shared_data):
 def size(script):
     """Rows in tokens of a byte."""
     return script.Size(
-        instructions=8, pairs=8, held_out_instructions=6, held_out_pairs=6, paragraphs=2, max_tokens=400
+        instructions=16, pairs=16, held_out_instructions=6, held_out_pairs=6, paragraphs=2, max_tokens=400
     )
 
 
