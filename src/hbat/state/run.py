@@ -222,6 +222,7 @@ class Run:
         """
         state, name = self.state, stage.objective
         written: dict[str, Mapping[str, Tensor]] = {f"optimizer-{name}": moments, f"kept-{name}": kept or {}}
+        state.predicted = {}
         if self.consolidation is not None and importance is not None:
             state.predicted = self.consolidation.predicted(stage, importance[DISPLACEMENT], weights)
             self.consolidation.add(name, importance)
