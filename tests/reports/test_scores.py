@@ -24,7 +24,7 @@ MODEL = types.SimpleNamespace(config=types.SimpleNamespace(to_json_string=lambda
 
 @pytest.fixture
 def run(tmp_path):
-    config = HBATConfig(output_dir=str(tmp_path), num_rounds=1, disable_tqdm=True, ewc=None)
+    config = HBATConfig(output_dir=str(tmp_path), disable_tqdm=True, ewc=None)
     return Run.start(config, RunFolder(tmp_path), Fingerprint({}, {}, {}), {"a": torch.zeros(1)})
 
 
@@ -38,7 +38,7 @@ def reporter(tmp_path):
 
 @pytest.fixture
 def scores(tmp_path):
-    return RunScores(ForgettingMatrix({"sft": "loss", "dpo": "loss"}), RunFolder(tmp_path))
+    return RunScores(ForgettingMatrix({"sft": "loss", "dpo": "loss"}), STAGES, RunFolder(tmp_path))
 
 
 def finish(run, stage):
@@ -65,6 +65,19 @@ def test_scores_are_due_once_at_the_start_and_once_after_every_stage(run, report
     log = reporter.state.log_history
     assert [(entry["step"], entry["eval_sft/loss"]) for entry in log] == [(0, 1.0), (2, 2.0), (4, 3.0)]
     assert run.state.log["entries"] == 3
+
+
+def test_the_increase_that_was_predicted_is_logged_beside_the_measured_one(reporter, scores, tmp_path):
+    config = HBATConfig(output_dir=str(tmp_path), disable_tqdm=True)
+    run = Run.start(config, RunFolder(tmp_path), Fingerprint({}, {}, {}), {"a": torch.zeros(2)})
+    scores.take({"sft": {"loss": 5.0}, "dpo": {"loss": 2.0}}, run, reporter)
+    path, moved = {"a": torch.tensor([0.25, 0.75])}, {"a": torch.tensor([1.0, 3.0])}
+    for stage, share, loss in ((STAGES[0], 1.0, 4.0), (STAGES[1], 0.25, 4.5)):  # the second goes half as far
+        left = {"displacement": {"a": share * moved["a"]}, "importance": path}
+        run.commit_stage(stage, steps=2, importance=left, moments={}, weights={"a": torch.ones(2)})
+        scores.take({"sft": {"loss": loss}, "dpo": {"loss": 1.0}}, run, reporter)
+    found = [[entry.get(key) for key in ("ewc/predicted", "ewc/measured")] for entry in reporter.state.log_history]
+    assert found == [[None, None], [None, None], [pytest.approx(0.25), 0.5]]
 
 
 def test_only_the_main_process_writes_the_file(run, reporter, scores, tmp_path, monkeypatch):
