@@ -1,6 +1,7 @@
-"""How one model trains on one process or several: each engine is a subclass of `Engine`, and no other wing names one.
+"""How one model trains on one process or several: each engine is a subclass of `Engine`; no other wing branches on it.
 
 `engine` has the interface, and its base class is one process or DDP; `fsdp2`, `loaded_shards` and `deepspeed` override
-it. `choose` finds the engine of a run. `checks` refuses what is untested, with the messages of `refusals`. `patches`
-has every patch on a trainer, `sharded` the helpers for DTensors, `processes` rank, barrier and broadcast.
+it. PPO shards its models in `ppo/engine.py`. `choose` finds the engine of a run. `checks` refuses what is untested,
+with the messages of `refusals`. `patches` has every patch on a trainer, `sharded` the helpers for DTensors,
+`processes` rank, barrier and broadcast.
 """

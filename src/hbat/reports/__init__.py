@@ -1,5 +1,6 @@
 """What a run reports.
 
 `reporter`: live, to the log, the reporters and the progress bar. `log`: the log file. `matrix`: the table of scores
-and what it says; `scores`: when they are taken and where they go; `plots`: its picture. `card`: the model card.
+and what it says; `scores`: when they are taken and where they go; `plots`: its picture. `front`: scores along the last
+stage. `card`: the model card.
 """
