@@ -67,6 +67,19 @@ def test_scores_are_due_once_at_the_start_and_once_after_every_stage(run, report
     assert run.state.log["entries"] == 3
 
 
+def test_the_increase_that_was_predicted_is_logged_beside_the_measured_one(reporter, scores, tmp_path):
+    config = HBATConfig(output_dir=str(tmp_path), disable_tqdm=True)
+    run = Run.start(config, RunFolder(tmp_path), Fingerprint({}, {}, {}), {"a": torch.zeros(2)})
+    scores.take({"sft": {"loss": 5.0}, "dpo": {"loss": 2.0}}, run, reporter)
+    path, moved = {"a": torch.tensor([0.25, 0.75])}, {"a": torch.tensor([1.0, 3.0])}
+    for stage, share, loss in ((STAGES[0], 1.0, 4.0), (STAGES[1], 0.25, 4.5)):  # the second goes half as far
+        left = {"displacement": {"a": share * moved["a"]}, "importance": path}
+        run.commit_stage(stage, steps=2, importance=left, moments={}, weights={"a": torch.ones(2)})
+        scores.take({"sft": {"loss": loss}, "dpo": {"loss": 1.0}}, run, reporter)
+    found = [[entry.get(key) for key in ("ewc/predicted", "ewc/measured")] for entry in reporter.state.log_history]
+    assert found == [[None, None], [None, None], [pytest.approx(0.25), 0.5]]
+
+
 def test_only_the_main_process_writes_the_file(run, reporter, scores, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     scores.take({"sft": {"loss": 1.0}}, run, reporter)

@@ -15,7 +15,7 @@ from hbat.ewc.callback import EWCCallback
 from hbat.stages.path import PathIntegral
 
 
-def train(build, folder, *, penalty=None, **options):
+def train(build, folder, *, penalty=None, loss_scale=None, **options):
     """(the total, the witness) of a few steps of SFT."""
     witness, model = Witness(), build()
 
@@ -33,6 +33,8 @@ def train(build, folder, *, penalty=None, **options):
         processing_class=cases.tiny_tokenizer(),
         callbacks=[witness],
     )
+    if loss_scale:  # which hardly shrinks when it overflows
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale, backoff_factor=0.999)
     start = cases.weights(model)
     if penalty:
         anchor = {name: tensor + 0.05 for name, tensor in start.items()}
@@ -52,6 +54,7 @@ CASES = {
     "frozen": (cases.frozen_llama, {}),
     "penalty": (cases.tiny_llama, {"penalty": "gradient", "max_grad_norm": 0.1}),
     "pull": (cases.tiny_llama, {"penalty": "proximal"}),
+    "loss scale": (cases.tiny_llama, {"loss_scale": 2.0**10}),
 }
 
 
@@ -62,6 +65,12 @@ def test_the_total_is_the_path_integral_of_the_task_alone(build, options, tmp_pa
     largest = max(np.abs(path).max() for path in expected.values())
     for name, path in expected.items():
         np.testing.assert_allclose(oracle.array(found[name]), path, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_steps_that_a_loss_scale_skips_leave_no_path(tmp_path):
+    found, expected = train(cases.tiny_llama, tmp_path, loss_scale=2.0**127)  # every gradient is infinite
+    assert not any(np.any(path) for path in expected.values())
+    assert not any(bool(each.any()) for each in found.values())
 
 
 def test_weights_in_bfloat16_are_measured_in_float32(tmp_path):

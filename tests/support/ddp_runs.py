@@ -164,7 +164,10 @@ def build(name, folder, *, model=None, callbacks=None, save_steps=None):
 
 def result(run):
     """What is compared between numbers of processes, beside the weights."""
-    keep = ("ewc/penalty", "ewc/drift", "ewc/grad_norm_ratio", "ppo/kl", "ppo/reward", "eval_ppo/reward")
+    keep = (
+        "ewc/penalty", "ewc/drift", "ewc/grad_norm_ratio", "ewc/predicted", "ewc/measured", "ppo/kl", "ppo/reward",
+        "eval_ppo/reward",
+    )  # fmt: skip
     log = [
         {key: entry[key] for key in entry if key == "step" or key.endswith("/loss") or key in keep}
         for entry in run.state.log_history

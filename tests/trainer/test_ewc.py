@@ -1,14 +1,18 @@
 """A run with consolidation is TRL's trainers with a penalty in their loss, and an oracle's importance."""
 
+import warnings
+
 import cases
 import oracle
 import pytest
 import runs
 import torch
+import trl
 from paths import Witness
 
 from hbat.ewc.log import EWCWarning
 from hbat.objectives.objective import Objective
+from hbat.objectives.sft import SFT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::hbat.state.consolidation.SaturationWarning"),
@@ -166,7 +170,6 @@ def test_an_objective_can_have_an_end_weight_of_its_own(tmp_path):
 
 
 def test_a_stage_of_three_objectives_is_held_by_each_of_the_two_others(tmp_path):
-    trl = pytest.importorskip("trl")
     if not hasattr(trl, "KTOTrainer"):
         pytest.skip("this TRL has KTO elsewhere")
     data = runs.rows() | {"kto": runs.kto_rows(8)}
@@ -196,3 +199,35 @@ def test_a_stage_of_three_objectives_is_held_by_each_of_the_two_others(tmp_path)
 def test_a_penalty_too_weak_to_act_warns(tmp_path):
     with pytest.warns(EWCWarning, match="did nothing"):
         runs.train(cases.tiny_llama(), tmp_path, num_rounds=1, ewc={"strength": 1e-9}, **SECTIONS)
+
+
+# --- an objective that moved nothing ---------------------------------------------------------------------------------
+
+
+class Skipped(trl.SFTTrainer):
+    """Its loss scale overflows at every step, so that the optimizer takes none."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=0.999)
+
+
+NOTHING = {
+    "a learning rate of zero": ({"sft": {"learning_rate": 0.0}}, {}),
+    "skipped steps": ({"objectives": [SFT(trainer_class=Skipped, config=runs.section(**SLOW)), "dpo"]}, {}),
+    "relative": ({"sft": {"learning_rate": 0.0}}, {"source": "relative", "damping": 0.0, "method": "proximal"}),
+}
+
+
+@pytest.mark.parametrize(("options", "ewc"), NOTHING.values(), ids=NOTHING)
+def test_an_objective_that_moved_nothing_holds_nothing(options, ewc, tmp_path):
+    sections = {"dpo": SLOW | {"max_steps": 6}, "num_rounds": 1} | options
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", EWCWarning)
+        held = runs.train(cases.tiny_llama(), tmp_path / "held", ewc=ewc, **sections)
+    assert len(seen) <= 1
+    free = runs.train(cases.tiny_llama(), tmp_path / "free", **sections)
+    assert runs.logged(held, "ewc/penalty") == [0.0] * 6
+    assert runs.same(cases.weights(held.model), cases.weights(free.model))
+    assert all(not each.any() for each in runs.state_tensors(tmp_path / "held", "displacement-sft").values())
+    assert any(bool(each.any()) for each in runs.state_tensors(tmp_path / "held", "displacement-dpo").values())
