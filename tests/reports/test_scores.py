@@ -38,7 +38,7 @@ def reporter(tmp_path):
 
 @pytest.fixture
 def scores(tmp_path):
-    return RunScores(ForgettingMatrix({"sft": "loss", "dpo": "loss"}), STAGES, RunFolder(tmp_path))
+    return RunScores(ForgettingMatrix({"sft": "loss", "dpo": "loss"}), RunFolder(tmp_path))
 
 
 def finish(run, stage):
