@@ -19,7 +19,6 @@ import os
 import platform
 import random
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NU
 
 import torch
 from datasets import Dataset
+from metrics import interval
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -58,8 +58,6 @@ RATES = (1e-3, 3e-4, 1e-4)
 #: Strength 0 is two-stage training.
 STRENGTHS = (0.0, 1.0)
 SHARES = (0.25, 0.5, 0.75, 1.0)
-#: Two-sided 95 % points of Student's t for 1 to 9 degrees of freedom.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 COLUMNS = {
     "sft_loss": "SFT loss", "text_loss": "text loss", "preference_loss": "preference loss", "accuracy": "accuracy",
     "margin": "margin",
@@ -341,14 +339,6 @@ def work(jobs: Sequence[Job], size: Size, model: Path, results: Path, workers: i
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (not a number for a single value)."""
-    if len(values) == 1:
-        return values[0], float("nan")
-    half = STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values), half
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, tuple[float, float]]]:

@@ -385,3 +385,10 @@ def test_the_random_control_is_the_same_before_and_after_a_resume(tmp_path):
     first = run.consolidation.importance(PLAN[1], tensors(0))
     again = resume(tmp_path, ewc=ewc, seed=9).consolidation.importance(PLAN[1], tensors(0))
     assert same(first, again)
+
+
+@pytest.mark.parametrize(("strength", "said"), [(1.0, True), (0.0, False)])
+def test_stages_that_left_no_importance_are_named_where_it_would_count(strength, said, tmp_path, caplog):
+    finish(start(tmp_path, ewc={"strength": 0.0}), PLAN[0], importance=False)
+    resume(tmp_path, ewc={"strength": strength})
+    assert ("The finished stages of ['sft'] have left no importance" in caplog.text) == said

@@ -195,12 +195,12 @@ def test_what_only_concerns_logs_and_checkpoints_may_change(cut_off, tmp_path):
 
 
 MANIFESTS = [
-    ('{"format": 3, "finge', "holds no complete state .*cannot be read"),
+    ('{"format": 4, "finge', "holds no complete state .*cannot be read"),
     (
         json.dumps({"format": 99, "checksum": digest({"format": 99})}),
-        "has format 99; this version of hbat reads format 3",
+        "has format 99; this version of hbat reads format 4",
     ),
-    ('{"format": 3, "epoch": 3}', "its checksum differs"),
+    ('{"format": 4, "epoch": 3}', "its checksum differs"),
     ("{}", "cannot be read"),
 ]
 

@@ -57,7 +57,7 @@ def batches(
 
 
 def gradients_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is in `.grad`, by name; parameters without a gradient are left out, as optimizers skip them."""
+    """What is in `.grad`, by name; parameters without a gradient are skipped, as optimizers do."""
     return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 
 

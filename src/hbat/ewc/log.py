@@ -41,7 +41,7 @@ class PenaltyLog:
         return ratio
 
     def judge(self, strength: float) -> None:
-        """Warn with `EWCWarning` if the penalty of strength `strength` was dead or dominated."""
+        """Warn with `EWCWarning` if the penalty of this strength was dead or dominated."""
         if len(self._ratios) < _MEASURED_STEPS:
             return
         mean = sum(self._ratios) / len(self._ratios)

@@ -139,7 +139,7 @@ def add_penalty_gradient_(
         parameters: Parameters by name. One whose `.grad` is None is skipped, as optimizers skip it.
         anchor: Weights to pull to, by name, on the same devices.
         importance: $F \ge 0$ by name: a number, or a tensor of shape `()` or of the parameter's.
-        strength: Factor of the penalty, such as `strength`.
+        strength: Factor of the penalty.
         scale: Loss scale that the gradients carry already; the added gradient is multiplied by it too.
         measure: Return statistics, with the norm of the gradients as they were before.
 

@@ -143,8 +143,8 @@ class StageRunner:
         if stage.is_last:
             self._start.interpolate(self._config.end_weight)
         anchor, seed = self._start.anchor, self._config.seed
-        moved = path.total if path is not None else {}
-        importance = measure(consolidation, self._model, anchor, moved, examples, stage=stage, seed=seed)
+        integral = path.total if path is not None else {}
+        importance = measure(consolidation, self._model, anchor, integral, examples, stage=stage, seed=seed)
         for tensors in (importance or {}).values():
             require_finite_importance(tensors, stage)
         return StageResult(steps, importance, carry.saved if carries else {}, kept)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from hbat.config.fields import nearest
@@ -83,7 +84,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str, *, 
 def hindrances(before: Fingerprint, now: Fingerprint) -> list[str]:
     """What keeps one run from being continued by another, each with the reason."""
     found = changes(before.values, now.values)
-    return [f"{each}: {each.fixed}" for each in found if any(fnmatchcase(each.name, name) for name in _CONTINUED)]
+    return [f"{change}: {change.fixed}" for change in found if any(map(partial(fnmatchcase, change.name), _CONTINUED))]
 
 
 def accepted(before: Fingerprint, now: Fingerprint, allowed: Sequence[str], *, output_dir: str) -> list[Change]:

@@ -77,7 +77,7 @@ class LastStage:
                 f"The run in {where} has kept nothing of its last stage: it was trained with `end_weight: 0`. Train "
                 "with a larger one; 1.0 keeps all."
             )
-        start, end = (folder.read_tensors(each, "weights") for each in (before, state))
+        start, end = (folder.read_tensors(of, "weights") for of in (before, state))
         return cls(stage, state, start, end, end_weight)
 
     @torch.no_grad()

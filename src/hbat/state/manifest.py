@@ -8,7 +8,7 @@ from typing import Any, cast, get_origin
 from hbat.state.files import digest
 
 STATE_FILE = "hbat_state.json"
-FORMAT = 3
+FORMAT = 4
 
 
 class RunStateError(ValueError):

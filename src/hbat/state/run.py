@@ -144,12 +144,22 @@ class Run:
                 found = folder.read_tensors(state, name).items()
                 own = {name: shared_as(tensor, parameters[name]).cpu() for name, tensor in found}
                 run.consolidation.accumulated.setdefault(objective, {})[kind] = own
+        run._warn_of_missing_importance()
         for objective in config.objective_names:
             run.read_carried(objective)
         if needs_initial:
             folder.require_whole(state, "initial")
         run._take_over(described, changed)
         return run
+
+    def _warn_of_missing_importance(self) -> None:
+        if self.consolidation is None or self.consolidation.config.strength == 0:
+            return
+        if missing := [name for name in self.state.objective_steps if name not in self.consolidation.accumulated]:
+            logger.warning(
+                "The finished stages of %s have left no importance, as `ewc.strength` was 0: they hold nothing back.",
+                missing,
+            )
 
     def _take_over(self, described: Fingerprint, changed: Sequence[Change]) -> None:
         state, objectives = self.state, self._config.objective_names

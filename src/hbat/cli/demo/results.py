@@ -45,8 +45,8 @@ class Outcome:
         return zip(*self.runs, strict=True)
 
     def best(self) -> tuple[Point, ...]:
-        """The point with the most sampled answers that are both, on average."""
-        return max(self.columns(), key=lambda column: fmean(point.sampled.joint for point in column))
+        """The point after the start with the most sampled answers that are both, on average."""
+        return max(list(self.columns())[1:], key=lambda column: fmean(point.sampled.joint for point in column))
 
 
 def print_results(outcomes: Sequence[Outcome], *, seconds: float, files: Sequence[Path]) -> None:
@@ -72,7 +72,7 @@ def print_results(outcomes: Sequence[Outcome], *, seconds: float, files: Sequenc
     lines = [
         "right: the body is correct. style: as the judge prefers. both: right and in style. point: average between",
         "start (0) and end (1) of the last stage (`end_weight`). Bold: most sampled answers that are both.",
-        f"Means over {len(outcomes[0].runs)} seeds, {outcomes[0].steps} steps a run, same data. {seconds:.0f} s.",
+        f"Means over seeds: {len(outcomes[0].runs)}. Same data for {outcomes[0].steps} steps a run. {seconds:.0f} s.",
         verdict(outcomes),
         "Saved: " + ", ".join(map(str, files)),
     ]

@@ -40,6 +40,7 @@ def generate_answers(
         ).to(model.device)
         with torch.inference_mode(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(start)
+            # The class has no type for what its generation mixin adds.
             texts: torch.Tensor = model.generate(  # type: ignore[operator]
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
