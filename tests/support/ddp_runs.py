@@ -145,7 +145,7 @@ def build(name, folder, *, model=None, callbacks=None, save_steps=None, rounds=2
         dpo=section(**more | saves),
         kto=section(**more | saves),
         ppo=ppo_section(**options.get("section", {}) | critic | saves),
-        ewc=options.get("ewc", {"strength": 5.0}),
+        ewc=options.get("ewc", {"strength": 0.5}),
         end_weight=options.get("end_weight", 1.0),
         replay=options.get("replay"),
         disable_tqdm=True,
