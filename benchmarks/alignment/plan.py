@@ -77,6 +77,20 @@ OLD_ROWS = [
            options={"ewc": None})
     for share, rate in ((0.1, "6e-4"), (0.25, "6e-4"), (0.1, "3e-4"), (0.25, "3e-4"))
 ]  # fmt: skip
+#: TRL's own SFT term on the chosen answers of the pairs.
+SFT_TERM = [
+    _plain(rate, method=f"sigmoid + {weight:g} sft {rate}", family="sigmoid + sft",
+           section={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, weight]})
+    for weight, rate in product((0.1, 1.0), ("6e-4", "3e-4"))
+]  # fmt: skip
+#: Without stages, with as many steps as a run of stages; joint ones, of two mini-batches, are as many as SFT's.
+MIXED = [
+    {
+        "method": f"{kind} {share:g} {rate:g}", "family": kind, "rate": rate, "options": {},
+        "mixed": {"kind": kind, "share": share, "steps": 256 if kind == "joint" else 384},
+    }
+    for share, rate, kind in product((0.5, 0.67), (1e-3, 6e-4), ("joint", "alright", "maxright"))
+]  # fmt: skip
 PPO = [
     method | {"method": f"PPO {method['method']}", "family": f"PPO {method['family']}", "preference": "ppo"}
     for method in (
@@ -113,7 +127,7 @@ def plan(seeds: int) -> Iterator[Spec]:
         ("half", "small", main, [*TWO_STAGE[:4], *PATH[:4]]),
         ("main", "large", main, [*TWO_STAGE[:4], *PATH[:4]]),
         ("time4", "small", main, [*TWO_STAGE[:4], *PATH[:4], *OLD_ROWS]),
-        ("main", "small", few, [*SOURCES, *GRANULARITY, *AUTHORS, *ALTERNATION[:4], *REPLAY]),
+        ("main", "small", few, [*SOURCES, *GRANULARITY, *AUTHORS, *ALTERNATION[:4], *REPLAY, *MIXED, *SFT_TERM]),
         ("main", "small", few, [*MAP, *FREEZE, *DAMPING, *PROXIMAL, *ALTERNATION[4:]]),
         ("main", "small", few, [*CURVES, *HEAT]),
         ("main", "small", few, PPO),

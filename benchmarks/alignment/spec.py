@@ -49,6 +49,8 @@ class Spec:
         options: Fields of `HBATConfig`.
         rate: Learning rate of the preference stages.
         preference: The objective that trains them; `dpo`, `ppo`, or empty for none.
+        section: Fields of the preference objective's section, beside the usual ones.
+        mixed: Options of a rival without stages (`mixed.py`), which takes the place of `HBATTrainer`.
         old_rows: Share of every later part's rows that are of earlier parts.
         temperatures: Temperatures of sampling.
         score_every: Optimizer steps between scores on the way; 0 for none.
@@ -62,6 +64,8 @@ class Spec:
     options: dict[str, Any]
     rate: float = 6e-4
     preference: str = "dpo"
+    section: dict[str, Any] = field(default_factory=dict)
+    mixed: dict[str, Any] = field(default_factory=dict)
     old_rows: float = 0.0
     temperatures: tuple[float, ...] = (0.0, 0.75, 1.0)
     score_every: int = 0

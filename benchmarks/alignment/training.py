@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from mixed import train_mixed
 from model import SECTION, Scores, build_tokenizer, evaluate, load_base, tokenized
 from spec import REGIMES, Regime, Spec
 from task import demonstrations, pairs, test_prompts, utility
@@ -24,10 +25,15 @@ PROMPTS = 512  # of a test set
 SHARES = (0.25, 0.5, 0.75, 1.0)  # points of the averaging line, from the last stage's start to its end
 
 
-class _Watch(TrainerCallback):
-    """Keeps the last stage's start and end, and scores the model on its way."""
+class Watch(TrainerCallback):
+    """Keeps the last stage's start and end, and scores the model on its way.
 
-    def __init__(self, score: Any, every: int) -> None:
+    Args:
+        score: From a model to its scores.
+        every: Optimizer steps between scores; 0 for none.
+    """
+
+    def __init__(self, score: Any = None, every: int = 0) -> None:
         self.start: dict[str, torch.Tensor] = {}
         self.end: dict[str, torch.Tensor] = {}
         self.curve: list[dict[str, Any]] = []
@@ -35,9 +41,11 @@ class _Watch(TrainerCallback):
         self._score, self._every, self._before = score, every, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Copy the start."""
         self.start = _weights(kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Score where it is time."""
         if self._every and state.global_step % self._every == 0:
             begin = time.perf_counter()
             scores = self._score(policy_of(kwargs["model"]))
@@ -45,6 +53,7 @@ class _Watch(TrainerCallback):
             self.scoring += time.perf_counter() - begin
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Copy the end."""
         self.end = _weights(kwargs["model"])
         self._before += state.global_step
 
@@ -69,10 +78,15 @@ def train(spec: Spec, folder: Path, size: int = ROWS, prompts: int = PROMPTS) ->
         scores = evaluate(model, tokenizer, questions, spec.seed, spec.temperatures)
         return {heat: _grouped(by_task, regime) for heat, by_task in scores.items()}
 
-    model, watch = load_base(spec.base, folder), _Watch(score, spec.score_every)
+    model, watch = load_base(spec.base, folder), Watch(score, spec.score_every)
     with tempfile.TemporaryDirectory() as work:
         for index in range(len(regime.parts)):
             rows = _rows(spec, index, size // len(regime.parts), tokenizer)
+            if spec.mixed:
+                watch.start = _weights(model)
+                train_mixed(model, tokenizer, rows, rate=spec.rate, seed=spec.seed, **spec.mixed)
+                watch.end = _weights(model)
+                continue
             options = _options(spec, work, index)
             trainer = HBATTrainer(
                 model, HBATConfig(**options), rows, processing_class=tokenizer, callbacks=[watch],
@@ -104,7 +118,7 @@ def _options(spec: Spec, work: str, part: int) -> dict[str, Any]:
     own = {"dpo": {"beta": 0.1}, "ppo": _PPO}
     if spec.preference:
         rate = {"learning_rate": spec.rate, "num_train_epochs": 1}
-        options[spec.preference] = common | rate | own[spec.preference]
+        options[spec.preference] = common | rate | own[spec.preference] | spec.section
     if part:
         options["continue_from"] = f"{work}/part{part - 1}"
     return options | spec.options
@@ -153,10 +167,11 @@ def _grouped(by_task: dict[str, dict[str, float]], regime: Regime) -> dict[str, 
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in policy_of(model).named_parameters()}
+    named = policy_of(model).named_parameters()
+    return {name: value.detach().clone() for name, value in named if value.requires_grad}
 
 
 @torch.no_grad()
-def _place(model: Any, watch: _Watch, share: float) -> None:
+def _place(model: Any, watch: Watch, share: float) -> None:
     for name, parameter in model.named_parameters():
         parameter.copy_(watch.start[name] + share * (watch.end[name] - watch.start[name]))

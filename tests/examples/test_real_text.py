@@ -84,18 +84,13 @@ def test_dpo_after_the_shared_sft_stage_ends_where_a_whole_run_does(script, size
     script.work(jobs, size, model, results, workers=1)
     assert (results / "runs.jsonl").read_text(encoding="utf-8") == before
     script.report(results)
-    assert len((results / "table.md").read_text(encoding="utf-8").splitlines()) == 2 + 2 + 2 * len(script.SHARES)
+    assert len((results / "table.md").read_text(encoding="utf-8").splitlines()) == 2 + 2 + 3 * len(script.SHARES)
     assert (results / "front.png").stat().st_size > 1000
 
 
-def record(seed, rate, points):
-    return {
-        "seed": seed,
-        "method": "SFT" if rate is None else "two-stage",
-        "rate": rate,
-        "strength": 0,
-        "points": points,
-    }
+def record(seed, rate, points, strength=0):
+    method = "path" if strength else "SFT" if rate is None else "two-stage"
+    return {"seed": seed, "method": method, "rate": rate, "strength": strength, "points": points}
 
 
 def test_a_row_of_the_table_is_the_mean_over_the_seeds_with_its_interval(script, tmp_path):
@@ -105,3 +100,14 @@ def test_a_row_of_the_table_is_the_mean_over_the_seeds_with_its_interval(script,
     *_, line = script.table(script.read(tmp_path)).splitlines()
     # The half width is that of SciPy's `stats.t.interval`.
     assert line.startswith("| two-stage | 1 | 2.333 ± 3.795 |")
+
+
+def test_the_penalty_is_compared_with_two_stages_of_the_same_seed(script, tmp_path):
+    losses = {0: [1.0, 2.0, 4.0], 1: [0.9, 1.8, 3.7]}
+    rows = [
+        record(seed, 1e-3, {"1": dict.fromkeys(script.COLUMNS, loss)}, strength)
+        for strength, found in losses.items()
+        for seed, loss in enumerate(found)
+    ]
+    *_, line = script.table(rows).splitlines()
+    assert line.startswith("| path, minus two-stage | 1 | -0.200 ± 0.248 |")

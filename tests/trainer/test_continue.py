@@ -186,7 +186,15 @@ if __name__ == "__main__":
 SAVES = options("carry", 1)["sft"]
 
 
-@pytest.mark.parametrize(("case", "kill"), [("full", "start"), ("lora", "start"), ("full", "step"), ("lora", "step")])
+@pytest.mark.parametrize(
+    ("case", "kill"),
+    [
+        ("full", "start"),
+        ("lora", "step"),
+        pytest.param("lora", "start", marks=pytest.mark.slow),
+        pytest.param("full", "step", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_resumes_and_after_its_start_needs_the_other_no_more(case, kill, first, whole, tmp_path):
     root = Path(__file__).parents[2]
     script, folder, source = tmp_path / "killed.py", tmp_path / "run", tmp_path / "first"

@@ -16,11 +16,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 #: transformers 4.57 takes the version of FSDP from `accelerate launch` alone.
 SHARDED = {"STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
 FULL = {"STATE_DICT_TYPE": "FULL_STATE_DICT"}
-QUICK = ["sft and dpo", "lora"]
+QUICK = ["sft and dpo"]
 SLOW = [
-    "ppo", "tied", "accumulation", "tensor importance, proximal", "fisher", "adam and lora of rank one",
+    "lora", "ppo", "tied", "accumulation", "tensor importance, proximal", "fisher", "adam and lora of rank one",
     "adam, freeze, end_weight, random importance", "checkpointing", "kto", "adam, ppo and lora",
 ]  # fmt: skip
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 each_run = launched.marked(QUICK, SLOW)
 
 
@@ -39,7 +40,7 @@ def two(tmp_path_factory):
         return folder, launch(folder, mode, *group)  # not raised here, or each test would try again
 
     def trained(name="lora"):
-        folder, done = train("train and check", *QUICK) if name in QUICK else train("train", *SLOW)
+        folder, done = train("train", *QUICK) if name in QUICK else train("train and check", *SLOW)
         launched.succeeded(done)
         return folder
 
@@ -74,12 +75,12 @@ def test_each_process_holds_half_of_model_anchor_reference_and_importance(name, 
         assert 0.45 < share < 0.55 or uneven, what
 
 
-@pytest.mark.parametrize("name", ["sft and dpo", "lora"])
+@pytest.mark.parametrize("name", ["sft and dpo", slow("lora")])
 def test_the_reference_is_the_model_at_the_start_of_every_stage(name, two):
     assert launched.read(two(name), name)[1]["first rewards"] == {"1": [0.0, 0.0], "3": [0.0, 0.0]}
 
 
-@pytest.mark.parametrize("name", ["sft and dpo", pytest.param("tied", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sft and dpo", slow("tied")])
 def test_what_is_saved_is_a_whole_model_like_any_other(name, two):
     folder = launched.place_of(two(name), name)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -87,6 +88,7 @@ def test_what_is_saved_is_a_whole_model_like_any_other(name, two):
     assert runs.same(cases.weights(model), launched.read(two(name), name)[0])
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_the_adapter_alone(two):
     from peft import PeftModel
 
@@ -96,7 +98,7 @@ def test_what_is_saved_is_the_adapter_alone(two):
     assert runs.same(cases.weights(model), launched.read(two("lora"), "lora")[0])
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", ["sft and dpo", slow("lora")])
 def test_the_line_of_the_last_stage_is_that_of_one_process(name, two, one):
     place, found = launched.place_of(two(name), name), launched.read(two(name), name)[1]
     expected = one(name).front([0, 1])
@@ -118,12 +120,14 @@ def checks(two, request):
     return json.loads((two() / f"checks-{request.param}.json").read_text())
 
 
+@pytest.mark.slow
 def test_some_parts_are_uneven_and_some_are_empty(two):
     rows = [json.loads((two() / f"checks-{rank}.json").read_text())["rows here"] for rank in (0, 1)]
     assert [counts["uneven"] for counts in rows] == [3, 2]
     assert [counts["empty"] for counts in rows] == [1, 0]
 
 
+@pytest.mark.slow
 def test_shared_tensors_give_the_numbers_of_whole_ones(checks):
     assert checks["cut as torch does"]
     assert checks["shared"].keys() == checks["whole"].keys()
@@ -134,11 +138,13 @@ def test_shared_tensors_give_the_numbers_of_whole_ones(checks):
             assert checks["shared"][what] == pytest.approx(expected, rel=1e-6, abs=1e-7), what
 
 
+@pytest.mark.slow
 def test_a_fault_on_one_process_is_named_on_all(checks):
     assert checks["not finite"] == "even"
     assert "The importance of 'even' is not finite" in checks["refusal"]
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_not_finite_on_one_process_stops_all(two):
     messages = {(two() / f"poison-{rank}.txt").read_text() for rank in (0, 1)}
     assert len(messages) == 1
@@ -148,6 +154,7 @@ def test_a_weight_that_is_not_finite_on_one_process_stops_all(two):
 # --- without a run --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fsdp_runs.ALONE)
 def test_callback_and_ppo_trainer_alone_train_what_they_train_in_one_process(name, two, tmp_path):
     launched.assert_trained_as_in_one(name, two(), fsdp_runs.ALONE[name](tmp_path, {}))
@@ -156,6 +163,7 @@ def test_callback_and_ppo_trainer_alone_train_what_they_train_in_one_process(nam
 # --- resume ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_they_resume_to_the_last_bit(two):
     folder = two("lora")
     launched.assert_same_run("lora", folder / "stopped", folder, began_at=[0, 0, 0, 0, 1])
