@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from hbat.config.fields import check_number
+from hbat.config.fields import at_home, check_number
 from hbat.config.hbat import HBATConfig
 from hbat.data.digest import data_digest
 from hbat.engines.choose import choose_engine
@@ -97,6 +97,7 @@ class HBATTrainer:
         if not isinstance(args, HBATConfig):
             raise TypeError(f"`args` is a {type(args).__name__}; give an `HBATConfig`.")
         self.args = args
+        model, reward_funcs = at_home(model), at_home(reward_funcs)
         tracks = build_tracks(args, train_dataset, eval_dataset, reward_funcs, reward_processing_classes)
         needs_reference = any(track.objective.uses_reference for track in tracks)
         self.model = load_model(model, args, peft_config, takes_reference=needs_reference)

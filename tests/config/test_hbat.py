@@ -34,9 +34,10 @@ def test_a_run_continues_another_folder_than_its_own(folder, message):
         HBATConfig(output_dir="run", continue_from=folder)
 
 
-def test_the_home_folder_is_found_in_the_path_of_the_run_that_is_continued(monkeypatch, tmp_path):
+def test_the_folders_of_a_run_may_lie_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert HBATConfig(output_dir="run", continue_from="~/first").continue_from == str(tmp_path / "first")
+    config = HBATConfig(output_dir="~/second", continue_from="~/first")
+    assert (config.output_dir, config.continue_from) == (str(tmp_path / "second"), str(tmp_path / "first"))
     assert HBATConfig(output_dir="run", continue_from="~nobody-is-called-so/first").continue_from
 
 

@@ -38,12 +38,15 @@ def test_an_objective_with_a_plain_name_is_taken(name):
 
 
 def test_a_run_writes_nowhere_but_into_its_folder(tmp_path, monkeypatch):
-    work = tmp_path / "work"
+    work, home = tmp_path / "work", tmp_path / "home"
     work.mkdir()
+    cases.tiny_llama().save_pretrained(home / "base")
     monkeypatch.chdir(work)
-    runs.train(cases.tiny_llama(), tmp_path / "out", num_rounds=1, run_name="../../elsewhere", report_to="tensorboard")
+    monkeypatch.setenv("HOME", str(home))
+    runs.train("~/base", "~/out", num_rounds=1, run_name="../../elsewhere", report_to="tensorboard")
     assert not list(work.iterdir())
-    assert [each.name for each in tmp_path.iterdir() if each != work] == ["out"]
+    assert {path.name for path in home.iterdir()} == {"base", "out"}
+    assert (home / "out" / "hbat_state.json").is_file()
 
 
 @pytest.mark.parametrize("key", ["output_dir", "run_name", "report_to", "push_to_hub"])

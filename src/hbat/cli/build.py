@@ -106,7 +106,7 @@ def _from_pretrained(key: str, name: str, kind: Any, kwargs: Mapping[str, Any]) 
         return kind.from_pretrained(name, **kwargs)
     except Exception as error:
         what = "configuration" if kind is AutoConfig else "tokenizer"
-        folder = Path(name).expanduser().absolute()
+        folder = Path(name).absolute()
         where = f"the folder {folder}" if folder.is_dir() else f"the Hub (there is no folder {folder})"
         raise ValueError(f"`{key}` is {name!r}, but no {what} could be loaded from {where}: {error}") from error
 
@@ -118,7 +118,7 @@ def _load_datasets(section: str, sources: Mapping[str, Any]) -> dict[str, Datase
 def _absolute(source: Any) -> Any:
     # So that the error for a missing file says where it was looked for.
     if isinstance(source, str) and source.lower().endswith(_FILE_ENDINGS):
-        return str(Path(source).expanduser().absolute())
+        return str(Path(source).absolute())
     if isinstance(source, Mapping) and "path" in source:
         return {**source, "path": _absolute(source["path"])}
     return [_absolute(file) for file in source] if isinstance(source, list) else source

@@ -6,6 +6,7 @@ import enum
 import sys
 import types
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -34,12 +35,22 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
+def at_home(value: Any) -> Any:
+    """Replace `~/` at the start of a string or path, also of those in lists and mappings, by the home folder."""
+    if isinstance(value, str | Path):
+        return type(value)(Path(value).expanduser()) if str(value).startswith("~/") else value
+    if isinstance(value, dict):
+        return {key: at_home(inner) for key, inner in value.items()}
+    return [at_home(inner) for inner in value] if isinstance(value, list) else value
+
+
 def build_section(
     section: str, config_class: type[T], values: Mapping[str, Any], *, owned: Mapping[str, str] | None = None
 ) -> T:
     """Build a configuration, ours or TRL's, from plain values.
 
-    A string is converted where a field takes only a number (YAML reads `1e-5` as a string).
+    A string is converted where a field takes only a number (YAML reads `1e-5` as a string), and `~/` at the start of
+    one is the home folder.
 
     Args:
         section: Name of the section, for error messages; empty at the top level.
@@ -63,7 +74,7 @@ def build_section(
             raise ValueError(f"`{prefix}{key}` is not an option.{nearest(str(key), valid)}")
         if owned and key in owned:
             raise ValueError(f"`{prefix}{key}` cannot be set here: {owned[key]}")
-        converted[key] = convert(value, hints.get(key, Any), f"{prefix}{key}")
+        converted[key] = convert(at_home(value), hints.get(key, Any), f"{prefix}{key}")
     try:
         return config_class(**converted)
     except Exception as error:

@@ -1,13 +1,12 @@
 """Options of a run, with their help texts and checks. Imports no trainer."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from hbat.config.ewc import EWCConfig
-from hbat.config.fields import build_section, check_choice, check_number, check_whole, nearest, shown
+from hbat.config.fields import at_home, build_section, check_choice, check_number, check_whole, nearest, shown
 
 OptimizerState = Literal["reset", "carry"]
 LRSchedule = Literal["stage", "run", "decay"]
@@ -163,6 +162,7 @@ class HBATConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.output_dir, str) or not self.output_dir:
             raise ValueError(f"`output_dir` is {self.output_dir!r}; it must be the path of a directory.")
+        self.output_dir = at_home(self.output_dir)
         if self.continue_from is not None:
             self._check_continue_from()
         check_whole("num_rounds", self.num_rounds, 1)
@@ -186,7 +186,7 @@ class HBATConfig:
     def _check_continue_from(self) -> None:
         if not isinstance(self.continue_from, str) or not self.continue_from:
             raise ValueError(f"`continue_from` is {shown(self.continue_from)}; it must be a finished run's folder.")
-        self.continue_from = os.path.expanduser(self.continue_from)  # noqa: PTH111 - pathlib's raises at `~nobody`
+        self.continue_from = at_home(self.continue_from)
         if Path(self.continue_from).resolve() == Path(self.output_dir).resolve():
             raise ValueError(
                 f"`continue_from` and `output_dir` are both {self.output_dir!r}; a run is continued in another "

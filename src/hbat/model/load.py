@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from hbat.config.fields import at_home
 from hbat.config.hbat import HBATConfig
 from hbat.engines.checks import refuse_model
 from hbat.engines.choose import make_whole
@@ -112,7 +113,7 @@ def load_pretrained(auto_class: Any, name: str | Path, *, called: str = "model",
         ValueError: If the weights are damaged, or pickled objects that are not tensors.
     """
     try:
-        return auto_class.from_pretrained(str(name), **{**_NO_REMOTE_CODE, **options})
+        return auto_class.from_pretrained(str(at_home(name)), **{**_NO_REMOTE_CODE, **options})
     except Exception as error:
         # transformers 4.57 turns any error into an `OSError` about TensorFlow files.
         if isinstance(error, _CLEAR) and "Unable to load weights" not in str(error):

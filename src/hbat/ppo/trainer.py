@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from hbat.config.fields import at_home
 from hbat.model.copies import switch_off_dropout
 from hbat.ppo.checkpoints import PolicyCheckpoints, Progress
 from hbat.ppo.config import PPOConfig
@@ -70,7 +71,8 @@ class PPOTrainer(PolicyCheckpoints):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        policy, tokenizer, prompts = prepare(model, args, train_dataset, processing_class, peft_config)
+        reward_funcs = at_home(reward_funcs)
+        policy, tokenizer, prompts = prepare(at_home(model), args, train_dataset, processing_class, peft_config)
         rewards = Rewards(reward_funcs, weights=args.reward_weights, processing_classes=reward_processing_classes)
         if not isinstance(prompts[0]["prompt"], str):
             rewards.require_template()
