@@ -15,7 +15,7 @@ from hbat.data.digest import data_digest
 from hbat.engines.choose import choose_engine
 from hbat.engines.processes import is_main_process
 from hbat.ewc.parameters import snapshot, trainable_parameters
-from hbat.model.load import load_model, load_tokenizer, require_adapter_parameters
+from hbat.model.load import align_special_tokens, load_model, load_tokenizer, require_adapter_parameters
 from hbat.model.save import save, upload
 from hbat.objectives.rewards import reward_names
 from hbat.objectives.track import Track, build_tracks, fit
@@ -134,6 +134,7 @@ class HBATTrainer:
         begins = args.continue_from is not None and not self._folder.holds_run()
         self.continued = FinishedRun(args, self._fingerprint()) if begins else None
         rehearse(tracks, args, builder)
+        align_special_tokens(self.model, self.processing_class)  # which `sft.eos_token` sets when a trainer is built
 
     @property
     def train_dataset(self) -> dict[str, Dataset]:

@@ -9,6 +9,7 @@ import torch
 import trl
 from datasets import IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
 
 from hbat.config.hbat import HBATConfig
 from hbat.objectives.objective import Objective
@@ -263,6 +264,19 @@ def test_the_seed_of_the_run_makes_the_adapter(tmp_path):
 def test_a_ready_adapter_model_is_trained_as_it_is(tmp_path):
     model = cases.lora_llama()
     assert runs.build_run(model, tmp_path).model is model
+
+
+@pytest.mark.parametrize("by_section", [False, True])
+def test_the_saved_model_stops_at_the_end_token_of_the_tokenizer(by_section, tmp_path):
+    tokenizer, model, end = cases.tiny_tokenizer(), cases.tiny_llama(), cases.SPECIAL_TOKENS[2]
+    if not by_section:
+        tokenizer.eos_token = end
+    args = runs.config(tmp_path, sft={"eos_token": end} if by_section else {})
+    HBATTrainer(model, args, runs.rows(), processing_class=tokenizer).save_model()
+    saved = LlamaForCausalLM.from_pretrained(tmp_path)
+    # As TRL's and transformers' trainers leave them.
+    assert (saved.config.eos_token_id, saved.generation_config.eos_token_id) == (2, [2, 1])
+    assert saved.generation_config.pad_token_id == 0
 
 
 def test_an_objective_of_the_users_own_is_taken_as_it_is(tmp_path):

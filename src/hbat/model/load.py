@@ -156,6 +156,25 @@ def load_tokenizer(processing_class: Any, model: Any, config: HBATConfig | None 
     return processing_class
 
 
+def align_special_tokens(model: Any, tokenizer: Any) -> None:
+    """Give the model's configurations the tokenizer's special tokens, as transformers does when it trains.
+
+    A stage gives the model back as it was, so this is done once for the run: what is saved stops where the tokenizer
+    says, also if nothing was left to train. End tokens that the generation configuration has are kept beside it.
+    """
+    generation = getattr(model, "generation_config", None)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(tokenizer, name, None)
+        for config in filter(None, (model.config.get_text_config(), generation)):
+            known = getattr(config, name, None)
+            several = isinstance(known, list)
+            ids = known if several else [] if known is None else [known]
+            if token is None or token in ids:
+                continue
+            keeps = several or (ids and config is generation and name == "eos_token_id")
+            setattr(config, name, [token, *ids] if keeps else token)
+
+
 def require_adapter_parameters(model: nn.Module) -> None:
     """Refuse trainable parameters of a PeftModel that policy and reference would share.
 
