@@ -14,6 +14,7 @@ from hbat.data.load import DatasetError
 drops_rows = pytest.mark.skipif(
     "label != -100" not in inspect.getsource(trl.SFTTrainer), reason="this TRL trains on rows with nothing to learn"
 )
+SAYS = "hbat.stages.dropped_rows"
 LONG = "a long question " * 20
 
 
@@ -40,21 +41,42 @@ def test_a_stage_of_which_no_row_is_left_is_named(tmp_path):
 
 @drops_rows
 def test_rows_that_the_trainer_drops_are_counted(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="hbat.stages.runner"):
+    with caplog.at_level(logging.WARNING, logger=SAYS):
         train(
             tmp_path,
             concatenate_datasets([cases.sft_rows(6), long_answers(2)]),
             concatenate_datasets([cases.preference_rows(5), long_pairs(3)]),
         )
-    said = [each.message for each in caplog.records if each.name == "hbat.stages.runner"]
+    said = [each.message for each in caplog.records if each.name == SAYS]
     assert [message.partition(": `")[0] for message in said] == [
         "stage 0 (round 1 of 1, sft): the trainer drops 2 of 8 rows of train_dataset['sft']",
         "stage 1 (round 1 of 1, dpo): the trainer drops 3 of 8 rows of train_dataset['dpo']",
     ]
 
 
+@drops_rows
+def test_evaluation_rows_that_the_trainer_drops_are_counted_once(tmp_path, caplog):
+    rows = {"sft": concatenate_datasets([cases.sft_rows(2), long_answers(1)])}
+    run = runs.build_run(cases.tiny_llama(), tmp_path, evaluation=rows, sft={"max_length": 64})
+    with caplog.at_level(logging.WARNING, logger=SAYS):
+        first, second = run.evaluate(), run.evaluate()
+    (said,) = [record.message for record in caplog.records if record.name == SAYS]
+    assert said.startswith("evaluation: the trainer drops 1 of 3 rows of eval_dataset['sft']: `sft.max_length` is 64")
+    assert first["sft"]["loss"] == second["sft"]["loss"]
+
+
+@drops_rows
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_an_evaluation_without_rows_ends_the_run_before_its_first_stage(name, tmp_path):
+    rows = {"sft": long_answers(3), "dpo": long_pairs(3)}[name]
+    run = runs.build_run(cases.tiny_llama(), tmp_path, evaluation={name: rows}, **{name: {"max_length": 64}})
+    with pytest.raises(DatasetError, match=rf"none of the 3 rows of eval_dataset\['{name}'\] is left to evaluate"):
+        run.train()
+    assert not list(tmp_path.glob("stage-*"))
+
+
 @pytest.mark.slow
 def test_nothing_is_said_where_all_rows_are_trained_on(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="hbat.stages.runner"):
+    with caplog.at_level(logging.WARNING, logger=SAYS):
         train(tmp_path, cases.sft_rows(8), cases.preference_rows(8))
-    assert [each for each in caplog.records if each.name == "hbat.stages.runner"] == []
+    assert [each for each in caplog.records if each.name == SAYS] == []

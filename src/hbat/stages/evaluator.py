@@ -9,6 +9,7 @@ from torch import Tensor
 from hbat.objectives.track import Track
 from hbat.reports.matrix import scores
 from hbat.stages.builder import TrainerBuilder
+from hbat.stages.dropped_rows import report_dropped_rows
 from hbat.stages.rehearsal import first_rows
 from hbat.stages.start import StageStart
 
@@ -26,6 +27,7 @@ class Evaluator:
         self._tracks = [track for track in tracks if track.eval_dataset is not None]
         self._builder = builder
         self._start = start
+        self._reported: set[str] = set()
 
     @property
     def has_rows(self) -> bool:
@@ -45,6 +47,9 @@ class Evaluator:
 
         Returns:
             Scores by objective and metric.
+
+        Raises:
+            DatasetError: If an objective's trainer drops all its evaluation rows.
         """
         results = {}
         for track in self._tracks:
@@ -60,6 +65,9 @@ class Evaluator:
                     for_evaluation=True,
                 ) as trainer,
             ):
+                if track.name not in self._reported:
+                    report_dropped_rows(trainer, "eval", len(rows), track.name, "evaluation")
+                    self._reported.add(track.name)
                 if track.objective.uses_reference:
                     self._start.set_reference(reference)
                 metrics = trainer.evaluate()

@@ -1,6 +1,5 @@
 """Runs one stage: builds its trainer, holds it back, trains, measures what it moved, and leaves a clean model."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from hbat.config.hbat import HBATConfig
-from hbat.data.load import DatasetError
 from hbat.engines.engine import Engine
 from hbat.ewc.callback import EWCCallback
 from hbat.ewc.parameters import trainable_parameters
@@ -19,6 +17,7 @@ from hbat.reports.reporter import ForwardLogs, RunReporter
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.callbacks import HookLimit, KeepEpoch
 from hbat.stages.checkpoints import SealCheckpoints, last_checkpoint, named_checkpoint
+from hbat.stages.dropped_rows import report_dropped_rows
 from hbat.stages.importance import fisher_examples, is_used, measure
 from hbat.stages.interruption import StopAtStep, StopRequest
 from hbat.stages.learning_rate import extend_schedule
@@ -31,8 +30,6 @@ from hbat.state.consolidation import Consolidation, Record
 from hbat.state.files import storage_errors
 from hbat.state.plan import Stage
 from hbat.state.run import Run
-
-logger = logging.getLogger(__name__)
 
 _STEP_BACK = 0.5  # factor of the learning rate, each time a stage is rolled back
 
@@ -126,7 +123,7 @@ class StageRunner:
             frozen=consolidation.frozen(stage, trainable_parameters(self._model)) if consolidation is not None else (),
             learning_rate_factor=_STEP_BACK ** run.rollbacks(stage),
         ) as trainer:
-            _report_dropped_rows(trainer, stage, len(part))
+            report_dropped_rows(trainer, "train", len(part), stage.objective, str(stage))
             checkpoint = self._checkpoint(track, trainer, len(part), folder)
             if replay is not None:
                 replay.bind(trainer, self._engine)
@@ -201,24 +198,6 @@ class StageRunner:
 
 def _evaluates(track: Track) -> bool:
     return str(getattr(track.args.eval_strategy, "value", "no")) != "no"
-
-
-def _report_dropped_rows(trainer: Trainer, stage: Stage, rows: int) -> None:
-    # TRL silently drops rows whose prompt alone fills `max_length`.
-    prepared: Any = trainer.train_dataset
-    left = len(prepared) if hasattr(prepared, "__len__") else rows
-    length = getattr(trainer.args, "max_length", None)
-    why = f"`{stage.objective}.max_length` is {length}, which leaves no tokens to train on"
-    if left == 0:
-        raise DatasetError(
-            f"{stage}: none of the {rows} rows of train_dataset[{stage.objective!r}] is left to train on: {why}. "
-            "Raise `max_length`, or give shorter prompts."
-        )
-    if left < rows and not getattr(trainer.args, "packing", False):
-        logger.warning(
-            "%s: the trainer drops %d of %d rows of train_dataset[%r]: %s.",
-            stage, rows - left, rows, stage.objective, why,
-        )  # fmt: skip
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

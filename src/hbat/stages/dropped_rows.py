@@ -1,0 +1,41 @@
+"""Rows that TRL drops without a word: those whose prompt alone fills `max_length`."""
+
+import logging
+from typing import Any, Literal
+
+from transformers import Trainer
+
+from hbat.data.load import DatasetError
+
+logger = logging.getLogger(__name__)
+
+
+def report_dropped_rows(
+    trainer: Trainer, split: Literal["train", "eval"], rows: int, objective: str, where: str
+) -> None:
+    """Warn of rows that a trainer has dropped.
+
+    Args:
+        trainer: The objective's trainer.
+        split: Which of its data sets.
+        rows: How many rows it was given.
+        objective: Name of the objective.
+        where: Where in the run, for the message.
+
+    Raises:
+        DatasetError: If none is left.
+    """
+    args, prepared = trainer.args, getattr(trainer, f"{split}_dataset")
+    left = len(prepared) if hasattr(prepared, "__len__") else rows
+    given, to = f"{split}_dataset[{objective!r}]", "train on" if split == "train" else "evaluate"
+    why = f"`{objective}.max_length` is {getattr(args, 'max_length', None)}, which leaves no tokens to {to}"
+    if left == 0:
+        raise DatasetError(
+            f"{where}: none of the {rows} rows of {given} is left to {to}: {why}. Raise `max_length`, or give shorter "
+            "prompts."
+        )
+    packs: Any = getattr(args, "packing", False)
+    if split == "eval" and getattr(args, "eval_packing", None) is not None:
+        packs = args.eval_packing
+    if left < rows and not packs:
+        logger.warning("%s: the trainer drops %d of %d rows of %s: %s.", where, rows - left, rows, given, why)
