@@ -180,3 +180,22 @@ def test_images_are_refused_where_the_model_reads_text_alone(tmp_path):
     with pytest.raises(DatasetError, match=r"^train_dataset\['sft'\] has the column `images`, but .* no processor"):
         build(rows, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+ANY_ROLE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+KNOWN_ROLES = (
+    "{% for message in messages %}{% if message['role'] in ['user', 'assistant'] %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("role", ["environment", "ipython", "observation", "function", "document", "critic"])
+@pytest.mark.parametrize(("template", "expected"), [(ANY_ROLE, []), (KNOWN_ROLES, ["template"])])
+def test_the_template_decides_on_a_role_that_is_not_a_usual_one(role, template, expected):
+    tokenizer = cases.tiny_tokenizer()
+    tokenizer.chat_template = template
+    turn = {"role": role, "content": " result "}
+    whole, asked = {"messages": [user(), assistant(), turn, assistant()]}, {"prompt": [user(), assistant(), turn]}
+    for row in (whole, asked):
+        assert [*check_of(row)(row)] == []
+        assert [kind for kind, _ in faults(row, tokenizer)] == expected

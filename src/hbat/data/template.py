@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from hbat.data.faults import Fault, RowCheck
 from hbat.data.formats import kto_faults, preference_faults, prompt_faults, sft_faults
-from hbat.data.turns import Turn
+from hbat.data.turns import ROLES, Turn
 
 _TOKENS = ("input_ids", "labels")
 
@@ -77,7 +77,7 @@ class RowFit:
         present = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
         tools = row.get("tools")
         try:
-            self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 present,
                 tools=json.loads(tools) if isinstance(tools, str) else tools,
                 add_generation_prompt=asks,
@@ -86,6 +86,9 @@ class RowFit:
             )
         except Exception as error:  # noqa: BLE001 - a template raises anything
             return " ".join(f"{type(error).__name__}: {error}".split())
+        for turn in present:
+            if turn["role"] not in ROLES and str(turn["content"]).strip() not in text:
+                return f"it leaves out turns of the role {turn['role']!r}. The usual roles are {', '.join(ROLES)}"
         return None
 
 

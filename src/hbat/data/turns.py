@@ -11,8 +11,9 @@ Turn = Mapping[str, Any]
 #: A fault of a turn: index of the turn, key within it (or empty), kind of fault, and the problem in words.
 TurnFault = tuple[int, str, str, str]
 
+#: A template may know others; whether it does is seen when it is tried (`hbat.data.template`).
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_FOREIGN_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
+_FOREIGN_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 _ROLE_OF = {"Human": "user", "User": "user", "Assistant": "assistant"}
 _MARKERS = ("Human:", "Assistant:", "User:")
@@ -49,7 +50,8 @@ def turn_faults(
     if first and turns[0].get(role_key) not in first:
         problem = f"the first turn must be from the {' or '.join(first)}; earlier turns belong in the prompt"
         yield 0, role_key, "wrong first turn", problem
-    if last and turns[-1].get(role_key) not in last:
+    end = turns[-1].get(role_key)
+    if last and end not in last and (end in (*ROLES, None) or "assistant" in last):
         yield len(turns) - 1, role_key, "wrong last turn", f"the last turn must be from the {' or '.join(last)}"
 
 
@@ -61,7 +63,8 @@ def _role_faults(index: int, turn: Turn, key: str) -> Iterator[TurnFault]:
     elif role not in ROLES:
         known = _FOREIGN_ROLES.get(str(role).lower())
         hint = f" Did you mean `{known}`?" if known else nearest(str(role).lower(), ROLES)
-        yield index, key, "unknown role", f"the role {role!r} is not one of {', '.join(ROLES)}{hint and '.'}{hint}"
+        if hint:
+            yield index, key, "unknown role", f"the role {role!r} is not one of {', '.join(ROLES)}.{hint}"
 
 
 def _content_faults(index: int, turn: Turn, role: str, key: str) -> Iterator[TurnFault]:
