@@ -133,10 +133,11 @@ def test_a_faulty_row_contradicts_no_other_row():
     assert found.counts == "identical pair: 2"
 
 
-@pytest.mark.parametrize("form", ["numpy", "python", None])
-def test_the_format_of_a_data_set_does_not_matter(form):
-    dataset = Dataset.from_list([{"input_ids": [1, 2]}] * 2).with_format(form)
-    assert check(dataset, sft_faults) is dataset
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow", "python", None])
+def test_rows_come_back_plain_whatever_the_format_of_the_data_set(form):
+    rows = [{"input_ids": [1, 2]}, {"input_ids": [3, 4]}]
+    assert check(Dataset.from_list(rows).with_format(form), sft_faults).to_list() == rows
+    assert check(Dataset.from_list(rows).with_format(form), sft_faults)[0] == rows[0]
 
 
 def test_a_transform_of_the_user_is_part_of_the_data():

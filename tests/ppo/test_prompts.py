@@ -97,11 +97,6 @@ def test_a_rows_own_template_arguments_come_on_top_of_the_shared_ones():
     assert [tokenizer.decode(each) for each in found[TOKENS]] == ["a?", "b!"]
 
 
-def test_rows_without_prompts_are_refused_with_what_they_have(tokenizer):
-    with pytest.raises(ValueError, match=r"needs a column `prompt`.*has question, answer"):
-        tokenize_prompts(Dataset.from_list([{"question": "a", "answer": "b"}]), tokenizer)
-
-
 def test_conversations_need_a_chat_template():
     tokenizer = cases.tiny_tokenizer()
     tokenizer.chat_template = None

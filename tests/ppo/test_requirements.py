@@ -7,6 +7,7 @@ from datasets import Dataset
 from ppo_cases import arguments, build
 from transformers import PreTrainedTokenizerFast
 
+from hbat.data.load import DatasetError
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.trainer import PPOTrainer
 
@@ -36,14 +37,26 @@ def test_completions_longer_than_the_context_are_refused(tmp_path):
         build(cases.tiny_llama(0), tmp_path, max_completion_length=128)
 
 
-def test_an_empty_prompt_is_refused_with_its_row(tmp_path):
-    with pytest.raises(ValueError, match="train_dataset, row 1: the prompt has no tokens"):
-        build(cases.tiny_llama(0), tmp_path, rows=prompts(["a", "", "b", "c"]))
-
-
-def test_rows_without_prompts_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"needs a column `prompt`.*the data set has question"):
-        build(cases.tiny_llama(0), tmp_path, rows=Dataset.from_dict({"question": ["a"] * 8}))
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (prompts(["a", "", "b", "c"]), r"row 1, field `prompt`: the text is empty\. .*Fix the data\.$"),
+        (prompts(["a", None, "b", "c"]), "row 1, field `prompt`: the value is missing"),
+        (
+            prompts([[{"role": "assistant", "content": "a"}]] * 4),
+            "row 0, .*: the last turn must be",
+        ),
+        (Dataset.from_dict({"question": ["a"] * 8}), "has no column `prompt`. Its columns: `question`"),
+        ([{"prompt": "a"}] * 4, r"is a list; .* Create one with `datasets\.Dataset\.from_list"),
+        (prompts(GOOD).to_iterable_dataset(), "is an IterableDataset, which has no length"),
+        (prompts(GOOD).to_pandas(), "is a DataFrame; it must be a `datasets.Dataset`"),
+    ],
+)
+def test_rows_that_are_no_prompts_are_refused_for_training_and_evaluation(rows, message, tmp_path):
+    with pytest.raises(DatasetError, match=f"^train_dataset.*{message}"):
+        build(cases.tiny_llama(0), tmp_path, rows=rows)
+    with pytest.raises(DatasetError, match=f"^eval_dataset.*{message}"):
+        build(cases.tiny_llama(0), tmp_path, rows=prompts(GOOD), eval_dataset=rows)
 
 
 def test_fewer_rows_than_a_rollout_takes_are_refused(tmp_path):

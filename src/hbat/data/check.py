@@ -85,7 +85,7 @@ def check_dataset(
     faults: RowCheck | None,
     num_rounds: int = 1,
     rows_per_round: int = 1,
-    on_bad_rows: OnBadRows = "raise",
+    on_bad_rows: OnBadRows | None = "raise",
 ) -> Dataset:
     """Check a data set before anything is trained on it: its type, size, columns and every row.
 
@@ -95,15 +95,17 @@ def check_dataset(
         faults: Check of one row; None to check no rows.
         num_rounds: Number of parts that the data set is split into.
         rows_per_round: Minimum number of rows per part.
-        on_bad_rows: Whether to `raise` an error about faulty rows or `drop` them with a warning.
+        on_bad_rows: Whether to `raise` an error about faulty rows or `drop` them with a warning. None: `raise`, where
+            there is no such option.
 
     Returns:
-        The data set, without the rows that were dropped.
+        The data set, of plain rows and without those that were dropped.
 
     Raises:
         DatasetError: If it cannot be trained on.
     """
     _check_type(dataset, name)
+    dataset = plain(dataset)
     total, needed = len(dataset), num_rounds * rows_per_round
     need = f"every round needs at least {rows_per_round} {'row' if rows_per_round == 1 else 'rows'}"
     if rows_per_round > 1:
@@ -121,9 +123,8 @@ def check_dataset(
     bad = len(found.rows)
     summary = f"Faulty rows: {bad} of {total} ({found.counts})."
     if on_bad_rows != "drop":
-        raise DatasetError(
-            f"{name}, {found.first} {summary} Fix the data, or set `on_bad_rows: drop` to train without these rows."
-        )
+        advice = ", or set `on_bad_rows: drop` to train without these rows" if on_bad_rows else ""
+        raise DatasetError(f"{name}, {found.first} {summary} Fix the data{advice}.")
     if total - bad < needed:
         raise DatasetError(
             f"{name}, {found.first} {summary} Without them {total - bad} rows remain, but {needed} are needed: {need}."
@@ -131,6 +132,11 @@ def check_dataset(
     logger.warning("%s: dropped %d of %d rows (%s). First: %s", name, bad, total, found.counts, found.first)
     dropped = set(found.rows)
     return dataset.select([number for number in range(total) if number not in dropped])
+
+
+def plain(dataset: Dataset) -> Dataset:
+    """Remove the format (torch, numpy, pandas), which trainers cannot read. A transform is part of the data."""
+    return dataset if dataset.format["type"] in {None, "custom"} else dataset.with_format(None)
 
 
 def _check_type(dataset: Any, name: str) -> None:
@@ -152,9 +158,7 @@ def _check_type(dataset: Any, name: str) -> None:
 
 
 def _searched(dataset: Dataset, name: str, faults: RowCheck) -> FaultyRows:
-    # A custom transform is part of the data; any other format (torch, numpy) only hides the lists.
-    plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
-    rows = plain.select_columns([column for column in plain.column_names if column not in _MEDIA])
+    rows = dataset.select_columns([column for column in dataset.column_names if column not in _MEDIA])
     try:
         _check_columns(rows[0] if rows.column_names else {}, dataset.column_names, name, faults)
         return search(rows, faults)

@@ -7,6 +7,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from hbat.data.check import check_dataset
+from hbat.data.formats import prompt_faults
 from hbat.model.adapters import refuse_adapters
 from hbat.model.load import keep_differentiable, load_pretrained, load_tokenizer
 from hbat.ppo.config import PPOConfig
@@ -20,7 +22,8 @@ def prepare(
     """Load what is given by name and check that everything fits: policy, tokenizer and tokenized prompts."""
     policy = _load_policy(model, args, peft_config)
     tokenizer = _load_tokenizer(processing_class, policy, args)
-    prompts = tokenize_prompts(train_dataset, tokenizer, args.chat_template_kwargs)
+    rows = check_dataset(train_dataset, name="train_dataset", faults=prompt_faults, on_bad_rows=None)
+    prompts = tokenize_prompts(rows, tokenizer, args.chat_template_kwargs)
     needed = args.rollout_size * args.world_size
     if len(prompts) < needed:
         processes = f" on each of {args.world_size} processes" if args.world_size > 1 else ""
@@ -37,9 +40,10 @@ def prepare_rows(rows: Any, policy: Any, tokenizer: Any, args: PPOConfig) -> Any
     """Tokenize and check evaluation prompts, a data set or several by name, unless they are tokenized."""
     if isinstance(rows, Mapping):
         return {name: prepare_rows(dataset, policy, tokenizer, args) for name, dataset in rows.items()}
-    if rows is None or TOKENS in rows.column_names:
+    if rows is None or TOKENS in getattr(rows, "column_names", ()):
         return rows
-    prompts = tokenize_prompts(rows, tokenizer, args.chat_template_kwargs)
+    checked = check_dataset(rows, name="eval_dataset", faults=prompt_faults, on_bad_rows=None)
+    prompts = tokenize_prompts(checked, tokenizer, args.chat_template_kwargs)
     _check_lengths(prompts, "eval_dataset", policy, args)
     return prompts
 

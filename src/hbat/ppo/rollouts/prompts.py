@@ -12,10 +12,6 @@ TOKENS = "hbat_prompt_ids"  # the column that tokenizing adds
 
 def tokenize_prompts(dataset: Dataset, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> Dataset:
     """Add a column of token ids, by the chat template for messages; a row's `chat_template_kwargs` come on top."""
-    if "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"PPO needs a column `prompt` (text, or messages); the data set has {', '.join(dataset.column_names)}."
-        )
     if len(dataset) and not isinstance(dataset[0]["prompt"], str) and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "The prompts are conversations, but the tokenizer has no chat template. Set its `chat_template`, or use "
