@@ -1,6 +1,7 @@
 """Reward functions as a run file names them."""
 
 import math
+import sys
 import textwrap
 
 import pytest
@@ -29,6 +30,18 @@ def test_functions_come_from_modules_and_files_and_models_stay_names(file):
     assert found[0] is math.fsum
     assert [function(completions=["ab"]) for function in found[1:3]] == [[4.0], [4.0]]
     assert found[3:] == ["some/model", "./folder"]
+
+
+def test_modules_of_the_working_folder_and_neighbours_of_a_file_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (tmp_path / "working_rewards.py").write_text("def one(**_): return [1.0]")
+    (inner / "neighbour_words.py").write_text("def score(text): return len(text)")
+    (inner / "own.py").write_text("from neighbour_words import score")
+    monkeypatch.chdir(tmp_path)
+    first, second = load_reward_functions(["working_rewards:one", "inner/own.py:score"])
+    assert (first(), second("ab")) == ([1.0], 2)
 
 
 def test_a_single_text_is_a_list_of_one(file):

@@ -21,6 +21,12 @@ def load_reward_functions(given: str | list[str] | None) -> list[Any] | None:
     return [_load(name, key) for name, key in zip(names, keys, strict=True)]
 
 
+def _reachable(folder: Path) -> None:
+    # As `python -m hbat` and a script would; at the end, so that nothing there takes the place of an installed module.
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
 def _load(text: str, key: str) -> Any:
     place, colon, function = text.rpartition(":")
     if not colon and text.strip() and not text.endswith(".py"):
@@ -41,6 +47,7 @@ def _load(text: str, key: str) -> Any:
 
 
 def _from_package(name: str, key: str) -> ModuleType:
+    _reachable(Path.cwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -62,6 +69,7 @@ def _from_file(path: str, key: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ValueError(f"{key}: {file} cannot be imported as a module.")
+    _reachable(file.parent)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses and worker processes look it up
     try:
