@@ -17,7 +17,7 @@ def pairs(count=5):
 
 
 def check(dataset, faults=preference_faults, **options):
-    return check_dataset(dataset, name=NAME, faults=faults, **options)
+    return check_dataset(dataset, name=NAME, faults=faults, **options)[0]
 
 
 def refusal(dataset, faults=preference_faults, **options):
@@ -60,6 +60,21 @@ def test_faulty_rows_are_dropped_and_counted(caplog):
     assert kept["prompt"][:] == ["Question 0", "Question 2", "Question 3", "Question 4"]
     assert len(caplog.records) == 1
     assert caplog.messages[0].startswith(f"{NAME}: dropped 1 of 5 rows (empty text: 1). First: row 1, field `chosen`")
+
+
+def test_a_second_check_names_rows_by_their_numbers_before_the_first():
+    rows = pairs()
+    rows[1]["chosen"] = ""
+    left, numbers = check_dataset(Dataset.from_list(rows), name=NAME, faults=preference_faults, on_bad_rows="drop")
+
+    def second(row):
+        if row["prompt"] != "Question 0":
+            yield Fault("short", "prompt", "it is short")
+
+    assert list(numbers) == [0, 2, 3, 4]
+    assert "row 2, field `prompt`" in refusal(left, second, numbers=numbers)
+    _, numbers = check_dataset(left, name=NAME, faults=second, on_bad_rows="drop", numbers=numbers)
+    assert numbers == [0]
 
 
 def test_too_few_rows_left_after_dropping_are_refused():

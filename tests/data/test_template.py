@@ -11,7 +11,7 @@ from messages import SYSTEM, assistant, user
 from hbat.config.hbat import HBATConfig
 from hbat.data.formats import kto_faults, preference_faults, prompt_faults, sft_faults
 from hbat.data.load import DatasetError
-from hbat.data.template import row_fit
+from hbat.data.template import Limits, row_fit
 from hbat.trainer import HBATTrainer
 
 TOOL = {"role": "tool", "content": "3"}
@@ -26,8 +26,12 @@ def check_of(row):
     return sft_faults if len(row) > 1 or "prompt" not in row else prompt_faults
 
 
-def faults(row, tokenizer=None, vocabulary=cases.VOCABULARY_SIZE):
-    fit = row_fit(check_of(row), tokenizer or cases.strict_tokenizer(), vocabulary)
+def faults(row, tokenizer=None, vocabulary=cases.VOCABULARY_SIZE, room=None):
+    fit = row_fit(
+        check_of(row),
+        tokenizer or cases.strict_tokenizer(),
+        Limits(vocabulary, room, "the model has too few positions"),
+    )
     return [(fault.kind, fault.field) for fault in fit(row)]
 
 
@@ -93,8 +97,11 @@ def test_a_template_is_tried_once_for_each_order_of_roles():
         def apply_chat_template(self, *args, **kwargs):
             self.calls += 1
 
+        def __len__(self):
+            return 1
+
     tokenizer = Counting()
-    check = row_fit(sft_faults, tokenizer, 10)
+    check = row_fit(sft_faults, tokenizer, Limits(cases.VOCABULARY_SIZE))
     for number in range(50):
         assert not list(check({"messages": [user(str(number)), assistant(str(number))]}))
     assert tokenizer.calls == 1
@@ -103,7 +110,7 @@ def test_a_template_is_tried_once_for_each_order_of_roles():
 
 
 def test_only_data_sets_with_messages_or_tokens_are_checked():
-    check = row_fit(sft_faults, cases.tiny_tokenizer(), 10)
+    check = row_fit(sft_faults, cases.tiny_tokenizer(), Limits(cases.VOCABULARY_SIZE))
     assert not check.concerns(cases.sft_rows(2))
     assert check.concerns(cases.sft_rows(2, conversational=True))
     assert check.concerns(Dataset.from_list([{"input_ids": [1]}]))
@@ -111,12 +118,12 @@ def test_only_data_sets_with_messages_or_tokens_are_checked():
 
 @pytest.mark.parametrize("extra", [{"chosen": [1, 2]}, {"messages": [{"role": "x"}]}, {"input_ids": 3}])
 def test_columns_that_the_objective_does_not_read_are_left_alone(extra):
-    fit = row_fit(prompt_faults, cases.strict_tokenizer(), 10)
+    fit = row_fit(prompt_faults, cases.strict_tokenizer(), Limits(cases.VOCABULARY_SIZE))
     assert list(fit({"prompt": [user()]} | extra)) == []
 
 
 def test_a_check_of_the_users_own_says_nothing_about_what_is_read():
-    assert row_fit(lambda row: iter(()), cases.strict_tokenizer(), 10) is None
+    assert row_fit(lambda row: iter(()), cases.strict_tokenizer(), Limits(cases.VOCABULARY_SIZE)) is None
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------
@@ -199,3 +206,32 @@ def test_the_template_decides_on_a_role_that_is_not_a_usual_one(role, template, 
     for row in (whole, asked):
         assert [*check_of(row)(row)] == []
         assert [kind for kind, _ in faults(row, tokenizer)] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "tokens"),
+    [
+        ({"text": "four"}, "text", 4),
+        ({"prompt": "four", "completion": "more"}, "completion", 8),
+        ({"prompt": "four", "chosen": "b", "rejected": "more"}, "rejected", 8),
+        ({"prompt": "four"}, "prompt", 4),
+        ({"prompt": [user("four")]}, "prompt", 4),
+        ({"messages": [user("four"), assistant("more")]}, "messages", 8),
+        ({"input_ids": [1, 2, 3, 4]}, "input_ids", 4),
+    ],
+)
+def test_a_row_with_more_tokens_than_the_model_has_room_for_is_named(row, field, tokens):
+    tokenizer = cases.tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    assert faults(row, tokenizer, room=tokens) == []
+    assert faults(row, tokenizer, room=tokens - 1) == [("too long", field)]
+
+
+def test_tokens_beyond_the_vocabulary_are_found_in_text_where_the_tokenizer_has_more():
+    tokenizer = cases.tiny_tokenizer()
+    assert faults({"prompt": "a", "completion": "b<call>"}, tokenizer) == []
+    tokenizer.add_tokens(["<call>"])
+    assert faults({"prompt": "a", "completion": "b"}, tokenizer, len(tokenizer) - 1) == []
+    assert faults({"prompt": "a", "completion": "b<call>"}, tokenizer, len(tokenizer) - 1) == [
+        ("unknown token", "completion")
+    ]

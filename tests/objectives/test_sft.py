@@ -73,7 +73,7 @@ def test_the_column_of_text_that_is_configured_is_the_one_checked(ready, tmp_pat
     config = trl.SFTConfig(output_dir=str(tmp_path), report_to="none", **runs.section(**options)) if ready else options
     faults = SFT(config=config).row_check()
     good = Dataset.from_list([{"content": "Some text."}])
-    assert check_dataset(good, name="data", faults=faults) is good
+    assert check_dataset(good, name="data", faults=faults)[0] is good
     with pytest.raises(DatasetError, match=r"has no column `content`.*SFT expects `content`; `messages`"):
         check_dataset(Dataset.from_list([{"text": "Some text."}]), name="data", faults=faults)
 

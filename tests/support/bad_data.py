@@ -11,7 +11,7 @@ from messages import SYSTEM, assistant, dialogue, user
 from hbat.data.check import check_dataset
 from hbat.data.formats import kto_faults, preference_faults, prompt_faults, sft_faults
 from hbat.data.load import DatasetError
-from hbat.data.template import row_fit
+from hbat.data.template import Limits, row_fit
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "bad-data.md"
 CHECKS = {"sft": sft_faults, "dpo": preference_faults, "kto": kto_faults, "ppo": prompt_faults}
@@ -19,6 +19,10 @@ CHECKS = {"sft": sft_faults, "dpo": preference_faults, "kto": kto_faults, "ppo":
 
 PAIR = {"prompt": "Why?", "chosen": " So.", "rejected": " No."}
 JUDGED = {"prompt": "Why?", "completion": " So.", "label": True}
+
+#: Of a model, for prompts of PPO.
+WHY = "with `max_completion_length` 8 the model's context of 128 leaves room for 120"
+LIMITS = Limits(cases.VOCABULARY_SIZE, 120, WHY)
 
 #: Kinds of the public rows in the sample data, `source: kind`, by the kind that they get here.
 MET = {
@@ -70,6 +74,7 @@ CASES = [
     ("not a label", "kto", [JUDGED | {"label": 1}]),
     ("bad token ids", "sft", [{"input_ids": [1, 2], "labels": [1]}]),
     ("unknown token", "sft", [{"input_ids": [1, 5000]}]),
+    ("too long", "ppo", [{"prompt": "Why? " * 30}]),
     ("reserved column", "sft", [{"text": "So.", "labels": "good"}]),
     ("reserved column", "dpo", [PAIR | {"ref_chosen_logps": -3.5}]),
     ("reserved column", "kto", [PAIR | {"label": True}]),
@@ -114,7 +119,7 @@ tokenizer and no processor.
 def message(objective, rows):
     """The error of a run of this objective about rows: their format first, then a strict tokenizer."""
     check = CHECKS[objective]
-    fit = row_fit(functools.partial(check), strict_tokenizer(), cases.VOCABULARY_SIZE)
+    fit = row_fit(functools.partial(check), strict_tokenizer(), LIMITS)
     data = Dataset.from_list(rows)
     for faults in (check, fit):
         try:
@@ -127,7 +132,7 @@ def message(objective, rows):
 def kinds(objective, rows):
     """The kinds of fault that the last row shows alone."""
     found = list(CHECKS[objective](rows[-1]))
-    fit = row_fit(CHECKS[objective], strict_tokenizer(), cases.VOCABULARY_SIZE)
+    fit = row_fit(CHECKS[objective], strict_tokenizer(), LIMITS)
     return {fault.kind for fault in found or fit(rows[-1])}
 
 

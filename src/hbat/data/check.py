@@ -29,11 +29,11 @@ class FaultyRows:
     first: str = ""
     kinds: Counter[str] = field(default_factory=Counter)
 
-    def add(self, row: int, faults: Sequence[Fault]) -> None:
-        """Count the faults of a row."""
+    def add(self, row: int, number: int, faults: Sequence[Fault]) -> None:
+        """Count the faults of a row, whose number in the user's data may be another than its index."""
         if not self.rows:
             stop = "" if faults[0].problem.endswith("?") else "."
-            self.first = f"row {row}, field `{faults[0].field}`: {faults[0].problem}{stop}"
+            self.first = f"row {number}, field `{faults[0].field}`: {faults[0].problem}{stop}"
         self.rows.append(row)
         self.kinds.update({fault.kind for fault in faults})
 
@@ -44,20 +44,26 @@ class FaultyRows:
         return ", ".join(f"{kind}: {count}" for kind, count in ordered)
 
 
-def search(rows: Dataset, faults: RowCheck) -> FaultyRows:
-    """Check every row. With `preference_faults`, a pair that reverses an earlier one is faulty as well."""
+def search(rows: Dataset, faults: RowCheck, numbers: Sequence[int] | None = None) -> FaultyRows:
+    """Check every row. With `preference_faults`, a pair that reverses an earlier one is faulty as well.
+
+    Args:
+        rows: The rows.
+        faults: Check of one row.
+        numbers: Number of each row in the user's data; by default its index.
+    """
     found = FaultyRows()
     reversals = _Reversals() if getattr(faults, "func", faults) is preference_faults else None
-    number = 0
+    index = 0
     for batch in rows.iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            of_row = list(faults(row))
+            of_row, number = list(faults(row)), index if numbers is None else numbers[index]
             if reversals and not of_row:  # a row that is faulty in itself contradicts no other
                 of_row = list(reversals.faults(number, row))
             if of_row:
-                found.add(number, of_row)
-            number += 1
+                found.add(index, number, of_row)
+            index += 1
     return found
 
 
@@ -86,7 +92,8 @@ def check_dataset(
     num_rounds: int = 1,
     rows_per_round: int = 1,
     on_bad_rows: OnBadRows | None = "raise",
-) -> Dataset:
+    numbers: Sequence[int] | None = None,
+) -> tuple[Dataset, Sequence[int]]:
     """Check a data set before anything is trained on it: its type, size, columns and every row.
 
     Args:
@@ -97,9 +104,10 @@ def check_dataset(
         rows_per_round: Minimum number of rows per part.
         on_bad_rows: Whether to `raise` an error about faulty rows or `drop` them with a warning. None: `raise`, where
             there is no such option.
+        numbers: Number of each row in the user's data, if an earlier check has dropped some.
 
     Returns:
-        The data set, of plain rows and without those that were dropped.
+        The data set, of plain rows and without those that were dropped, and the numbers of its rows.
 
     Raises:
         DatasetError: If it cannot be trained on.
@@ -117,9 +125,10 @@ def check_dataset(
             f"{name} has too few rows: {total} for {num_rounds} {'round' if num_rounds == 1 else 'rounds'}; {need}. "
             "Lower `num_rounds` or provide more data."
         )
-    found = FaultyRows() if faults is None else _searched(dataset, name, faults)
+    numbers = range(total) if numbers is None else numbers
+    found = FaultyRows() if faults is None else _searched(dataset, name, faults, numbers)
     if not found.rows:
-        return dataset
+        return dataset, numbers
     bad = len(found.rows)
     summary = f"Faulty rows: {bad} of {total} ({found.counts})."
     if on_bad_rows != "drop":
@@ -131,7 +140,8 @@ def check_dataset(
         )
     logger.warning("%s: dropped %d of %d rows (%s). First: %s", name, bad, total, found.counts, found.first)
     dropped = set(found.rows)
-    return dataset.select([number for number in range(total) if number not in dropped])
+    kept = [index for index in range(total) if index not in dropped]
+    return dataset.select(kept), [numbers[index] for index in kept]
 
 
 def plain(dataset: Dataset) -> Dataset:
@@ -157,11 +167,11 @@ def _check_type(dataset: Any, name: str) -> None:
     raise DatasetError(f"{name} is a {type(dataset).__name__}; it must be a `datasets.Dataset`.{hint}")
 
 
-def _searched(dataset: Dataset, name: str, faults: RowCheck) -> FaultyRows:
+def _searched(dataset: Dataset, name: str, faults: RowCheck, numbers: Sequence[int]) -> FaultyRows:
     rows = dataset.select_columns([column for column in dataset.column_names if column not in _MEDIA])
     try:
         _check_columns(rows[0] if rows.column_names else {}, dataset.column_names, name, faults)
-        return search(rows, faults)
+        return search(rows, faults, numbers)
     except UnicodeDecodeError as error:  # Arrow stores bytes unchecked; the first access to the text fails
         raise DatasetError(f"{name}: a text is not UTF-8 ({error}). Save the data as UTF-8.") from None
 

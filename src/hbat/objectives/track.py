@@ -3,10 +3,11 @@
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from transformers import TrainingArguments
 
 from hbat.config.fields import nearest
@@ -14,10 +15,11 @@ from hbat.config.hbat import HBATConfig
 from hbat.data.check import check_dataset
 from hbat.data.faults import RowCheck
 from hbat.data.load import DatasetError
-from hbat.data.template import row_fit
+from hbat.data.template import Limits, row_fit
 from hbat.objectives.built_in import build_args, resolve
 from hbat.objectives.objective import Objective
 from hbat.objectives.rewards import with_rewards
+from hbat.ppo.rollouts.prompts import context_length
 from hbat.state.plan import Stage, part_indices
 
 _MEDIA = ("image", "images")  # the columns by which TRL recognises vision data
@@ -32,12 +34,14 @@ class Track:
         args: Arguments of its trainer, as the user gave them; every stage derives its own.
         train_dataset: All training rows, without those that were dropped.
         eval_dataset: Evaluation rows; None if there are none.
+        numbers: By data set the numbers of its rows in the user's data, once they are checked.
     """
 
     objective: Objective
     args: TrainingArguments
     train_dataset: Dataset
     eval_dataset: Dataset | None = None
+    numbers: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -111,7 +115,6 @@ def fit(tracks: Sequence[Track], config: HBATConfig, model: Any, tokenizer: Any)
     Raises:
         DatasetError: If columns or rows do not fit.
     """
-    vocabulary = int(getattr(model.get_input_embeddings(), "num_embeddings", 0) or sys.maxsize)
     is_processor = hasattr(tokenizer, "tokenizer")
     fitted = []
     for track in tracks:
@@ -119,8 +122,33 @@ def fit(tracks: Sequence[Track], config: HBATConfig, model: Any, tokenizer: Any)
         if check is not None and not is_processor:
             _refuse_media(track)
         own_template = is_processor or getattr(track.args, "chat_template_path", None) is not None
-        fitted.append(_checked(track, config, row_fit(check, None if own_template else tokenizer, vocabulary)))
+        fit_check = row_fit(check, None if own_template else tokenizer, _limits(track, model))
+        fitted.append(_checked(track, config, fit_check))
     return fitted
+
+
+def _limits(track: Track, model: Any) -> Limits:
+    tokens = model.get_input_embeddings()
+    vocabulary = int(getattr(tokens, "num_embeddings", 0) or sys.maxsize)
+    context, args = context_length(model.config), track.args
+    if context is None:
+        return Limits(vocabulary)
+    completion = getattr(args, "max_completion_length", None)
+    if completion is not None:
+        room = max(0, context - completion)
+        why = f"with `max_completion_length` {completion} the model's context of {context} leaves room for {room}"
+        return Limits(vocabulary, room, why)
+    # Learned positions have an end; others (RoPE) only get worse beyond the context. TRL cuts at `max_length`.
+    learned = any(
+        isinstance(module, nn.Embedding) and module is not tokens and context <= module.num_embeddings <= context + 2
+        for module in model.modules()
+    )
+    length = getattr(args, "max_length", None)
+    if not learned or (length is not None and length <= context):
+        return Limits(vocabulary)
+    return Limits(
+        vocabulary, context, f"the model has {context} positions. Set `{track.name}.max_length` to {context}"
+    )
 
 
 def _check_keys(given: object, argument: str, names: Sequence[str]) -> None:
@@ -135,7 +163,7 @@ def _check_keys(given: object, argument: str, names: Sequence[str]) -> None:
 
 
 def _checked(track: Track, config: HBATConfig, check: RowCheck | None) -> Track:
-    def kept(dataset: Dataset, argument: str, rounds: int, rows_per_round: int) -> Dataset:
+    def kept(dataset: Dataset, argument: str, rounds: int, rows_per_round: int) -> tuple[Dataset, Sequence[int]]:
         concerns = getattr(check, "concerns", None)  # a check against the tokenizer looks at messages and tokens alone
         return check_dataset(
             dataset,
@@ -144,16 +172,16 @@ def _checked(track: Track, config: HBATConfig, check: RowCheck | None) -> Track:
             num_rounds=rounds,
             rows_per_round=rows_per_round,
             on_bad_rows=config.on_bad_rows,
+            numbers=track.numbers.get(argument),
         )
 
     minimum = track.objective.minimum_rows(track.args)
-    train = kept(track.train_dataset, "train_dataset", config.num_rounds, minimum)
-    evaluation = track.eval_dataset
-    return replace(
-        track,
-        train_dataset=train,
-        eval_dataset=None if evaluation is None else kept(evaluation, "eval_dataset", 1, 1),
-    )
+    train, numbers = kept(track.train_dataset, "train_dataset", config.num_rounds, minimum)
+    evaluation, of_evaluation = None, track.numbers.get("eval_dataset", ())
+    if track.eval_dataset is not None:
+        evaluation, of_evaluation = kept(track.eval_dataset, "eval_dataset", 1, 1)
+    numbered = {"train_dataset": numbers, "eval_dataset": of_evaluation}
+    return replace(track, train_dataset=train, eval_dataset=evaluation, numbers=numbered)
 
 
 def _refuse_media(track: Track) -> None:

@@ -22,7 +22,7 @@ def prepare(
     """Load what is given by name and check that everything fits: policy, tokenizer and tokenized prompts."""
     policy = _load_policy(model, args, peft_config)
     tokenizer = _load_tokenizer(processing_class, policy, args)
-    rows = check_dataset(train_dataset, name="train_dataset", faults=prompt_faults, on_bad_rows=None)
+    rows, _ = check_dataset(train_dataset, name="train_dataset", faults=prompt_faults, on_bad_rows=None)
     prompts = tokenize_prompts(rows, tokenizer, args.chat_template_kwargs)
     needed = args.rollout_size * args.world_size
     if len(prompts) < needed:
@@ -42,7 +42,7 @@ def prepare_rows(rows: Any, policy: Any, tokenizer: Any, args: PPOConfig) -> Any
         return {name: prepare_rows(dataset, policy, tokenizer, args) for name, dataset in rows.items()}
     if rows is None or TOKENS in getattr(rows, "column_names", ()):
         return rows
-    checked = check_dataset(rows, name="eval_dataset", faults=prompt_faults, on_bad_rows=None)
+    checked, _ = check_dataset(rows, name="eval_dataset", faults=prompt_faults, on_bad_rows=None)
     prompts = tokenize_prompts(checked, tokenizer, args.chat_template_kwargs)
     _check_lengths(prompts, "eval_dataset", policy, args)
     return prompts
