@@ -100,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--second", required=True, help="data of the task to add: name on the Hub, or file")
     parser.add_argument("--held_out", type=int, default=64, help="rows kept for evaluation (default: %(default)s)")
     parser.add_argument("--output_dir", default="ewc-callback", help="folder of the model (default: %(default)s)")
-    parser.add_argument("--strength", type=float, default=1.0, help="strength of EWC, 0 is off (default: %(default)s)")
+    parser.add_argument("--strength", type=float, default=0.5, help="strength of EWC, 0 is off (default: %(default)s)")
     parser.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="(default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=1.0, help="(default: %(default)s)")

@@ -106,7 +106,7 @@ def configuration(options: argparse.Namespace) -> HBATConfig:
             "max_completion_length": options.completion_length,
             "kl_coef": options.kl_coef,
         },
-        ewc={"strength": 1.0},
+        ewc={"strength": 0.5},
         on_bad_rows="drop",
     )
 

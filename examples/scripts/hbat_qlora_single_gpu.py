@@ -98,7 +98,7 @@ def configuration(options: argparse.Namespace) -> HBATConfig:
         model_init_kwargs={"quantization_config": quantization(options), "dtype": options.dtype},
         sft=shared | {"learning_rate": options.sft_learning_rate},
         dpo=shared | {"learning_rate": options.dpo_learning_rate, "beta": 0.1},
-        ewc={"strength": 1.0},
+        ewc={"strength": 0.5},
         on_bad_rows="drop",
     )
 

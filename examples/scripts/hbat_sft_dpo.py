@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held_out", type=int, default=64, help="rows kept for evaluation (default: %(default)s)")
     parser.add_argument("--output_dir", default="hbat-sft-dpo", help="folder of the run (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of SFT and DPO (default: %(default)s)")
-    parser.add_argument("--strength", type=float, default=1.0, help="strength of EWC, 0 is off (default: %(default)s)")
+    parser.add_argument("--strength", type=float, default=0.5, help="strength of EWC, 0 is off (default: %(default)s)")
     parser.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")
     parser.add_argument("--sft_learning_rate", type=float, default=5e-4, help="(default: %(default)s)")
     parser.add_argument("--dpo_learning_rate", type=float, default=5e-5, help="(default: %(default)s)")

@@ -39,7 +39,7 @@ class EWCConfig:
         },
     )
     strength: float = field(
-        default=1.0,
+        default=0.5,  # the best of five in docs/does-it-work.md, sampled; greedily as good as 1
         metadata={
             "help": "Strength of the penalty, the paper's F_max. With `normalization: stage` it is what a stage pays, "
             "in the unit of its loss, for moving every weight as far as the other objective has moved it: one value "

@@ -45,7 +45,7 @@ class EWCCallback(TrainerCallback):
         importance: Mapping[str, Tensor | float],
         anchor: Mapping[str, Tensor] | None = None,
         *,
-        strength: float = 1.0,
+        strength: float = 0.5,
         method: Method = "gradient",
     ) -> None:
         if not strength >= 0:  # NaN is not

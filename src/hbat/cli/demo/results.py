@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from rich.console import Console
 from rich.table import Table
 
-from hbat.cli.demo.scoring import Scores
+from hbat.cli.demo.scoring import TEMPERATURE, Scores
 from hbat.reports.plots import can_draw
 
 _NEXT = """What to try next
@@ -29,7 +29,7 @@ class Point:
 
     end_weight: float
     greedy: Scores
-    sampled: Scores  # at temperature 1
+    sampled: Scores
 
 
 @dataclass
@@ -52,10 +52,10 @@ class Outcome:
 def print_results(outcomes: Sequence[Outcome], *, seconds: float, files: Sequence[Path]) -> None:
     """Print the table, its reading, and the files written."""
     console = Console()
-    table = Table(title="Answers to unseen prompts, %: sampled at temperature 1, and greedy (T=0)")
+    table = Table(title=f"Answers to unseen prompts, %: sampled at temperature {TEMPERATURE}, and greedy (T=0)")
     for label in ("method", "point"):
         table.add_column(label, no_wrap=True)
-    for kind in ("T=1", "T=0"):
+    for kind in (f"T={TEMPERATURE}", "T=0"):
         for label in ("right", "style", "both"):
             table.add_column(f"{kind}\n{label}", justify="right", no_wrap=True)
     # All methods share the first stage, as nothing holds it back.

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hbat.cli.demo.task import LONGEST_LIST, Row, is_right, parse_answer, utility
 
+TEMPERATURE = 0.75  # the paper's
 LONGEST_ANSWER = LONGEST_LIST + 5  # opening, body, two fillers, closing, end of text
 
 
@@ -30,7 +31,7 @@ def generate_answers(
     *,
     sample: bool = False,
 ) -> list[str]:
-    """Answer each prompt greedily, or `sample` at temperature 1; the model's training mode is restored."""
+    """Answer each prompt greedily, or `sample` at the paper's temperature; the model's training mode is restored."""
     was_training = model.training
     model.eval()
     answers: list[str] = []
@@ -45,7 +46,7 @@ def generate_answers(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 do_sample=sample,
-                **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}),
+                **({"temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0} if sample else {}),
                 max_new_tokens=LONGEST_ANSWER,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
