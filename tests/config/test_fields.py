@@ -72,6 +72,8 @@ FITS = [
     ([1, "a"], list, [1, "a"]),
     ([], list[str], []),
     (["q", "v"], list[str] | None, ["q", "v"]),
+    ("ipo", list[str], ["ipo"]),
+    ("all-linear", str | list[str] | None, "all-linear"),
     ([None, 1], list[int | None], [None, 1]),
     ((0.9, 0.95), tuple[float, float], (0.9, 0.95)),
     ({"a": 1}, dict[str, Any], {"a": 1}),
@@ -107,7 +109,6 @@ DOES_NOT_FIT = [
     ("step", Literal["no", "steps"], "one of 'no', 'steps'"),
     (["no"], Literal["no", "steps"], "one of 'no', 'steps'"),
     ("blue", Colour, "one of 'red'"),
-    ("a", list[str], "a list"),
     (["a", 1], list[str], "a list"),
     ([True], list[int], "a list"),
     ("a", dict[str, Any], "a mapping"),
@@ -213,6 +214,18 @@ def test_what_trl_refuses_begins_with_the_section(section, values, error, messag
         build_section(
             section, TRL_CONFIGS[section], {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False} | values
         )
+
+
+@each_section
+@pytest.mark.parametrize(
+    "values", [{"max_grad_norm": None}, {"label_names": "labels"}, {"include_for_metrics": "loss"}]
+)
+def test_what_the_parser_and_the_class_of_trl_take_is_taken(section, values, tmp_path):
+    args = build_section(
+        section, TRL_CONFIGS[section], {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False} | values
+    )
+    key, value = next(iter(values.items()))
+    assert getattr(args, key) == (None if value is None else [value])
 
 
 @pytest.mark.parametrize("config_class", [*TRL_CONFIGS.values(), EWCConfig, HBATConfig])

@@ -90,8 +90,10 @@ def _type_hints(config_class: type) -> dict[str, Any]:
         hints = get_type_hints(config_class)
     except (NameError, TypeError):  # annotations that cannot be evaluated: accept anything
         return {}
-    if "fsdp" in hints:  # transformers 5 documents `fsdp=True`, but annotates a string
-        hints["fsdp"] |= bool
+    # transformers takes these as well, beside what it annotates.
+    for key, more in {"fsdp": bool, "max_grad_norm": type(None)}.items():
+        if key in hints:
+            hints[key] |= more
     return hints
 
 
@@ -114,6 +116,8 @@ def convert(value: object, hint: Any, name: str) -> Any:
         if _fits(value, choice):
             return _as_float(value, name) if choice is float and isinstance(value, int) else value
     if isinstance(value, str):
+        if list[str] in choices:  # as the parser of transformers, which makes a list of one word
+            return [value]
         for choice in choices:
             if choice in {int, float}:
                 try:

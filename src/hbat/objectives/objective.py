@@ -196,6 +196,7 @@ class Objective:
             seed=base.seed + seed_offset,
             report_to="none",
             disable_tqdm=True,
+            max_grad_norm=base.max_grad_norm or 0.0,  # transformers 5 takes None, and fails at the first step
             data_seed=None if base.data_seed is None else base.data_seed + seed_offset,
             logging_nan_inf_filter=False,  # a stage stops at such a loss, so transformers need not look for it as well
             push_to_hub=False,
