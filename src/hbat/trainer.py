@@ -60,7 +60,7 @@ class HBATTrainer:
         eval_dataset: Evaluation rows by objective, for all or some of them.
         processing_class: The tokenizer; by default the model's own.
         peft_config: Configuration of a new adapter for the whole run.
-        callbacks: Callbacks for every stage's trainer.
+        callbacks: Callbacks for every stage's trainer, or a mapping from objective to those of its own.
         reward_funcs: What the online objectives learn from, as for TRL's online trainers: a function from `prompts`
             and `completions` to a list of numbers, a reward model or the name of one, or a list of these.
         reward_processing_classes: Tokenizers of the reward models; by default the models' own.
@@ -89,7 +89,7 @@ class HBATTrainer:
         eval_dataset: Mapping[str, Dataset] | None = None,
         processing_class: Any = None,
         peft_config: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: Sequence[TrainerCallback] | Mapping[str, Sequence[TrainerCallback]] | None = None,
         *,
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
@@ -98,7 +98,7 @@ class HBATTrainer:
             raise TypeError(f"`args` is a {type(args).__name__}; give an `HBATConfig`.")
         self.args = args
         model, reward_funcs = at_home(model), at_home(reward_funcs)
-        tracks = build_tracks(args, train_dataset, eval_dataset, reward_funcs, reward_processing_classes)
+        tracks = build_tracks(args, train_dataset, eval_dataset, reward_funcs, reward_processing_classes, callbacks)
         needs_reference = any(track.objective.uses_reference for track in tracks)
         self.model = load_model(model, args, peft_config, takes_reference=needs_reference)
         engine = choose_engine(tracks, self.model, args.ewc, replays=args.replay_share > 0)
@@ -124,9 +124,7 @@ class HBATTrainer:
         self._evaluator = Evaluator(tracks, builder, self._start)
         self._request = StopRequest()
         replayed = self.tracks["sft"] if args.replay_share > 0 else None
-        self._stages = StageRunner(
-            self.model, args, builder, self._start, engine, list(callbacks or []), self._request, replayed
-        )
+        self._stages = StageRunner(self.model, args, builder, self._start, engine, self._request, replayed)
         self._run: Run | None = None
         self._moved_to: float | None = None
         self._start.take()

@@ -9,7 +9,7 @@ import torch
 import trl
 from datasets import IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import EarlyStoppingCallback, LlamaForCausalLM
 
 from hbat.config.hbat import HBATConfig
 from hbat.objectives.objective import Objective
@@ -38,6 +38,11 @@ def streamed():
     return IterableDataset.from_generator(lambda: iter([{"prompt": "a", "completion": "b"}]))
 
 
+BY_LENGTH = (
+    {"train_sampling_strategy": "group_by_length"}
+    if hasattr(trl.SFTConfig, "train_sampling_strategy")
+    else {"group_by_length": True}  # its name before transformers 5
+)
 CONFIGURATION_ERRORS = {
     "unknown objective": ({"objectives": ["sft", "dpoo"]}, ValueError, r"'dpoo'.*not built in.*Did you mean `dpo`"),
     "objective of a wrong kind": ({"objectives": ["sft", trl.DPOTrainer]}, TypeError, r"`objectives` holds a type"),
@@ -59,6 +64,22 @@ CONFIGURATION_ERRORS = {
         ValueError,
         r"`sft\.lr_scheduler_type`.*evaluations",
     ),
+    "sampling that the trainer's rows do not have": (
+        {"dpo": BY_LENGTH},
+        ValueError,
+        r"The trainer of 'dpo' cannot .*infer lengths",
+    ),
+    "last batch dropped": (
+        {"sft": {"dataloader_drop_last": True, "per_device_train_batch_size": 5}},
+        ValueError,
+        r"train_dataset\['sft'\] has too few rows: 8 for 2 rounds; every round needs at least 5 rows",
+    ),
+    "stop without evaluation": (
+        {"callbacks": {"sft": [EarlyStoppingCallback()]}, "sft": {"eval_strategy": "steps", "eval_steps": 1}},
+        ValueError,
+        r"`EarlyStoppingCallback` for 'sft', which needs `sft\.metric_for_best_model` and `eval_dataset\['sft'\]`",
+    ),
+    "callbacks of no objective": ({"callbacks": {"ppo": []}}, ValueError, "`callbacks` has the key 'ppo', which no"),
     "one stage sharded": ({"sft": {"fsdp": "full_shard"}}, (NotImplementedError, ValueError), r"FSDP1|`fsdp` dif"),
 }  # fmt: skip
 
@@ -133,7 +154,7 @@ def test_data_that_cannot_be_trained_on_is_refused(data, error, message, tmp_pat
 
 
 def test_evaluation_data_of_an_unknown_objective_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`eval_dataset` has rows for 'kto'"):
+    with pytest.raises(ValueError, match=r"`eval_dataset` has the key 'kto'"):
         runs.build_run(cases.tiny_llama(), tmp_path, evaluation={"kto": cases.sft_rows(2)})
 
 

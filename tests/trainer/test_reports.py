@@ -50,6 +50,17 @@ def test_a_callback_of_the_user_sees_every_stage(evaluated):
     assert witness.events == [(*stage, event) for stage in stages for event in ("begin", 1, 2, "end")]
 
 
+def test_a_callback_of_one_objective_sees_its_stages_alone(tmp_path):
+    class Seen(TrainerCallback):
+        stages = []
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.stages.append(type(args).__name__)
+
+    runs.train(cases.tiny_llama(), tmp_path, callbacks={"dpo": [Seen()]}, ewc=None)
+    assert Seen.stages == ["DPOConfig"] * 2
+
+
 def test_the_log_has_one_step_axis_with_both_objectives(evaluated):
     run, folder, _, _ = evaluated
     log = run.state.log_history

@@ -98,8 +98,8 @@ class Objective:
         raise NotImplementedError(f"{type(self).__name__} has no `fisher_sequences`.")
 
     def minimum_rows(self, args: Any) -> int:
-        """Minimum number of rows of a stage."""
-        return 1
+        """Minimum number of rows of a stage: one, or a batch where the last one is dropped unless it is full."""
+        return int(args.per_device_train_batch_size) * process_count() if args.dataloader_drop_last else 1
 
     def epoch_steps(self, args: Any, rows: int) -> int:
         """Optimizer steps of one epoch over `rows` rows."""

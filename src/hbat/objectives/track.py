@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hbat.config.fields import nearest
 from hbat.config.hbat import HBATConfig
@@ -34,6 +34,7 @@ class Track:
         args: Arguments of its trainer, as the user gave them; every stage derives its own.
         train_dataset: All training rows, without those that were dropped.
         eval_dataset: Evaluation rows; None if there are none.
+        callbacks: The user's callbacks of its trainers.
         numbers: By data set the numbers of its rows in the user's data, once they are checked.
     """
 
@@ -41,6 +42,7 @@ class Track:
     args: TrainingArguments
     train_dataset: Dataset
     eval_dataset: Dataset | None = None
+    callbacks: Sequence[TrainerCallback] = ()
     numbers: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
@@ -72,6 +74,7 @@ def build_tracks(
     eval_dataset: Mapping[str, Dataset] | None,
     reward_funcs: Any = None,
     reward_processing_classes: Any = None,
+    callbacks: Sequence[TrainerCallback] | Mapping[str, Sequence[TrainerCallback]] | None = None,
 ) -> list[Track]:
     """Build the arguments of every objective, and check every row of its data sets.
 
@@ -81,6 +84,7 @@ def build_tracks(
         eval_dataset: Evaluation rows by objective, for all or some of them.
         reward_funcs: Rewards of the online objectives.
         reward_processing_classes: Tokenizers of reward models.
+        callbacks: Callbacks of all trainers, or by objective.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -96,9 +100,13 @@ def build_tracks(
         raise ValueError(f"`train_dataset` has no rows for {missing}; its keys are {list(train_dataset)}.")
     evaluation = eval_dataset or {}
     _check_keys(evaluation, "eval_dataset", names)
+    if isinstance(callbacks, Mapping):
+        _check_keys(callbacks, "callbacks", names)
+    else:
+        callbacks = dict.fromkeys(names, callbacks or ())
     tracks = [
-        Track(objective, args[objective.name], train_dataset[objective.name], evaluation.get(objective.name))
-        for objective in objectives
+        Track(objective, args[name], train_dataset[name], evaluation.get(name), callbacks.get(name, ()))
+        for name, objective in zip(names, objectives, strict=True)
     ]
     return [_checked(track, config, track.objective.row_check()) for track in tracks]
 
@@ -159,7 +167,7 @@ def _check_keys(given: object, argument: str, names: Sequence[str]) -> None:
         )
     for name in given:
         if name not in names:
-            raise ValueError(f"`{argument}` has rows for {name!r}, which no stage trains.{nearest(str(name), names)}")
+            raise ValueError(f"`{argument}` has the key {name!r}, which no stage trains.{nearest(str(name), names)}")
 
 
 def _checked(track: Track, config: HBATConfig, check: RowCheck | None) -> Track:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import EarlyStoppingCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hbat.config.hbat import HBATConfig
@@ -20,7 +21,7 @@ _IMPORTED_LATE = {"use_liger_kernel": ("liger_kernel", "liger-kernel")}
 
 
 def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilder) -> None:
-    """Build each objective's trainer, optimizer and schedule once, most on a few rows, and the run's reporters.
+    """Build each objective's trainer, optimizer, schedule and first batches, most on a few rows, and the reporters.
 
     Args:
         tracks: The tracks of the run.
@@ -28,10 +29,11 @@ def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilde
         builder: Builder of trainers on the run's model. The stage's start must have been taken.
 
     Raises:
-        ValueError: If a trainer cannot be built; the message names its objective.
+        ValueError: If a trainer or a batch cannot be built, or a callback would fail; the message names the objective.
         ImportError: If a package is missing that an option needs.
     """
     _require_packages(tracks, config)
+    _require_evaluation(tracks)
     with tempfile.TemporaryDirectory() as folder:
         for track in tracks:
             rows: dict[str, Any] = {"train_dataset": track.train_dataset}
@@ -44,6 +46,9 @@ def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilde
                 kind = config.lr_schedule_of(track.name)
                 extend_schedule(trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0)
                 trainer.create_optimizer_and_scheduler(num_training_steps=1)
+                next(iter(trainer.get_train_dataloader()), None)
+                if track.eval_dataset is not None:
+                    next(iter(trainer.get_eval_dataloader()), None)
 
 
 def _require_packages(tracks: Sequence[Track], config: HBATConfig) -> None:
@@ -61,6 +66,22 @@ def _require_packages(tracks: Sequence[Track], config: HBATConfig) -> None:
                 callback()
         except (ImportError, RuntimeError) as error:
             raise ImportError(f"`report_to` has {reporter!r}, which cannot be used: {error}") from error
+
+
+def _require_evaluation(tracks: Sequence[Track]) -> None:
+    for track in tracks:
+        if not any(isinstance(callback, EarlyStoppingCallback) for callback in track.callbacks):
+            continue
+        wanted = {
+            f"`{track.name}.eval_strategy`": str(getattr(track.args.eval_strategy, "value", "no")) != "no",
+            f"`{track.name}.metric_for_best_model`": track.args.metric_for_best_model,
+            f"`eval_dataset[{track.name!r}]`": track.eval_dataset,
+        }
+        if missing := [name for name, given in wanted.items() if not given]:
+            raise ValueError(
+                f"`callbacks` has an `EarlyStoppingCallback` for {track.name!r}, which needs {' and '.join(missing)}. "
+                "Set them, or give callbacks by objective: `callbacks={'sft': [...]}`."
+            )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from hbat.config.hbat import HBATConfig
 from hbat.engines.engine import Engine
@@ -60,7 +60,6 @@ class StageRunner:
         builder: Builder of the stages' trainers.
         start: Holder of the stage's start.
         engine: The engine of the run.
-        callbacks: The user's callbacks, for every stage.
         request: Where signals are remembered.
         replayed: The track whose rows the other stages replay; None without replay.
     """
@@ -72,7 +71,6 @@ class StageRunner:
         builder: TrainerBuilder,
         start: StageStart,
         engine: Engine,
-        callbacks: list[TrainerCallback],
         request: StopRequest,
         replayed: Track | None = None,
     ) -> None:
@@ -81,7 +79,6 @@ class StageRunner:
         self._builder = builder
         self._start = start
         self._engine = engine
-        self._callbacks = callbacks
         self._request = request
         self._replayed = replayed
 
@@ -110,7 +107,7 @@ class StageRunner:
         kept = run.kept.pop(stage.objective, {})
         carries = [carry] if self._config.optimizer_state == "carry" else []
         stop = StopAtStep(self._request, saves=self._engine.resumes_inside_stage)
-        own = [HookLimit(), KeepEpoch(), *self._callbacks, stop, SealCheckpoints()]
+        own = [HookLimit(), KeepEpoch(), *track.callbacks, stop, SealCheckpoints()]
         part = track.part(stage, self._config.seed)
         replay = self._replay(stage, track)
         with self._builder.building(
