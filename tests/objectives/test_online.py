@@ -228,6 +228,16 @@ def test_a_reward_model_is_given_by_name_as_well(name, reward_folder, tmp_path):
     assert len(runs.logged(by_name, f"{name}/rewards/reward/mean")) == 2
 
 
+@each_objective
+def test_a_language_model_in_place_of_a_reward_model_is_refused_before_training(name, tmp_path):
+    model = cases.tiny_llama()
+    model.config.num_labels = 1
+    cases.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    model.config._name_or_path = str(tmp_path / "model")  # noqa: SLF001 - transformers has no public name
+    with pytest.raises(ValueError, match="'model', a LlamaForCausalLM, is a language model"):
+        online_runs.build_run(cases.tiny_llama(), tmp_path / "run", name, rewards=model, objectives=[name])
+
+
 def test_rewards_see_the_other_columns_of_a_row_and_a_stage_without_divergence_has_no_reference(tmp_path):
     seen = []
 

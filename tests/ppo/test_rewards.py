@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import tiny_tokenizer
 from scorers import FOREIGN_TEMPLATE, foreign_tokenizer, tiny_scorer
+from transformers import PreTrainedModel
 
 from hbat.ppo.rewards.function import RewardError
 from hbat.ppo.rewards.rewards import Rewards
@@ -168,6 +169,22 @@ def test_conversations_need_a_template_only_where_there_is_a_model():
         rewards.require_template()
     bare.chat_template = FOREIGN_TEMPLATE
     rewards.require_template()
+
+
+def test_trl_gets_functions_and_models_and_an_adapter_inside_its_model():
+    from peft import LoraConfig, get_peft_model
+
+    plain = tiny_scorer()
+    adapted = get_peft_model(tiny_scorer(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    first, second, third = Rewards(
+        [length, plain, adapted], processing_classes=[None, *[tiny_tokenizer()] * 2]
+    ).for_trl
+    assert first(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=IDS) == [2, 8, 2, 8]
+    assert second is plain
+    assert isinstance(third, PreTrainedModel)
+    tokens = torch.arange(4)[None]
+    assert torch.equal(third(tokens).logits, adapted(tokens).logits)
+    assert not torch.equal(third(tokens).logits, plain(tokens).logits)
 
 
 def test_an_error_in_a_model_names_it():

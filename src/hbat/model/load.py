@@ -1,6 +1,8 @@
 """Model, tokenizer and adapter of a run: loaded once, checked once."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +113,15 @@ def load_pretrained(auto_class: Any, name: str | Path, *, called: str = "model",
     Raises:
         ValueError: If the weights are damaged, or pickled objects that are not tensors.
     """
-    try:
+    with damage_named(name, called):
         return auto_class.from_pretrained(str(name), **{**_NO_REMOTE_CODE, **options})
+
+
+@contextmanager
+def damage_named(name: str | Path, called: str) -> Iterator[None]:
+    """Turn errors about damaged weights inside the block into a ValueError with their name and the user's option."""
+    try:
+        yield
     except Exception as error:
         # transformers 4.57 turns any error into an `OSError` about TensorFlow files.
         if isinstance(error, _CLEAR) and "Unable to load weights" not in str(error):

@@ -10,10 +10,13 @@ from hbat.data.faults import RowCheck
 from hbat.data.formats import prompt_faults
 from hbat.engines.patches import given_reference
 from hbat.objectives.objective import Objective
+from hbat.ppo.rewards.rewards import Rewards
 
 
 class ReferencePassed:
     """Lets a trainer of TRL that takes no `ref_model` take one. Stands before the trainer among a class's bases.
+
+    It takes the rewards that PPO takes, and no others.
 
     For a full model TRL loads the reference policy from the files under the model's name: the base model's weights
     instead of the present ones, and a second copy in memory. Here it gets the model that is there instead, where it
@@ -24,6 +27,9 @@ class ReferencePassed:
     def __init__(self, *args: Any, ref_model: Any = None, **kwargs: Any) -> None:
         if kwargs.get("eval_dataset") is not None:
             _require_whole_groups(kwargs["args"])
+        if kwargs.get("reward_funcs"):
+            rewards = Rewards(kwargs["reward_funcs"], processing_classes=kwargs.get("reward_processing_classes"))
+            kwargs["reward_funcs"] = rewards.for_trl
         with given_reference(type(self), ref_model):
             super().__init__(*args, **kwargs)
         own: Any = self

@@ -28,6 +28,7 @@ class Rewards:
 
     Attributes:
         names: Unique names of the rewards, for logs.
+        for_trl: The rewards as TRL's trainers take them.
 
     Raises:
         TypeError: If a reward is neither callable nor a model.
@@ -54,12 +55,14 @@ class Rewards:
             self.names.append(_unique(_name(reward), self.names))
         self._models: list[RewardModel] = []
         self._functions: list[CallableReward] = []
+        self.for_trl: list[Any] = []
         for name, function, tokenizer in zip(self.names, rewards, tokenizers, strict=True):
             reward = function
             if isinstance(function, str | Path) or is_reward_model(function):
                 reward = _model(function, tokenizer, name, max_batch_size)
                 self._models.append(reward)
             self._functions.append(CallableReward(reward, name))
+            self.for_trl.append(reward.base if isinstance(reward, RewardModel) else reward)
         self._portal: BlockingPortal | None = None  # to the event loop of async functions
 
     def to(self, device: torch.device | str) -> None:
