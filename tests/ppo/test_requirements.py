@@ -131,6 +131,16 @@ def test_a_second_adapter_is_refused_and_a_first_one_is_trained(tmp_path):
     assert set(trainer.policy.peft_config) == {"default", "ref"}
 
 
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [(cases.tiny_llama, "Unfreeze what is to be trained"), (cases.lora_llama, "Load the adapter with `is_trainable")],
+    ids=["full", "lora"],
+)
+def test_a_policy_of_which_nothing_is_trained_is_refused(make, advice, tmp_path):
+    with pytest.raises(ValueError, match=f"The model has no trainable parameter. {advice}"):
+        build(make(0).requires_grad_(False), tmp_path)
+
+
 def test_arguments_of_another_trainer_are_refused(tmp_path):
     from transformers import TrainingArguments
 

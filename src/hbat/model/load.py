@@ -69,7 +69,7 @@ def load_model(model: Any, config: HBATConfig, peft_config: Any, *, takes_refere
     if peft_config is not None:
         model = _add_adapter(model, peft_config, config.seed)
     refuse_adapters(model, takes_reference=takes_reference)
-    _require_trainable(model)
+    require_trainable(model)
     if not weights_come_later():
         _check_weights(model)
     keep_differentiable(model)
@@ -221,7 +221,8 @@ def _add_adapter(model: Any, peft_config: Any, seed: int) -> Any:
     return get_peft_model(model, peft_config)
 
 
-def _require_trainable(model: Any) -> None:
+def require_trainable(model: Any) -> None:
+    """Refuse a model of which nothing is trained (ValueError)."""
     if not trainable_parameters(model):
         hint = " Load the adapter with `is_trainable=True`." if hasattr(model, "peft_config") else ""
         raise ValueError(f"The model has no trainable parameter.{hint or ' Unfreeze what is to be trained.'}")

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hbat.model.adapters import refuse_adapters
-from hbat.model.load import keep_differentiable, load_pretrained, load_tokenizer
+from hbat.model.load import keep_differentiable, load_pretrained, load_tokenizer, require_trainable
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.engine import refuse_arguments, refuse_base, refuse_policy
 from hbat.ppo.rollouts.prompts import TOKENS, check_lengths, context_length, tokenize_prompts
@@ -61,6 +61,7 @@ def _load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:
         model = get_peft_model(model, peft_config)
     refuse_adapters(model, takes_reference=True)
     refuse_policy(args, model)
+    require_trainable(model)
     keep_differentiable(model)
     return model
 
