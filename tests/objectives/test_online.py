@@ -11,7 +11,8 @@ import trl
 from kills import CutOffError, Kill
 from transformers import LlamaForSequenceClassification
 
-from hbat.objectives.online import GRPO, RLOO, ReferencePassed
+from hbat.objectives.online import GRPO, RLOO, OnlineStage
+from hbat.ppo.rewards.function import RewardError
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 
@@ -76,7 +77,7 @@ def test_a_trl_that_does_not_take_the_reference_is_refused(tmp_path):
             super().__init__(*args, **kwargs)
             self.ref_model = cases.tiny_llama(seed=2)
 
-    class StageTrainer(ReferencePassed, OtherGRPOTrainer):
+    class StageTrainer(OnlineStage, OtherGRPOTrainer):
         pass
 
     objective = GRPO(config=online_runs.section(), trainer_class=StageTrainer)
@@ -236,6 +237,35 @@ def test_a_language_model_in_place_of_a_reward_model_is_refused_before_training(
     model.config._name_or_path = str(tmp_path / "model")  # noqa: SLF001 - transformers has no public name
     with pytest.raises(ValueError, match="'model', a LlamaForCausalLM, is a language model"):
         online_runs.build_run(cases.tiny_llama(), tmp_path / "run", name, rewards=model, objectives=[name])
+
+
+def nothing(completions, **columns):
+    return [None] * len(completions)
+
+
+def not_a_number(completions, **columns):
+    return [float("nan")] * len(completions)
+
+
+async def nothing_later(completions):
+    return nothing(completions)
+
+
+def nothing_more(completions):
+    return [None] * (len(completions) - 1) + [1.0]
+
+
+@each_objective
+def test_completions_to_which_no_reward_applies_are_an_error_if_there_are_no_others(name, tmp_path):
+    def train(folder, *rewards):
+        options = {"objectives": [name], "num_rounds": 1, "options": {"max_steps": 1}}
+        return online_runs.train(cases.tiny_llama(), tmp_path / folder, name, rewards=[*rewards], **options)
+
+    with pytest.raises(RewardError, match=r"\(nothing, nothing_later\) returned None or NaN for 4 of 4 rows"):
+        train("none", nothing, nothing_later)
+    with pytest.raises(RewardError, match="The reward 'not_a_number' returned nan of type float for row 0"):
+        train("nan", not_a_number)
+    assert runs.logged(train("some", nothing, nothing_more), f"{name}/reward") == [1.0]
 
 
 def test_rewards_see_the_other_columns_of_a_row_and_a_stage_without_divergence_has_no_reference(tmp_path):

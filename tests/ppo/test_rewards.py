@@ -59,7 +59,7 @@ def test_a_row_to_which_no_reward_applies_is_an_error():
         return [1.0, None, 1.0, None]
 
     with pytest.raises(
-        RewardError, match=r"\(never, never_2\) returned None for 2 of 4 rows, first row 1, .*' it is 3'"
+        RewardError, match=r"\(never, never_2\) returned None or NaN for 2 of 4 rows, first row 1, .*' it is 3'"
     ):
         scored([never, never])
 

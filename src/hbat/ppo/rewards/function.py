@@ -78,6 +78,22 @@ class CallableReward:
         except (KeyboardInterrupt, SystemExit) as error:
             raise Interrupt(error) from None
 
+    def for_trl(self) -> Callable[..., list[float]]:
+        """The function as TRL calls it: with the arguments that it takes, and with its result checked."""
+
+        def checked(completions: Sequence[Any], **others: Any) -> list[float]:
+            arguments = self.arguments({"completions": completions, **others})
+            return self.values(self.call(arguments), completions).tolist()
+
+        async def awaited(completions: Sequence[Any], **others: Any) -> list[float]:
+            arguments = self.arguments({"completions": completions, **others})
+            return self.values(await self.finish(self.call(arguments)), completions).tolist()
+
+        is_async = any(map(inspect.iscoroutinefunction, (self._function, self._function.__call__)))
+        chosen: Any = awaited if is_async else checked
+        chosen.__name__ = self.name
+        return chosen
+
     def values(self, result: Any, completions: Sequence[Any]) -> Tensor:
         """One float32 value per completion on the CPU, NaN for None; RewardError if the result is anything else."""
         if hasattr(result, "tolist") and hasattr(result, "shape"):  # tensors, arrays

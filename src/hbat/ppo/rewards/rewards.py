@@ -62,7 +62,7 @@ class Rewards:
                 reward = _model(function, tokenizer, name, max_batch_size)
                 self._models.append(reward)
             self._functions.append(CallableReward(reward, name))
-            self.for_trl.append(reward.base if isinstance(reward, RewardModel) else reward)
+            self.for_trl.append(reward.base if isinstance(reward, RewardModel) else self._functions[-1].for_trl())
         self._portal: BlockingPortal | None = None  # to the event loop of async functions
 
     def to(self, device: torch.device | str) -> None:
@@ -100,13 +100,16 @@ class Rewards:
         values = torch.stack([function.values(result, completions) for function, result in pairs])
         unscored = values.isnan().all(0).nonzero().flatten().tolist()
         if unscored:
-            row = unscored[0]
-            raise RewardError(
-                f"Every reward ({', '.join(self.names)}) returned None for {len(unscored)} of {len(completions)} "
-                f"rows, first row {row}, the completion {shortened(completions[row])}. At least one must apply."
-            )
+            raise self.unscored(unscored, completions)
         total = values.double().mul(self._weights.unsqueeze(1)).nansum(0).float()
         return total, dict(zip(self.names, values, strict=True))
+
+    def unscored(self, rows: Sequence[int], completions: Sequence[Any]) -> RewardError:
+        """The error for rows to which no reward applies."""
+        return RewardError(
+            f"Every reward ({', '.join(self.names)}) returned None or NaN for {len(rows)} of {len(completions)} rows, "
+            f"first row {rows[0]}, the completion {shortened(completions[rows[0]])}. At least one must apply."
+        )
 
     def _results(self, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
         results: list[Any] = []
