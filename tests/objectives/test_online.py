@@ -4,6 +4,7 @@ import copy
 
 import cases
 import online_runs
+import ppo_cases
 import pytest
 import runs
 import torch
@@ -266,6 +267,25 @@ def test_completions_to_which_no_reward_applies_are_an_error_if_there_are_no_oth
     with pytest.raises(RewardError, match="The reward 'not_a_number' returned nan of type float for row 0"):
         train("nan", not_a_number)
     assert runs.logged(train("some", nothing, nothing_more), f"{name}/reward") == [1.0]
+
+
+@pytest.mark.parametrize(("name", "conversational"), [("grpo", False), ("grpo", True), ("rloo", True)])
+def test_a_reward_and_the_log_of_completions_have_the_space_between_prompt_and_completion(
+    name, conversational, tmp_path
+):
+    spaces, objective = ppo_cases.Spaces(), MAKE[name](config=online_runs.section(max_steps=1, beta=0.0))
+    trainer = objective.trainer_class(
+        model=cases.tiny_llama(),
+        args=objective.stage_args(objective.base_args(str(tmp_path)), str(tmp_path), 0),
+        train_dataset=ppo_cases.spaced_prompts(conversational=conversational),
+        processing_class=cases.spaced_tokenizer(),
+        reward_funcs=spaces,
+    )
+    trainer.train()
+    assert spaces.right
+    assert any(spaces.texts)
+    shown = trainer._logs["completion"]  # noqa: SLF001 - what `log_completions` prints
+    assert [each[0]["content"] if conversational else each for each in shown] == spaces.texts
 
 
 def test_rewards_see_the_other_columns_of_a_row_and_a_stage_without_divergence_has_no_reference(tmp_path):

@@ -31,6 +31,23 @@ def run(make, folder, **options):
     return trainer
 
 
+# --- the text --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_reward_sees_the_space_between_prompt_and_completion(conversational, tmp_path):
+    spaces = ppo_cases.Spaces()
+    PPOTrainer(
+        cases.tiny_llama(0),
+        ppo_cases.arguments(tmp_path, max_steps=1),
+        ppo_cases.spaced_prompts(conversational=conversational),
+        processing_class=cases.spaced_tokenizer(),
+        reward_funcs=spaces,
+    ).train()
+    assert spaces.right
+    assert any(spaces.texts)
+
+
 # --- the step --------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from hbat.data.formats import prompt_faults
 from hbat.engines.patches import given_reference
 from hbat.objectives.objective import Objective
 from hbat.ppo.rewards.rewards import Rewards
+from hbat.ppo.rollouts.prompts import as_completions, completion_texts, prompt_tokens
 
 
 class OnlineStage:
@@ -22,8 +23,12 @@ class OnlineStage:
     would load one, so that all that TRL then does to its reference is done as ever. With an adapter TRL makes its own
     reference, and nothing is passed.
 
-    Rewards are what they are in PPO. TRL leaves out a completion to which none applies, but some must be left.
+    Rewards are what they are in PPO, and so is the text that they see. TRL leaves out a completion to which none
+    applies, but some must be left.
     """
+
+    processing_class: Any
+    args: Any
 
     def __init__(self, *args: Any, ref_model: Any = None, **kwargs: Any) -> None:
         if kwargs.get("eval_dataset") is not None:
@@ -41,6 +46,13 @@ class OnlineStage:
             )
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Tensor:
+        tokenizer, rows = self.processing_class, [{"prompt": prompt} for prompt in prompts]
+        if not hasattr(tokenizer, "tokenizer"):  # a processor's prompts hold more than text
+            options = self.args.chat_template_kwargs or {}
+            alone = as_completions(tokenizer.batch_decode(completion_ids, skip_special_tokens=True), rows)
+            if completions == alone:  # nothing of TRL's own in them, such as calls of tools
+                tokens = [prompt_tokens(prompt, tokenizer, options) for prompt in prompts]
+                completions[:] = as_completions(completion_texts(tokenizer, tokens, completion_ids), rows)
         # Of all processes.
         values: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)  # type: ignore[misc]
         if values.isnan().all():

@@ -17,7 +17,7 @@ from hbat.ppo.networks.policy_and_critic import PolicyAndCritic
 from hbat.ppo.networks.reference import Reference
 from hbat.ppo.rewards.rewards import Rewards
 from hbat.ppo.rollouts.generation import Completions, CompletionSampler
-from hbat.ppo.rollouts.prompts import TOKENS, as_completions, pad_left, reward_columns
+from hbat.ppo.rollouts.prompts import TOKENS, as_completions, completion_texts, pad_left, reward_columns
 from hbat.ppo.rollouts.rollout import Rollout, Sequences, assess
 
 
@@ -116,7 +116,7 @@ class RolloutCollector:
         with self._timed("generation"), self.accelerator.autocast():
             completions = self.sampler.sample([row[TOKENS] for row in rows], seed=seed)
         with self._timed("rewards"):
-            texts = self.tokenizer.batch_decode(completions.tokens, skip_special_tokens=True)
+            texts = completion_texts(self.tokenizer, [row[TOKENS] for row in rows], completions.tokens)
             scores, by_name = self.rewards(
                 [row["prompt"] for row in rows],
                 as_completions(texts, rows),
