@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +106,8 @@ class PPOTrainer(PolicyCheckpoints):
         self._progress = Progress(args.kl_coef)
         self._micro_step: int | None = None
         self._update: dict[str, Tensor] = {}
+        by_name = isinstance(model, str | Path)
+        self.continue_critic(str(model) if by_name else policy.config._name_or_path)  # noqa: SLF001 - no public name
 
     @property
     def policy(self) -> Any:
