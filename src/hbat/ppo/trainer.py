@@ -39,7 +39,8 @@ class PPOTrainer(PolicyCheckpoints):
     exactly, also in the middle of a rollout.
 
     Args:
-        model: Causal language model, with a PEFT adapter named `default` if it has one, or its name or path.
+        model: Causal language model, with a PEFT adapter named `default` if it has one, or its name or path, also of
+            an adapter's folder.
         args: The options.
         train_dataset: Rows with `prompt`, a text or messages; reward functions receive all other columns.
         eval_dataset: Rows to evaluate on; `eval_reward` is the mean reward of greedy completions.
