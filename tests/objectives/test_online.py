@@ -288,6 +288,35 @@ def test_a_reward_and_the_log_of_completions_have_the_space_between_prompt_and_c
     assert [each[0]["content"] if conversational else each for each in shown] == spaces.texts
 
 
+#: Fields of the section of every objective that takes rewards.
+CHEAP = {"grpo": online_runs.ROLLOUT, "rloo": online_runs.ROLLOUT, "ppo": {"max_completion_length": 6}}
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_a_column_that_a_reward_needs_is_missed_before_training(name, tmp_path):
+    def accuracy(completions, solution):
+        raise AssertionError
+
+    config = {"objectives": [name], name: runs.section(**CHEAP[name])}
+    with pytest.raises(ValueError, match=r"'accuracy' needs \['solution'\], but the columns .* are \['answer'\]"):
+        online_runs.build_run(cases.tiny_llama(), tmp_path, name, rewards=accuracy, **config)
+
+
+def test_a_reward_gets_from_ppo_what_it_gets_from_trl(tmp_path):
+    given = {}
+
+    for name, cheap in CHEAP.items():
+
+        def reward(completions, name=name, **others):
+            given[name] = set(others)
+            return [0.0] * len(completions)
+
+        config = {"objectives": [name], "num_rounds": 1, name: runs.section(max_steps=1, **cheap)}
+        online_runs.train(cases.tiny_llama(), tmp_path / name, name, rewards=reward, **config)
+    assert given["grpo"] == given["rloo"] == given["ppo"]
+    assert given["ppo"] >= {"log_metric", "log_extra", "trainer_state", "answer"}
+
+
 def test_rewards_see_the_other_columns_of_a_row_and_a_stage_without_divergence_has_no_reference(tmp_path):
     seen = []
 

@@ -33,6 +33,28 @@ def run(make, folder, **options):
     return trainer
 
 
+# --- what rewards log ------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_adds_to_the_log_of_training_and_evaluation(tmp_path):
+    calls = []
+
+    def reward(completions, log_metric, log_extra):
+        calls.append(len(calls))
+        log_extra("number", [0] * len(completions))
+        log_metric("calls", calls[-1])
+        log_metric(name="calls", value=calls[-1] + 2)
+        log_metric("reward", 100.0)
+        return [0.0] * len(completions)
+
+    trainer = build(
+        cases.tiny_llama(0), tmp_path, reward_funcs=reward, logging_steps=8, eval_dataset=ppo_cases.prompts(4)
+    )
+    trainer.train()
+    assert (logged(trainer, "calls"), logged(trainer, "reward")) == ([1.5], [0.0])
+    assert trainer.evaluate()["eval_calls"] == 3.0
+
+
 # --- the text --------------------------------------------------------------------------------------------------------
 
 

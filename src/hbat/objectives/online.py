@@ -36,6 +36,8 @@ class OnlineStage:
         if kwargs.get("reward_funcs"):
             self._rewards = Rewards(kwargs["reward_funcs"], processing_classes=kwargs.get("reward_processing_classes"))
             kwargs["reward_funcs"] = self._rewards.for_trl
+            if not kwargs.keys() & {"rollout_func", "environment_factory"}:  # which give rewards more than columns
+                self._rewards.require(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         with given_reference(type(self), ref_model):
             super().__init__(*args, **kwargs)
         own: Any = self

@@ -55,6 +55,7 @@ class PPOTrainer(PolicyCheckpoints):
 
     Raises:
         ValueError: If model, tokenizer, rows and options do not fit each other.
+        RewardError: If a reward needs a column that the rows lack.
         NotImplementedError: For what `docs/support.md` lists as not supported.
     """
 
@@ -74,14 +75,14 @@ class PPOTrainer(PolicyCheckpoints):
     ) -> None:
         policy, tokenizer, prompts = prepare(model, args, train_dataset, processing_class, peft_config)
         rewards = Rewards(reward_funcs, weights=args.reward_weights, processing_classes=reward_processing_classes)
-        if not isinstance(prompts[0]["prompt"], str):
-            rewards.require_template()
+        evaluation = prepare_rows(eval_dataset, policy, tokenizer, args)
+        rewards.require(prompts, evaluation)
         super().__init__(
             model=PolicyAndCritic(policy, build_critic(args.critic, policy, args.critic_model_name_or_path)),
             args=args,
             data_collator=_collate_nothing,
             train_dataset=prompts,
-            eval_dataset=prepare_rows(eval_dataset, policy, tokenizer, args),
+            eval_dataset=evaluation,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,

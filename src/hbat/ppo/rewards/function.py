@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Arguments of every reward function beside the columns of the data set.
-_GIVEN = {"prompts", "completions", "completion_ids", "trainer_state"}
+#: Arguments of every reward function beside the columns of the data set, as TRL (1.16) has them.
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _BY_KEYWORD = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 _SHOWN = 80  # characters of a completion in a message
 
@@ -55,7 +55,7 @@ class CallableReward:
         """Select the arguments that the function takes; RewardError if one is missing."""
         missing = sorted(self._needs - inputs.keys())
         if missing:
-            columns = [name for name in inputs if name not in _GIVEN]
+            columns = [name for name in inputs if name not in GIVEN]
             raise RewardError(
                 f"The reward {self.name!r} needs {missing}, but the columns of the data set are {columns}. "
                 "Rename the column or the parameter, or give the parameter a default."

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import math
 import weakref
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,13 @@ import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from torch import Tensor
 
-from hbat.ppo.rewards.function import CallableReward, Interrupt, RewardError, function_name, shortened
+from hbat.ppo.rewards.function import GIVEN, CallableReward, Interrupt, RewardError, function_name, shortened
 from hbat.ppo.rewards.model import RewardModel, is_reward_model, load_reward_model, load_reward_tokenizer
+from hbat.ppo.rollouts.prompts import reward_columns
+
+
+def _leave(*_: Any, **__: Any) -> None:
+    """Log nothing: there is no table of completions for `log_extra`."""
 
 
 class Rewards:
@@ -70,10 +75,21 @@ class Rewards:
         for model in self._models:
             model.to(device)
 
-    def require_template(self) -> None:
-        """Refuse conversational prompts (ValueError) if a reward model's tokenizer has no chat template."""
-        for model in self._models:
-            model.require_template()
+    def require(self, *datasets: Any) -> None:
+        """Refuse rows that cannot be scored, of data sets, mappings of them, or None.
+
+        Raises:
+            RewardError: If a reward needs a column that they lack.
+            ValueError: If their prompts are conversations and a reward model's tokenizer has no chat template.
+        """
+        for rows in datasets:
+            if isinstance(rows, Mapping):
+                self.require(*rows.values())
+            elif rows:
+                for function in self._functions:
+                    function.arguments(dict.fromkeys(GIVEN) | reward_columns([rows[0]]))
+                for model in () if isinstance(rows[0]["prompt"], str) else self._models:
+                    model.require_template()
 
     def __call__(
         self,
@@ -83,6 +99,7 @@ class Rewards:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, list[Any]],  # the other columns of the data set
         trainer_state: Any = None,
+        log_metric: Callable[[str, float], None] = _leave,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Score completions: texts, or lists of messages.
 
@@ -94,7 +111,7 @@ class Rewards:
             RewardError: If a reward fails or returns anything but rewards, or none applies to a row.
         """
         own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        inputs = {**columns, **own, "trainer_state": trainer_state}
+        inputs = {**columns, **own, "trainer_state": trainer_state, "log_metric": log_metric, "log_extra": _leave}
         results = self._results([function.arguments(inputs) for function in self._functions])
         pairs = zip(self._functions, results, strict=True)
         values = torch.stack([function.values(result, completions) for function, result in pairs])
