@@ -104,7 +104,7 @@ class Rule:
 
     def __call__(self, prompts: list[str], completions: list[str], **_: object) -> list[float]:
         """Score samples with the signature of a TRL reward function."""
-        return self.score([f"{prompt} {completion}" for prompt, completion in zip(prompts, completions, strict=True)])
+        return self.score([f"{prompt}{completion}" for prompt, completion in zip(prompts, completions, strict=True)])
 
 
 class RuleAsModel(nn.Module):

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, PreTraine
 from hbat import HBATConfig, HBATTrainer
 from hbat.cli.demo.scoring import LONGEST_ANSWER
 from hbat.cli.demo.task import Row
+from hbat.ppo.rollouts.prompts import completion_texts
 
 TEMPERATURES = (0.0, 0.75, 1.0)  # 0 is greedy, 0.75 that of the paper
 Scores = dict[str, dict[str, dict[str, float]]]  # by temperature, task and metric
@@ -127,7 +128,8 @@ def evaluate(
             max_new_tokens=LONGEST_ANSWER, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
     model.train(was_training)
-    answers = tokenizer.batch_decode(texts[:, rows["input_ids"].shape[1] :], skip_special_tokens=True)
+    tokens = rows["input_ids"].tolist() * len(temperatures)
+    answers = completion_texts(tokenizer, tokens, texts[:, len(tokens[0]) :].tolist())
     return {
         f"T{temperature:g}": score(prompts, answers[index * len(prompts) : (index + 1) * len(prompts)])
         for index, temperature in enumerate(temperatures)

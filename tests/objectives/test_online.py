@@ -4,6 +4,7 @@ import copy
 
 import cases
 import online_runs
+import ppo_cases
 import pytest
 import runs
 import torch
@@ -11,7 +12,8 @@ import trl
 from kills import CutOffError, Kill
 from transformers import LlamaForSequenceClassification
 
-from hbat.objectives.online import GRPO, RLOO, ReferencePassed
+from hbat.objectives.online import GRPO, RLOO, OnlineStage
+from hbat.ppo.rewards.function import RewardError
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 
@@ -76,7 +78,7 @@ def test_a_trl_that_does_not_take_the_reference_is_refused(tmp_path):
             super().__init__(*args, **kwargs)
             self.ref_model = cases.tiny_llama(seed=2)
 
-    class StageTrainer(ReferencePassed, OtherGRPOTrainer):
+    class StageTrainer(OnlineStage, OtherGRPOTrainer):
         pass
 
     objective = GRPO(config=online_runs.section(), trainer_class=StageTrainer)
@@ -226,6 +228,93 @@ def test_a_reward_model_is_given_by_name_as_well(name, reward_folder, tmp_path):
     given = online_runs.train(cases.tiny_llama(), tmp_path / "model", name, rewards=model, num_rounds=1)
     assert runs.same(cases.weights(by_name.model), cases.weights(given.model))
     assert len(runs.logged(by_name, f"{name}/rewards/reward/mean")) == 2
+
+
+@each_objective
+def test_a_language_model_in_place_of_a_reward_model_is_refused_before_training(name, tmp_path):
+    model = cases.tiny_llama()
+    model.config.num_labels = 1
+    cases.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    model.config._name_or_path = str(tmp_path / "model")  # noqa: SLF001 - transformers has no public name
+    with pytest.raises(ValueError, match="'model', a LlamaForCausalLM, is a language model"):
+        online_runs.build_run(cases.tiny_llama(), tmp_path / "run", name, rewards=model, objectives=[name])
+
+
+def nothing(completions, **columns):
+    return [None] * len(completions)
+
+
+def not_a_number(completions, **columns):
+    return [float("nan")] * len(completions)
+
+
+async def nothing_later(completions):
+    return nothing(completions)
+
+
+def nothing_more(completions):
+    return [None] * (len(completions) - 1) + [1.0]
+
+
+@each_objective
+def test_completions_to_which_no_reward_applies_are_an_error_if_there_are_no_others(name, tmp_path):
+    def train(folder, *rewards):
+        options = {"objectives": [name], "num_rounds": 1, "options": {"max_steps": 1}}
+        return online_runs.train(cases.tiny_llama(), tmp_path / folder, name, rewards=[*rewards], **options)
+
+    with pytest.raises(RewardError, match=r"\(nothing, nothing_later\) returned None or NaN for 4 of 4 rows"):
+        train("none", nothing, nothing_later)
+    with pytest.raises(RewardError, match="The reward 'not_a_number' returned nan of type float for row 0"):
+        train("nan", not_a_number)
+    assert runs.logged(train("some", nothing, nothing_more), f"{name}/reward") == [1.0]
+
+
+@pytest.mark.parametrize(("name", "conversational"), [("grpo", False), ("grpo", True), ("rloo", True)])
+def test_a_reward_and_the_log_of_completions_have_the_space_between_prompt_and_completion(
+    name, conversational, tmp_path
+):
+    spaces, objective = ppo_cases.Spaces(), MAKE[name](config=online_runs.section(max_steps=1, beta=0.0))
+    trainer = objective.trainer_class(
+        model=cases.tiny_llama(),
+        args=objective.stage_args(objective.base_args(str(tmp_path)), str(tmp_path), 0),
+        train_dataset=ppo_cases.spaced_prompts(conversational=conversational),
+        processing_class=cases.spaced_tokenizer(),
+        reward_funcs=spaces,
+    )
+    trainer.train()
+    assert spaces.right
+    assert any(spaces.texts)
+    shown = trainer._logs["completion"]  # noqa: SLF001 - what `log_completions` prints
+    assert [each[0]["content"] if conversational else each for each in shown] == spaces.texts
+
+
+#: Fields of the section of every objective that takes rewards.
+CHEAP = {"grpo": online_runs.ROLLOUT, "rloo": online_runs.ROLLOUT, "ppo": {"max_completion_length": 6}}
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_a_column_that_a_reward_needs_is_missed_before_training(name, tmp_path):
+    def accuracy(completions, solution):
+        raise AssertionError
+
+    config = {"objectives": [name], name: runs.section(**CHEAP[name])}
+    with pytest.raises(ValueError, match=r"'accuracy' needs \['solution'\], but the columns .* are \['answer'\]"):
+        online_runs.build_run(cases.tiny_llama(), tmp_path, name, rewards=accuracy, **config)
+
+
+def test_a_reward_gets_from_ppo_what_it_gets_from_trl(tmp_path):
+    given = {}
+
+    for name, cheap in CHEAP.items():
+
+        def reward(completions, name=name, **others):
+            given[name] = set(others)
+            return [0.0] * len(completions)
+
+        config = {"objectives": [name], "num_rounds": 1, name: runs.section(max_steps=1, **cheap)}
+        online_runs.train(cases.tiny_llama(), tmp_path / name, name, rewards=reward, **config)
+    assert given["grpo"] == given["rloo"] == given["ppo"]
+    assert given["ppo"] >= {"log_metric", "log_extra", "trainer_state", "answer"}
 
 
 def test_rewards_see_the_other_columns_of_a_row_and_a_stage_without_divergence_has_no_reference(tmp_path):

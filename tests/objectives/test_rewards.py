@@ -2,6 +2,7 @@
 
 import cases
 import pytest
+import scorers
 import trl
 from transformers import LlamaForSequenceClassification
 
@@ -58,6 +59,16 @@ def test_rewards_are_named_by_objective():
     own = objective("own", takes_rewards=True, trainer_kwargs={"reward_funcs": len})
     found = with_rewards([objective("sft"), own, objective("mine", takes_rewards=True)], [length, Fixed()])
     assert reward_names(found) == {"own": ["len"], "mine": ["length", "Fixed"]}
+
+
+def test_the_name_of_a_model_tells_other_weights_apart():
+    first, same, other = (
+        reward_names([objective("own", trainer_kwargs={"reward_funcs": scorers.tiny_scorer(seed)})])
+        for seed in (0, 0, 1)
+    )
+    assert first == same
+    assert first != other
+    assert first["own"][0].startswith("LlamaForSequenceClassification ")
 
 
 class Fixed:

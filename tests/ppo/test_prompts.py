@@ -6,7 +6,15 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
-from hbat.ppo.rollouts.prompts import TOKENS, check_lengths, context_length, pad_left, prompt_tokens, tokenize_prompts
+from hbat.ppo.rollouts.prompts import (
+    TOKENS,
+    check_lengths,
+    completion_texts,
+    context_length,
+    pad_left,
+    prompt_tokens,
+    tokenize_prompts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +84,21 @@ def test_arguments_reach_the_chat_template():
     tokenizer.chat_template = "{{ messages[0]['content'] }}{% if loud %}!{% endif %}"
     assert tokenizer.decode(prompt_tokens(user("hi"), tokenizer, {"loud": True})) == "hi!"
     assert tokenizer.decode(prompt_tokens(user("hi"), tokenizer, {})) == "hi"
+
+
+# --- completions -----------------------------------------------------------------------------------------------------
+
+
+def test_a_completion_keeps_the_space_between_it_and_its_prompt():
+    spaced = cases.spaced_tokenizer()
+    prompts, completions = spaced(["w1 w2", "</s>", ""])["input_ids"], spaced(["w3 w4</s>", "w5", "w6"])["input_ids"]
+    assert spaced.decode(completions[0], skip_special_tokens=True) == "w3 w4"
+    assert completion_texts(spaced, prompts, completions) == [" w3 w4", "w5", "w6"]
+
+
+def test_a_completion_that_changes_the_end_of_its_prompt_is_decoded_alone(tokenizer):
+    first, second = tokenizer("\u00e9")["input_ids"]
+    assert completion_texts(tokenizer, [[first]], [[second, *tokenizer("x")["input_ids"]]]) == ["\ufffdx"]
 
 
 # --- a data set ------------------------------------------------------------------------------------------------------

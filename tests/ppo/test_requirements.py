@@ -3,13 +3,17 @@
 import cases
 import ppo_cases
 import pytest
+import runs
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from ppo_cases import arguments, build
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hbat.data.load import DatasetError
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.trainer import PPOTrainer
+
+LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 
 def prompts(texts):
@@ -134,14 +138,35 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path):
 
 
 def test_a_second_adapter_is_refused_and_a_first_one_is_trained(tmp_path):
-    from peft import LoraConfig
-
-    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="has an adapter already"):
-        build(cases.lora_llama(0), tmp_path, peft_config=adapter)
-    trainer = build(cases.tiny_llama(0), tmp_path, peft_config=adapter, max_steps=1)
+        build(cases.lora_llama(0), tmp_path, peft_config=LORA)
+    trainer = build(cases.tiny_llama(0), tmp_path, peft_config=LORA, max_steps=1)
     trainer.train()
     assert set(trainer.policy.peft_config) == {"default", "ref"}
+
+
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [(cases.tiny_llama, "Unfreeze what is to be trained"), (cases.lora_llama, "Load the adapter with `is_trainable")],
+    ids=["full", "lora"],
+)
+def test_a_policy_of_which_nothing_is_trained_is_refused(make, advice, tmp_path):
+    with pytest.raises(ValueError, match=f"The model has no trainable parameter. {advice}"):
+        build(make(0).requires_grad_(False), tmp_path)
+
+
+def test_the_folder_of_an_adapter_is_trained_on_with_its_tokenizer_and_critic(tmp_path):
+    cases.tiny_llama(0).save_pretrained(tmp_path / "base")
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), cases.tiny_tokenizer()
+    tokenizer.chat_template = "mine"
+    first = built_with(tokenizer, tmp_path / "adapter", get_peft_model(base, LORA), max_steps=1)
+    first.train()
+    first.save_model()
+    second = built_with(None, tmp_path / "second", tmp_path / "adapter", max_steps=1)
+    assert second.processing_class.chat_template == "mine"
+    assert runs.same(cases.weights(second.model), cases.weights(first.model))
+    second.train()
+    assert not runs.same(cases.weights(second.policy), cases.weights(first.policy))
 
 
 def test_arguments_of_another_trainer_are_refused(tmp_path):

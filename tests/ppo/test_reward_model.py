@@ -5,6 +5,7 @@ import torch
 from cases import tiny_llama, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from scorers import foreign_tokenizer, tiny_encoder, tiny_scorer
+from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
 
 from hbat.ppo.rewards.model import (
     RewardModel,
@@ -239,10 +240,19 @@ def test_conversations_without_a_template_are_refused():
 
 
 def test_a_model_that_scores_tokens_instead_of_texts_is_refused():
+    model = LlamaForTokenClassification(tiny_scorer().config)
+    with pytest.raises(ValueError, match=r"logits of shape \(5, \d+, 1\) for 5 texts"):
+        rewarder(model, tiny_tokenizer())(PROMPTS, COMPLETIONS)
+
+
+def test_a_language_model_in_place_of_a_reward_model_is_refused_before_it_scores():
     model = tiny_llama()
     model.config.num_labels = 1
-    with pytest.raises(ValueError, match=r"logits of shape \(5, \d+, 261\) for 5 texts"):
-        rewarder(model, tiny_tokenizer())(PROMPTS, COMPLETIONS)
+    for given in (model, get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))):
+        with pytest.raises(
+            ValueError, match=r"'judge', a .*, is a language model: it has no head for a reward. Train"
+        ):
+            rewarder(given, tiny_tokenizer())
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -278,6 +288,42 @@ def test_an_adapter_brings_the_head_that_its_base_lacks(tmp_path):
     assert is_reward_model(adapted)
     expected = rewarder(adapted, tokenizer)(PROMPTS, COMPLETIONS)
     torch.testing.assert_close(rewarder(loaded, tokenizer)(PROMPTS, COMPLETIONS), expected)
+
+
+def saved_adapter(folder, base, *, labels=1, **options):
+    """Folder of a LoRA adapter on a saved `base`, which is read as what the adapter's task is."""
+    base.save_pretrained(folder / "base")
+    read = type(base) if options.get("task_type") == "CAUSAL_LM" else LlamaForSequenceClassification
+    read = read.from_pretrained(folder / "base", num_labels=labels)
+    adapted = get_peft_model(read, LoraConfig(**{"target_modules": ["q_proj"], "init_lora_weights": False} | options))
+    adapted.save_pretrained(folder / "adapter")
+    return adapted, folder / "adapter"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"task_type": "CAUSAL_LM"}, {"target_modules": ["q_proj", "score"]}],
+    ids=["no task", "of a language model", "low rank on the head"],
+)
+def test_an_adapter_is_refused_where_neither_it_nor_its_base_has_a_head(options, tmp_path):
+    _, folder = saved_adapter(tmp_path, tiny_llama(), **options)
+    with pytest.raises(ValueError, match=r"'.*adapter' is not .* nor its base '.*base' has weights .* for \['score\."):
+        load_reward_model(folder)
+
+
+def test_an_adapter_without_a_head_takes_that_of_its_base(tmp_path):
+    base = tiny_scorer()
+    adapted, folder = saved_adapter(tmp_path, base)
+    loaded = load_reward_model(str(folder))
+    assert torch.equal(loaded.score.weight, base.score.weight)
+    expected = rewarder(adapted, tiny_tokenizer())(PROMPTS, COMPLETIONS)
+    torch.testing.assert_close(rewarder(loaded, tiny_tokenizer())(PROMPTS, COMPLETIONS), expected)
+
+
+def test_an_adapter_with_a_head_of_several_labels_is_refused(tmp_path):
+    _, folder = saved_adapter(tmp_path, tiny_llama(), labels=3, task_type="SEQ_CLS")
+    with pytest.raises(ValueError, match=r"^`reward_funcs` '.*adapter': its weights cannot be loaded"):
+        load_reward_model(folder)
 
 
 def test_a_model_without_tokenizer_is_refused(tmp_path):

@@ -6,7 +6,9 @@ import threading
 import pytest
 import torch
 from cases import tiny_tokenizer
+from datasets import Dataset
 from scorers import FOREIGN_TEMPLATE, foreign_tokenizer, tiny_scorer
+from transformers import PreTrainedModel
 
 from hbat.ppo.rewards.function import RewardError
 from hbat.ppo.rewards.rewards import Rewards
@@ -58,7 +60,7 @@ def test_a_row_to_which_no_reward_applies_is_an_error():
         return [1.0, None, 1.0, None]
 
     with pytest.raises(
-        RewardError, match=r"\(never, never_2\) returned None for 2 of 4 rows, first row 1, .*' it is 3'"
+        RewardError, match=r"\(never, never_2\) returned None or NaN for 2 of 4 rows, first row 1, .*' it is 3'"
     ):
         scored([never, never])
 
@@ -78,8 +80,23 @@ def test_functions_see_columns_tokens_and_the_trainers_state():
         columns={"answer": [2, 3, 4, 6], "level": [1] * 4},
         trainer_state=state,
     )
+    assert seen["rest"].pop("log_extra")("column", [1] * 4) is seen["rest"].pop("log_metric")("name", 1.0) is None
     expected = {"prompts": PROMPTS, "ids": IDS, "answer": [2, 3, 4, 6], "state": state, "rest": {"level": [1] * 4}}
     assert seen == expected
+
+
+def test_data_sets_without_a_column_that_a_function_needs_are_refused():
+    def judge(completions, answer, log_metric, level=1):
+        raise AssertionError
+
+    good, bad = (
+        Dataset.from_dict({"prompt": ["a"], "answer": ["b"]}),
+        Dataset.from_dict({"prompt": ["a"], "more": ["b"]}),
+    )
+    Rewards(judge).require(good, {"first": good}, None, bad.select([]))
+    for given in (bad, {"first": good, "second": bad}):
+        with pytest.raises(RewardError, match=r"'judge' needs \['answer'\], but the columns .* are \['more'\]"):
+            Rewards(judge).require(good, given)
 
 
 def test_a_column_cannot_take_the_place_of_the_completions():
@@ -162,12 +179,29 @@ def test_conversations_need_a_template_only_where_there_is_a_model():
     bare = foreign_tokenizer()
     bare.chat_template = None
     model = tiny_scorer(vocabulary=len(bare))
-    Rewards(length).require_template()
+    chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": "a"}]]})
+    Rewards(length).require(chats)
     rewards = Rewards([length, model], processing_classes=[None, bare])
     with pytest.raises(ValueError, match="'LlamaForSequenceClassification' has no chat template"):
-        rewards.require_template()
+        rewards.require(chats)
     bare.chat_template = FOREIGN_TEMPLATE
-    rewards.require_template()
+    rewards.require(chats)
+
+
+def test_trl_gets_functions_and_models_and_an_adapter_inside_its_model():
+    from peft import LoraConfig, get_peft_model
+
+    plain = tiny_scorer()
+    adapted = get_peft_model(tiny_scorer(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    first, second, third = Rewards(
+        [length, plain, adapted], processing_classes=[None, *[tiny_tokenizer()] * 2]
+    ).for_trl
+    assert first(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=IDS) == [2, 8, 2, 8]
+    assert second is plain
+    assert isinstance(third, PreTrainedModel)
+    tokens = torch.arange(4)[None]
+    assert torch.equal(third(tokens).logits, adapted(tokens).logits)
+    assert not torch.equal(third(tokens).logits, plain(tokens).logits)
 
 
 def test_an_error_in_a_model_names_it():

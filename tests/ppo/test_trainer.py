@@ -6,8 +6,10 @@ import math
 import cases
 import ppo_cases
 import pytest
+import runs
 import torch
 from ppo_cases import build, logged, trained
+from scorers import tiny_scorer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hbat.engines.checks import policy_of
@@ -29,6 +31,45 @@ def run(make, folder, **options):
     trainer = build(make(0), folder, **options)
     trainer.train()
     return trainer
+
+
+# --- what rewards log ------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_adds_to_the_log_of_training_and_evaluation(tmp_path):
+    calls = []
+
+    def reward(completions, log_metric, log_extra):
+        calls.append(len(calls))
+        log_extra("number", [0] * len(completions))
+        log_metric("calls", calls[-1])
+        log_metric(name="calls", value=calls[-1] + 2)
+        log_metric("reward", 100.0)
+        return [0.0] * len(completions)
+
+    trainer = build(
+        cases.tiny_llama(0), tmp_path, reward_funcs=reward, logging_steps=8, eval_dataset=ppo_cases.prompts(4)
+    )
+    trainer.train()
+    assert (logged(trainer, "calls"), logged(trainer, "reward")) == ([1.5], [0.0])
+    assert trainer.evaluate()["eval_calls"] == 3.0
+
+
+# --- the text --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_reward_sees_the_space_between_prompt_and_completion(conversational, tmp_path):
+    spaces = ppo_cases.Spaces()
+    PPOTrainer(
+        cases.tiny_llama(0),
+        ppo_cases.arguments(tmp_path, max_steps=1),
+        ppo_cases.spaced_prompts(conversational=conversational),
+        processing_class=cases.spaced_tokenizer(),
+        reward_funcs=spaces,
+    ).train()
+    assert spaces.right
+    assert any(spaces.texts)
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
@@ -227,8 +268,6 @@ def test_a_separate_critic_leaves_the_policys_gradient_alone(tmp_path):
 
 
 def test_a_critic_of_a_model_on_disk(tmp_path):
-    from scorers import tiny_scorer
-
     tiny_scorer(vocabulary=cases.VOCABULARY_SIZE).save_pretrained(tmp_path / "scorer")
     cases.tiny_tokenizer().save_pretrained(tmp_path / "scorer")
     options = {"critic": "separate", "critic_model_name_or_path": str(tmp_path / "scorer"), "max_steps": 2}
@@ -237,8 +276,6 @@ def test_a_critic_of_a_model_on_disk(tmp_path):
 
 
 def test_a_critic_that_does_not_know_the_policys_tokens_is_refused(tmp_path):
-    from scorers import tiny_scorer
-
     tiny_scorer(vocabulary=20).save_pretrained(tmp_path / "scorer")
     with pytest.raises(ValueError, match=r"20 token embeddings, but the policy's vocabulary has 261"):
         build(cases.tiny_llama(0), tmp_path, critic="separate", critic_model_name_or_path=str(tmp_path / "scorer"))
@@ -421,6 +458,36 @@ def test_what_is_kept_brings_critic_and_kl_coefficient_to_another_trainer(tmp_pa
     other = build(cases.tiny_llama(0), tmp_path / "third", critic="separate")
     with pytest.raises(ValueError, match="critic does not fit"):
         other.restore_state(first.kept_state())
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_saved_policy_brings_its_critic_and_leaves_the_kl_coefficient_to_the_options(by_name, tmp_path):
+    first = run(cases.tiny_llama, tmp_path, max_steps=2, kl_coef=0.1)
+    first.save_model()
+    model = str(tmp_path) if by_name else AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    second = build(model, tmp_path / "second", kl_coef=0.2)
+    assert second.model.critic.head.weight.abs().max() > 0
+    assert runs.same(cases.weights(second.model.critic), cases.weights(first.model.critic))
+    assert second.kept_state()["kl_coef"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("named", "reason"),
+    [(False, "The saved critic does not fit"), (True, "`critic_model_name_or_path` names another")],
+)
+def test_a_critic_beside_the_policy_that_is_not_read_is_told(named, reason, tmp_path):
+    run(cases.tiny_llama, tmp_path, max_steps=1).save_model()
+    tiny_scorer().save_pretrained(tmp_path / "scorer")
+    options = {"critic_model_name_or_path": str(tmp_path / "scorer")} if named else {}
+    with pytest.warns(UserWarning, match=rf"The critic '.*critic\.safetensors' is not read: {reason}"):
+        build(str(tmp_path), tmp_path / "second", critic="separate", **options)
+
+
+def test_a_damaged_critic_beside_the_policy_is_refused(tmp_path):
+    run(cases.tiny_llama, tmp_path, max_steps=1).save_model()
+    (tmp_path / "critic.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"`critic` '.*critic\.safetensors': its weights cannot be loaded"):
+        build(str(tmp_path), tmp_path / "second")
 
 
 def test_evaluation_is_greedy_repeatable_and_leaves_training_alone(tmp_path):

@@ -61,6 +61,22 @@ def tiny_tokenizer():
     return tokenizer
 
 
+def spaced_tokenizer():
+    """As SentencePiece's: one token per word with the space before it, which is dropped at the beginning of a text."""
+    words = [*SPECIAL_TOKENS, *(f"\u2581w{number}" for number in range(256))]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, "<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=SPECIAL_TOKENS[0],
+        eos_token=SPECIAL_TOKENS[1],
+        additional_special_tokens=SPECIAL_TOKENS[2:],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 #: As Gemma's and Mistral's: no system turn, and user and assistant take turns.
 STRICT_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"

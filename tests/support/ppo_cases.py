@@ -53,6 +53,29 @@ def build(model, folder, *, rows=None, reward_funcs=letters, kind=PPOTrainer, **
     )
 
 
+def spaced_prompts(*, conversational):
+    """Prompts for `cases.spaced_tokenizer`."""
+    texts = [f"w{number} w{number + 1}" for number in range(4)]
+    return Dataset.from_dict({
+        "prompt": [[{"role": "user", "content": text}] if conversational else text for text in texts]
+    })
+
+
+class Spaces:
+    """A reward that collects the texts that it sees, and tells whether each begins with a space."""
+
+    def __init__(self):
+        self.texts, self.right = [], True
+
+    def __call__(self, completions, completion_ids, **columns):
+        texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
+        self.texts += texts
+        tokenizer = cases.spaced_tokenizer()
+        words = [tokenizer.decode(ids, skip_special_tokens=True).split() for ids in completion_ids]
+        self.right &= texts == ["".join(f" {word}" for word in each) for each in words]
+        return [float(len(text)) for text in texts]
+
+
 def logged(trainer, key):
     return [each[key] for each in trainer.state.log_history if key in each]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import ClassVar
 
 import cases
 import pytest
@@ -52,7 +53,7 @@ def test_a_callback_of_the_user_sees_every_stage(evaluated):
 
 def test_a_callback_of_one_objective_sees_its_stages_alone(tmp_path):
     class Seen(TrainerCallback):
-        stages = []
+        stages: ClassVar = []
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.stages.append(type(args).__name__)

@@ -1,6 +1,8 @@
 """Model, tokenizer and adapter of a run: loaded once, checked once."""
 
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def load_model(model: Any, config: HBATConfig, peft_config: Any, *, takes_refere
     if isinstance(model, str | Path):
         if peft_config is not None and is_adapter(model):
             raise ValueError(_TWO_ADAPTERS)
-        model = _from_pretrained(model, config)
+        model = load_language_model(model, config.model_init_kwargs)
     elif not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a {type(model).__name__}; give a name, a path or a model.")
     elif config.model_init_kwargs:
@@ -66,9 +68,9 @@ def load_model(model: Any, config: HBATConfig, peft_config: Any, *, takes_refere
     refuse_adapters(model, takes_reference=takes_reference)
     refuse_model(model, gets_adapter=peft_config is not None)
     if peft_config is not None:
-        model = _add_adapter(model, peft_config, config.seed)
+        model = add_adapter(model, peft_config, config.seed)
     refuse_adapters(model, takes_reference=takes_reference)
-    _require_trainable(model)
+    require_trainable(model)
     if not weights_come_later():
         _check_weights(model)
     keep_differentiable(model)
@@ -112,8 +114,15 @@ def load_pretrained(auto_class: Any, name: str | Path, *, called: str = "model",
     Raises:
         ValueError: If the weights are damaged, or pickled objects that are not tensors.
     """
-    try:
+    with damage_named(name, called):
         return auto_class.from_pretrained(str(at_home(name)), **{**_NO_REMOTE_CODE, **options})
+
+
+@contextmanager
+def damage_named(name: str | Path, called: str) -> Iterator[None]:
+    """Turn errors about damaged weights inside the block into a ValueError with their name and the user's option."""
+    try:
+        yield
     except Exception as error:
         # transformers 4.57 turns any error into an `OSError` about TensorFlow files.
         if isinstance(error, _CLEAR) and "Unable to load weights" not in str(error):
@@ -200,8 +209,9 @@ def require_adapter_parameters(model: nn.Module) -> None:
         )
 
 
-def _from_pretrained(name: str | Path, config: HBATConfig) -> Any:
-    options = dict(config.model_init_kwargs or {})
+def load_language_model(name: str | Path, init_kwargs: Mapping[str, Any] | None = None) -> Any:
+    """Load a causal language model by name or path, also from an adapter's folder; in float32 by default."""
+    options = dict(init_kwargs or {})
     if "torch_dtype" not in options:  # the older name
         # As TRL loads them: with `bf16`, the trainer computes in bfloat16 on float32 weights.
         options.setdefault("dtype", "float32")
@@ -217,7 +227,8 @@ def _from_pretrained(name: str | Path, config: HBATConfig) -> Any:
     return load_pretrained(AutoPeftModelForCausalLM, name, is_trainable=True, **options)
 
 
-def _add_adapter(model: Any, peft_config: Any, seed: int) -> Any:
+def add_adapter(model: Any, peft_config: Any, seed: int) -> Any:
+    """Add a new adapter, whose random weights follow from the seed."""
     try:
         from peft import PeftConfig, get_peft_model  # noqa: PLC0415 - an optional extra
     except ImportError as error:
@@ -232,7 +243,8 @@ def _add_adapter(model: Any, peft_config: Any, seed: int) -> Any:
     return get_peft_model(model, peft_config)
 
 
-def _require_trainable(model: Any) -> None:
+def require_trainable(model: Any) -> None:
+    """Refuse a model of which nothing is trained (ValueError)."""
     if not trainable_parameters(model):
         hint = " Load the adapter with `is_trainable=True`." if hasattr(model, "peft_config") else ""
         raise ValueError(f"The model has no trainable parameter.{hint or ' Unfreeze what is to be trained.'}")

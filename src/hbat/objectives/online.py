@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -10,20 +11,33 @@ from hbat.data.faults import RowCheck
 from hbat.data.formats import prompt_faults
 from hbat.engines.patches import given_reference
 from hbat.objectives.objective import Objective
+from hbat.ppo.rewards.rewards import Rewards
+from hbat.ppo.rollouts.prompts import as_completions, completion_texts, prompt_tokens
 
 
-class ReferencePassed:
+class OnlineStage:
     """Lets a trainer of TRL that takes no `ref_model` take one. Stands before the trainer among a class's bases.
 
     For a full model TRL loads the reference policy from the files under the model's name: the base model's weights
     instead of the present ones, and a second copy in memory. Here it gets the model that is there instead, where it
     would load one, so that all that TRL then does to its reference is done as ever. With an adapter TRL makes its own
     reference, and nothing is passed.
+
+    Rewards are what they are in PPO, and so is the text that they see. TRL leaves out a completion to which none
+    applies, but some must be left.
     """
+
+    processing_class: Any
+    args: Any
 
     def __init__(self, *args: Any, ref_model: Any = None, **kwargs: Any) -> None:
         if kwargs.get("eval_dataset") is not None:
             _require_whole_groups(kwargs["args"])
+        if kwargs.get("reward_funcs"):
+            self._rewards = Rewards(kwargs["reward_funcs"], processing_classes=kwargs.get("reward_processing_classes"))
+            kwargs["reward_funcs"] = self._rewards.for_trl
+            if not kwargs.keys() & {"rollout_func", "environment_factory"}:  # which give rewards more than columns
+                self._rewards.require(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         with given_reference(type(self), ref_model):
             super().__init__(*args, **kwargs)
         own: Any = self
@@ -33,12 +47,26 @@ class ReferencePassed:
                 "version from 1.0 to 1.16, or an adapter (`peft_config`)."
             )
 
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Tensor:
+        tokenizer, rows = self.processing_class, [{"prompt": prompt} for prompt in prompts]
+        if not hasattr(tokenizer, "tokenizer"):  # a processor's prompts hold more than text
+            options = self.args.chat_template_kwargs or {}
+            alone = as_completions(tokenizer.batch_decode(completion_ids, skip_special_tokens=True), rows)
+            if completions == alone:  # nothing of TRL's own in them, such as calls of tools
+                tokens = [prompt_tokens(prompt, tokenizer, options) for prompt in prompts]
+                completions[:] = as_completions(completion_texts(tokenizer, tokens, completion_ids), rows)
+        # Of all processes.
+        values: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)  # type: ignore[misc]
+        if values.isnan().all():
+            raise self._rewards.unscored(range(len(completions)), completions)
+        return values
 
-class StageGRPOTrainer(ReferencePassed, GRPOTrainer):
+
+class StageGRPOTrainer(OnlineStage, GRPOTrainer):
     """TRL's GRPOTrainer, whose reference policy is passed as `ref_model`."""
 
 
-class StageRLOOTrainer(ReferencePassed, RLOOTrainer):
+class StageRLOOTrainer(OnlineStage, RLOOTrainer):
     """TRL's RLOOTrainer, whose reference policy is passed as `ref_model`."""
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hbat.objectives.objective import Objective
-from hbat.ppo.rewards.model import load_reward_model
+from hbat.ppo.rewards.model import is_reward_model, load_reward_model
+from hbat.state.fingerprint import weights_digest
 
 
 def with_rewards(
@@ -57,11 +58,16 @@ def with_rewards(
 
 
 def reward_names(objectives: Iterable[Objective]) -> dict[str, list[str]]:
-    """Names of the reward functions, or classes of anything else, by objective."""
+    """Names of the reward functions, classes and weights of the models, classes of anything else, by objective."""
     names = {}
     for objective in objectives:
         given = objective.trainer_kwargs.get("reward_funcs") or []
         rewards = given if isinstance(given, list | tuple) else [given]
         if rewards:
-            names[objective.name] = [str(getattr(reward, "__name__", type(reward).__name__)) for reward in rewards]
+            names[objective.name] = [_name(reward) for reward in rewards]
     return names
+
+
+def _name(reward: Any) -> str:
+    name = str(getattr(reward, "__name__", type(reward).__name__))
+    return f"{name} {weights_digest(dict(reward.named_parameters()))}" if is_reward_model(reward) else name

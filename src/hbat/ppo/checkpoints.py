@@ -1,6 +1,7 @@
 """Checkpoints: the policy as `save_pretrained` writes it, beside it the critic and the state of a rollout."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from hbat.model.adapters import ADAPTER, REFERENCE_ADAPTER, kept_form, reference_tensors
+from hbat.model.load import damage_named
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.engine import give_back, is_sharded, shared_as, whole_weights, written_as_whole
 from hbat.ppo.networks.policy_and_critic import PolicyAndCritic
@@ -96,6 +98,23 @@ class PolicyCheckpoints(Trainer):
         for name, tensor in own.items():
             tensor.copy_(shared_as(state[name], tensor))
         self._progress.kl_coef = float(state[_KL_COEF])
+
+    def continue_critic(self, folder: str) -> None:
+        """Start from the critic beside a policy that a PPOTrainer saved; warns if there is one that is not read."""
+        file = Path(folder) / _CRITIC_FILE
+        if not folder or not file.is_file():
+            return
+        reason = "`critic_model_name_or_path` names another."
+        if self.args.critic_model_name_or_path is None:
+            with damage_named(file, "critic"):
+                state = load_file(file)
+            try:
+                self.restore_state(state | {_KL_COEF: self.kept_state()[_KL_COEF]})
+            except ValueError as error:
+                reason = str(error)
+            else:
+                return
+        warnings.warn(f"The critic {str(file)!r} is not read: {reason}", stacklevel=3)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder, policy = Path(str(output_dir or self.args.output_dir)), self.model.policy

@@ -1,16 +1,16 @@
 """What PPO requires of model, tokenizer, prompts and engine, checked when the trainer is built."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from hbat.data.check import check_dataset
 from hbat.data.formats import prompt_faults
 from hbat.model.adapters import refuse_adapters
-from hbat.model.load import keep_differentiable, load_pretrained, load_tokenizer
+from hbat.model.load import add_adapter, keep_differentiable, load_language_model, load_tokenizer, require_trainable
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.engine import refuse_arguments, refuse_base, refuse_policy
 from hbat.ppo.rollouts.prompts import TOKENS, check_lengths, context_length, tokenize_prompts
@@ -21,7 +21,7 @@ def prepare(
 ) -> tuple[Any, Any, Dataset]:
     """Load what is given by name and check that everything fits: policy, tokenizer and tokenized prompts."""
     policy = _load_policy(model, args, peft_config)
-    tokenizer = _load_tokenizer(processing_class, policy, args)
+    tokenizer = _checked(load_tokenizer(processing_class, policy, origin=model), policy, args)
     rows, _ = check_dataset(train_dataset, name="train_dataset", faults=prompt_faults, on_bad_rows=None)
     prompts = tokenize_prompts(rows, tokenizer, args.chat_template_kwargs)
     needed = args.rollout_size * args.world_size
@@ -52,25 +52,21 @@ def _load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:
     if not isinstance(args, PPOConfig):
         raise TypeError(f"`args` is a {type(args).__name__}; pass a `PPOConfig`.")
     refuse_arguments(args)
-    if isinstance(model, str):
-        model = load_pretrained(AutoModelForCausalLM, model, dtype="float32")
+    if isinstance(model, str | Path):
+        model = load_language_model(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a {type(model).__name__}; pass a name, a path or a model.")
     if peft_config is not None:
-        from peft import get_peft_model  # noqa: PLC0415 - an optional extra
-
-        if hasattr(model, "peft_config"):
-            raise ValueError("The model has an adapter already and `peft_config` asks for another. Remove one.")
         refuse_base(model)
-        model = get_peft_model(model, peft_config)
+        model = add_adapter(model, peft_config, args.seed)
     refuse_adapters(model, takes_reference=True)
     refuse_policy(args, model)
+    require_trainable(model)
     keep_differentiable(model)
     return model
 
 
-def _load_tokenizer(tokenizer: Any, policy: Any, args: PPOConfig) -> Any:
-    tokenizer = load_tokenizer(tokenizer, policy)
+def _checked(tokenizer: Any, policy: Any, args: PPOConfig) -> Any:
     if tokenizer.eos_token_id is None and not {"eos_token_id", "stop_strings"} & (args.generation_kwargs or {}).keys():
         raise ValueError(
             "The tokenizer has no EOS token, so no completion would ever end by itself. Set its `eos_token`, or "

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class PPOTrainer(PolicyCheckpoints):
     exactly, also in the middle of a rollout.
 
     Args:
-        model: Causal language model, with a PEFT adapter named `default` if it has one, or its name or path.
+        model: Causal language model, with a PEFT adapter named `default` if it has one, or its name or path, also of
+            an adapter's folder.
         args: The options.
         train_dataset: Rows with `prompt`, a text or messages; reward functions receive all other columns.
         eval_dataset: Rows to evaluate on; `eval_reward` is the mean reward of greedy completions.
@@ -54,6 +56,7 @@ class PPOTrainer(PolicyCheckpoints):
 
     Raises:
         ValueError: If model, tokenizer, rows and options do not fit each other.
+        RewardError: If a reward needs a column that the rows lack.
         NotImplementedError: For what `docs/support.md` lists as not supported.
     """
 
@@ -74,14 +77,14 @@ class PPOTrainer(PolicyCheckpoints):
         reward_funcs = at_home(reward_funcs)
         policy, tokenizer, prompts = prepare(at_home(model), args, train_dataset, processing_class, peft_config)
         rewards = Rewards(reward_funcs, weights=args.reward_weights, processing_classes=reward_processing_classes)
-        if not isinstance(prompts[0]["prompt"], str):
-            rewards.require_template()
+        evaluation = prepare_rows(eval_dataset, policy, tokenizer, args)
+        rewards.require(prompts, evaluation)
         super().__init__(
             model=PolicyAndCritic(policy, build_critic(args.critic, policy, args.critic_model_name_or_path)),
             args=args,
             data_collator=_collate_nothing,
             train_dataset=prompts,
-            eval_dataset=prepare_rows(eval_dataset, policy, tokenizer, args),
+            eval_dataset=evaluation,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -107,6 +110,8 @@ class PPOTrainer(PolicyCheckpoints):
         self._progress = Progress(args.kl_coef)
         self._micro_step: int | None = None
         self._update: dict[str, Tensor] = {}
+        by_name = isinstance(model, str | Path)
+        self.continue_critic(str(model) if by_name else policy.config._name_or_path)  # noqa: SLF001 - no public name
 
     @property
     def policy(self) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainingArguments
 
 from hbat.config.hbat import HBATConfig
@@ -106,7 +106,8 @@ def fingerprint(
     if "ppo" in config.objective_names:
         described["run"]["ppo_backend"] = config.ppo_backend
     if model is not None:
-        described["parameters"]["frozen"] = _frozen(model)
+        frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
+        described["parameters"]["frozen"] = weights_digest(frozen)
         quantization = getattr(getattr(model, "config", None), "quantization_config", None)
         if quantization is not None:  # also says in which precision the frozen weights compute
             plain = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
@@ -146,12 +147,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _frozen(model: nn.Module) -> str:
-    # Not where the model came from: folders are moved. The beginning of every tensor tells models apart and is cheap.
+def weights_digest(parameters: Mapping[str, Tensor]) -> str:
+    """Digest of parameters by name. The beginning of every tensor tells models apart and is cheap."""
+    # Not where a model came from: folders are moved.
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            continue
+    for name, parameter in parameters.items():
         digest.update(f"{canonical_name(name)} {list(parameter.shape)} {parameter.dtype} ".encode())
         if not parameter.is_meta:  # offloaded by accelerate
             values = whole_of(parameter.detach()).reshape(-1)[:_SAMPLED_VALUES]

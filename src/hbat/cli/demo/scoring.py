@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hbat.cli.demo.task import LONGEST_LIST, Row, is_right, parse_answer, utility
+from hbat.ppo.rollouts.prompts import completion_texts
 
 TEMPERATURE = 0.75  # the paper's
 LONGEST_ANSWER = LONGEST_LIST + 5  # opening, body, two fillers, closing, end of text
@@ -52,7 +53,8 @@ def generate_answers(
                 eos_token_id=tokenizer.eos_token_id,
                 use_cache=True,
             )
-        answers += tokenizer.batch_decode(texts[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        tokens = batch["input_ids"].tolist()
+        answers += completion_texts(tokenizer, tokens, texts[:, len(tokens[0]) :].tolist())
     model.train(was_training)
     return answers
 

@@ -69,8 +69,7 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
         _require_padding(processing_class)
         rewards = Rewards(reward_funcs, processing_classes=reward_processing_classes)
         rows = self._tokenised(train_dataset, "train_dataset", model, args, processing_class)
-        if not isinstance(rows[0]["prompt"], str):
-            rewards.require_template()
+        rewards.require(rows, eval_dataset)
         if len(rows) < args.per_device_train_batch_size:
             raise ValueError(
                 f"train_dataset has {len(rows)} rows, but a rollout takes `per_device_train_batch_size` = "

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Arguments of every reward function beside the columns of the data set.
-_GIVEN = {"prompts", "completions", "completion_ids", "trainer_state"}
+#: Arguments of every reward function beside the columns of the data set, as TRL (1.16) has them.
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _BY_KEYWORD = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 _SHOWN = 80  # characters of a completion in a message
 
@@ -55,7 +55,7 @@ class CallableReward:
         """Select the arguments that the function takes; RewardError if one is missing."""
         missing = sorted(self._needs - inputs.keys())
         if missing:
-            columns = [name for name in inputs if name not in _GIVEN]
+            columns = [name for name in inputs if name not in GIVEN]
             raise RewardError(
                 f"The reward {self.name!r} needs {missing}, but the columns of the data set are {columns}. "
                 "Rename the column or the parameter, or give the parameter a default."
@@ -77,6 +77,22 @@ class CallableReward:
             raise self._failure(error) from error
         except (KeyboardInterrupt, SystemExit) as error:
             raise Interrupt(error) from None
+
+    def for_trl(self) -> Callable[..., list[float]]:
+        """The function as TRL calls it: with the arguments that it takes, and with its result checked."""
+
+        def checked(completions: Sequence[Any], **others: Any) -> list[float]:
+            arguments = self.arguments({"completions": completions, **others})
+            return self.values(self.call(arguments), completions).tolist()
+
+        async def awaited(completions: Sequence[Any], **others: Any) -> list[float]:
+            arguments = self.arguments({"completions": completions, **others})
+            return self.values(await self.finish(self.call(arguments)), completions).tolist()
+
+        is_async = any(map(inspect.iscoroutinefunction, (self._function, self._function.__call__)))
+        chosen: Any = awaited if is_async else checked
+        chosen.__name__ = self.name
+        return chosen
 
     def values(self, result: Any, completions: Sequence[Any]) -> Tensor:
         """One float32 value per completion on the CPU, NaN for None; RewardError if the result is anything else."""

@@ -1,5 +1,7 @@
 """A sequence classification model as reward, with a tokenizer of its own."""
 
+import json
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import find_adapter_config_file
 
-from hbat.model.load import is_adapter, load_pretrained
+from hbat.model.copies import wrapped_models
+from hbat.model.load import damage_named, load_pretrained
+
+_ADVICE = (
+    "Train one with TRL's `RewardTrainer` (with LoRA, `task_type='SEQ_CLS'` saves the head too), or name one with "
+    "`num_labels` 1."
+)
 
 
 class RewardWarning(UserWarning):
@@ -27,6 +36,11 @@ class RewardModel:
         self._model, self._tokenizer, self._name, self._max_batch_size = model, tokenizer, name, max_batch_size
         self._warned = False
         config = model.config.get_text_config()
+        if model.get_output_embeddings() is not None:
+            raise ValueError(
+                f"The reward model {name!r}, a {type(model).__name__}, is a language model: it has no head for a "
+                f"reward. {_ADVICE}"
+            )
         if model.config.num_labels != 1:
             raise ValueError(
                 f"The reward model {name!r}, a {type(model).__name__}, has num_labels={model.config.num_labels}; a "
@@ -46,6 +60,11 @@ class RewardModel:
         """Move the model, unless it was loaded across devices (`device_map`)."""
         if getattr(self._model, "hf_device_map", None) is None:
             self._model.to(device)
+
+    @property
+    def base(self) -> Any:
+        """The model with any adapter inside it: TRL knows no PeftModel as a reward."""
+        return [*wrapped_models(self._model)][-1]
 
     def require_template(self) -> None:
         """Refuse conversations (ValueError) if the tokenizer has no chat template."""
@@ -120,10 +139,17 @@ class RewardModel:
 
 
 def load_reward_model(name: str | Path) -> Any:
-    """Load a sequence classification model in its saved precision; ValueError without a trained head of one output."""
+    """Load a sequence classification model, or an adapter on one, in its saved precision.
+
+    Raises:
+        ValueError: If a part of it, such as its head, has no saved weights of the right shape: transformers makes them
+            up.
+    """
+    adapter = find_adapter_config_file(str(name))
+    base = name if adapter is None else json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
     model, found = load_pretrained(
         AutoModelForSequenceClassification,
-        name,
+        base,
         called="reward_funcs",
         num_labels=1,
         dtype="auto",
@@ -132,12 +158,25 @@ def load_reward_model(name: str | Path) -> Any:
     )
     mismatched = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]  # 4.57: names only
     made_up = sorted({*found["missing_keys"], *mismatched})
-    if made_up and not is_adapter(name):  # an adapter brings the head that its base lacks
+    if adapter is not None:
+        made_up = _still_made_up(model, made_up, name)
+    if made_up:
+        owner = "it has no" if adapter is None else f"neither the adapter nor its base {str(base)!r} has"
         raise ValueError(
-            f"{str(name)!r} is not a reward model: it has no weights of the right shape for {made_up}. Train one with "
-            "TRL's `RewardTrainer`, or name one with `num_labels` 1."
+            f"{str(name)!r} is not a reward model: {owner} weights of the right shape for {made_up}. {_ADVICE}"
         )
     return model
+
+
+def _still_made_up(model: Any, made_up: Sequence[str], adapter: str | Path) -> list[str]:
+    # Load the adapter; NaN shows which of the made-up weights it does not bring.
+    weights = model.state_dict()
+    for key in made_up:
+        weights[key].fill_(math.nan)
+    with damage_named(adapter, "reward_funcs"):
+        model.load_adapter(str(adapter))
+    own = model.named_parameters() if made_up else []
+    return [key for key, weight in own if weight.isnan().any() and "original_module" not in key.split(".")]
 
 
 def load_reward_tokenizer(model: Any, name: str | Path) -> Any:

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import math
 import weakref
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,13 @@ import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from torch import Tensor
 
-from hbat.ppo.rewards.function import CallableReward, Interrupt, RewardError, function_name, shortened
+from hbat.ppo.rewards.function import GIVEN, CallableReward, Interrupt, RewardError, function_name, shortened
 from hbat.ppo.rewards.model import RewardModel, is_reward_model, load_reward_model, load_reward_tokenizer
+from hbat.ppo.rollouts.prompts import reward_columns
+
+
+def _leave(*_: Any, **__: Any) -> None:
+    """Log nothing: there is no table of completions for `log_extra`."""
 
 
 class Rewards:
@@ -28,6 +33,7 @@ class Rewards:
 
     Attributes:
         names: Unique names of the rewards, for logs.
+        for_trl: The rewards as TRL's trainers take them.
 
     Raises:
         TypeError: If a reward is neither callable nor a model.
@@ -54,12 +60,14 @@ class Rewards:
             self.names.append(_unique(_name(reward), self.names))
         self._models: list[RewardModel] = []
         self._functions: list[CallableReward] = []
+        self.for_trl: list[Any] = []
         for name, function, tokenizer in zip(self.names, rewards, tokenizers, strict=True):
             reward = function
             if isinstance(function, str | Path) or is_reward_model(function):
                 reward = _model(function, tokenizer, name, max_batch_size)
                 self._models.append(reward)
             self._functions.append(CallableReward(reward, name))
+            self.for_trl.append(reward.base if isinstance(reward, RewardModel) else self._functions[-1].for_trl())
         self._portal: BlockingPortal | None = None  # to the event loop of async functions
 
     def to(self, device: torch.device | str) -> None:
@@ -67,10 +75,21 @@ class Rewards:
         for model in self._models:
             model.to(device)
 
-    def require_template(self) -> None:
-        """Refuse conversational prompts (ValueError) if a reward model's tokenizer has no chat template."""
-        for model in self._models:
-            model.require_template()
+    def require(self, *datasets: Any) -> None:
+        """Refuse rows that cannot be scored, of data sets, mappings of them, or None.
+
+        Raises:
+            RewardError: If a reward needs a column that they lack.
+            ValueError: If their prompts are conversations and a reward model's tokenizer has no chat template.
+        """
+        for rows in datasets:
+            if isinstance(rows, Mapping):
+                self.require(*rows.values())
+            elif rows:
+                for function in self._functions:
+                    function.arguments(dict.fromkeys(GIVEN) | reward_columns([rows[0]]))
+                for model in () if isinstance(rows[0]["prompt"], str) else self._models:
+                    model.require_template()
 
     def __call__(
         self,
@@ -80,6 +99,7 @@ class Rewards:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, list[Any]],  # the other columns of the data set
         trainer_state: Any = None,
+        log_metric: Callable[[str, float], None] = _leave,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Score completions: texts, or lists of messages.
 
@@ -91,19 +111,22 @@ class Rewards:
             RewardError: If a reward fails or returns anything but rewards, or none applies to a row.
         """
         own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        inputs = {**columns, **own, "trainer_state": trainer_state}
+        inputs = {**columns, **own, "trainer_state": trainer_state, "log_metric": log_metric, "log_extra": _leave}
         results = self._results([function.arguments(inputs) for function in self._functions])
         pairs = zip(self._functions, results, strict=True)
         values = torch.stack([function.values(result, completions) for function, result in pairs])
         unscored = values.isnan().all(0).nonzero().flatten().tolist()
         if unscored:
-            row = unscored[0]
-            raise RewardError(
-                f"Every reward ({', '.join(self.names)}) returned None for {len(unscored)} of {len(completions)} "
-                f"rows, first row {row}, the completion {shortened(completions[row])}. At least one must apply."
-            )
+            raise self.unscored(unscored, completions)
         total = values.double().mul(self._weights.unsqueeze(1)).nansum(0).float()
         return total, dict(zip(self.names, values, strict=True))
+
+    def unscored(self, rows: Sequence[int], completions: Sequence[Any]) -> RewardError:
+        """The error for rows to which no reward applies."""
+        return RewardError(
+            f"Every reward ({', '.join(self.names)}) returned None or NaN for {len(rows)} of {len(completions)} rows, "
+            f"first row {rows[0]}, the completion {shortened(completions[rows[0]])}. At least one must apply."
+        )
 
     def _results(self, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
         results: list[Any] = []

@@ -5,9 +5,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from hbat.ppo.networks.policy_and_critic import PolicyAndCritic
 from hbat.ppo.networks.reference import Reference
 from hbat.ppo.rewards.rewards import Rewards
 from hbat.ppo.rollouts.generation import Completions, CompletionSampler
-from hbat.ppo.rollouts.prompts import TOKENS, as_completions, pad_left, reward_columns
+from hbat.ppo.rollouts.prompts import TOKENS, as_completions, completion_texts, pad_left, reward_columns
 from hbat.ppo.rollouts.rollout import Rollout, Sequences, assess
 
 
@@ -26,10 +28,12 @@ class _ScoredCompletions:
     completions: Completions
     scores: Tensor  # one per completion, float32 on the CPU
     by_name: Mapping[str, Tensor]  # of each reward, NaN where it did not apply
+    logged: Mapping[str, Sequence[float]]  # by the rewards themselves
 
     def entries(self) -> dict[str, Tensor]:
-        """What is logged: one number per completion, by name."""
+        """What is logged: one number per completion, by name, and one for all of what rewards log."""
         return {
+            **{name: torch.tensor([fmean(values)]) for name, values in self.logged.items()},
             "reward": self.scores,
             **{f"rewards/{name}": values for name, values in self.by_name.items()},
             "completions/mean_length": torch.tensor([float(len(tokens)) for tokens in self.completions.tokens]),
@@ -41,15 +45,16 @@ def _means(
     entries: Mapping[str, Tensor], total: Callable[[Tensor], Tensor], device: torch.device | str
 ) -> dict[str, float]:
     # Means over the completions of all processes without NaN, and the standard deviation of `reward`.
+    names = list(dict.fromkeys(gather_object(list(entries))))  # a reward need not log the same on all of them
     sums = torch.stack([
         torch.stack([values.nansum(), values.nan_to_num().square().sum(), (~values.isnan()).sum().to(values.dtype)])
-        for values in (entry.detach().double().cpu() for entry in entries.values())
+        for values in (entries.get(name, torch.zeros(0)).detach().double().cpu() for name in names)
     ])
     # Accelerators without float64 exist, but not among those that several processes train on.
     added, squared, counts = total(sums.to(device)).cpu().unbind(1)
     average = added / counts.clamp(min=1)
-    found = dict(zip(entries, average.tolist(), strict=True))
-    index = list(entries).index("reward")
+    found = dict(zip(names, average.tolist(), strict=True))
+    index = names.index("reward")
     variance = float(squared[index] / counts[index].clamp(min=1) - average[index] ** 2)
     return found | {"reward_std": math.sqrt(max(variance, 0.0))}
 
@@ -115,16 +120,22 @@ class RolloutCollector:
     def _score(self, rows: Sequence[Mapping[str, Any]], *, seed: int | None, trainer_state: Any) -> _ScoredCompletions:
         with self._timed("generation"), self.accelerator.autocast():
             completions = self.sampler.sample([row[TOKENS] for row in rows], seed=seed)
+        logged: dict[str, list[float]] = {}
+
+        def log_metric(name: str, value: float) -> None:
+            logged.setdefault(name, []).append(float(value))
+
         with self._timed("rewards"):
-            texts = self.tokenizer.batch_decode(completions.tokens, skip_special_tokens=True)
+            texts = completion_texts(self.tokenizer, [row[TOKENS] for row in rows], completions.tokens)
             scores, by_name = self.rewards(
                 [row["prompt"] for row in rows],
                 as_completions(texts, rows),
                 completion_ids=completions.tokens,
                 columns=reward_columns(rows),
                 trainer_state=trainer_state,
+                log_metric=log_metric,
             )
-        return _ScoredCompletions(completions, scores, by_name)
+        return _ScoredCompletions(completions, scores, by_name, logged)
 
     def _sequences(self, rows: Sequence[Mapping[str, Any]], completions: Completions) -> Sequences:
         device, pad = self.model.device, self.tokenizer.pad_token_id

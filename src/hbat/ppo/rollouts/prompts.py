@@ -85,6 +85,23 @@ def pad_left(sequences: Sequence[Sequence[int]], pad: int, device: torch.device 
     return ids.to(device), mask.to(device)
 
 
+def completion_texts(
+    tokenizer: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> list[str]:
+    """Decode completions as they follow their prompts, all as token ids.
+
+    A SentencePiece-like tokenizer drops the space at the beginning of a text, which a completion alone is not.
+    """
+    whole = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    before, joined, alone = (
+        tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (list(prompts), whole, list(completions))
+    )
+    return [
+        text[len(start) :] if text.startswith(start) else own
+        for start, text, own in zip(before, joined, alone, strict=True)
+    ]
+
+
 def as_completions(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Completions as reward functions get them: texts, or for conversational prompts a list with one message each."""
     if isinstance(rows[0]["prompt"], str):
