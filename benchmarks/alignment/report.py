@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from metrics import Record, area, chosen_without_own_seed, interval, line
 from plan import RATE
@@ -19,7 +20,7 @@ from run import RESULTS
 
 REFERENCE = "two-stage"
 HEATS = ("T0", "T0.75", "T1")
-_SHOWN = 12  # methods in a plot of fronts
+_SHOWN = 20  # methods in a plot of fronts
 
 
 def by(records: Iterable[Record], *names: str) -> dict[Any, list[Record]]:
@@ -108,8 +109,10 @@ def _areas(methods: list[dict[int, Record]], heat: str) -> dict[int, float]:
 def draw_fronts(records: Sequence[Record], file: Path) -> None:
     """Accuracy against style: a line a method, a point an averaging share, a star its end."""
     figure = Figure(figsize=(11, 5), layout="constrained")
-    for axis, heat in zip(figure.subplots(1, 2), ("T0", "T1"), strict=True):
-        for method, runs in list(by(records, "method").items())[:_SHOWN]:
+    shown = [(method, runs) for method, runs in by(records, "method").items() if runs[0]["preference"]][:_SHOWN]
+    for axis, heat in zip(figure.subplots(1, 2), ("T0.75", "T1"), strict=True):
+        axis.set_prop_cycle(color=colormaps["tab20"].colors)
+        for method, runs in shown:
             x, y = ([mean(runs, share, heat, what) for share in runs[0]["scores"]] for what in ("style", "accuracy"))
             dashed = "--" if runs[0]["family"] == REFERENCE else "-"
             (drawn,) = axis.plot(x, y, dashed, marker=".", linewidth=1, label=method)
