@@ -176,11 +176,10 @@ def align_special_tokens(model: Any, tokenizer: Any) -> None:
         token = getattr(tokenizer, name, None)
         for config in filter(None, (model.config.get_text_config(), generation)):
             known = getattr(config, name, None)
-            several = isinstance(known, list)
-            ids = known if several else [] if known is None else [known]
+            ids: list[Any] = known if isinstance(known, list) else [] if known is None else [known]
             if token is None or token in ids:
                 continue
-            keeps = several or (ids and config is generation and name == "eos_token_id")
+            keeps = known is ids or (ids and config is generation and name == "eos_token_id")
             setattr(config, name, [token, *ids] if keeps else token)
 
 

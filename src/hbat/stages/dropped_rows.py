@@ -25,7 +25,8 @@ def report_dropped_rows(
     Raises:
         DatasetError: If none is left.
     """
-    args, prepared = trainer.args, getattr(trainer, f"{split}_dataset")
+    args: Any = trainer.args
+    prepared = getattr(trainer, f"{split}_dataset")
     left = len(prepared) if hasattr(prepared, "__len__") else rows
     given, to = f"{split}_dataset[{objective!r}]", "train on" if split == "train" else "evaluate"
     why = f"`{objective}.max_length` is {getattr(args, 'max_length', None)}, which leaves no tokens to {to}"
@@ -34,7 +35,7 @@ def report_dropped_rows(
             f"{where}: none of the {rows} rows of {given} is left to {to}: {why}. Raise `max_length`, or give shorter "
             "prompts."
         )
-    packs: Any = getattr(args, "packing", False)
+    packs = getattr(args, "packing", False)
     if split == "eval" and getattr(args, "eval_packing", None) is not None:
         packs = args.eval_packing
     if left < rows and not packs:

@@ -83,13 +83,14 @@ class CallableReward:
 
         def checked(completions: Sequence[Any], **others: Any) -> list[float]:
             arguments = self.arguments({"completions": completions, **others})
-            return self.values(self.call(arguments), completions).tolist()
+            return list(self.values(self.call(arguments), completions).tolist())
 
         async def awaited(completions: Sequence[Any], **others: Any) -> list[float]:
             arguments = self.arguments({"completions": completions, **others})
-            return self.values(await self.finish(self.call(arguments)), completions).tolist()
+            return list(self.values(await self.finish(self.call(arguments)), completions).tolist())
 
-        is_async = any(map(inspect.iscoroutinefunction, (self._function, self._function.__call__)))
+        function: Any = self._function
+        is_async = any(map(inspect.iscoroutinefunction, (function, function.__call__)))
         chosen: Any = awaited if is_async else checked
         chosen.__name__ = self.name
         return chosen
