@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hbat.model.adapters import refuse_adapters
-from hbat.model.load import keep_differentiable, load_pretrained, load_tokenizer
+from hbat.model.load import keep_differentiable, load_pretrained, load_tokenizer, require_adapter_parameters
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.engine import refuse_arguments, refuse_base, refuse_policy
 from hbat.ppo.rollouts.prompts import TOKENS, check_lengths, context_length, tokenize_prompts
@@ -62,6 +62,8 @@ def _load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:
     refuse_adapters(model, takes_reference=True)
     refuse_policy(args, model)
     keep_differentiable(model)
+    if args.kl_coef > 0:
+        require_adapter_parameters(model)
     return model
 
 

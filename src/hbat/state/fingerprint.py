@@ -106,7 +106,7 @@ def fingerprint(
     if "ppo" in config.objective_names:
         described["run"]["ppo_backend"] = config.ppo_backend
     if model is not None:
-        described["parameters"]["frozen"] = _frozen(model)
+        described["parameters"]["frozen"] = frozen_digest(model)
         quantization = getattr(getattr(model, "config", None), "quantization_config", None)
         if quantization is not None:  # also says in which precision the frozen weights compute
             plain = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
@@ -114,9 +114,9 @@ def fingerprint(
     if processing_class is not None:
         described["tokenizer"] = _tokenizer(processing_class)
     described |= {name: _trained_with(args) for name, args in sections.items()}
-    given = {"ewc": _given(config.ewc)}
+    given = {"ewc": given_fields(config.ewc)}
     for name, objective in zip(config.objective_names, config.objectives, strict=True):
-        given[name] = _given(
+        given[name] = given_fields(
             getattr(config, name) if isinstance(objective, str) else getattr(objective, "config", None)
         )
     return Fingerprint(json.loads(json.dumps(described, default=str)), given, _versions())
@@ -128,7 +128,8 @@ def _trained_with(args: TrainingArguments) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in _INCIDENTAL and not k.startswith(_INCIDENTAL_PREFIXES)}
 
 
-def _given(configuration: Any) -> list[str]:
+def given_fields(configuration: Any) -> list[str]:
+    """Names of the fields that are not at their defaults."""
     if configuration is None or isinstance(configuration, Mapping):
         return sorted(configuration or ())
     defaults = {
@@ -146,8 +147,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _frozen(model: nn.Module) -> str:
-    # Not where the model came from: folders are moved. The beginning of every tensor tells models apart and is cheap.
+def frozen_digest(model: nn.Module) -> str:
+    """Digest of what is not trained: the beginning of every tensor, which tells models apart and is cheap."""
+    # Not where the model came from: folders are moved.
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
