@@ -106,6 +106,8 @@ ADAPTERS = {
         if field.name in LORA_OPTIONS
     },
 }
+
+
 @pytest.fixture(autouse=True)
 def _no_compiler(monkeypatch):
     """PEFT compiles a kernel for BOFT, where it can."""

@@ -80,8 +80,11 @@ def refuse_inexact_copy(model: Any) -> None:
         with _kept_random_state(model):
             _try_copy(model, trained, start)
     except Exception as error:  # PEFT's adapters raise anything
+        from peft import PeftConfig  # noqa: PLC0415 - an optional extra
+
         config = model.peft_config[ADAPTER]
-        kind = f"{type(config).__name__} ({', '.join(given_fields(config))})"
+        options = [name for name in given_fields(config) if not hasattr(PeftConfig, name)]
+        kind = f"{type(config).__name__} ({', '.join(options)})"
         raise REFUSALS["adapter without a copy"].error(adapter=kind, fault=error) from error
     finally:
         _set(trained, start)
@@ -114,8 +117,10 @@ def _short_logits(model: Any, *, training: bool = False) -> Tensor:
     model.eval()
     for layer in model.modules() if training else ():
         if isinstance(layer, BaseTunerLayer):
+            base = set(layer.get_base_layer().modules())  # in 8 bits it rounds otherwise in training
             for module in layer.modules():
-                module.training = not has_dropout(module)  # which trainers switch off beside a reference
+                # Beside a reference policy, trainers switch dropout off.
+                module.training = module not in base and not has_dropout(module)
     logits: Tensor = model(input_ids=torch.arange(1, 5, device=model.device)[None], use_cache=False).logits
     give_back(model)
     return logits.float()
