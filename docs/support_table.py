@@ -202,6 +202,13 @@ FEATURES: Mapping[str, Cell] = {
     "`modules_to_save: [lm_head]`": Shown("test_support.py::test_a_copy_of_the_head_is_trained_beside_the_adapter"),
     "prompt, prefix or p-tuning, SFT alone": Shown("test_support.py::test_sft_alone_takes_virtual_tokens"),
     "prompt, prefix or p-tuning, objectives with a reference policy": "virtual tokens",
+    "adapters whose copy is not exact (PVeRA, MonteCLoRA, Lily, KaSA), objectives with a reference policy": (
+        "adapter without a copy"
+    ),
+    "LoRA from PiSSA, OLoRA or LoftQ": Shown(
+        "model/test_adapters.py::test_an_adapter_of_any_kind_has_an_exact_copy_or_is_refused_by_name[LORA pissa]"
+    ),
+    "LoRA from fast PiSSA (`pissa_niter_4`), CorDA or LoRA-GA": "adapter that cannot be loaded",
     "several adapters": "several adapters",
     "`model.add_adapter` instead of a PeftModel": "adapter inside",
     "`torch_compile`": Shown("test_support.py::test_a_compiled_model_trains_as_it_does_otherwise"),

@@ -15,9 +15,12 @@ import torch
 import trl
 import yaml
 from configuration import PAGE, page
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from hbat.cli.run_file import described_keys
 from hbat.config.ewc import EWCConfig
+from hbat.model.adapters import refuse_adapters
 
 ROOT = Path(__file__).parents[1]
 REPOSITORY = "https://github.com/hbat-trl/hbat/blob/main/"
@@ -87,6 +90,18 @@ def test_the_program_of_two_trainers_changes_the_weights(tmp_path):
         model, cases.sft_rows(4, 1), cases.sft_rows(4, 2), args=args, processing_class=cases.tiny_tokenizer()
     )
     assert not runs.same(before, cases.weights(model))
+
+
+def test_the_adapter_that_is_split_off_the_base_is_loaded_as_the_same_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cases.tiny_llama().save_pretrained("model")
+    run(program("docs/adapters.md", "def split").replace("Qwen/Qwen3-0.6B", "model"))
+    model = AutoPeftModelForCausalLM.from_pretrained("adapter", is_trainable=True)
+    refuse_adapters(model, takes_reference=True)
+    ids = torch.arange(8)[None]
+    assert torch.allclose(model(ids).logits, cases.tiny_llama()(ids).logits, atol=1e-5)
+    rest = AutoModelForCausalLM.from_pretrained("rest")
+    assert not torch.allclose(rest(ids).logits, cases.tiny_llama()(ids).logits, atol=1e-2)
 
 
 # --- options, versions, commands -------------------------------------------------------------------------------------

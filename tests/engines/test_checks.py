@@ -9,7 +9,7 @@ import pytest
 import runs
 import torch
 import trl
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PolyConfig, PromptTuningConfig, get_peft_model
 from refused import pattern, refused
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel, TrainerControl, TrainerState
@@ -21,6 +21,8 @@ from hbat.ewc.callback import EWCCallback
 from hbat.trainer import HBATTrainer
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+POLY = PolyConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+RANDOM_PART = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="pissa_niter_1")
 
 
 # --- where things are refused ----------------------------------------------------------------------------------------
@@ -151,6 +153,8 @@ REFUSED = {
     "several adapters": (lambda: get_peft_model(cases.tiny_llama(), LORA, adapter_name="mine"), {}),
     "adapter inside": (inside, {}),
     "virtual tokens": (virtual, {}),
+    "adapter without a copy": (lambda: get_peft_model(cases.tiny_llama(), POLY), {}),
+    "adapter that cannot be loaded": (lambda: get_peft_model(cases.tiny_llama(), RANDOM_PART), {}),
 }
 WHERE = [(name, place) for name in REFUSED for place in REFUSALS[name].at]
 

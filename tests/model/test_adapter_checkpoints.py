@@ -5,6 +5,7 @@ import pytest
 import runs
 import torch
 from kills import CutOffError, Kill, assert_equal, options
+from peft import LoraConfig
 from torch import nn
 
 from hbat.model.adapters import kept_form
@@ -50,9 +51,20 @@ def test_what_is_frozen_stays_frozen():
     ],
 )
 def test_an_adapter_resumes_from_a_checkpoint(stage, freeze, tmp_path):
-    settings = options("carry", save_steps=1) | {"ewc": {"strength": 1.0, "freeze": freeze}}
     build = functools.partial(cases.lora_llama, dropout=0.1)
-    whole = runs.train(build(), tmp_path / "whole", **settings)
+    check_resumed(build, stage, tmp_path, ewc={"strength": 1.0, "freeze": freeze})
+
+
+@pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
+@pytest.mark.slow
+def test_an_adapter_that_takes_a_part_of_the_base_resumes_on_the_same_rest(tmp_path):
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    check_resumed(functools.partial(cases.random_adapter, adapter), 3, tmp_path, ewc={"strength": 1.0})
+
+
+def check_resumed(build, stage, folder, **changes):
+    settings = options("carry", save_steps=1) | changes
+    whole = runs.train(build(), folder / "whole", **settings)
     with pytest.raises(CutOffError):
-        runs.train(build(), tmp_path / "cut", callbacks=[Kill(stage, "step", 2)], **settings)
-    assert_equal(runs.train(build(), tmp_path / "cut", resume=True, **settings), whole)
+        runs.train(build(), folder / "cut", callbacks=[Kill(stage, "step", 2)], **settings)
+    assert_equal(runs.train(build(), folder / "cut", resume=True, **settings), whole)

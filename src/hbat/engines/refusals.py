@@ -210,6 +210,17 @@ REFUSALS: Mapping[str, Refusal] = {
         "supports this one.",
         at=(HBAT, PPO),
     ),
+    "adapter without a copy": Refusal(
+        "The adapter {adapter} has no exact copy that could be the reference policy ({fault}). Objectives with a "
+        "reference policy support adapters such as LoRA; SFT alone supports this one.",
+        at=(HBAT, PPO),
+    ),
+    "adapter that cannot be loaded": Refusal(
+        "`init_lora_weights` is {init!r}, which takes a part out of the base that PEFT does not find again when it "
+        "loads the adapter: what is saved would be another model. Use 'pissa' or 'olora', or save the base without "
+        "that part and train the adapter on it, as `docs/adapters.md` shows.",
+        at=(HBAT, PPO),
+    ),
     "adapter on the head": Refusal(
         "Applying a PEFT adapter to `lm_head` is not supported",
         at=(HBAT,),

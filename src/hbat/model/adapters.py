@@ -2,8 +2,8 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hbat.engines.patches import at_add_adapter, at_checkpoint
+from hbat.engines.processes import weights_come_later
 from hbat.engines.refusals import REFUSALS
-from hbat.engines.sharded import is_sharded, part_of
-from hbat.ewc.parameters import canonical_name
+from hbat.engines.sharded import give_back, is_sharded, part_of
+from hbat.ewc.parameters import canonical_name, snapshot, trainable_parameters
+from hbat.model.copies import has_dropout
+from hbat.state.fingerprint import frozen_digest, given_fields
 
 #: PEFT's name of the adapter that is trained, and TRL's of the copy that is the reference policy.
 ADAPTER = "default"
@@ -22,10 +25,16 @@ REFERENCE_ADAPTER = "ref"
 
 _DEFAULT = re.compile(r"\.default(?=\.|$)")  # `lora_A.default.weight`, but also `lora_embedding_A.default`
 _CONFIG = "adapter_config.json"
+#: What the reference adapter must not do again: be trained, of which AdaLoRA allows one, take its weights out of the
+#: base (PiSSA and its like), and repeat layers.
+_COPIED = {"inference_mode": True, "init_lora_weights": True, "layer_replication": None}
+#: Initialisations that take a part out of the base which PEFT (0.18 to 0.21) does not find again when it loads the
+#: adapter: a random one, or one of data that are gone. It does for `pissa`, `olora` and `loftq`.
+_NOT_REPEATED = re.compile("pissa_niter_.*|corda|lora_ga")
 
 
 def refuse_adapters(model: Any, *, takes_reference: bool) -> None:
-    """Refuse adapters that are not a single PEFT one named `default`, and ones that cannot be copied.
+    """Refuse adapters that are not a single PEFT one named `default`, and ones that cannot be saved or copied.
 
     Args:
         model: The model.
@@ -42,8 +51,85 @@ def refuse_adapters(model: Any, *, takes_reference: bool) -> None:
         raise REFUSALS["adapter inside"].error(model=type(model).__name__)
     if set(adapters) - {REFERENCE_ADAPTER} != {ADAPTER}:
         raise REFUSALS["several adapters"].error(adapters=list(adapters))
+    if _NOT_REPEATED.fullmatch(init := str(getattr(adapters[ADAPTER], "init_lora_weights", ""))):
+        raise REFUSALS["adapter that cannot be loaded"].error(init=init)
     if takes_reference and getattr(adapters[ADAPTER], "is_prompt_learning", False):
         raise REFUSALS["virtual tokens"].error(adapter=type(adapters[ADAPTER]).__name__)
+
+
+@torch.no_grad()
+def refuse_inexact_copy(model: Any) -> None:
+    """Refuse an adapter whose copy would not compute what it computes, or whose making would change the model.
+
+    Tried on one short row, before anything is sharded and without a copy of the base. The adapter is moved for it: a
+    new one seldom does anything, and nor would its copy.
+
+    Args:
+        model: A PeftModel.
+
+    Raises:
+        ValueError: If there is no exact copy.
+    """
+    if REFERENCE_ADAPTER in model.peft_config or weights_come_later():
+        return
+    trained = trainable_parameters(model)
+    start, modes = snapshot(trained), [(module, module.training) for module in model.modules()]
+    try:
+        for parameter in trained.values():
+            parameter.mul_(1.1).add_(0.01)
+        with _kept_random_state(model):
+            _try_copy(model, trained, start)
+    except Exception as error:  # PEFT's adapters raise anything
+        from peft import PeftConfig  # noqa: PLC0415 - an optional extra
+
+        config = model.peft_config[ADAPTER]
+        options = [name for name in given_fields(config) if not hasattr(PeftConfig, name)]
+        kind = f"{type(config).__name__} ({', '.join(options)})"
+        raise REFUSALS["adapter without a copy"].error(adapter=kind, fault=error) from error
+    finally:
+        _set(trained, start)
+        for module, training in modes:
+            module.training = training
+
+
+def _try_copy(model: Any, trained: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> None:
+    moved, base = _short_logits(model), frozen_digest(model)
+    # Some kernels of GPUs do not repeat themselves to the last bit.
+    tolerance = 0.0 if torch.equal(_short_logits(model), moved) else 0.01 * float(moved.abs().max())
+    faults = {"it samples in training": _short_logits(model, training=True)}
+    add_reference_adapter(model)
+    faults["adding a copy changes what the model computes"] = _short_logits(model)
+    _set(trained, start)
+    with using_reference_adapter(model):
+        faults["a copy computes something else"] = _short_logits(model)
+    with _kept_gradient_flags(model):
+        model.delete_adapter(REFERENCE_ADAPTER)
+    for fault, logits in faults.items():
+        if float((logits - moved).abs().max()) > tolerance:
+            raise RuntimeError(fault)
+    if frozen_digest(model) != base:
+        raise RuntimeError("adding a copy changes the base")
+
+
+def _short_logits(model: Any, *, training: bool = False) -> Tensor:
+    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - an optional extra
+
+    model.eval()
+    layer: nn.Module
+    for layer in model.modules() if training else ():
+        if isinstance(layer, BaseTunerLayer):
+            base = set(layer.get_base_layer().modules())  # in 8 bits it rounds otherwise in training
+            for module in layer.modules():
+                # Beside a reference policy, trainers switch dropout off.
+                module.training = module not in base and not has_dropout(module)
+    logits: Tensor = model(input_ids=torch.arange(1, 5, device=model.device)[None], use_cache=False).logits
+    give_back(model)
+    return logits.float()
+
+
+def _set(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 # --- the reference adapter -------------------------------------------------------------------------------------------
@@ -74,11 +160,11 @@ def add_reference_adapter(model: Any) -> None:
     """Make the reference policy of a PeftModel what its adapter is now; add the reference adapter if there is none."""
     if REFERENCE_ADAPTER not in model.peft_config:
         config = copy.deepcopy(model.peft_config[ADAPTER])
-        if hasattr(config, "init_lora_weights"):
-            config.init_lora_weights = True  # PiSSA and its like take their weights out of the base, a second time
-        devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+        for option, value in _COPIED.items():
+            if hasattr(config, option):
+                setattr(config, option, value)
         with _kept_gradient_flags(model):
-            with torch.random.fork_rng(devices=list(devices)):
+            with _kept_random_state(model):
                 type(model).add_adapter(model, REFERENCE_ADAPTER, config)  # see `complete_reference_adapter`
             model.set_adapter(ADAPTER)
     match_reference_adapter(model)
@@ -136,6 +222,10 @@ def using_reference_adapter(model: Any) -> Iterator[None]:
             yield
         finally:
             model.set_adapter(ADAPTER)
+
+
+def _kept_random_state(model: nn.Module) -> AbstractContextManager[None]:
+    return torch.random.fork_rng(list({param.device for param in model.parameters() if param.device.type == "cuda"}))
 
 
 @contextmanager

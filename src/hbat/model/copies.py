@@ -13,18 +13,28 @@ _WRAPPERS = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to zero, including those that attention keeps as a number instead of a layer."""
+    """Set every dropout probability to zero, including those that modules keep as a number instead of a layer."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        if _is_dropout_layer(module):
+            setattr(module, "p", 0.0)  # noqa: B010 - not all layers are torch's own, so it has no type
         for key, value in list(module.__dict__.items()):
             if is_dropout(key, value):
-                setattr(module, key, 0.0)
+                setattr(module, key, dict.fromkeys(value, 0.0) if isinstance(value, dict) else 0.0)
 
 
 def is_dropout(key: str, value: object) -> bool:
-    """Whether an attribute of a module is a dropout probability."""
-    return key.endswith("dropout") and isinstance(value, float)
+    """Whether an attribute of a module is a dropout probability, or those of its adapters by their names."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return key.endswith("dropout") and all(isinstance(probability, float) for probability in values)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a module itself drops out."""
+    return _is_dropout_layer(module) or any(is_dropout(key, value) for key, value in module.__dict__.items())
+
+
+def _is_dropout_layer(module: nn.Module) -> bool:
+    return "Dropout" in type(module).__name__  # that of BOFT is none of torch's
 
 
 def unpatched_copy(model: nn.Module) -> nn.Module:

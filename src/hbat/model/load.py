@@ -16,7 +16,7 @@ from hbat.engines.checks import refuse_model
 from hbat.engines.choose import make_whole
 from hbat.engines.processes import weights_come_later
 from hbat.ewc.parameters import trainable_parameters
-from hbat.model.adapters import ADAPTER, refuse_adapters
+from hbat.model.adapters import ADAPTER, refuse_adapters, refuse_inexact_copy
 
 _ADAPTER_FILE = "adapter_config.json"
 _TOKENIZER_FILE = "tokenizer_config.json"
@@ -184,7 +184,7 @@ def align_special_tokens(model: Any, tokenizer: Any) -> None:
 
 
 def require_adapter_parameters(model: nn.Module) -> None:
-    """Refuse trainable parameters of a PeftModel that policy and reference would share.
+    """Refuse a PeftModel whose reference policy would not be a copy of all that is trained, and of nothing else.
 
     The reference policy is a copy of the adapter, of all parameters with the component `default` in their name. PEFT
     trains others in place: with `bias="all"` every bias, with `bias="lora_only"` those of the adapted layers
@@ -194,7 +194,7 @@ def require_adapter_parameters(model: nn.Module) -> None:
         model: The model; one without adapter has a reference model of its own.
 
     Raises:
-        ValueError: If there are such parameters.
+        ValueError: If policy and reference would share trainable parameters, or the adapter has no exact copy.
     """
     if not hasattr(model, "peft_config"):
         return
@@ -206,6 +206,7 @@ def require_adapter_parameters(model: nn.Module) -> None:
             "reference policy would change with them. Freeze such a parameter (`bias='none'` for a bias), or list its "
             "module in `modules_to_save`."
         )
+    refuse_inexact_copy(model)
 
 
 def load_language_model(name: str | Path, init_kwargs: Mapping[str, Any] | None = None) -> Any:

@@ -10,7 +10,14 @@ from torch import nn
 from hbat.data.check import check_dataset
 from hbat.data.formats import prompt_faults
 from hbat.model.adapters import refuse_adapters
-from hbat.model.load import add_adapter, keep_differentiable, load_language_model, load_tokenizer, require_trainable
+from hbat.model.load import (
+    add_adapter,
+    keep_differentiable,
+    load_language_model,
+    load_tokenizer,
+    require_adapter_parameters,
+    require_trainable,
+)
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.engine import refuse_arguments, refuse_base, refuse_policy
 from hbat.ppo.rollouts.prompts import TOKENS, check_lengths, context_length, tokenize_prompts
@@ -63,6 +70,8 @@ def _load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:
     refuse_policy(args, model)
     require_trainable(model)
     keep_differentiable(model)
+    if args.kl_coef > 0:
+        require_adapter_parameters(model)
     return model
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hbat.config.hbat import HBATConfig
@@ -106,8 +106,7 @@ def fingerprint(
     if "ppo" in config.objective_names:
         described["run"]["ppo_backend"] = config.ppo_backend
     if model is not None:
-        frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
-        described["parameters"]["frozen"] = weights_digest(frozen)
+        described["parameters"]["frozen"] = frozen_digest(model)
         quantization = getattr(getattr(model, "config", None), "quantization_config", None)
         if quantization is not None:  # also says in which precision the frozen weights compute
             plain = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
@@ -115,9 +114,9 @@ def fingerprint(
     if processing_class is not None:
         described["tokenizer"] = _tokenizer(processing_class)
     described |= {name: _trained_with(args) for name, args in sections.items()}
-    given = {"ewc": _given(config.ewc)}
+    given = {"ewc": given_fields(config.ewc)}
     for name, objective in zip(config.objective_names, config.objectives, strict=True):
-        given[name] = _given(
+        given[name] = given_fields(
             getattr(config, name) if isinstance(objective, str) else getattr(objective, "config", None)
         )
     return Fingerprint(json.loads(json.dumps(described, default=str)), given, _versions())
@@ -129,7 +128,8 @@ def _trained_with(args: TrainingArguments) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in _INCIDENTAL and not k.startswith(_INCIDENTAL_PREFIXES)}
 
 
-def _given(configuration: Any) -> list[str]:
+def given_fields(configuration: Any) -> list[str]:
+    """Names of the fields that are not at their defaults."""
     if configuration is None or isinstance(configuration, Mapping):
         return sorted(configuration or ())
     defaults = {
@@ -145,6 +145,11 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):  # an optional one
             found[name] = version(name)
     return found
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """Digest of the parameters that are not trained."""
+    return weights_digest({name: weight for name, weight in model.named_parameters() if not weight.requires_grad})
 
 
 def weights_digest(parameters: Mapping[str, Tensor]) -> str:

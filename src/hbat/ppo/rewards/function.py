@@ -91,7 +91,7 @@ class CallableReward:
 
         function: Any = self._function
         is_async = any(map(inspect.iscoroutinefunction, (function, function.__call__)))
-        chosen: Any = awaited if is_async else checked
+        chosen: Callable[..., Any] = awaited if is_async else checked
         chosen.__name__ = self.name
         return chosen
 
