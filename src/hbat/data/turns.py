@@ -63,7 +63,7 @@ def _role_faults(index: int, turn: Turn, key: str) -> Iterator[TurnFault]:
     elif role not in ROLES:
         known = _FOREIGN_ROLES.get(str(role).lower())
         hint = f" Did you mean `{known}`?" if known else nearest(str(role).lower(), ROLES)
-        if hint:
+        if hint or not isinstance(role, str) or not role.strip():
             yield index, key, "unknown role", f"the role {role!r} is not one of {', '.join(ROLES)}.{hint}"
 
 
