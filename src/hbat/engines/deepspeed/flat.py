@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from hbat.engines.engine import Local
-from hbat.engines.sharded import whole_of, whole_shape
+from hbat.engines.sharded import part_of, whole_shape
 
 
 class FlatLocal(Local):
@@ -34,7 +34,16 @@ class FlatLocal(Local):
 
     def restored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gather what `of` has cut, on every rank."""
-        return {name: whole_of(tensors[name]).view(whole_shape(own)) for name, own in self._parameters.items()}
+        return {name: self._whole(tensors[name], parameter) for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def _whole(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+        # Slices are not the even ones that `DTensor.full_tensor` puts together.
+        share = part_of(tensor).to(self._mesh.device_type)
+        whole = share.new_zeros(whole_shape(parameter))
+        self._cut(whole, parameter).copy_(share)
+        torch.distributed.all_reduce(whole)
+        return whole
 
     def _of(self, tensor: Any, name: str, parameter: nn.Parameter) -> Any:
         if not isinstance(tensor, Tensor):
