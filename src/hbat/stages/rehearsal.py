@@ -21,7 +21,7 @@ _IMPORTED_LATE = {"use_liger_kernel": ("liger_kernel", "liger-kernel")}
 
 
 def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilder) -> None:
-    """Build each objective's trainer, optimizer, schedule and first batches, most on a few rows, and the reporters.
+    """Build each objective's trainer, optimizer, schedule, first batches and loss on a few rows, and the reporters.
 
     Args:
         tracks: The tracks of the run.
@@ -46,7 +46,12 @@ def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilde
                 kind = config.lr_schedule_of(track.name)
                 extend_schedule(trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0)
                 trainer.create_optimizer_and_scheduler(num_training_steps=1)
-                next(iter(trainer.get_train_dataloader()), None)
+                batch = next(iter(trainer.get_train_dataloader()), None)
+                sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # only when training begins
+                if batch is not None and not sharded and not track.objective.takes_rewards:
+                    model: Any = trainer.model
+                    with torch.random.fork_rng(), trainer.compute_loss_context_manager():
+                        trainer.compute_loss(model, trainer._prepare_inputs(batch))  # noqa: SLF001 - no public name
                 if track.eval_dataset is not None:
                     next(iter(trainer.get_eval_dataloader()), None)
 

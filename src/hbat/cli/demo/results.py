@@ -52,10 +52,10 @@ class Outcome:
 def print_results(outcomes: Sequence[Outcome], *, seconds: float, files: Sequence[Path]) -> None:
     """Print the table, its reading, and the files written."""
     console = Console()
-    table = Table(title=f"Answers to unseen prompts, %: sampled at temperature {TEMPERATURE}, and greedy (T=0)")
+    table = Table(title=f"Answers to unseen prompts, %: at temperature {TEMPERATURE}, and greedy (0)")
     for label in ("method", "point"):
         table.add_column(label, no_wrap=True)
-    for kind in (f"T={TEMPERATURE}", "T=0"):
+    for kind in (f"{TEMPERATURE}", "0"):
         for label in ("right", "style", "both"):
             table.add_column(f"{kind}\n{label}", justify="right", no_wrap=True)
     # All methods share the first stage, as nothing holds it back.
