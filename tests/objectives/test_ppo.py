@@ -242,7 +242,7 @@ def test_a_prompt_of_a_later_round_that_is_too_long_is_refused_before_the_first(
     sizes = {key: value for key, value in ppo_cases.SIZES.items() if key != "max_steps"}
     config = HBATConfig(output_dir=str(tmp_path), objectives=["ppo"], num_rounds=4, ppo=runs.section(**sizes))
     for trained, held_out in ((long, rows), (rows, long)):
-        with pytest.raises(ValueError, match="row 13, field `prompt`: it has 130 tokens, but with `max_completion_length`"):
+        with pytest.raises(ValueError, match="row 13, field `prompt`: it has 130 tokens, but with `max_comp"):
             HBATTrainer(
                 cases.tiny_llama(0),
                 config,

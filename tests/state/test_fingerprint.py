@@ -87,7 +87,7 @@ def test_a_fingerprint_is_the_same_in_another_process(base):
         ({"lr_schedule": {"dpo": "run"}}, "run.lr_schedule.dpo: 'stage' -> 'run'"),
         ({"end_weight": 0.5}, "run.end_weight: 1.0 -> 0.5"),
         ({"objectives": ["dpo", "sft"]}, "run.objectives: ['sft', 'dpo'] -> ['dpo', 'sft']"),
-        ({"ewc": {"strength": 3.0}}, "ewc.strength: 1.0 -> 3.0"),
+        ({"ewc": {"strength": 3.0}}, "ewc.strength: 0.5 -> 3.0"),
         ({"sft": {"learning_rate": 0.5}}, "sft.learning_rate: 2e-05 -> 0.5"),
         ({"dpo": {"beta": 0.2}}, "dpo.beta: 0.1 -> 0.2"),
         ({"dpo": {"seed": 1}}, "dpo.seed: 42 -> 1"),

@@ -233,7 +233,9 @@ def test_a_state_that_names_a_file_elsewhere_is_refused_by_that_name(path, run_f
 def test_the_command_line_resumes_past_planted_files_or_names_them(tmp_path, marker, capfd):
     run_file = run_files.write(tmp_path, run_files.save_model(tmp_path / "model"), **SAVES)
     trainer = build_trainer(parse(run_file))
-    trainer._stages._callbacks.append(Kill())  # noqa: SLF001 - to cut it off where a checkpoint is
+    kill = Kill()  # to cut it off where a checkpoint is
+    for track in trainer.tracks.values():
+        track.callbacks.append(kill)
     with pytest.raises(CutOffError):
         trainer.train()
     for name in READ:

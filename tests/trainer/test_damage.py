@@ -133,15 +133,14 @@ def test_a_damaged_file_is_skipped_or_named(kind, name, resumes_at, damage, cut_
     folder = tmp_path / "run"
     shutil.copytree(cut_off, folder)
     damage(folder / name)
-    run = build(folder)
+    first = []
+    run = build(folder, callbacks=[Begins(first)])
     if resumes_at is None:
         before = {each: each.read_bytes() for each in folder.rglob("*") if each.is_file() and each.name != "hbat.lock"}
         with pytest.raises(RunStateError, match=f"{folder / name} (is|has|cannot) "):
             run.train(resume_from_checkpoint=True)
         assert all(each.read_bytes() == content for each, content in before.items())
         return
-    first = []
-    run._stages._callbacks.append(Begins(first))  # noqa: SLF001 - the callbacks of a run that is there
     run.train(resume_from_checkpoint=True)
     assert_equal(run, whole, log=kind != "log")
     assert (Path(name).name in caplog.text) is (kind not in SILENT)

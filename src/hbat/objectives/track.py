@@ -42,7 +42,7 @@ class Track:
     args: TrainingArguments
     train_dataset: Dataset
     eval_dataset: Dataset | None = None
-    callbacks: Sequence[TrainerCallback] = ()
+    callbacks: list[TrainerCallback] = field(default_factory=list)
     numbers: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
@@ -105,7 +105,7 @@ def build_tracks(
     else:
         callbacks = dict.fromkeys(names, callbacks or ())
     tracks = [
-        Track(objective, args[name], train_dataset[name], evaluation.get(name), callbacks.get(name, ()))
+        Track(objective, args[name], train_dataset[name], evaluation.get(name), [*callbacks.get(name, ())])
         for name, objective in zip(names, objectives, strict=True)
     ]
     return [_checked(track, config, track.objective.row_check()) for track in tracks]

@@ -49,6 +49,11 @@ class TrainerBuilder:
         self._engine = engine
         self._keep_adapter_dtype = keep_adapter_dtype
 
+    @property
+    def computes_at_once(self) -> bool:
+        """Whether a trainer's model computes before it trains: an engine that shards prepares it then."""
+        return self._engine.name == "ddp"
+
     @contextmanager
     def building(  # noqa: PLR0913 - all but two by name
         self,

@@ -46,14 +46,18 @@ def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilde
                 kind = config.lr_schedule_of(track.name)
                 extend_schedule(trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0)
                 trainer.create_optimizer_and_scheduler(num_training_steps=1)
-                batch = next(iter(trainer.get_train_dataloader()), None)
-                sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # only when training begins
-                if batch is not None and not sharded and not track.objective.takes_rewards:
-                    model: Any = trainer.model
-                    with torch.random.fork_rng(), trainer.compute_loss_context_manager():
-                        trainer.compute_loss(model, trainer._prepare_inputs(batch))  # noqa: SLF001 - no public name
-                if track.eval_dataset is not None:
-                    next(iter(trainer.get_eval_dataloader()), None)
+                _try_batches(trainer, computes=builder.computes_at_once and not track.objective.takes_rewards)
+
+
+def _try_batches(trainer: Any, *, computes: bool) -> None:
+    # Of few rows TRL may have dropped all.
+    if len(trainer.train_dataset):
+        batch = next(iter(trainer.get_train_dataloader()))
+        if computes:
+            with torch.random.fork_rng(), trainer.compute_loss_context_manager():
+                trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))  # noqa: SLF001 - no public name
+    if trainer.eval_dataset is not None and len(trainer.eval_dataset):
+        next(iter(trainer.get_eval_dataloader()))
 
 
 def _require_packages(tracks: Sequence[Track], config: HBATConfig) -> None:
