@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 BETA = 0.1
 BATCH = 16
 WARMUP = 5
-#: What each loss reaches when it is trained alone on the small base, for `maxright`.
+#: Lower bounds of the losses, for `maxright`; its source takes what each reaches when it is trained alone.
 OPTIMA = {"sft": 0.0, "dpo": 0.0}
 _IGNORED = -100
 Answer = tuple[list[int], list[int]]  # tokens and labels
