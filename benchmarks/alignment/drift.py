@@ -1,4 +1,4 @@
-"""How far the default penalty holds a preference stage back, over learning rates, sizes and adapters.
+"""How far the penalty at strength 1 holds a preference stage back, over learning rates, sizes and adapters.
 
     python benchmarks/alignment/drift.py [--output FOLDER]
 

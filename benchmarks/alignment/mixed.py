@@ -20,8 +20,9 @@ from torch.nn.functional import logsigmoid
 BETA = 0.1
 BATCH = 16
 WARMUP = 5
-#: Lower bounds of the losses, for `maxright`; its source takes what each reaches when it is trained alone.
-OPTIMA = {"sft": 0.0, "dpo": 0.0}
+#: What each loss reaches when it is trained alone, for `maxright`: mean of the last 16 steps of 256 at 1e-3 (SFT, a
+#: `share` of 1) and of 128 at 6e-4 (DPO, 0) on the small base, three seeds.
+OPTIMA = {"sft": 0.52, "dpo": 0.55}
 _IGNORED = -100
 Answer = tuple[list[int], list[int]]  # tokens and labels
 

@@ -98,7 +98,7 @@ PPO = [
         *[_ewc("path", rate=1e-3, source="path", strength=strength) for strength in (1.0, 0.5, 2.0)],
     )
 ]
-SMOKE = [_plain("6e-4"), _alternation(2, "6e-4")]
+SMOKE = [_plain("6e-4"), _alternation(2, "6e-4"), MIXED[0]]
 
 
 def _first(methods: Iterable[Method], name: str, **fields: Any) -> Method:

@@ -11,17 +11,18 @@ from hbat.config.fields import build_section, convert, nearest
 from hbat.config.hbat import HBATConfig
 
 
-def test_paths_of_a_section_may_lie_in_the_home_folder_at_any_depth(monkeypatch):
+def test_paths_of_a_section_may_lie_in_the_home_folder_at_any_depth(monkeypatch, tmp_path):
     @dataclass
     class Section:
         folder: str
         files: dict[str, Any]
         text: str
 
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path))
     values = {"folder": "~/a", "files": {"sft": ["~/b", {"path": "~/c"}], "rows": 3}, "text": "~ or b/~/c"}
     found = build_section("data", Section, values)
-    assert found == Section("/home/me/a", {"sft": ["/home/me/b", {"path": "/home/me/c"}], "rows": 3}, "~ or b/~/c")
+    files = {"sft": [f"{tmp_path}/b", {"path": f"{tmp_path}/c"}], "rows": 3}
+    assert found == Section(f"{tmp_path}/a", files, "~ or b/~/c")
 
 
 class Colour(enum.Enum):

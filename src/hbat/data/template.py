@@ -102,7 +102,7 @@ class RowFit:
             for field, turns, asks in _conversations(row, self._read)
         ]
         for field, text, special in texts or _texts(row, self._read, self._text_field):
-            ids = self._tokenizer(text, add_special_tokens=special)["input_ids"]
+            ids = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
             for fault in _token_faults({"input_ids": ids}, self._limits):
                 yield Fault(fault.kind, field, fault.problem)
                 return

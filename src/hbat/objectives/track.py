@@ -146,7 +146,8 @@ def _limits(track: Track, model: Any) -> Limits:
         room = max(0, context - completion)
         why = f"with `max_completion_length` {completion} the model's context of {context} leaves room for {room}"
         return Limits(vocabulary, room, why)
-    # Learned positions have an end; others (RoPE) only get worse beyond the context. TRL cuts at `max_length`.
+    # Learned positions have an end (OPT's table has two more); others (RoPE) only get worse beyond the context.
+    # TRL cuts at `max_length`.
     learned = any(
         isinstance(module, nn.Embedding) and module is not tokens and context <= module.num_embeddings <= context + 2
         for module in model.modules()

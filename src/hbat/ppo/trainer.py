@@ -74,8 +74,8 @@ class PPOTrainer(PolicyCheckpoints):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        reward_funcs = at_home(reward_funcs)
-        policy, tokenizer, prompts = prepare(at_home(model), args, train_dataset, processing_class, peft_config)
+        model, reward_funcs = at_home(model), at_home(reward_funcs)
+        policy, tokenizer, prompts = prepare(model, args, train_dataset, processing_class, peft_config)
         rewards = Rewards(reward_funcs, weights=args.reward_weights, processing_classes=reward_processing_classes)
         evaluation = prepare_rows(eval_dataset, policy, tokenizer, args)
         rewards.require(prompts, evaluation)
