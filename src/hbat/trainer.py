@@ -15,10 +15,17 @@ from hbat.data.digest import data_digest
 from hbat.engines.choose import choose_engine
 from hbat.engines.processes import is_main_process
 from hbat.ewc.parameters import snapshot, trainable_parameters
-from hbat.model.load import align_special_tokens, load_model, load_tokenizer, require_adapter_parameters
+from hbat.model.chat_template import set_chat_template
+from hbat.model.load import (
+    align_special_tokens,
+    load_model,
+    load_tokenizer,
+    make_trainable,
+    require_adapter_parameters,
+)
 from hbat.model.save import save, upload
 from hbat.objectives.rewards import reward_names
-from hbat.objectives.track import Track, build_tracks, fit
+from hbat.objectives.track import Track, build_tracks, fit, one_chat_template
 from hbat.reports.card import write_model_card
 from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
 from hbat.reports.log import load_log
@@ -99,12 +106,16 @@ class HBATTrainer:
         self.args = args
         model, reward_funcs = at_home(model), at_home(reward_funcs)
         tracks = build_tracks(args, train_dataset, eval_dataset, reward_funcs, reward_processing_classes, callbacks)
+        template, tracks = one_chat_template(tracks, args)
         needs_reference = any(track.objective.uses_reference for track in tracks)
-        self.model = load_model(model, args, peft_config, takes_reference=needs_reference)
+        adds = peft_config is not None
+        base = load_model(model, args, gets_adapter=adds, takes_reference=needs_reference)
+        self.processing_class = load_tokenizer(processing_class, base, args, model)
+        set_chat_template(template, base, self.processing_class, gets_adapter=adds, seed=args.seed)
+        self.model = make_trainable(base, args, peft_config, takes_reference=needs_reference)
         engine = choose_engine(tracks, self.model, args.ewc, replays=args.replay_share > 0)
         if needs_reference:
             require_adapter_parameters(self.model)
-        self.processing_class = load_tokenizer(processing_class, self.model, args, model)
         self.tracks: Mapping[str, Track] = {
             track.name: track for track in fit(tracks, args, self.model, self.processing_class)
         }

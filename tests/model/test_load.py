@@ -7,11 +7,12 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from hbat.config.hbat import HBATConfig
 from hbat.ewc.parameters import trainable_parameters
+from hbat.model import load
 from hbat.model.load import (
     PrecisionWarning,
     is_adapter,
-    load_model,
     load_tokenizer,
+    make_trainable,
     require_adapter_parameters,
     shared_init_kwargs,
 )
@@ -22,6 +23,11 @@ PAD, END = cases.SPECIAL_TOKENS[:2]
 
 def config(**options):
     return HBATConfig(output_dir="unused", **options)
+
+
+def load_model(model, args, peft_config):
+    """As a run does, but for its tokenizer."""
+    return make_trainable(load.load_model(model, args, gets_adapter=peft_config is not None), args, peft_config)
 
 
 def lora(**options):

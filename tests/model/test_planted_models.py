@@ -37,7 +37,7 @@ def model_folder(tmp_path):
 
 
 def load(folder, **options):
-    return load_model(str(folder), HBATConfig(output_dir="unused", **options), None)
+    return load_model(str(folder), HBATConfig(output_dir="unused", **options))
 
 
 #: Everything that a run loads by name or path, with the option that names it.

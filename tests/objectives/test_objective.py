@@ -54,6 +54,12 @@ def test_a_stage_gets_its_folder_and_a_seed_of_its_own_and_nothing_else_changes(
     assert base.seed == 11
 
 
+def test_what_a_trainer_takes_out_of_a_stages_nested_options_stays_in_the_users(tmp_path):
+    base = objective(runs.section(lr_scheduler_kwargs={"own": 1})).base_args(str(tmp_path))
+    objective().stage_args(base, str(tmp_path), 0).lr_scheduler_kwargs.pop("own")
+    assert base.lr_scheduler_kwargs == {"own": 1}
+
+
 def test_a_stage_keeps_as_many_checkpoints_as_the_user_asks_for(tmp_path):
     base = objective(runs.section(save_total_limit=3)).base_args(str(tmp_path))
     assert objective().stage_args(base, str(tmp_path), 0).save_total_limit == 3

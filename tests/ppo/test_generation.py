@@ -3,7 +3,7 @@
 import cases
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
 
 from hbat.ppo.rollouts.generation import CompletionSampler
 
@@ -265,3 +265,14 @@ def test_the_policy_is_left_as_it_was_after_an_error(policy, tokenizer):
     assert policy.training
     assert policy.generation_config is options
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_mixture_of_experts_samples_although_its_router_reports(tokenizer):
+    """Its loss cannot be computed of one token: SFT asks for it in the model's own configuration."""
+    config = MixtralConfig(
+        vocab_size=cases.VOCABULARY_SIZE, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, output_router_logits=True,
+    )  # fmt: skip
+    policy = MixtralForCausalLM(config)
+    assert len(sampler(policy, tokenizer).sample(PROMPTS, seed=0).tokens) == len(PROMPTS)
+    assert policy.config.output_router_logits is True

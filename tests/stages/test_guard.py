@@ -146,6 +146,17 @@ def test_the_guard_keeps_what_was_there_before():
     assert list(model.model.embed_tokens._forward_hooks) == [hook.id]  # noqa: SLF001 - torch's only place for it
 
 
+def test_methods_and_the_routers_options_that_a_trainer_sets_do_not_stay():
+    model = cases.tiny_llama()
+    model.config.output_router_logits = False
+    guard = StageGuard(model)
+    model.gradient_checkpointing_enable = lambda **_: None  # as TRL does for `selective`
+    model.config.output_router_logits = True  # as TRL does for a mixture of experts
+    guard.restore()
+    assert "gradient_checkpointing_enable" not in vars(model)
+    assert model.config.output_router_logits is False
+
+
 @pytest.mark.parametrize("before", [False, True], ids=["first in the stage", "before it as well"])
 def test_hidden_states_can_still_be_asked_for_after_a_stage_that_did(before):
     """transformers 5 collects them with hooks, and a mark on the model that the hooks are there."""

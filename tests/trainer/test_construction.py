@@ -1,5 +1,6 @@
 """What a run refuses, before its first stage and with a message that says what to do."""
 
+import logging
 import pkgutil
 
 import cases
@@ -69,6 +70,11 @@ CONFIGURATION_ERRORS = {
         ValueError,
         r"The trainer of 'dpo' cannot .*infer lengths",
     ),
+    "checkpointing that torch does not know": (
+        {"sft": {runs.CHECKPOINTING: True, f"{runs.CHECKPOINTING}_kwargs": {"of_mine": True}}},
+        ValueError,
+        r"The trainer of 'sft' cannot .*of_mine",
+    ),
     "last batch dropped": (
         {"sft": {"dataloader_drop_last": True, "per_device_train_batch_size": 5}},
         ValueError,
@@ -130,6 +136,12 @@ def test_a_package_that_an_option_needs_is_missed_before_the_first_step(options,
     with pytest.raises(ImportError, match=message):
         runs.build_run(cases.tiny_llama(), tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_rehearsal_takes_no_processes_for_its_row(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
+    runs.build_run(cases.tiny_llama(), tmp_path, sft={"dataset_num_proc": 4})
+    assert "num_proc" not in caplog.text
 
 
 @pytest.mark.parametrize("report_to", ["none", None, [], "all"])

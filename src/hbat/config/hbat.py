@@ -151,6 +151,14 @@ class HBATConfig:
             "when the model is given by name or path."
         },
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template for all objectives: a Jinja file (`.jinja`, `.j2`), the template itself, or the "
+            "name or folder of a tokenizer, whose special tokens are added too, with the embeddings resized. Default: "
+            "the tokenizer's own."
+        },
+    )
     keep_adapter_dtype: bool = field(
         default=True,
         metadata={
@@ -165,6 +173,11 @@ class HBATConfig:
         self.output_dir = at_home(self.output_dir)
         if self.continue_from is not None:
             self._check_continue_from()
+        if not isinstance(self.chat_template, str | None) or self.chat_template == "":
+            raise ValueError(
+                f"`chat_template` is {shown(self.chat_template)}; it must be a Jinja file, a template or a tokenizer."
+            )
+        self.chat_template = at_home(self.chat_template)
         check_whole("num_rounds", self.num_rounds, 1)
         check_whole("seed", self.seed, 0)
         check_whole("keep_states", self.keep_states, 1)

@@ -38,26 +38,26 @@ class PrecisionWarning(UserWarning):
     """Trained weights are in half precision, which is too coarse for small updates and for displacement."""
 
 
-def load_model(model: Any, config: HBATConfig, peft_config: Any, *, takes_reference: bool = False) -> Any:
-    """Load or check the model that all stages train, and add its adapter.
+def load_model(model: Any, config: HBATConfig, *, gets_adapter: bool = False, takes_reference: bool = False) -> Any:
+    """Load or check the model that all stages train, before its adapter is added.
 
     Args:
         model: Name or path, also of an adapter's folder, or a model.
         config: The run's configuration.
-        peft_config: PEFT configuration of a new adapter, or None.
-        takes_reference: Whether a copy of the adapter is the reference policy.
+        gets_adapter: Whether an adapter is to be added.
+        takes_reference: Whether a copy of an adapter is the reference policy.
 
     Returns:
-        The model, with its adapter if there is one.
+        The model, with its adapter if it came with one.
 
     Raises:
-        ValueError: If arguments contradict each other or the weights cannot be trained.
+        ValueError: If arguments contradict each other, or the weights are damaged.
         NotImplementedError: If the model is sharded, spread over devices or offloaded in an unsupported way.
-        TypeError: If `model` or `peft_config` is of another type.
+        TypeError: If `model` is of another type.
         ImportError: If PEFT is needed and missing.
     """
     if isinstance(model, str | Path):
-        if peft_config is not None and is_adapter(model):
+        if gets_adapter and is_adapter(model):
             raise ValueError(_TWO_ADAPTERS)
         model = load_language_model(model, config.model_init_kwargs)
     elif not isinstance(model, nn.Module):
@@ -66,7 +66,28 @@ def load_model(model: Any, config: HBATConfig, peft_config: Any, *, takes_refere
         raise ValueError("`model_init_kwargs` is set, but the model is loaded already. Omit one of the two.")
     make_whole(model)  # it may have been loaded partitioned
     refuse_adapters(model, takes_reference=takes_reference)
-    refuse_model(model, gets_adapter=peft_config is not None)
+    refuse_model(model, gets_adapter=gets_adapter)
+    return model
+
+
+def make_trainable(model: Any, config: HBATConfig, peft_config: Any, *, takes_reference: bool = False) -> Any:
+    """Add the adapter to a loaded model, and check what is trained.
+
+    Args:
+        model: The model.
+        config: The run's configuration.
+        peft_config: PEFT configuration of a new adapter, or None.
+        takes_reference: Whether a copy of the adapter is the reference policy.
+
+    Returns:
+        The model, with its adapter if there is one.
+
+    Raises:
+        ValueError: If the weights cannot be trained.
+        TypeError: If `peft_config` is of another type.
+        ImportError: If PEFT is needed and missing.
+        NotImplementedError: If the adapter is unsupported.
+    """
     if peft_config is not None:
         model = add_adapter(model, peft_config, config.seed)
     refuse_adapters(model, takes_reference=takes_reference)

@@ -1,5 +1,6 @@
 """The contract between a run and what its stages minimise."""
 
+import copy
 import dataclasses
 import math
 import re
@@ -190,6 +191,9 @@ class Objective:
             **changes: Other values of further fields.
         """
         recomputed: dict[str, Any] = dict.fromkeys(self.recomputed_fields)
+        # TRL changes them in place.
+        values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base) if field.init}
+        nested = {name: copy.deepcopy(value) for name, value in values.items() if isinstance(value, dict)}
         return dataclasses.replace(
             base,
             output_dir=output_dir,
@@ -201,7 +205,7 @@ class Objective:
             logging_nan_inf_filter=False,  # a stage stops at such a loss, so transformers need not look for it as well
             push_to_hub=False,
             save_total_limit=base.save_total_limit or 1,
-            **(recomputed | changes),
+            **(nested | recomputed | changes),
         )
 
     def build_trainer(

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from hbat.config.fields import nearest
+from hbat.config.fields import nearest, shown
 from hbat.config.hbat import HBATConfig
 from hbat.data.check import check_dataset
 from hbat.data.faults import RowCheck
@@ -111,6 +111,35 @@ def build_tracks(
     return [_checked(track, config, track.objective.row_check()) for track in tracks]
 
 
+def one_chat_template(tracks: Sequence[Track], config: HBATConfig) -> tuple[str | None, list[Track]]:
+    """Take the chat template out of the sections: one tokenizer serves all objectives, so it is set once for the run.
+
+    Args:
+        tracks: The tracks.
+        config: The run's configuration.
+
+    Returns:
+        The run's `chat_template`, and the tracks without a `chat_template_path`.
+
+    Raises:
+        ValueError: If a section names another one than the run or another section.
+    """
+    found = {} if config.chat_template is None else {"chat_template": config.chat_template}
+    for track in tracks:
+        if path := getattr(track.args, "chat_template_path", None):
+            found[f"{track.name}.chat_template_path"] = path
+    if len(set(found.values())) > 1:
+        listed = " and ".join(f"`{name}` is {shown(value)}" for name, value in found.items())
+        raise ValueError(f"{listed}, but all objectives share one tokenizer. Set `chat_template` alone.")
+    bare = [
+        replace(track, args=replace(track.args, chat_template_path=None))  # type: ignore[call-arg]
+        if f"{track.name}.chat_template_path" in found
+        else track
+        for track in tracks
+    ]
+    return next(iter(found.values()), None), bare
+
+
 def fit(tracks: Sequence[Track], config: HBATConfig, model: Any, tokenizer: Any) -> list[Track]:
     """Check rows that are good in themselves against model and tokenizer.
 
@@ -129,8 +158,7 @@ def fit(tracks: Sequence[Track], config: HBATConfig, model: Any, tokenizer: Any)
         check = track.objective.row_check()
         if check is not None and not is_processor:
             _refuse_media(track)
-        own_template = is_processor or getattr(track.args, "chat_template_path", None) is not None
-        fit_check = row_fit(check, None if own_template else tokenizer, _limits(track, model))
+        fit_check = row_fit(check, None if is_processor else tokenizer, _limits(track, model))
         fitted.append(_checked(track, config, fit_check))
     return fitted
 

@@ -137,6 +137,9 @@ class TrainerBuilder:
             args = track.objective.stage_args(track.args, str(folder), seed_offset, **rates, **changes)
             if evaluating and hasattr(args, "precompute_ref_log_probs"):
                 args.precompute_ref_log_probs = False
+            if getattr(args, "dataset_num_proc", None):  # datasets warns where there are fewer rows than processes
+                fewest = min(len(rows) for rows in (train_dataset, eval_dataset) if rows is not None)
+                args.dataset_num_proc = min(args.dataset_num_proc, fewest) if fewest > 1 else None
             trainer = track.objective.build_trainer(
                 model=self._model,
                 args=args,

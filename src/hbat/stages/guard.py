@@ -19,23 +19,21 @@ from hbat.engines.engine import Engine
 from hbat.engines.patches import undo_all
 from hbat.model.copies import is_dropout, wrapped_models
 
-#: Instance attributes that trainers, accelerate and gradient checkpointing set on modules. `forward` is not simply
-#: removed: a model placed by `device_map` carries accelerate's own.
+#: Instance attributes that trainers, accelerate and gradient checkpointing set on modules, beside methods. `forward` is
+#: not simply removed: a model placed by `device_map` carries accelerate's own.
 _PATCHED = (
     "forward",
-    "_original_forward",
     "_is_accelerate_prepared",
     "_require_grads_hook",
     "_require_grads_hooks",
-    "_gradient_checkpointing_func",
     "gradient_checkpointing",
     "training",
     "p",  # of dropout layers
     "model_tags",
     "_output_capturing_hooks_installed",  # with the hooks gone, `output_hidden_states` would give nothing
-    "generate",  # PPO registers it where the model is sharded
-    "add_adapter",
 )
+#: Fields of a model's configuration that trainers set.
+_CONFIGURED = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -77,12 +75,16 @@ class _ModelRecord:
             name: {key: value for key, value in module.__dict__.items() if key in _PATCHED or is_dropout(key, value)}
             for name, module in model.named_modules()
         }
+        self._names = {name: set(module.__dict__) for name, module in model.named_modules()}
         self._hooks = {
             (name, kind): set(getattr(module, kind)) for name, module in model.named_modules() for kind in _HOOKS
         }
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._adapters = set(getattr(model, "peft_config", {}))
-        self._use_cache = [(config, config.use_cache) for config in _configs(model)]
+        self._configured = [
+            (config, {name: vars(config)[name] for name in _CONFIGURED if name in vars(config)})
+            for config in _configs(model)
+        ]
         self._generation = [
             (module, copy.deepcopy(module.generation_config.__dict__))
             for module in wrapped_models(model)
@@ -98,14 +100,16 @@ class _ModelRecord:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
             parameter.grad = None
-        for config, use_cache in self._use_cache:
-            config.use_cache = use_cache
+        for config, values in self._configured:
+            vars(config).update(values)
         for module, values in self._generation:
             module.generation_config.__dict__.clear()
             module.generation_config.__dict__.update(values)
 
     def _restore_module(self, name: str, module: nn.Module) -> None:
-        for key in _PATCHED:
+        before = self._names.get(name, set())
+        methods = [key for key, value in vars(module).items() if key not in before and callable(value)]
+        for key in (*_PATCHED, *methods):
             module.__dict__.pop(key, None)
         module.__dict__.update(self._attributes.get(name, {}))
         for kind in _HOOKS:
@@ -143,7 +147,5 @@ def _dismantle(trainer: Trainer) -> None:
 
 
 def _configs(model: Any) -> list[Any]:
-    configs = [
-        module.config for module in wrapped_models(model) if hasattr(getattr(module, "config", None), "use_cache")
-    ]
-    return list({id(config): config for config in configs}.values())
+    whole = [module.config for module in wrapped_models(model) if hasattr(getattr(module, "config", None), "to_dict")]
+    return list({id(part): part for config in whole for part in (config, config.get_text_config())}.values())

@@ -21,7 +21,7 @@ _IMPORTED_LATE = {"use_liger_kernel": ("liger_kernel", "liger-kernel")}
 
 
 def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilder) -> None:
-    """Build each objective's trainer, optimizer, schedule, first batches and loss on a few rows, and the reporters.
+    """Build each objective's trainer, optimizer and schedule, try a step and an evaluation on a few rows, and reporters.
 
     Args:
         tracks: The tracks of the run.
@@ -54,10 +54,28 @@ def _try_batches(trainer: Any, *, computes: bool) -> None:
     if len(trainer.train_dataset):
         batch = next(iter(trainer.get_train_dataloader()))
         if computes:
-            with torch.random.fork_rng(), trainer.compute_loss_context_manager():
-                trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))  # noqa: SLF001 - no public name
+            _enable_checkpointing(trainer)
+            trainer.model.train()
+            with torch.random.fork_rng():
+                with trainer.compute_loss_context_manager():
+                    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))  # noqa: SLF001 - as the next
+                trainer.accelerator.backward(loss)
     if trainer.eval_dataset is not None and len(trainer.eval_dataset):
-        next(iter(trainer.get_eval_dataloader()))
+        batch = next(iter(trainer.get_eval_dataloader()))
+        if computes:
+            with torch.random.fork_rng():
+                trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+
+
+def _enable_checkpointing(trainer: Any) -> None:
+    """As `Trainer.train` does before its first step."""
+    if trainer.args.gradient_checkpointing:
+        options = dict(trainer.args.gradient_checkpointing_kwargs or {})
+        if hasattr(trainer.model, "activation_checkpointing_enable"):  # from transformers 5.23
+            own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+            trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **own)
+        else:
+            trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None)
 
 
 def _require_packages(tracks: Sequence[Track], config: HBATConfig) -> None:

@@ -103,12 +103,15 @@ def _sampling_state(policy: Any, seed: int | None) -> Iterator[None]:
     devices = [policy.device] if policy.device.type == "cuda" else []
     models = [policy, *([policy.get_base_model()] if hasattr(policy, "peft_config") else [])]
     own = [(model, model.generation_config) for model in models if "generation_config" in vars(model)]
-    was_training = policy.training
+    config, was_training = policy.config.get_text_config(), policy.training
+    routed = getattr(config, "output_router_logits", None)
     policy.eval()  # in training mode, gradient checkpointing turns the key-value cache off
     try:
         # transformers fills unset options from the model's own configuration, and many models ship with some.
         for model, _ in own:
             model.generation_config = GenerationConfig()
+        if routed:  # the loss of the router cannot be computed of one token (transformers 4.57-5.24)
+            config.output_router_logits = False
         with torch.random.fork_rng(devices=devices):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -116,6 +119,8 @@ def _sampling_state(policy: Any, seed: int | None) -> Iterator[None]:
     finally:
         for model, options in own:
             model.generation_config = options
+        if routed:
+            config.output_router_logits = routed
         policy.train(was_training)
 
 
