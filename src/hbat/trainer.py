@@ -3,13 +3,13 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from hbat.config.fields import at_home, check_number
+from hbat.config.fields import at_home, check_number, shown
 from hbat.config.hbat import HBATConfig
 from hbat.data.digest import data_digest
 from hbat.engines.choose import choose_engine
@@ -132,8 +132,8 @@ class HBATTrainer:
         builder = TrainerBuilder(
             self.model, self.processing_class, self._start, engine, keep_adapter_dtype=args.keep_adapter_dtype
         )
-        self._evaluator = Evaluator(tracks, builder, self._start)
         self._request = StopRequest()
+        self._evaluator = Evaluator(tracks, builder, self._start, self._request)
         replayed = self.tracks["sft"] if args.replay_share > 0 else None
         self._stages = StageRunner(self.model, args, builder, self._start, engine, self._request, replayed)
         self._run: Run | None = None
@@ -143,6 +143,7 @@ class HBATTrainer:
         begins = args.continue_from is not None and not self._folder.holds_run()
         self.continued = FinishedRun(args, self._fingerprint()) if begins else None
         rehearse(tracks, args, builder)
+        self._built = args.as_text()
         align_special_tokens(self.model, self.processing_class)  # which `sft.eos_token` sets when a trainer is built
 
     @property
@@ -170,16 +171,18 @@ class HBATTrainer:
 
         Raises:
             TypeError: If `resume_from_checkpoint` is a path, or `allow_changed` no list.
-            ValueError: If `allow_changed` is given without `resume_from_checkpoint`.
+            ValueError: If `allow_changed` is given without `resume_from_checkpoint`, `args` were changed since the
+                trainer was built, or it has trained already and is to start over.
             RunStateError: If `output_dir` holds a different run, or any run while `resume_from_checkpoint` is not
                 set; if no complete state of the run is left; or if another process trains into it.
             StorageError: If the state cannot be written; the previously saved one stays intact.
             FloatingPointError: If a loss, gradient, weight or importance is NaN or infinite; the stage's start is on
                 disk.
             RunInterrupted: At SIGTERM or SIGINT, with everything saved; uncaught it ends the process with status 143
-                or 130. A second signal ends the process at once.
+                or 130, or in a notebook the cell. A second signal ends the process at once.
         """
         check_request(resume_from_checkpoint, allow_changed, self.args.output_dir)
+        self._require_as_built(resume=bool(resume_from_checkpoint))
         with self._folder.locked():
             run = self._run = self._open(resume=bool(resume_from_checkpoint), allow_changed=allow_changed)
             reporter = self._make_reporter(run)
@@ -193,6 +196,31 @@ class HBATTrainer:
             finally:
                 self._close(reporter)
         return TrainOutput(self.state.global_step, mean_loss(self.state, self.tracks), self._scores.last())
+
+    def _require_as_built(self, *, resume: bool) -> None:
+        for name, now in self.args.as_text().items():
+            if now != self._built[name]:
+                raise ValueError(
+                    f"`{name}` was changed from {shown(self._built[name])} to {shown(now)} after the trainer was built, "
+                    "which has no effect. Build a new `HBATTrainer` with it."
+                )
+        if self._run is not None and not resume and self.args.overwrite_output_dir:
+            raise ValueError(
+                "This trainer has trained already: its model is not the one that the run began with. To start over, "
+                "build a new `HBATTrainer`; to resume, pass `resume_from_checkpoint=True`."
+            )
+
+    def add_callback(self, callback: TrainerCallback) -> None:
+        """Add a callback to every stage's trainer. In its events `state.hbat` says where in the run the stage is."""
+        for track in self.tracks.values():
+            track.callbacks.append(callback)
+
+    if not TYPE_CHECKING:  # it would hide typing errors from type checkers
+
+        def __getattr__(self, name: str) -> Any:
+            known = "" if name not in vars(Trainer) else " Every stage builds a trainer of its own: a callback gets its"
+            hint = f"{known} model, optimizer, data loader and logs." if known else ""
+            raise AttributeError(f"`HBATTrainer` has no {name!r}.{hint}")
 
     def _fingerprint(self) -> Fingerprint:
         tracks = self.tracks.values()

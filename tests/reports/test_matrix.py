@@ -128,7 +128,7 @@ def test_where_higher_is_better_the_signs_turn_and_keep_their_meaning():
     found = ForgettingMatrix({"sft": "loss", "ppo": "reward"}, better={"ppo": "higher"})
     for index, (objective, values) in enumerate(rows):
         given_scores = {name: {found.headline[name]: value} for name, value in values.items()}
-        found.add(stage=index, round_index=0, objective=objective, scores=given_scores)
+        found.add(stage=index, round_number=1, objective=objective, scores=given_scores)
     assert found.backward_transfer() == {"ppo": 0.25 - 0.5}
     assert found.forgetting() == {"sft": 2.0 - 1.0, "ppo": 0.5 - 0.25}
     assert found.interference() == {"sft": 3.0 - 1.0, "ppo": 0.5 - 0.25}
@@ -144,8 +144,8 @@ def test_scores_are_named_as_transformers_names_those_of_several_data_sets():
 
 def test_a_series_takes_the_headline_metric():
     found = ForgettingMatrix({"dpo": "rewards/margins"})
-    found.add(stage=0, round_index=0, objective="dpo", scores={"dpo": {"loss": 1.0, "rewards/margins": 3.0}})
-    found.add(stage=1, round_index=0, objective="sft", scores={"dpo": {"loss": 2.0}})
+    found.add(stage=0, round_number=1, objective="dpo", scores={"dpo": {"loss": 1.0, "rewards/margins": 3.0}})
+    found.add(stage=1, round_number=1, objective="sft", scores={"dpo": {"loss": 2.0}})
     assert found.series("dpo") == [3.0, None]
 
 
@@ -167,7 +167,7 @@ def test_lines_name_rounds_from_one_and_keep_the_order_of_objectives():
 def test_rows_do_not_follow_what_was_handed_in():
     given_scores = {"sft": {"loss": 1.0}}
     found = ForgettingMatrix({"sft": "loss"})
-    found.add(stage=0, round_index=0, objective="sft", scores=given_scores)
+    found.add(stage=0, round_number=1, objective="sft", scores=given_scores)
     given_scores["dpo"] = {"loss": 2.0}
     assert found.rows[0]["scores"] == {"sft": {"loss": 1.0}}
 

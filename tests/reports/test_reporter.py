@@ -95,10 +95,10 @@ def test_stages_log_on_one_step_axis_with_their_place(reporter):
             state.global_step = step
             callback.on_log(None, state, None, logs={"loss": 1.0 / step, "epoch": 0.5})
     assert run.state.log_history == [
-        {"sft/loss": 0.2, "hbat/stage": 0, "hbat/round": 0, "step": 5},
-        {"sft/loss": 0.1, "hbat/stage": 0, "hbat/round": 0, "step": 10},
-        {"dpo/loss": 0.2, "hbat/stage": 1, "hbat/round": 0, "step": 15},
-        {"dpo/loss": 0.1, "hbat/stage": 1, "hbat/round": 0, "step": 20},
+        {"sft/loss": 0.2, "hbat/stage": 0, "hbat/round": 1, "step": 5},
+        {"sft/loss": 0.1, "hbat/stage": 0, "hbat/round": 1, "step": 10},
+        {"dpo/loss": 0.2, "hbat/stage": 1, "hbat/round": 1, "step": 15},
+        {"dpo/loss": 0.1, "hbat/stage": 1, "hbat/round": 1, "step": 20},
     ]
     assert run.state.global_step == 20
 
@@ -116,7 +116,7 @@ def test_a_stage_that_goes_on_from_its_checkpoint_brings_its_log_along(reporter)
     callback = ForwardLogs(run, PLAN[3], 0)
     past = [{"loss": 2.0, "epoch": 0.1, "step": 2}, {"eval_loss": 3.0, "step": 4}, {"train_loss": 1.0, "step": 4}]
     callback.on_train_begin(None, TrainerState(max_steps=10, global_step=4, log_history=past), None)
-    place = {"hbat/stage": 3, "hbat/round": 1}
+    place = {"hbat/stage": 3, "hbat/round": 2}
     assert run.state.log_history == [
         {"dpo/loss": 2.0, "step": 32} | place,
         {"eval_dpo_stage/loss": 3.0, "step": 34} | place,

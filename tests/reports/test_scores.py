@@ -55,9 +55,9 @@ def test_scores_are_due_once_at_the_start_and_once_after_every_stage(run, report
         assert not scores.are_due(run)
     rows = RunFolder(tmp_path).read().evaluations
     assert [(row["stage"], row["round"], row["objective"]) for row in rows] == [
-        (-1, 0, None),
-        (0, 0, "sft"),
-        (1, 0, "dpo"),
+        (-1, 1, None),
+        (0, 1, "sft"),
+        (1, 1, "dpo"),
     ]
     written = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     assert (written["rows"], written["backward_transfer"]) == (rows, {"sft": -1.0})

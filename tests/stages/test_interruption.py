@@ -1,5 +1,6 @@
 """A run that gets a signal saves at the next step and ends with a status; a second signal ends it at once."""
 
+import builtins
 import logging
 import os
 import signal
@@ -13,8 +14,12 @@ import cases
 import pytest
 import runs
 from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
-from hbat.stages.interruption import RunInterrupted, StopRequest
+from hbat.config.hbat import HBATConfig
+from hbat.objectives.objective import Objective
+from hbat.stages.interruption import RunInterrupted, StopRequest, interrupted
+from hbat.trainer import HBATTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "cosine", "max_steps": 4}
@@ -75,6 +80,46 @@ def test_a_signal_in_a_stages_last_step_ends_the_run_between_stages(whole, tmp_p
     assert runs.same(cases.weights(resumed.model), cases.weights(whole.model))
 
 
+class Evaluated(SFTTrainer):
+    """Sends SIGINT in its second evaluation step once `armed`; counts the steps."""
+
+    armed, steps = False, 0
+
+    def prediction_step(self, *args, **kwargs):
+        Evaluated.steps += Evaluated.armed
+        if Evaluated.armed and Evaluated.steps == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().prediction_step(*args, **kwargs)
+
+
+def test_a_signal_in_an_evaluation_between_stages_ends_the_run_at_its_next_batch(tmp_path, monkeypatch):
+    own = Objective(
+        name="own", trainer_class=Evaluated, config_class=SFTConfig, config=runs.section(per_device_eval_batch_size=1)
+    )
+    run = HBATTrainer(
+        model=cases.tiny_llama(),
+        args=HBATConfig(output_dir=str(tmp_path), objectives=[own], disable_tqdm=True),
+        train_dataset={"own": cases.sft_rows(4)},
+        eval_dataset={"own": cases.sft_rows(6)},
+        processing_class=cases.tiny_tokenizer(),
+    )
+    monkeypatch.setattr(Evaluated, "armed", True)
+    with pytest.raises(RunInterrupted, match=r"^The run was stopped by SIGINT and is saved\. .* resumes it"):
+        run.train()
+    assert Evaluated.steps == 2
+    monkeypatch.setattr(Evaluated, "armed", False)
+    assert run.train(resume_from_checkpoint=True).global_step == runs.STEPS
+
+
+@pytest.mark.parametrize(("in_notebook", "kind"), [(False, SystemExit), (True, KeyboardInterrupt)])
+def test_it_ends_a_process_or_a_notebooks_cell(in_notebook, kind, monkeypatch):
+    if in_notebook:
+        monkeypatch.setattr(builtins, "get_ipython", lambda: None, raising=False)
+    error = interrupted(signal.SIGTERM)
+    assert isinstance(error, kind)
+    assert isinstance(error, SystemExit) is not in_notebook
+
+
 def test_signals_mean_what_they_did_before_once_nobody_listens():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     request = StopRequest()
@@ -111,9 +156,10 @@ def test_a_signal_that_comes_while_a_lock_of_logging_is_held_waits_for_nothing(m
     logger.addHandler(handler)
     request = StopRequest()
     try:
-        with request.listening(), lock:
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert request.agreed() == signal.SIGTERM
+        with request.listening():
+            with lock:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert request.agreed() == signal.SIGTERM
         assert said.wait(30)
     finally:
         logger.removeHandler(handler)
@@ -138,11 +184,12 @@ with request.listening():
 def test_a_second_signal_ends_the_process_at_once(number, tmp_path):
     script = tmp_path / "waits.py"
     script.write_text(SCRIPT.format(paths=[str(Path(__file__).parents[2] / "src")]), encoding="utf-8")
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert process.stdout.readline() == "first\n"
         begun = time.monotonic()
         process.send_signal(number)
         assert process.wait(timeout=30) == -number
+        assert "On disk are the start of the stage" in process.stderr.read()
         assert time.monotonic() - begun < 30

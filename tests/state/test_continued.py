@@ -120,7 +120,7 @@ def test_the_first_stage_cut_off_while_it_is_committed_leaves_its_start_or_its_e
 def test_numbers_count_on_over_several_runs_and_rows_keep_the_name_of_theirs(source, tmp_path):
     finish(open_run(tmp_path / "second", source=source, objectives=["dpo"])).commit_evaluations([{"run": "first"}, {}])
     run = open_run(tmp_path / "third", source=tmp_path / "second", objectives=["sft"])
-    assert [(stage.index, stage.round) for stage in run.plan] == [(3, 2)]
+    assert [(stage.index, stage.round) for stage in run.plan] == [(3, 3)]
     assert run.state.evaluations == [{"run": "first"}, {"run": "second"}]
     # Of `dpo` the importance is both runs', and the moments are the second's.
     moved = run.consolidation.accumulated["dpo"]["displacement"]["a"]
@@ -159,4 +159,4 @@ def test_a_run_continues_another_in_a_folder_without_a_run(source, tmp_path):
     open_run(tmp_path / "second", source=source)
     with pytest.raises(RunStateError, match="holds a run already"):
         open_run(tmp_path / "second", source=source)
-    assert plan(1, ["sft"], first_stage=4, first_round=2)[0].folder == "stage-004-sft"
+    assert plan(1, ["sft"], first_stage=4, rounds_before=2)[0].folder == "stage-004-sft"

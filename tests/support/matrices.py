@@ -11,7 +11,7 @@ def matrix(*rows, headline=None):
         stage = number - offset
         found.add(
             stage=stage,
-            round_index=max(stage, 0) // 2,
+            round_number=max(stage, 0) // 2 + 1,
             objective=objective,
             scores={name: {"loss": loss} for name, loss in losses.items()},
         )

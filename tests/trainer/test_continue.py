@@ -156,7 +156,7 @@ def test_a_schedule_over_the_rounds_is_that_of_the_new_rounds(first, tmp_path):
     rates = {}
     for entry in run.state.log_history:
         rates.setdefault(entry["hbat/round"], []).append(entry.get("sft/learning_rate", 0.0))
-    assert {number: max(found) for number, found in rates.items()} == pytest.approx({1: 0.01, 2: 0.005})
+    assert {number: max(found) for number, found in rates.items()} == pytest.approx({2: 0.01, 3: 0.005})
 
 
 # --- killed and resumed ----------------------------------------------------------------------------------------------

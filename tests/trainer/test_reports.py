@@ -71,7 +71,7 @@ def test_the_log_has_one_step_axis_with_both_objectives(evaluated):
     assert run.state.global_step == 8
     assert json.loads((folder / "trainer_state.json").read_text())["log_history"] == log
     places = [(each["hbat/stage"], each["hbat/round"]) for each in log if "sft/loss" in each]
-    assert places == [(0, 0), (0, 0), (2, 1), (2, 1)]
+    assert places == [(0, 1), (0, 1), (2, 2), (2, 2)]
 
 
 def test_tensorboard_gets_one_file_with_steps_that_only_grow(evaluated):

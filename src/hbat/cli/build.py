@@ -43,7 +43,8 @@ def build_trainer(run: RunFile) -> HBATTrainer:
 
 def check_sections(run: RunFile) -> dict[str, TrainingArguments]:
     """Build the TRL configuration of every objective."""
-    return {objective.name: objective.base_args(run.config.output_dir) for objective in resolve(run.config)}
+    config = run.config
+    return {objective.name: objective.base_args(config.output_dir, config.shared_fields) for objective in resolve(config)}
 
 
 def peft_config(run: RunFile) -> Any:
@@ -82,7 +83,7 @@ def quantization_config(run: RunFile) -> BitsAndBytesConfig | None:
 
 def refuse_other_run(run: RunFile) -> None:
     """Raise RunStateError if the output folder already holds a run, before anything is loaded."""
-    if RunFolder(run.config.output_dir).holds_run():
+    if not run.config.overwrite_output_dir and RunFolder(run.config.output_dir).holds_run():
         raise RunStateError(
             f"`output_dir` {run.config.output_dir!r} already holds a run. Continue it with `--resume`, or set another "
             "folder with `--output_dir`."

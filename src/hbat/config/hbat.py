@@ -1,7 +1,7 @@
 """Options of a run, with their help texts and checks. Imports no trainer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,13 @@ class HBATConfig:
         metadata={
             "help": "Output directory of the run: its state, checkpoints of stages, the final model, logs and tables."
         }
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to remove the run that `output_dir` holds, if any, and start over. Other files there are "
+            "left alone."
+        },
     )
     continue_from: str | None = field(
         default=None,
@@ -101,6 +108,12 @@ class HBATConfig:
             "`sft: 0.1`: an optimizer step over B rows adds 0.1 * B of them on average, from all rounds so far, each "
             "with the weight of one of the B. Only `sft` can be replayed. `null` disables it."
         },
+    )
+    use_cpu: bool = field(
+        default=False, metadata={"help": "Whether to train on the CPU: `use_cpu` of every section that does not set it."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "`bf16` of every section that sets neither `bf16` nor `fp16`. Default: TRL's."}
     )
     on_bad_rows: OnBadRows = field(
         default="raise",
@@ -232,6 +245,17 @@ class HBATConfig:
     def objective_names(self) -> list[str]:
         """Names of the objectives of a round, in order."""
         return [entry if isinstance(entry, str) else str(getattr(entry, "name", entry)) for entry in self.objectives]
+
+    @property
+    def shared_fields(self) -> dict[str, Any]:
+        """Fields that every section gets which does not set them."""
+        given = {"use_cpu": True} if self.use_cpu else {}
+        return given if self.bf16 is None else {**given, "bf16": self.bf16}
+
+    def as_text(self) -> dict[str, str]:
+        """Values of all fields as text, to find what was changed."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: repr(value.to_dict() if hasattr(value, "to_dict") else value) for name, value in values.items()}
 
     @property
     def replay_share(self) -> float:

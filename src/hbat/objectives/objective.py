@@ -143,11 +143,12 @@ class Objective:
         fields = self.config if isinstance(self.config, Mapping) else vars(self.config) if self.config else {}
         return fields.get(name, default)
 
-    def base_args(self, output_dir: str) -> TrainingArguments:
+    def base_args(self, output_dir: str, shared: Mapping[str, Any] | None = None) -> TrainingArguments:
         """Build and check the arguments of its trainer.
 
         Args:
             output_dir: Any folder; each stage sets its own.
+            shared: Fields of the run for sections that do not set them.
 
         Raises:
             ValueError: If they cannot work inside a run.
@@ -164,7 +165,9 @@ class Objective:
             values = dict(self.config or {})
             if values.get("report_to") in ("none", ["none"]):  # what every stage sets
                 del values["report_to"]
-            build = {"output_dir": output_dir, "report_to": "none"}
+            build = {"output_dir": output_dir, "report_to": "none", **(shared or {})}
+            if "fp16" in values:
+                build.pop("bf16", None)
             owned = {key: why for key, why in _OWNED_BY_RUN.items() if key in values}
             args = build_section(self.name, self.config_class, build | values, owned=owned)
         for key in ("load_best_model_at_end", "sync_ref_model", "cast_lm_head_to_fp32"):

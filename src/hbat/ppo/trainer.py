@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,8 @@ class PPOTrainer(PolicyCheckpoints):
         if rows is None or len(rows) == 0:
             raise ValueError("There are no rows to evaluate on. Pass `eval_dataset` to the trainer or to `evaluate`.")
         prompts = prepare_rows(rows, self.policy, self.processing_class, self.args)
-        found = self._collector.evaluate(prompts, self.state)
+        after = partial(self.callback_handler.on_prediction_step, self.args, self.state, self.control)
+        found = self._collector.evaluate(prompts, self.state, after)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -66,16 +66,16 @@ class ForgettingMatrix(ScoreTable):
     `"run": name of its folder` as well.
     """
 
-    def add(self, *, stage: int, round_index: int, objective: str | None, scores: Mapping[str, Any]) -> None:
+    def add(self, *, stage: int, round_number: int, objective: str | None, scores: Mapping[str, Any]) -> None:
         """Append the scores after a stage.
 
         Args:
             stage: Its index; for the start one less than the first's.
-            round_index: Its round.
+            round_number: Its round, from 1.
             objective: The objective that it trained; None for the start.
             scores: Scores by objective and metric.
         """
-        row = {"stage": stage, "round": round_index, "objective": objective, "scores": dict(scores)}
+        row = {"stage": stage, "round": round_number, "objective": objective, "scores": dict(scores)}
         self.rows.append(row | {"data": dict(self.data)})
 
     def has(self, stage: int) -> bool:
@@ -172,7 +172,7 @@ class ForgettingMatrix(ScoreTable):
         columns = [self.series(objective) for objective in self.headline]
         labels = [
             (f"{row['run']}, " if "run" in row else "")
-            + ("start" if row["objective"] is None else f"round {row['round'] + 1}: {row['objective']}")
+            + ("start" if row["objective"] is None else f"round {row['round']}: {row['objective']}")
             for row in self.rows
         ]
         return [(label, [column[index] for column in columns]) for index, label in enumerate(labels)]

@@ -92,7 +92,7 @@ class RunReporter:
         """Move the progress bar to a number of steps of the stage and its last logged loss."""
         stage = self._stage
         self._bar.n = self._before + done
-        self._bar.set_description_str(f"round {stage.round + 1}/{stage.last_round} {stage.objective}", refresh=False)
+        self._bar.set_description_str(f"round {stage.round}/{stage.last_round} {stage.objective}", refresh=False)
         shown = f"{done}/{self._stage_steps}" if loss is None else f"{done}/{self._stage_steps}, loss {loss:.3f}"
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.refresh() if done in {0, self._stage_steps} else self._bar.update(0)

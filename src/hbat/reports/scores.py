@@ -33,7 +33,7 @@ class RunScores:
             if stage.index == done:
                 number, objective = stage.round, stage.objective
         increases = self._increases(results, run.state.predicted)
-        self._matrix.add(stage=done, round_index=number, objective=objective, scores=results)
+        self._matrix.add(stage=done, round_number=number, objective=objective, scores=results)
         reporter.log(as_metrics(results) | increases, run.state.global_step)
         run.state.log = reporter.save()
         run.commit_evaluations(self._matrix.rows)

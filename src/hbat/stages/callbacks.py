@@ -1,4 +1,4 @@
-"""Callbacks of every stage that work around what trainers do to hooks and to the order of rows."""
+"""Callbacks of every stage: they tell others where in the run it is, and work around what trainers do."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,6 +6,25 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hbat.engines.patches import let_epochs_grow
+from hbat.state.plan import Stage
+
+
+class TellPlace(TrainerCallback):
+    """Tells other callbacks where in the run their stage is: `state.hbat`, in the words of the log.
+
+    Args:
+        stage: The stage.
+        steps_before: Optimizer steps of the run before it.
+    """
+
+    def __init__(self, stage: Stage, steps_before: int) -> None:
+        self._place = {"stage": stage.index, "round": stage.round, "objective": stage.objective, "step": steps_before}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell it."""
+        state.hbat = dict(self._place)  # type: ignore[attr-defined]  # a dataclass without slots
 
 
 class HookLimit(TrainerCallback):

@@ -10,6 +10,7 @@ from hbat.objectives.track import Track
 from hbat.reports.matrix import scores
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.dropped_rows import report_dropped_rows
+from hbat.stages.interruption import StopAtPrediction, StopRequest
 from hbat.stages.rehearsal import first_rows
 from hbat.stages.start import StageStart
 
@@ -21,12 +22,16 @@ class Evaluator:
         tracks: The tracks of the run.
         builder: Builder of trainers on the run's model.
         start: Holder of the reference policy.
+        request: Where signals are remembered.
     """
 
-    def __init__(self, tracks: Sequence[Track], builder: TrainerBuilder, start: StageStart) -> None:
+    def __init__(
+        self, tracks: Sequence[Track], builder: TrainerBuilder, start: StageStart, request: StopRequest
+    ) -> None:
         self._tracks = [track for track in tracks if track.eval_dataset is not None]
         self._builder = builder
         self._start = start
+        self._stop = StopAtPrediction(request)
         self._reported: set[str] = set()
 
     @property
@@ -50,6 +55,7 @@ class Evaluator:
 
         Raises:
             DatasetError: If an objective's trainer drops all its evaluation rows.
+            RunInterrupted: If a signal came since the run began to listen.
         """
         results = {}
         for track in self._tracks:
@@ -62,6 +68,7 @@ class Evaluator:
                     folder,
                     train_dataset=first_rows(rows, needed),
                     eval_dataset=rows,
+                    callbacks=[self._stop],
                     for_evaluation=True,
                 ) as trainer,
             ):

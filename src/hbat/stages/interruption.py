@@ -1,6 +1,7 @@
 """Ends a run at a signal: saves at the end of the step, and exits with a status that says why."""
 
 import _thread
+import builtins
 import logging
 import os
 import signal
@@ -17,21 +18,45 @@ logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _MESSAGE = "%s: saving at the end of the step, then ending. A second signal ends at once."
+_AT_ONCE = (
+    b"\nhbat: ended at once, nothing more was saved. On disk are the start of the stage under way and its last "
+    b"checkpoint, from where the run resumes.\n"
+)
 _STATUS = 128  # plus the signal's number, as shells give it
 
 
-class RunInterrupted(SystemExit):
+class RunInterrupted(BaseException):
     """A signal ended the run; everything is saved.
 
-    Uncaught it ends the process with the status 128 plus the signal's number: 143 after SIGTERM, 130 after SIGINT.
+    Raised as a `SystemExit`, which uncaught ends the process with the status 128 plus the signal's number: 143 after
+    SIGTERM, 130 after SIGINT. In a notebook, which has no process to end, as a `KeyboardInterrupt`.
 
-    Args:
-        number: The signal's number.
+    Attributes:
+        signal: The signal.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(_STATUS + number)
-        self.signal = signal.Signals(number)
+    signal: signal.Signals
+
+
+class _ProcessEnds(RunInterrupted, SystemExit):
+    pass
+
+
+class _CellEnds(RunInterrupted, KeyboardInterrupt):
+    pass
+
+
+def interrupted(number: int) -> RunInterrupted:
+    """Make the exception for a signal."""
+    received = signal.Signals(number)
+    in_notebook = hasattr(builtins, "get_ipython")  # which IPython sets while a cell runs
+    error = (_CellEnds if in_notebook else _ProcessEnds)(
+        f"The run was stopped by {received.name} and is saved. `train(resume_from_checkpoint=True)` resumes it."
+    )
+    error.signal = received
+    if isinstance(error, SystemExit):
+        error.code = _STATUS + number
+    return error
 
 
 class StopRequest:
@@ -51,9 +76,11 @@ class StopRequest:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            self._number = 0
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._number:
+            os.write(2, _AT_ONCE)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._number = number
@@ -78,7 +105,7 @@ class StopRequest:
         """
         number = self.agreed()
         if number:
-            raise RunInterrupted(number)
+            raise interrupted(number)
 
 
 class StopAtStep(TrainerCallback):
@@ -102,3 +129,20 @@ class StopAtStep(TrainerCallback):
             control.should_training_stop = True
             control.should_save = self._saves
             self.stopped = True
+
+
+class StopAtPrediction(TrainerCallback):
+    """Ends the run within an evaluation between stages, where everything is saved already.
+
+    Args:
+        request: Where signals are remembered.
+    """
+
+    def __init__(self, request: StopRequest) -> None:
+        self._request = request
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """End the run if a signal came. Collective: as every evaluation step."""
+        self._request.raise_if_agreed()

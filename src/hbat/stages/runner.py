@@ -15,7 +15,7 @@ from hbat.ewc.parameters import trainable_parameters
 from hbat.objectives.track import Track
 from hbat.reports.reporter import ForwardLogs, RunReporter
 from hbat.stages.builder import TrainerBuilder
-from hbat.stages.callbacks import HookLimit, KeepEpoch
+from hbat.stages.callbacks import HookLimit, KeepEpoch, TellPlace
 from hbat.stages.checkpoints import SealCheckpoints, last_checkpoint, named_checkpoint
 from hbat.stages.dropped_rows import report_dropped_rows
 from hbat.stages.importance import fisher_examples, is_used, measure
@@ -107,7 +107,7 @@ class StageRunner:
         kept = run.kept.pop(stage.objective, {})
         carries = [carry] if self._config.optimizer_state == "carry" else []
         stop = StopAtStep(self._request, saves=self._engine.resumes_inside_stage)
-        own = [HookLimit(), KeepEpoch(), *track.callbacks, stop, SealCheckpoints()]
+        own = [TellPlace(stage, run.state.global_step), HookLimit(), KeepEpoch(), *track.callbacks, stop, SealCheckpoints()]
         part = track.part(stage, self._config.seed)
         replay = self._replay(stage, track)
         with self._builder.building(

@@ -54,7 +54,7 @@ class FinishedRun:
             )
         own = {name: values["optim"] for name, values in state.fingerprint.items() if "optim" in (values or {})}
         self._optim = state.optim | own
-        self._next_round = state.first_round + run["num_rounds"]
+        self._next_round = state.rounds_before + run["num_rounds"]
         self.carried = {
             kind: state.next_stage - (kind != "weights") for kind in state.files if self._fits(kind, config)
         }
@@ -88,7 +88,7 @@ class FinishedRun:
         before, now = self._state, self._described
         state = RunState(now.values, given=now.given, versions=now.versions)
         state.first_stage = state.next_stage = before.next_stage
-        state.first_round, state.optim = self._next_round, self._optim
+        state.rounds_before, state.optim = self._next_round, self._optim
         state.evaluations = [{"run": self._path.resolve().name} | row for row in before.evaluations]
         for kind, number in self.carried.items():
             folder.write_tensors(state, kind, number, self._folder.read_tensors(before, kind))

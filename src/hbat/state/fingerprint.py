@@ -116,9 +116,8 @@ def fingerprint(
     described |= {name: _trained_with(args) for name, args in sections.items()}
     given = {"ewc": given_fields(config.ewc)}
     for name, objective in zip(config.objective_names, config.objectives, strict=True):
-        given[name] = given_fields(
-            getattr(config, name) if isinstance(objective, str) else getattr(objective, "config", None)
-        )
+        section = getattr(config, name) if isinstance(objective, str) else getattr(objective, "config", None)
+        given[name] = sorted({*given_fields(section), *config.shared_fields})
     return Fingerprint(json.loads(json.dumps(described, default=str)), given, _versions())
 
 

@@ -200,6 +200,14 @@ class RunFolder:
             self._states.put(state)
         wait_for_everyone()
 
+    def clear(self) -> None:
+        """Remove the run, and nothing else. Collective."""
+        if self._writes:
+            self._states.clear()
+            shutil.rmtree(self.path / TENSORS, ignore_errors=True)
+        self.remove_stages_but(None)
+        wait_for_everyone()
+
     def remove_stage(self, name: str) -> None:
         """Remove the folder of a stage that is done."""
         if self._writes:

@@ -71,6 +71,11 @@ class KeptStates:
         self._kept = newest_first
         self._clean()
 
+    def clear(self) -> None:
+        """Remove all manifests, oldest first: killed in between, the newest one still stands for the run."""
+        for age in reversed(self.ages()):
+            self.manifest(age).unlink()
+
     def _clean(self) -> None:
         named = frozenset[str]().union(*(kept.names for kept in self._kept))
         superfluous = [self.manifest(age) for age in self.ages() if age >= len(self._kept)]

@@ -28,7 +28,7 @@ class RunState:
         given: Names of these values that the user has set, by section; all others are defaults.
         versions: Versions of the libraries that last wrote the run.
         first_stage: Index of the run's first stage: 0, or where the run that it continues ended.
-        first_round: The same for its first round.
+        rounds_before: Number of rounds of the runs that the run continues.
         next_stage: Index of the stage that trains next; that of the last one plus 1 once the run is finished.
         global_step: Optimizer steps so far, over all stages.
         objective_steps: Optimizer steps so far by objective.
@@ -46,7 +46,7 @@ class RunState:
     given: dict[str, list[str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     first_stage: int = 0
-    first_round: int = 0
+    rounds_before: int = 0
     next_stage: int = 0
     global_step: int = 0
     objective_steps: dict[str, int] = field(default_factory=dict)

@@ -11,10 +11,10 @@ class Stage:
 
     Attributes:
         index: Position in the run, from 0; a run that continues another counts on from it.
-        round: Its round, likewise.
+        round: Its round, from 1, likewise.
         objective: Name of the objective that it trains.
         num_rounds: Number of rounds of the run, without those that it continues.
-        first_round: The run's first round.
+        rounds_before: Number of rounds of the runs that the run continues.
         is_last: Whether the run ends with it.
     """
 
@@ -22,18 +22,18 @@ class Stage:
     round: int
     objective: str
     num_rounds: int
-    first_round: int = 0
+    rounds_before: int = 0
     is_last: bool = False
 
     @property
     def part(self) -> int:
         """Which of the run's `num_rounds` parts of the data it trains on, from 0."""
-        return self.round - self.first_round
+        return self.round - self.rounds_before - 1
 
     @property
     def last_round(self) -> int:
         """Number of the run's last round, from 1."""
-        return self.first_round + self.num_rounds
+        return self.rounds_before + self.num_rounds
 
     @property
     def folder(self) -> str:
@@ -41,22 +41,22 @@ class Stage:
         return f"stage-{self.index:03d}-{self.objective}"
 
     def __str__(self) -> str:
-        return f"stage {self.index} (round {self.round + 1} of {self.last_round}, {self.objective})"
+        return f"stage {self.index} (round {self.round} of {self.last_round}, {self.objective})"
 
 
-def plan(num_rounds: int, objectives: Sequence[str], *, first_stage: int = 0, first_round: int = 0) -> list[Stage]:
+def plan(num_rounds: int, objectives: Sequence[str], *, first_stage: int = 0, rounds_before: int = 0) -> list[Stage]:
     """List the stages of a run in order: each round trains every objective once."""
-    order = [(round_index, name) for round_index in range(num_rounds) for name in objectives]
+    order = [(number, name) for number in range(rounds_before + 1, rounds_before + num_rounds + 1) for name in objectives]
     return [
         Stage(
             index=first_stage + position,
-            round=first_round + round_index,
+            round=number,
             objective=name,
             num_rounds=num_rounds,
-            first_round=first_round,
+            rounds_before=rounds_before,
             is_last=position == len(order) - 1,
         )
-        for position, (round_index, name) in enumerate(order)
+        for position, (number, name) in enumerate(order)
     ]
 
 

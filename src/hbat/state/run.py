@@ -47,7 +47,7 @@ class Run:
     def __init__(self, config: HBATConfig, folder: RunFolder, state: RunState) -> None:
         self.state = state
         self.plan = plan(
-            config.num_rounds, config.objective_names, first_stage=state.first_stage, first_round=state.first_round
+            config.num_rounds, config.objective_names, first_stage=state.first_stage, rounds_before=state.rounds_before
         )
         # With a single objective as well: a run that continues this one may train another.
         self.consolidation = Consolidation(config.ewc, config.seed) if config.ewc is not None else None
@@ -90,10 +90,12 @@ class Run:
         Raises:
             RunStateError: If the folder holds a run that may not or cannot be resumed.
         """
-        if not resume and folder.holds_run():
+        if not resume and config.overwrite_output_dir:
+            folder.clear()
+        elif not resume and folder.holds_run():
             raise RunStateError(
                 f"`output_dir` {config.output_dir!r} holds a run already. Pass `resume_from_checkpoint=True` to "
-                "resume it, or choose another folder."
+                "resume it, set `overwrite_output_dir=True` to start over, or choose another folder."
             )
         found = folder.read()
         if found is None and config.continue_from is not None:

@@ -176,6 +176,7 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
             batch = [rows[index] for index in range(start, min(start + size, len(rows)))]
             completions = sampler.sample([row[TOKENS] for row in batch], seed=None)
             scores.append(self.reward_model.rewards_of(batch, completions.tokens))
+            self._fire("on_prediction_step")
         metrics = {f"{metric_key_prefix}_reward": float(torch.cat(scores).mean())}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -95,7 +95,7 @@ class RolloutCollector:
         metrics |= {"kl_coef": kl_coef, "values/explained_variance": float(variance)}
         return rollout, metrics | {f"seconds/{name}": value for name, value in self._seconds.items()}
 
-    def evaluate(self, prompts: Dataset, trainer_state: Any) -> dict[str, float]:
+    def evaluate(self, prompts: Dataset, trainer_state: Any, after_batch: Callable[[], object]) -> dict[str, float]:
         """Means over the greedy completions of all prompts, each process its share of them."""
         size = self.args.per_device_eval_batch_size
         own = list(range(self.args.process_index, len(prompts), self.args.world_size))
@@ -107,6 +107,7 @@ class RolloutCollector:
             scored = self._score([prompts[index] for index in indices or [0]], seed=None, trainer_state=trainer_state)
             for name, values in scored.entries().items():
                 entries.setdefault(name, []).append(values[: len(indices)])
+            after_batch()
         joined = {name: torch.cat(values) for name, values in entries.items()}
         return _means(joined, self.total, self.args.device)
 
