@@ -1,7 +1,8 @@
 r"""Elastic weight consolidation alone, in plain TRL trainers: learn one task, then a second without losing the first.
 
-An `SFTTrainer` learns the rows of `--first`; how far that moved each weight is its importance. A second `SFTTrainer`
-learns the rows of `--second` under the penalty of `EWCCallback`. Any `transformers.Trainer` takes the callback.
+An `SFTTrainer` learns the rows of `--first`, while the callback of `EWCCallback.measure` measures the importance of
+each weight. A second `SFTTrainer` learns the rows of `--second` under the penalty of `EWCCallback`. Any
+`transformers.Trainer` takes both callbacks.
 
 Full fine-tuning on the CPU, with the model of `train_tiny_model.py`:
 
@@ -26,7 +27,6 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hbat import EWCCallback
-from hbat.ewc import displacement, normalize_to_stage, relative_importance, snapshot, trainable_parameters
 
 
 def main() -> None:
@@ -35,16 +35,15 @@ def main() -> None:
     rows = {name: load_rows(getattr(options, name), options) for name in ("first", "second")}
 
     trainer = build_trainer(options.model, rows, "first", options, peft_config=adapter() if options.lora else None)
-    before = snapshot(trainable_parameters(trainer.model))
+    measured = EWCCallback.measure()
+    trainer.add_callback(measured)
     trainer.train()
-    moved = displacement(trainable_parameters(trainer.model), before)
-    importance = normalize_to_stage(relative_importance(moved), moved)
     report("first", trainer)
     # Reloaded: accelerate wraps a model's `forward` once, and a second trainer would run without mixed precision.
     trainer.save_model()
     model = load_adapter(options.output_dir) if options.lora else options.output_dir
 
-    penalty = EWCCallback(importance, strength=options.strength)
+    penalty = EWCCallback(measured.importance, strength=options.strength)
     trainer = build_trainer(model, rows, "second", options, callbacks=[penalty])
     trainer.train()
     report("second", trainer)

@@ -7,7 +7,7 @@ from hbat.model.load import PrecisionWarning as PrecisionWarning
 from hbat.objectives.objective import Objective as Objective
 from hbat.ppo.config import PPOConfig as PPOConfig
 from hbat.ppo.rewards.function import RewardError as RewardError
-from hbat.ppo.rewards.model import RewardWarning as RewardWarning
+from hbat.ppo.rewards.function import RewardWarning as RewardWarning
 from hbat.ppo.trainer import PPOTrainer as PPOTrainer
 from hbat.reports.front import Front as Front
 from hbat.reports.matrix import ForgettingMatrix as ForgettingMatrix

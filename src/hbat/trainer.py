@@ -37,6 +37,7 @@ from hbat.stages.builder import TrainerBuilder
 from hbat.stages.evaluator import Evaluator
 from hbat.stages.guard import cheap_garbage_collection
 from hbat.stages.interruption import StopRequest
+from hbat.stages.lengths import RowLengths, measure_rows
 from hbat.stages.nonfinite import with_advice
 from hbat.stages.rehearsal import rehearse
 from hbat.stages.runner import StageResult, StageRunner
@@ -129,7 +130,7 @@ class HBATTrainer:
         self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.keep_states)
         self._scores = RunScores(self.matrix, self._folder)
         self._start = StageStart(self.model, needs_reference=needs_reference, engine=engine)
-        builder = TrainerBuilder(
+        builder = self._builder = TrainerBuilder(
             self.model, self.processing_class, self._start, engine, keep_adapter_dtype=args.keep_adapter_dtype
         )
         self._request = StopRequest()
@@ -201,8 +202,8 @@ class HBATTrainer:
         for name, now in self.args.as_text().items():
             if now != self._built[name]:
                 raise ValueError(
-                    f"`{name}` was changed from {shown(self._built[name])} to {shown(now)} after the trainer was built, "
-                    "which has no effect. Build a new `HBATTrainer` with it."
+                    f"`{name}` was changed from {shown(self._built[name])} to {shown(now)} after the trainer was "
+                    "built, which has no effect. Build a new `HBATTrainer` with it."
                 )
         if self._run is not None and not resume and self.args.overwrite_output_dir:
             raise ValueError(
@@ -218,7 +219,9 @@ class HBATTrainer:
     if not TYPE_CHECKING:  # it would hide typing errors from type checkers
 
         def __getattr__(self, name: str) -> Any:
-            known = "" if name not in vars(Trainer) else " Every stage builds a trainer of its own: a callback gets its"
+            known = (
+                "" if name not in vars(Trainer) else " Every stage builds a trainer of its own: a callback gets its"
+            )
             hint = f"{known} model, optimizer, data loader and logs." if known else ""
             raise AttributeError(f"`HBATTrainer` has no {name!r}.{hint}")
 
@@ -311,6 +314,10 @@ class HBATTrainer:
         if self._run is None or not self._evaluator.needs_reference:
             return self._evaluator.evaluate(snapshot(trainable_parameters(self.model)))
         return self._evaluator.evaluate(self._run.weights("initial"))
+
+    def row_lengths(self) -> list[RowLengths]:
+        """Count the tokens of all rows, and what `max_length` cuts and drops of them: as many builds as objectives."""
+        return measure_rows(list(self.tracks.values()), self._builder, self.processing_class)
 
     def front(self, points: Iterable[float] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> Front:
         """Evaluate the line between the start and the end of a finished run's last stage.

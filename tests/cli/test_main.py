@@ -66,7 +66,7 @@ def hbat(tmp_path, values, capfd):
         file = tmp_path / "run.yaml"
         file.write_text(yaml.safe_dump(values))
         capfd.readouterr()
-        status = main([command, *(["--config"] if command != "front" else []), str(file), *words])
+        status = main([command, *(["--config"] if command not in {"front", "clean"} else []), str(file), *words])
         captured = capfd.readouterr()
         return status, captured.out, [line for line in captured.err.splitlines() if line.startswith("hbat: ")]
 
@@ -254,6 +254,32 @@ def test_the_front_of_a_run_is_measured_drawn_and_one_of_its_models_is_saved(hba
     assert (tmp_path / "point" / "tokenizer.json").exists()
     assert "`0.75`" in (tmp_path / "point" / "README.md").read_text()
     assert "is not an empty folder" in refusal(hbat("front", "--save", "1", str(tmp_path / "point"), *words))
+
+
+def test_a_finished_run_is_cleaned_and_leaves_its_model(hbat, values, tmp_path):
+    assert "holds no run" in refusal(hbat("clean"))
+    values.update(eval_datasets=None, ewc=None, num_rounds=1)
+    status, out, _ = hbat("train")
+    assert status == 0
+    assert "MB there for `hbat front` and `continue_from`; `hbat clean` removes it" in out
+    status, out, lines = hbat("clean")
+    assert (status, lines) == (0, [])
+    assert out.startswith("Removed ")
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" in left
+    assert not {name for name in left if name.startswith(("hbat_state", "state", "stage-"))}
+
+
+def test_validation_shows_how_long_rows_are_and_what_is_cut_and_dropped(hbat, values):
+    status, out, _ = hbat("validate", "--sft.max_length", "24", "--dpo.max_length", "64")
+    assert status == 0
+    (row,) = [line.split("│") for line in out.splitlines() if "sft train" in line]
+    median, most, longest, limit, cut, dropped = (int(cell) for cell in row[2:-1])
+    assert median <= most <= longest
+    assert limit == 24
+    assert (cut > 0) is (longest > 24)
+    assert dropped <= cut
+    assert "dpo train" in out
 
 
 @pytest.mark.parametrize(

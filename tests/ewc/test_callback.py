@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 import trl
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from hbat.ewc.callback import EWCCallback
@@ -405,6 +406,39 @@ def test_a_large_proximal_strength_keeps_training_stable(tmp_path):
     callback = EWCCallback(importance, anchor, strength=1e12, method="proximal")
     build_trainer("sft", model, tmp_path, callbacks=[callback]).train()
     assert cases.largest_difference(cases.weights(model), anchor) < 1e-6
+
+
+# --- measuring before ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::hbat.ewc.log.EWCWarning")
+@pytest.mark.parametrize("case", ["full", "adapter of the trainer"])
+def test_the_training_before_is_measured_from_its_own_start(case, tmp_path):
+    measured = EWCCallback.measure()
+    trainer = build_trainer("sft", cases.tiny_llama(), tmp_path, callbacks=[measured])
+    if case != "full":
+        trainer = trl.SFTTrainer(
+            cases.tiny_llama(), args=trainer.args, train_dataset=rows("sft"), callbacks=[measured],
+            processing_class=cases.tiny_tokenizer(), peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+        )  # fmt: skip
+    start = cases.weights(trainer.model)
+    trainer.train()
+    moved = {name: (each - start[name]).double() ** 2 for name, each in cases.weights(trainer.model).items()}
+    raw = {name: 1 / (squares + squares.mean()) for name, squares in moved.items() if squares.any()}
+    total = sum(float((raw[name] * moved[name]).sum()) for name in raw)
+    for name, squares in moved.items():
+        expected = raw[name] / total if name in raw else 0 * squares
+        assert torch.allclose(measured.importance[name].double(), expected, rtol=1e-4)
+    build_trainer("sft", trainer.model, tmp_path, callbacks=[EWCCallback(measured.importance)]).train()
+
+
+def test_a_training_that_resumes_cannot_be_measured(tmp_path):
+    build_trainer("sft", cases.tiny_llama(), tmp_path, save_strategy="steps", save_steps=2).train()
+    trainer = build_trainer("sft", cases.tiny_llama(), tmp_path, callbacks=[EWCCallback.measure()])
+    with pytest.raises(
+        ValueError, match=r"^`EWCCallback.measure` cannot measure a training that resumes, here at step 2"
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

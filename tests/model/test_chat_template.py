@@ -38,7 +38,7 @@ def test_a_template_comes_from_a_file_or_is_given_itself(ending, tmp_path):
 def test_a_tokenizer_brings_its_tokens_and_its_end_and_every_token_has_an_embedding(source):
     model, tokenizer = given(source)
     assert tokenizer.chat_template == TEMPLATE
-    assert tokenizer.eos_token == "<|end|>"
+    assert tokenizer.eos_token_id == tokenizer.get_vocab()["<|end|>"]
     assert len(tokenizer) == model.get_input_embeddings().num_embeddings == cases.VOCABULARY_SIZE + 2
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
@@ -72,8 +72,7 @@ def test_tokens_under_an_adapter_that_exists_are_refused(source):
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")])
 def test_the_template_of_one_section_serves_all_objectives_and_their_references(adapter, source, tmp_path):
     rows = {
-        name: make(8, conversational=True)
-        for name, make in (("sft", cases.sft_rows), ("dpo", cases.preference_rows))
+        name: make(8, conversational=True) for name, make in (("sft", cases.sft_rows), ("dpo", cases.preference_rows))
     }
     run = runs.build_run(
         cases.tiny_llama(), tmp_path / "run", data=rows, sft={"chat_template_path": source}, peft_config=adapter

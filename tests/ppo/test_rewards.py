@@ -10,7 +10,7 @@ from datasets import Dataset
 from scorers import FOREIGN_TEMPLATE, foreign_tokenizer, tiny_scorer
 from transformers import PreTrainedModel
 
-from hbat.ppo.rewards.function import RewardError
+from hbat.ppo.rewards.function import CallableReward, RewardError, RewardWarning
 from hbat.ppo.rewards.rewards import Rewards
 
 PROMPTS = ["1 plus 1?", "1 plus 2?", "2 plus 2?", "3 plus 3?"]
@@ -37,6 +37,19 @@ def test_one_function_is_a_list_of_one():
     total, values = scored(length)
     assert total.dtype == torch.float32
     assert total.tolist() == values["length"].tolist() == [2, 8, 2, 8]
+
+
+def test_a_reward_that_gives_everything_the_same_is_named_once():
+    """As one that counts the messages of a conversation: each completion has one."""
+    answers = [[{"role": "assistant", "content": f" {number}"}] for number in range(8)]
+    reward = CallableReward(length, "length")
+    with pytest.warns(
+        RewardWarning, match=r"^The reward 'length' is 1 for all of 8 different completions, the first ' 0'"
+    ):
+        reward.values(length(answers), answers)
+    reward.values(length(answers), answers)  # a second warning would be an error here
+    CallableReward(length, "length").values([1.0] * 7, answers[:7])
+    CallableReward(length, "length").values([1.0] * 8, answers[:1] * 8)
 
 
 def test_rewards_are_weighted_and_summed():

@@ -184,7 +184,9 @@ with request.listening():
 def test_a_second_signal_ends_the_process_at_once(number, tmp_path):
     script = tmp_path / "waits.py"
     script.write_text(SCRIPT.format(paths=[str(Path(__file__).parents[2] / "src")]), encoding="utf-8")
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert process.stdout.readline() == "first\n"

@@ -76,7 +76,7 @@ EXPECTED = {
     "moments": {"sft": 0.5, "dpo": 1.5},
     "critic": 1.25,
     "rows": [{"run": "first", "stage": 1, "round": 0, "objective": "dpo", "scores": {"sft": {"loss": 0.5}}}],
-    "plan": [(2, 1, 0, "stage 2 (round 2 of 2, sft)"), (3, 1, 0, "stage 3 (round 2 of 2, dpo)")],
+    "plan": [(2, 2, 0, "stage 2 (round 2 of 2, sft)"), (3, 2, 0, "stage 3 (round 2 of 2, dpo)")],
 }
 
 

@@ -9,7 +9,9 @@ from hbat.state.manifest import RunStateError
 from hbat.state.run import Run
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_rounds", 3), ("sft", runs.section(learning_rate=1.0)), ("bf16", True)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_rounds", 3), ("sft", runs.section(learning_rate=1.0)), ("bf16", True)]
+)
 def test_a_configuration_that_was_changed_after_the_trainer_was_built_is_refused(name, value, tmp_path):
     run = runs.build_run(cases.tiny_llama(), tmp_path)
     setattr(run.args, name, value)
@@ -21,7 +23,9 @@ def test_a_configuration_that_was_changed_after_the_trainer_was_built_is_refused
 def test_a_finished_run_is_resumed_to_nothing_or_started_over_when_asked(tmp_path):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     first = runs.train(cases.tiny_llama(), tmp_path)
-    with pytest.raises(RunStateError, match=r"Pass `resume_from_checkpoint=True` .* `overwrite_output_dir=True` to start"):
+    with pytest.raises(
+        RunStateError, match=r"Pass `resume_from_checkpoint=True` .* `overwrite_output_dir=True` to start"
+    ):
         first.train()
     assert first.train(resume_from_checkpoint=True).global_step == 4 * runs.STEPS
     over = runs.build_run(cases.tiny_llama(), tmp_path, overwrite_output_dir=True, num_rounds=1)
@@ -62,7 +66,9 @@ def test_a_callback_may_be_added_and_knows_where_in_the_run_it_is(tmp_path):
 def test_what_a_plain_trainer_has_and_a_run_has_not_is_explained(tmp_path):
     run = runs.build_run(cases.tiny_llama(), tmp_path)
     assert hasattr(Trainer, "get_train_dataloader")
-    with pytest.raises(AttributeError, match=r"^`HBATTrainer` has no 'get_train_dataloader'\. Every stage builds a trainer"):
+    with pytest.raises(
+        AttributeError, match=r"^`HBATTrainer` has no 'get_train_dataloader'\. Every stage builds a trainer"
+    ):
         run.get_train_dataloader()
     with pytest.raises(AttributeError, match=r"^`HBATTrainer` has no 'nonsense'\.$"):
         _ = run.nonsense

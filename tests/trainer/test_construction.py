@@ -81,9 +81,14 @@ CONFIGURATION_ERRORS = {
         r"train_dataset\['sft'\] has too few rows: 8 for 2 rounds; every round needs at least 5 rows",
     ),
     "stop without evaluation": (
-        {"callbacks": {"sft": [EarlyStoppingCallback()]}, "sft": {"eval_strategy": "steps", "eval_steps": 1}},
+        {"callbacks": {"sft": [EarlyStoppingCallback()]}},
         ValueError,
-        r"`EarlyStoppingCallback` for 'sft', which needs `sft\.metric_for_best_model` and `eval_dataset\['sft'\]`",
+        r"`EarlyStoppingCallback` for 'sft', which needs `sft\.eval_strategy` and `sft\.metric_for_best_model`",
+    ),
+    "evaluation of no rows": (
+        {"sft": {"eval_strategy": "epoch"}},
+        ValueError,
+        r"`sft\.eval_strategy` is 'epoch', but `eval_dataset` .* has no rows for 'sft'",
     ),
     "callbacks of no objective": ({"callbacks": {"ppo": []}}, ValueError, "`callbacks` has the key 'ppo', which no"),
     "one stage sharded": ({"sft": {"fsdp": "full_shard"}}, (NotImplementedError, ValueError), r"FSDP1|`fsdp` dif"),

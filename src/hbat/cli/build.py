@@ -44,7 +44,9 @@ def build_trainer(run: RunFile) -> HBATTrainer:
 def check_sections(run: RunFile) -> dict[str, TrainingArguments]:
     """Build the TRL configuration of every objective."""
     config = run.config
-    return {objective.name: objective.base_args(config.output_dir, config.shared_fields) for objective in resolve(config)}
+    return {
+        objective.name: objective.base_args(config.output_dir, config.shared_fields) for objective in resolve(config)
+    }
 
 
 def peft_config(run: RunFile) -> Any:

@@ -134,6 +134,26 @@ def _front(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
+def _clean(options: argparse.Namespace, words: Sequence[str]) -> int:
+    run = _prepare(options, words)
+    from hbat.state.folder import RunFolder  # noqa: PLC0415 - heavy
+
+    folder = RunFolder(run.config.output_dir)
+    if not folder.holds_run():
+        raise ValueError(f"`output_dir` {run.config.output_dir!r} holds no run: there is nothing to remove.")
+    with folder.locked():
+        state = folder.read()
+        if state is not None and (done := state.next_stage - state.first_stage) < state.planned:
+            raise ValueError(
+                f"The run in {run.config.output_dir!r} is not finished: {done} of its {state.planned} stages are "
+                "done. Finish it with `hbat train --resume`."
+            )
+        size = folder.size()
+        folder.clear()
+    print(f"Removed {size / 1e6:.1f} MB: the run can no longer be continued, nor its front be measured.")
+    return 0
+
+
 def _point(option: str, text: str) -> float:
     try:
         point = float(text)
@@ -166,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="hbat", allow_abbrev=False, description="Hybrid alignment training: alternate SFT and preference stages."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{train,validate,front,demo}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="{train,validate,front,clean,demo}")
     train = _run_command(commands, "train", _train, "train a run described by a YAML file")
     train.add_argument("--resume", action="store_true", help="continue the interrupted run in `output_dir`")
     train.add_argument(
@@ -187,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     front.add_argument(
         "--save", nargs=2, metavar=("POINT", "DIR"), help="save the model or adapter at a point into a new folder"
     )
+    what = "remove what a finished run keeps beside its model to be continued or averaged"
+    _run_command(commands, "clean", _clean, what, file="RUN")
     what = "compare HBAT and two-stage training on a small model, on the CPU"
     demo = commands.add_parser("demo", allow_abbrev=False, help=what, description=_sentence(what))
     demo.add_argument(

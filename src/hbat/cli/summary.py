@@ -11,6 +11,7 @@ from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
 from hbat.reports.matrix import directions, table_rows
 from hbat.reports.plots import can_draw
 from hbat.reports.scores import SCORES_FILE
+from hbat.state.folder import RunFolder
 from hbat.trainer import HBATTrainer
 
 
@@ -33,6 +34,10 @@ def print_result(trainer: HBATTrainer) -> None:
         if (folder / SCORES_FILE).is_file():  # not where all rows are of the run that was continued
             console.print(f"Scores: {folder / SCORES_FILE}", highlight=False)
     console.print(f"Model:  {folder}", highlight=False)
+    size = RunFolder(folder).size() / 1e6
+    console.print(
+        f"State:  {size:.1f} MB there for `hbat front` and `continue_from`; `hbat clean` removes it.", highlight=False
+    )
 
 
 def print_front(trainer: HBATTrainer, front: Front, saved: Path | None) -> None:
@@ -67,6 +72,7 @@ def print_plan(trainer: HBATTrainer) -> None:
         part = f"{rows // rounds}" if rows % rounds == 0 else f"{rows // rounds}-{rows // rounds + 1}"
         table.add_row(name, f"{rounds}", f"{rows}", part, f"{steps}", f"{len(trainer.eval_dataset.get(name) or [])}")
     console.print(table)
+    print_lengths(console, trainer)
     if trainer.continued is not None:
         console.print(f"{trainer.continued}\n", highlight=False)
     parameters = list(trainer.model.parameters())
@@ -77,6 +83,20 @@ def print_plan(trainer: HBATTrainer) -> None:
         "The run can start: configuration, data and model are valid. Nothing was written.",
         highlight=False,
     )
+
+
+def print_lengths(console: Console, trainer: HBATTrainer) -> None:
+    """Print how long rows are, and what `max_length` does to them."""
+    measured = trainer.row_lengths()
+    if not measured:
+        return
+    table = _table("rows", "median", "95 %", "longest", "max_length", "cut", "dropped")
+    table.title = "Tokens per row"
+    for found in measured:
+        limit = "" if found.limit is None else f"{found.limit}"
+        counts = ("" if count is None else f"{count}" for count in (found.cut, found.dropped))
+        table.add_row(found.name, f"{found.median}", f"{found.most}", f"{found.longest}", limit, *counts)
+    console.print(table)
 
 
 def end_processes() -> None:

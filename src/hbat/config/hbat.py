@@ -110,7 +110,8 @@ class HBATConfig:
         },
     )
     use_cpu: bool = field(
-        default=False, metadata={"help": "Whether to train on the CPU: `use_cpu` of every section that does not set it."}
+        default=False,
+        metadata={"help": "Whether to train on the CPU: `use_cpu` of every section that does not set it."},
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "`bf16` of every section that sets neither `bf16` nor `fp16`. Default: TRL's."}

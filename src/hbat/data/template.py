@@ -96,13 +96,25 @@ class RowFit:
             self._tried[shape] = self._try(turns, row, asks=asks)
         return self._tried[shape]
 
-    def _measured(self, row: Mapping[str, Any]) -> Iterator[Fault]:
+    def length(self, row: Mapping[str, Any]) -> int:
+        """Tokens of the longest sequence that an objective makes of a good row, uncut."""
+        if "input_ids" in row:
+            return len(row["input_ids"])
+        return max((len(ids) for _, ids in self._tokenized(row)), default=0)
+
+    def _tokenized(self, row: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
         texts = [
             (field, self._rendered(turns, row, asks=asks), False)
             for field, turns, asks in _conversations(row, self._read)
         ]
         for field, text, special in texts or _texts(row, self._read, self._text_field):
-            ids = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+            ids = list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+            end = self._tokenizer.eos_token
+            ends = not special or field == "prompt" or end is None or text.endswith(end)
+            yield field, ids if ends else [*ids, self._tokenizer.eos_token_id]  # as TRL adds to a text
+
+    def _measured(self, row: Mapping[str, Any]) -> Iterator[Fault]:
+        for field, ids in self._tokenized(row):
             for fault in _token_faults({"input_ids": ids}, self._limits):
                 yield Fault(fault.kind, field, fault.problem)
                 return

@@ -11,6 +11,7 @@ from hbat.config.ewc import Method
 from hbat.engines.checks import policy_of, refuse_arguments, refuse_trainer
 from hbat.engines.choose import engine_for
 from hbat.engines.engine import Local
+from hbat.ewc.importance import displacement, normalize_to_stage, relative_importance
 from hbat.ewc.log import PenaltyLog, counts, is_logged, unclipped_task_norm
 from hbat.ewc.parameters import require_counterparts, snapshot, trainable_parameters
 from hbat.ewc.penalty import PenaltyStatistics, add_penalty_gradient_, measure_penalty, proximal_step_
@@ -58,6 +59,15 @@ class EWCCallback(TrainerCallback):
         self.method = method
         self._trainer: Trainer | None = None
         self._reset()
+
+    @staticmethod
+    def measure() -> "MeasureImportance":
+        """Make the callback of the training before: it finds out what is important to that task.
+
+        Returns:
+            A callback whose `importance`, once training has ended, is what this one takes.
+        """
+        return MeasureImportance()
 
     def _reset(self) -> None:
         self._local = Local({})
@@ -220,3 +230,41 @@ class EWCCallback(TrainerCallback):
         if self._undo is not None:
             self._undo()
         self._reset()
+
+
+class MeasureImportance(TrainerCallback):
+    r"""Measures importance while another task trains: see `EWCCallback.measure`.
+
+    Attributes:
+        importance: By parameter name $1 / (A_i + \mathrm{mean}(A))$ with $A_i$ the squared displacement by the last
+            `train()`, normalized as `normalize_to_stage` does: what `ewc.source: relative` is. Empty before.
+    """
+
+    def __init__(self) -> None:
+        self.importance: Mapping[str, Tensor] = {}
+        self._start: Mapping[str, Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the weights.
+
+        Raises:
+            ValueError: If training resumes: these are not the weights at its start.
+            NotImplementedError: Where weights are sharded.
+        """
+        if state.global_step > 0:
+            raise ValueError(
+                f"`EWCCallback.measure` cannot measure a training that resumes, here at step {state.global_step}. "
+                "Take `displacement` from a `snapshot(...)` of its start."
+            )
+        if (engine := engine_for(args).name) != "ddp":
+            raise NotImplementedError(f"`EWCCallback.measure` does not work with {engine}. Use `HBATTrainer`.")
+        self._start = snapshot(trainable_parameters(policy_of(kwargs["model"])))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure."""
+        moved = displacement(trainable_parameters(policy_of(kwargs["model"])), self._start)
+        self.importance, self._start = normalize_to_stage(relative_importance(moved), moved), {}

@@ -60,7 +60,9 @@ def build_args(objectives: Sequence[Objective], config: HBATConfig) -> dict[str,
             given = {key: objective.config.get(key) for key in _NEEDING_PACKAGES}
             refuse_arguments(SimpleNamespace(**given))
     with kept_environment():
-        built = {objective.name: objective.base_args(config.output_dir, config.shared_fields) for objective in objectives}
+        built = {
+            objective.name: objective.base_args(config.output_dir, config.shared_fields) for objective in objectives
+        }
     for args in built.values():
         refuse_arguments(args)
     return built

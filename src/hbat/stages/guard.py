@@ -19,8 +19,8 @@ from hbat.engines.engine import Engine
 from hbat.engines.patches import undo_all
 from hbat.model.copies import is_dropout, wrapped_models
 
-#: Instance attributes that trainers, accelerate and gradient checkpointing set on modules, beside methods. `forward` is
-#: not simply removed: a model placed by `device_map` carries accelerate's own.
+#: Instance attributes that trainers, accelerate and gradient checkpointing set on modules, beside new methods.
+#: `forward` is not simply removed: a model placed by `device_map` carries accelerate's own.
 _PATCHED = (
     "forward",
     "_is_accelerate_prepared",

@@ -105,7 +105,8 @@ class StopRequest:
         """
         number = self.agreed()
         if number:
-            raise interrupted(number)
+            error: RunInterrupted = interrupted(number)
+            raise error
 
 
 class StopAtStep(TrainerCallback):

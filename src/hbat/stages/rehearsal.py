@@ -14,14 +14,16 @@ from transformers.integrations import get_reporting_integration_callbacks
 from hbat.config.hbat import HBATConfig
 from hbat.objectives.track import Track
 from hbat.stages.builder import TrainerBuilder
+from hbat.stages.dropped_rows import report_dropped_rows, rows_left
 from hbat.stages.learning_rate import extend_schedule
+from hbat.state.plan import plan
 
 #: Options for which transformers and TRL import a package only when training begins, and its name for pip.
 _IMPORTED_LATE = {"use_liger_kernel": ("liger_kernel", "liger-kernel")}
 
 
 def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilder) -> None:
-    """Build each objective's trainer, optimizer and schedule, try a step and an evaluation on a few rows, and reporters.
+    """Build each objective's trainer, optimizer and schedule, try a step and an evaluation of few rows.
 
     Args:
         tracks: The tracks of the run.
@@ -47,6 +49,20 @@ def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilde
                 extend_schedule(trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0)
                 trainer.create_optimizer_and_scheduler(num_training_steps=1)
                 _try_batches(trainer, computes=builder.computes_at_once and not track.objective.takes_rewards)
+                dropped = rows_left(trainer, "train") == 0 or (len(rows) > 1 and rows_left(trainer, "eval") == 0)
+            if dropped:
+                _require_rows(track, config, builder, folder)
+
+
+def _require_rows(track: Track, config: HBATConfig, builder: TrainerBuilder, folder: str) -> None:
+    """Build the trainer of each stage on all of its rows, where it drops the first: it may drop all of them."""
+    for stage in plan(config.num_rounds, config.objective_names):
+        if stage.objective == track.name:
+            part = track.part(stage, config.seed)
+            with builder.building(track, folder, train_dataset=part, eval_dataset=track.eval_dataset) as trainer:
+                report_dropped_rows(trainer, "train", len(part), track.name, str(stage))
+                if track.eval_dataset is not None:
+                    report_dropped_rows(trainer, "eval", len(track.eval_dataset), track.name, "evaluation")
 
 
 def _try_batches(trainer: Any, *, computes: bool) -> None:
@@ -97,10 +113,16 @@ def _require_packages(tracks: Sequence[Track], config: HBATConfig) -> None:
 
 def _require_evaluation(tracks: Sequence[Track]) -> None:
     for track in tracks:
+        strategy = str(getattr(track.args.eval_strategy, "value", "no"))
+        if strategy != "no" and track.eval_dataset is None:
+            raise ValueError(
+                f"`{track.name}.eval_strategy` is {strategy!r}, but `eval_dataset` (in YAML `eval_datasets`) has no "
+                f"rows for {track.name!r}. Give some, or remove it: objectives are evaluated after every stage."
+            )
         if not any(isinstance(callback, EarlyStoppingCallback) for callback in track.callbacks):
             continue
         wanted = {
-            f"`{track.name}.eval_strategy`": str(getattr(track.args.eval_strategy, "value", "no")) != "no",
+            f"`{track.name}.eval_strategy`": strategy != "no",
             f"`{track.name}.metric_for_best_model`": track.args.metric_for_best_model,
             f"`eval_dataset[{track.name!r}]`": track.eval_dataset,
         }

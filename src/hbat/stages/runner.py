@@ -107,7 +107,14 @@ class StageRunner:
         kept = run.kept.pop(stage.objective, {})
         carries = [carry] if self._config.optimizer_state == "carry" else []
         stop = StopAtStep(self._request, saves=self._engine.resumes_inside_stage)
-        own = [TellPlace(stage, run.state.global_step), HookLimit(), KeepEpoch(), *track.callbacks, stop, SealCheckpoints()]
+        own = [
+            TellPlace(stage, run.state.global_step),
+            HookLimit(),
+            KeepEpoch(),
+            *track.callbacks,
+            stop,
+            SealCheckpoints(),
+        ]
         part = track.part(stage, self._config.seed)
         replay = self._replay(stage, track)
         with self._builder.building(

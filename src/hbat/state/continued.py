@@ -42,7 +42,7 @@ class FinishedRun:
         except RunStateError as error:
             raise RunStateError(f"{named} cannot be continued: {error}") from error
         run, done = state.fingerprint["run"], state.next_stage - state.first_stage
-        if done < (planned := run["num_rounds"] * len(run["objectives"])):
+        if done < (planned := state.planned):
             raise RunStateError(
                 f"{named} holds a run that is not finished: {done} of its {planned} stages are done. Resume it first "
                 "(`--resume`)."

@@ -200,6 +200,11 @@ class RunFolder:
             self._states.put(state)
         wait_for_everyone()
 
+    def size(self) -> int:
+        """Bytes of all that `clear` removes."""
+        own = [*self.path.glob("hbat_state*.json"), *self.path.glob(f"{TENSORS}/*"), *self.path.glob("stage-*/**/*")]
+        return sum(file.stat().st_size for file in own if file.is_file())
+
     def clear(self) -> None:
         """Remove the run, and nothing else. Collective."""
         if self._writes:

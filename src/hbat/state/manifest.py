@@ -59,6 +59,11 @@ class RunState:
     rollbacks: dict[str, int] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def planned(self) -> int:
+        """Number of the run's stages, without those of the runs that it continues."""
+        return int(self.fingerprint["run"]["num_rounds"]) * len(self.fingerprint["run"]["objectives"])
+
 
 def encode(state: RunState) -> bytes:
     """Serialize a run's state."""

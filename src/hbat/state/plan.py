@@ -46,7 +46,9 @@ class Stage:
 
 def plan(num_rounds: int, objectives: Sequence[str], *, first_stage: int = 0, rounds_before: int = 0) -> list[Stage]:
     """List the stages of a run in order: each round trains every objective once."""
-    order = [(number, name) for number in range(rounds_before + 1, rounds_before + num_rounds + 1) for name in objectives]
+    order = [
+        (number, name) for number in range(rounds_before + 1, rounds_before + num_rounds + 1) for name in objectives
+    ]
     return [
         Stage(
             index=first_stage + position,

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,16 @@ from torch import Tensor
 #: Arguments of every reward function beside the columns of the data set, as TRL (1.16) has them.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _BY_KEYWORD = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+_TELLING = 8  # completions at least, before equal rewards say anything
 _SHOWN = 80  # characters of a completion in a message
 
 
 class RewardError(RuntimeError):
     """A reward function or model failed, or returned anything but rewards."""
+
+
+class RewardWarning(UserWarning):
+    """A reward gives everything the same, or a reward model sees only the end of some texts."""
 
 
 class Interrupt(Exception):  # noqa: N818 - it carries an exception and is none
@@ -38,6 +44,7 @@ class CallableReward:
         self._function = function
         self._takes: set[str] | None = None  # None: everything
         self._needs: set[str] = set()
+        self._warned = False
         try:
             parameters = inspect.signature(function).parameters.values()
         except ValueError:  # some builtins have no signature
@@ -115,7 +122,21 @@ class CallableReward:
                 "one for each, or None for those to which it does not apply."
             )
         values = [self._value(value, row, completions[row]) for row, value in enumerate(result)]
+        if len(values) >= _TELLING and len(set(values)) == 1 and not self._warned:
+            self._warn_of(values[0], completions)
         return torch.tensor(values, dtype=torch.float32)
+
+    def _warn_of(self, value: float, completions: Sequence[Any]) -> None:
+        if len(set(map(shortened, completions))) == 1:
+            return
+        self._warned = True
+        warnings.warn(
+            f"The reward {self.name!r} is {value:g} for all of {len(completions)} different completions, the first "
+            f"{shortened(completions[0])}: nothing can be learned from it. A completion of a conversation is a list "
+            "of messages, whose text is `completion[-1]['content']`. This warning is shown once.",
+            RewardWarning,
+            stacklevel=2,
+        )
 
     def _value(self, value: Any, row: int, completion: Any) -> float:
         if value is None:

@@ -15,15 +15,12 @@ from transformers.utils import find_adapter_config_file
 
 from hbat.model.copies import wrapped_models
 from hbat.model.load import damage_named, load_pretrained
+from hbat.ppo.rewards.function import RewardWarning
 
 _ADVICE = (
     "Train one with TRL's `RewardTrainer` (with LoRA, `task_type='SEQ_CLS'` saves the head too), or name one with "
     "`num_labels` 1."
 )
-
-
-class RewardWarning(UserWarning):
-    """A reward model sees only the end of some texts."""
 
 
 class RewardModel:
