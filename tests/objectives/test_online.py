@@ -264,8 +264,6 @@ def test_completions_to_which_no_reward_applies_are_an_error_if_there_are_no_oth
 
     with pytest.raises(RewardError, match=r"\(nothing, nothing_later\) returned None or NaN for 4 of 4 rows"):
         train("none", nothing, nothing_later)
-    with pytest.raises(RewardError, match="The reward 'not_a_number' returned nan of type float for row 0"):
-        train("nan", not_a_number)
     assert runs.logged(train("some", nothing, nothing_more), f"{name}/reward") == [1.0]
 
 
@@ -300,6 +298,20 @@ def test_a_column_that_a_reward_needs_is_missed_before_training(name, tmp_path):
     config = {"objectives": [name], name: runs.section(**CHEAP[name])}
     with pytest.raises(ValueError, match=r"'accuracy' needs \['solution'\], but the columns .* are \['answer'\]"):
         online_runs.build_run(cases.tiny_llama(), tmp_path, name, rewards=accuracy, **config)
+
+
+def broken(completions, **columns):
+    return [completion["score"] for completion in completions]
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"), [(broken, "raised TypeError"), (not_a_number, "returned nan of type float")]
+)
+@pytest.mark.parametrize("name", CHEAP)
+def test_a_reward_that_fails_is_found_before_training(name, reward, says, tmp_path):
+    config = {"objectives": [name], name: runs.section(**CHEAP[name])}
+    with pytest.raises(ValueError, match=rf"The trainer of '{name}' .* The reward '{reward.__name__}' {says}"):
+        online_runs.build_run(cases.tiny_llama(), tmp_path, name, rewards=reward, **config)
 
 
 def test_a_reward_gets_from_ppo_what_it_gets_from_trl(tmp_path):

@@ -25,6 +25,10 @@ class OnlineStage:
 
     Rewards are what they are in PPO, and so is the text that they see. TRL leaves out a completion to which none
     applies, but some must be left.
+
+    Attributes:
+        rewards: The rewards.
+        scores_rows: Whether rewards get columns of rows alone, and nothing of an environment.
     """
 
     processing_class: Any
@@ -34,10 +38,11 @@ class OnlineStage:
         if kwargs.get("eval_dataset") is not None:
             _require_whole_groups(kwargs["args"])
         if kwargs.get("reward_funcs"):
-            self._rewards = Rewards(kwargs["reward_funcs"], processing_classes=kwargs.get("reward_processing_classes"))
-            kwargs["reward_funcs"] = self._rewards.for_trl
-            if not kwargs.keys() & {"rollout_func", "environment_factory"}:  # which give rewards more than columns
-                self._rewards.require(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+            self.rewards = Rewards(kwargs["reward_funcs"], processing_classes=kwargs.get("reward_processing_classes"))
+            kwargs["reward_funcs"] = self.rewards.for_trl
+            self.scores_rows = not kwargs.keys() & {"rollout_func", "environment_factory"}
+            if self.scores_rows:
+                self.rewards.require(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         with given_reference(type(self), ref_model):
             super().__init__(*args, **kwargs)
         own: Any = self
@@ -58,7 +63,7 @@ class OnlineStage:
         # Of all processes.
         values: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)  # type: ignore[misc]
         if values.isnan().all():
-            raise self._rewards.unscored(range(len(completions)), completions)
+            raise self.rewards.unscored(range(len(completions)), completions)
         return values
 
 

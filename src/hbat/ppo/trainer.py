@@ -80,6 +80,7 @@ class PPOTrainer(PolicyCheckpoints):
         rewards = Rewards(reward_funcs, weights=args.reward_weights, processing_classes=reward_processing_classes)
         evaluation = prepare_rows(eval_dataset, policy, tokenizer, args)
         rewards.require(prompts, evaluation)
+        self.rewards = rewards
         super().__init__(
             model=PolicyAndCritic(policy, build_critic(args.critic, policy, args.critic_model_name_or_path)),
             args=args,

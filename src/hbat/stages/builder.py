@@ -134,7 +134,7 @@ class TrainerBuilder:
             complete_reference_adapter(self._model),
             keep_adapter_dtype(self._model) if self._keep_adapter_dtype else nullcontext(),
         ):
-            args = track.objective.stage_args(track.args, str(folder), seed_offset, **rates, **changes)
+            args: Any = track.objective.stage_args(track.args, str(folder), seed_offset, **rates, **changes)
             if evaluating and hasattr(args, "precompute_ref_log_probs"):
                 args.precompute_ref_log_probs = False
             if getattr(args, "dataset_num_proc", None):  # datasets warns where there are fewer rows than processes

@@ -49,6 +49,7 @@ def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilde
                 extend_schedule(trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0)
                 trainer.create_optimizer_and_scheduler(num_training_steps=1)
                 _try_batches(trainer, computes=builder.computes_at_once and not track.objective.takes_rewards)
+                _try_rewards(trainer)
                 dropped = rows_left(trainer, "train") == 0 or (len(rows) > 1 and rows_left(trainer, "eval") == 0)
             if dropped:
                 _require_rows(track, config, builder, folder)
@@ -81,6 +82,12 @@ def _try_batches(trainer: Any, *, computes: bool) -> None:
         if computes:
             with torch.random.fork_rng():
                 trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+
+
+def _try_rewards(trainer: Any) -> None:
+    rewards = getattr(trainer, "rewards", None)
+    if rewards is not None and getattr(trainer, "scores_rows", True):
+        rewards.rehearse(trainer.train_dataset[0], trainer.processing_class)
 
 
 def _enable_checkpointing(trainer: Any) -> None:

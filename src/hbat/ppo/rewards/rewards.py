@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from torch import Tensor
+from transformers import TrainerState
 
 from hbat.ppo.rewards.function import GIVEN, CallableReward, Interrupt, RewardError, function_name, shortened
 from hbat.ppo.rewards.model import RewardModel, is_reward_model, load_reward_model, load_reward_tokenizer
-from hbat.ppo.rollouts.prompts import reward_columns
+from hbat.ppo.rollouts.prompts import as_completions, reward_columns
 
 
 def _leave(*_: Any, **__: Any) -> None:
@@ -111,15 +112,36 @@ class Rewards:
             RewardError: If a reward fails or returns anything but rewards, or none applies to a row.
         """
         own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        inputs = {**columns, **own, "trainer_state": trainer_state, "log_metric": log_metric, "log_extra": _leave}
-        results = self._results([function.arguments(inputs) for function in self._functions])
-        pairs = zip(self._functions, results, strict=True)
-        values = torch.stack([function.values(result, completions) for function, result in pairs])
+        values = self._values({**columns, **own, "trainer_state": trainer_state, "log_metric": log_metric})
         unscored = values.isnan().all(0).nonzero().flatten().tolist()
         if unscored:
             raise self.unscored(unscored, completions)
         total = values.double().mul(self._weights.unsqueeze(1)).nansum(0).float()
         return total, dict(zip(self.names, values, strict=True))
+
+    def rehearse(self, row: Mapping[str, Any], tokenizer: Any) -> None:
+        """Score a made-up completion of one row, as a rollout's will be.
+
+        Raises:
+            RewardError: If a reward fails, or returns anything but rewards.
+        """
+        text = " yes"
+        own = {"prompts": [row["prompt"]], "completions": as_completions([text], [row])}
+        ids = [getattr(tokenizer, "tokenizer", tokenizer)(text, add_special_tokens=False)["input_ids"]]
+        state = TrainerState()
+        self._values({
+            **reward_columns([row]),
+            **own,
+            "completion_ids": ids,
+            "trainer_state": state,
+            "log_metric": _leave,
+        })
+
+    def _values(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Call all rewards; float32 of shape (rewards, completions)."""
+        arguments = [function.arguments({**inputs, "log_extra": _leave}) for function in self._functions]
+        pairs = zip(self._functions, self._results(arguments), strict=True)
+        return torch.stack([function.values(result, inputs["completions"]) for function, result in pairs])
 
     def unscored(self, rows: Sequence[int], completions: Sequence[Any]) -> RewardError:
         """The error for rows to which no reward applies."""
