@@ -9,7 +9,9 @@ import time
 import pytest
 import yaml
 from cases import CHEAP_ARGS, preference_rows, sft_rows, tiny_llama, tiny_tokenizer
+from runs import CHECKPOINTING
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from hbat.cli.main import main
 
@@ -268,6 +270,49 @@ def test_a_finished_run_is_cleaned_and_leaves_its_model(hbat, values, tmp_path):
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert "model.safetensors" in left
     assert not {name for name in left if name.startswith(("hbat_state", "state", "stage-"))}
+
+
+REWARDS = """
+def needs(completions, solution): return [1.0] * len(completions)
+def fails(completions, **columns): return [completion["score"] for completion in completions]
+"""
+BY_LENGTH = (
+    ("--dpo.train_sampling_strategy", "group_by_length")
+    if hasattr(TrainingArguments, "train_sampling_strategy")
+    else ("--dpo.group_by_length",)  # its name before transformers 5
+)
+#: What would stop a run only in a later stage or after hours: options of the command, and words of its one line.
+LATE = {
+    "a sampler that the rows do not suit": (BY_LENGTH, "trainer of 'dpo'"),
+    "a part below a batch": (
+        ("--dpo.dataloader_drop_last", "--dpo.per_device_train_batch_size", "17"),
+        "'dpo'] has too",
+    ),
+    "a length that leaves no row": (("--dpo.max_length", "5"), "none of the 16 rows of train_dataset['dpo']"),
+    "evaluation of no rows": (("--dpo.eval_strategy", "epoch", "--eval_datasets", "null"), "`dpo.eval_strategy` is"),
+    "a package": (("--dpo.use_liger_kernel",), "`dpo.use_liger_kernel` is set, but liger-kernel is not"),
+    "a tracker": (("--report_to", "comet_ml"), "`report_to` has 'comet_ml'"),
+    "an option of checkpointing": (
+        (f"--dpo.{CHECKPOINTING}", f"--dpo.{CHECKPOINTING}_kwargs", "{of_mine: 1}"),
+        "trainer of 'dpo'",
+    ),
+    "a column for a reward": (("--reward_funcs", "rewards.py:needs"), "'needs' needs ['solution']"),
+    "a reward": (("--reward_funcs", "rewards.py:fails"), "The reward 'fails' raised TypeError"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("words", "says"), LATE.values(), ids=LATE)
+def test_validation_finds_what_would_stop_a_later_stage(words, says, hbat, values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    if "--reward_funcs" in words:
+        values.update(objectives=["sft", "ppo"], ppo={**SECTION, "max_completion_length": 4}, eval_datasets=None)
+        values["datasets"]["ppo"] = values["datasets"].pop("dpo")
+        values["dpo"] = None
+        values["ppo"].pop("max_length")
+    assert says in refusal(hbat("validate", *words))
+    assert not (tmp_path / "out").exists()
 
 
 def test_validation_shows_how_long_rows_are_and_what_is_cut_and_dropped(hbat, values):
