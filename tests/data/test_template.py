@@ -211,9 +211,9 @@ def test_the_template_decides_on_a_role_that_is_not_a_usual_one(role, template, 
 @pytest.mark.parametrize(
     ("row", "field", "tokens"),
     [
-        ({"text": "four"}, "text", 4),
-        ({"prompt": "four", "completion": "more"}, "completion", 8),
-        ({"prompt": "four", "chosen": "b", "rejected": "more"}, "rejected", 8),
+        ({"text": "four"}, "text", 5),  # with the end token that TRL adds
+        ({"prompt": "four", "completion": "more"}, "completion", 9),
+        ({"prompt": "four", "chosen": "b", "rejected": "more"}, "rejected", 9),
         ({"prompt": "four"}, "prompt", 4),
         ({"prompt": [user("four")]}, "prompt", 4),
         ({"messages": [user("four"), assistant("more")]}, "messages", 8),

@@ -11,6 +11,7 @@ import pytest
 import runs
 import torch
 import trl
+from datasets import Dataset
 from kills import CutOffError, Kill, assert_equal, options
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -343,8 +344,11 @@ def test_the_share_is_exact_over_the_steps_however_small(tmp_path):
 
 
 def test_rows_that_are_too_long_to_be_replayed_are_named(tmp_path):
+    long = {"prompt": "a long question " * 20, "completion": " yes"}
+    data = runs.rows() | {"sft": Dataset.from_list([cases.sft_rows(1)[0], *[long] * 7])}  # replays one of them
     run = runs.build_run(
-        cases.tiny_llama(), tmp_path, num_rounds=1, objectives=["dpo", "sft"], sft={"max_length": 3}, replay={"sft": 1}
-    )
-    with pytest.raises(DatasetError, match=r"stage 0 .*`sft\.max_length` is 3, which leaves no tokens to replay"):
+        cases.tiny_llama(), tmp_path, data=data, num_rounds=1, objectives=["dpo", "sft"], sft={"max_length": 64},
+        replay={"sft": 0.25},
+    )  # fmt: skip
+    with pytest.raises(DatasetError, match=r"stage 0 .*`sft\.max_length` is 64, which leaves no tokens to replay"):
         run.train()

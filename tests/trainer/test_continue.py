@@ -189,9 +189,9 @@ SAVES = options("carry", 1)["sft"]
 @pytest.mark.parametrize(
     ("case", "kill"),
     [
-        ("full", "start"),
-        ("lora", "step"),
-        pytest.param("lora", "start", marks=pytest.mark.slow),
+        ("lora", "start"),
+        pytest.param("lora", "step", marks=pytest.mark.slow),
+        pytest.param("full", "start", marks=pytest.mark.slow),
         pytest.param("full", "step", marks=pytest.mark.slow),
     ],
 )

@@ -61,7 +61,10 @@ def between(start, end, share):
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
+each_case = pytest.mark.parametrize("case", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+
+
+@each_case
 def test_the_line_begins_and_ends_with_the_scores_of_the_last_two_rows_of_the_matrix(case, trained, folder_of):
     run = trained(case)
     again = build(folder_of(run), case)
@@ -126,7 +129,7 @@ def test_an_end_weight_that_a_finished_run_is_resumed_with_changes_no_point(trai
     assert runs.same(cases.weights(again.model), cases.weights(run.model))
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
+@each_case
 def test_the_model_at_a_point_is_saved_with_tokenizer_and_a_card_that_says_so(case, trained, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -153,7 +156,7 @@ def test_the_model_at_a_point_is_saved_with_tokenizer_and_a_card_that_says_so(ca
 # --- what it leaves alone --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
+@each_case
 def test_the_run_on_disk_and_in_memory_stays_as_it_was(case, trained, folder_of):
     run = trained(case)
     folder = folder_of(run)
