@@ -18,7 +18,7 @@ from hbat.data.load import DatasetError
 logger = logging.getLogger(__name__)
 
 # Slow to decode, and not checked.
-_MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
+MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 
 
 @dataclass
@@ -168,7 +168,7 @@ def _check_type(dataset: Any, name: str) -> None:
 
 
 def _searched(dataset: Dataset, name: str, faults: RowCheck, numbers: Sequence[int]) -> FaultyRows:
-    rows = dataset.select_columns([column for column in dataset.column_names if column not in _MEDIA])
+    rows = dataset.select_columns([column for column in dataset.column_names if column not in MEDIA])
     try:
         _check_columns(rows[0] if rows.column_names else {}, dataset.column_names, name, faults)
         return search(rows, faults, numbers)

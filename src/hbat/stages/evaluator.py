@@ -11,7 +11,6 @@ from hbat.reports.matrix import scores
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.dropped_rows import report_dropped_rows
 from hbat.stages.interruption import StopAtPrediction, StopRequest
-from hbat.stages.rehearsal import first_rows
 from hbat.stages.start import StageStart
 
 
@@ -66,7 +65,7 @@ class Evaluator:
                 self._builder.building(
                     track,
                     folder,
-                    train_dataset=first_rows(rows, needed),
+                    train_dataset=rows.select([index % len(rows) for index in range(needed)]),
                     eval_dataset=rows,
                     callbacks=[self._stop],
                     for_evaluation=True,

@@ -12,12 +12,15 @@ from transformers import EarlyStoppingCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hbat.config.hbat import HBATConfig
+from hbat.data.check import MEDIA
 from hbat.objectives.track import Track
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.dropped_rows import report_dropped_rows, rows_left
 from hbat.stages.learning_rate import extend_schedule
 from hbat.state.plan import plan
 
+#: Rows of which the shortest are tried, for speed: a step on a long one takes seconds on a CPU.
+_LOOKED_AT = 64
 #: Options for which transformers and TRL import a package only when training begins, and its name for pip.
 _IMPORTED_LATE = {"use_liger_kernel": ("liger_kernel", "liger-kernel")}
 
@@ -43,7 +46,7 @@ def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilde
                 rows["eval_dataset"] = track.eval_dataset
             if not track.objective.rehearses_all_rows:
                 counts = {"train_dataset": track.objective.minimum_rows(track.args), "eval_dataset": 1}
-                rows = {name: first_rows(dataset, counts[name]) for name, dataset in rows.items()}
+                rows = {name: short_rows(dataset, counts[name]) for name, dataset in rows.items()}
             with _named(track.name), builder.building(track, folder, **rows) as trainer:
                 kind = config.lr_schedule_of(track.name)
                 extend_schedule(trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0)
@@ -157,6 +160,10 @@ def _named(objective: str) -> Iterator[None]:
         ) from error
 
 
-def first_rows(dataset: Dataset, count: int) -> Dataset:
-    """The first `count` rows of a data set, repeated where there are too few."""
-    return dataset.select([index % len(dataset) for index in range(count)])
+def short_rows(dataset: Dataset, count: int) -> Dataset:
+    """The `count` shortest of the first rows of a data set, repeated where there are too few."""
+    looked_at = dataset.select(range(min(len(dataset), max(count, _LOOKED_AT))))
+    plain = looked_at.select_columns([name for name in dataset.column_names if name not in MEDIA])  # slow to decode
+    lengths = [len(str(row)) for row in plain]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return looked_at.select([order[index % len(order)] for index in range(count)])
