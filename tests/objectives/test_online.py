@@ -10,6 +10,7 @@ import runs
 import torch
 import trl
 from kills import CutOffError, Kill
+from launched import BEFORE_5
 from transformers import LlamaForSequenceClassification
 
 from hbat.objectives.online import GRPO, RLOO, OnlineStage
@@ -264,7 +265,8 @@ def test_completions_to_which_no_reward_applies_are_an_error_if_there_are_no_oth
 
     with pytest.raises(RewardError, match=r"\(nothing, nothing_later\) returned None or NaN for 4 of 4 rows"):
         train("none", nothing, nothing_later)
-    assert runs.logged(train("some", nothing, nothing_more), f"{name}/reward") == [1.0]
+    # transformers below 5 comes with a TRL that counts the other three as zero.
+    assert runs.logged(train("some", nothing, nothing_more), f"{name}/reward") == [0.25 if BEFORE_5 else 1.0]
 
 
 @pytest.mark.parametrize(("name", "conversational"), [("grpo", False), ("grpo", True), ("rloo", True)])
@@ -283,7 +285,8 @@ def test_a_reward_and_the_log_of_completions_have_the_space_between_prompt_and_c
     assert spaces.right
     assert any(spaces.texts)
     shown = trainer._logs["completion"]  # noqa: SLF001 - what `log_completions` prints
-    assert [each[0]["content"] if conversational else each for each in shown] == spaces.texts
+    if not BEFORE_5:  # TRL then decoded completions for its log by themselves
+        assert [each[0]["content"] if conversational else each for each in shown] == spaces.texts
 
 
 #: Fields of the section of every objective that takes rewards.

@@ -155,6 +155,7 @@ def test_a_policy_of_which_nothing_is_trained_is_refused(make, advice, tmp_path)
         build(make(0).requires_grad_(False), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:The PEFT config's .base_model_name_or_path. was renamed:UserWarning")
 def test_the_folder_of_an_adapter_is_trained_on_with_its_tokenizer_and_critic(tmp_path):
     cases.tiny_llama(0).save_pretrained(tmp_path / "base")
     base, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), cases.tiny_tokenizer()

@@ -343,6 +343,7 @@ def test_the_share_is_exact_over_the_steps_however_small(tmp_path):
     assert [entry["step"] - 2 for entry in run.state.log_history if "replay/loss" in entry] == [5, 10]
 
 
+@runs.drops_rows
 def test_rows_that_are_too_long_to_be_replayed_are_named(tmp_path):
     long = {"prompt": "a long question " * 20, "completion": " yes"}
     data = runs.rows() | {"sft": Dataset.from_list([cases.sft_rows(1)[0], *[long] * 7])}  # replays one of them

@@ -72,6 +72,7 @@ def spaced_tokenizer():
         pad_token=SPECIAL_TOKENS[0],
         eos_token=SPECIAL_TOKENS[1],
         additional_special_tokens=SPECIAL_TOKENS[2:],
+        model_input_names=["input_ids", "attention_mask"],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -70,11 +70,6 @@ CONFIGURATION_ERRORS = {
         ValueError,
         r"The trainer of 'dpo' cannot .*infer lengths",
     ),
-    "checkpointing that torch does not know": (
-        {"sft": {runs.CHECKPOINTING: True, f"{runs.CHECKPOINTING}_kwargs": {"of_mine": True}}},
-        ValueError,
-        r"The trainer of 'sft' cannot .*of_mine",
-    ),
     "last batch dropped": (
         {"sft": {"dataloader_drop_last": True, "per_device_train_batch_size": 5}},
         ValueError,

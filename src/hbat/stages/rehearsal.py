@@ -51,7 +51,7 @@ def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilde
                 kind = config.lr_schedule_of(track.name)
                 extend_schedule(trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0)
                 trainer.create_optimizer_and_scheduler(num_training_steps=1)
-                _try_batches(trainer, computes=builder.computes_at_once and not track.objective.takes_rewards)
+                _try_batches(trainer, computes=builder.computes_at_once, rewarded=track.objective.takes_rewards)
                 _try_rewards(trainer)
                 dropped = rows_left(trainer, "train") == 0 or (len(rows) > 1 and rows_left(trainer, "eval") == 0)
             if dropped:
@@ -69,18 +69,18 @@ def _require_rows(track: Track, config: HBATConfig, builder: TrainerBuilder, fol
                     report_dropped_rows(trainer, "eval", len(track.eval_dataset), track.name, "evaluation")
 
 
-def _try_batches(trainer: Any, *, computes: bool) -> None:
+def _try_batches(trainer: Any, *, computes: bool, rewarded: bool) -> None:
     # Of few rows TRL may have dropped all.
     if len(trainer.train_dataset):
         batch = next(iter(trainer.get_train_dataloader()))
-        if computes:
+        if computes and not rewarded:
             _enable_checkpointing(trainer)
             trainer.model.train()
             with torch.random.fork_rng():
                 with trainer.compute_loss_context_manager():
                     loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))  # noqa: SLF001 - as the next
                 trainer.accelerator.backward(loss)
-    if trainer.eval_dataset is not None and len(trainer.eval_dataset):
+    if trainer.eval_dataset is not None and len(trainer.eval_dataset) and not rewarded:
         batch = next(iter(trainer.get_eval_dataloader()))
         if computes:
             with torch.random.fork_rng():
