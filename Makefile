@@ -17,8 +17,8 @@ export TOKENIZERS_PARALLELISM := false
 # The core: rules of the house, bad rows, the penalty against autograd, SFT and DPO with and without it, resume.
 TRAINER := tests/trainer
 QUICK := tests/test_house.py tests/data/test_check.py tests/ewc/test_callback.py \
-	$(TRAINER)/test_trainer.py::test_a_run_without_a_penalty_equals_plain_trainers \
-	$(TRAINER)/test_ewc.py::test_a_run_equals_plain_trainers_with_the_penalty_in_their_loss \
+	'$(TRAINER)/test_trainer.py::test_a_run_without_a_penalty_equals_plain_trainers[none-full]' \
+	'$(TRAINER)/test_ewc.py::test_a_run_equals_plain_trainers_with_the_penalty_in_their_loss[lora]' \
 	$(TRAINER)/test_resume.py::test_a_run_can_be_cut_off_again_and_again
 # Tests of one file share trained runs, so one process takes them all; in order, as the longest files come early.
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
