@@ -56,7 +56,7 @@ CHAT_TEMPLATE = (
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 3e-4, 1e-4)
 #: Strength 0 is two-stage training.
-STRENGTHS = (0.0, 1.0)
+STRENGTHS = (0.0, 0.5)
 SHARES = (0.25, 0.5, 0.75, 1.0)
 COLUMNS = {
     "sft_loss": "SFT loss", "text_loss": "text loss", "preference_loss": "preference loss", "accuracy": "accuracy",

@@ -47,7 +47,7 @@ class EWCConfig:
         },
     )
     source: Source = field(
-        default="path",
+        default="path",  # docs/does-it-work.md, "What brings it": ahead of every source but `relative`
         metadata={
             "help": "What importance is computed from. `path`: how much of the other objective's loss decrease each "
             "weight brought (its path integral), over how far it moved; needs one float32 number per trained weight "
@@ -58,14 +58,14 @@ class EWCConfig:
         },
     )
     damping: float = field(
-        default=1.0,
+        default=1.0,  # docs/does-it-work.md, "What brings it": a tenth learns less, ten times no more
         metadata={
             "help": "Multiple of a tensor's mean squared displacement that is added to the squared displacement of "
             "each of its weights before `path` and `relative` divide by it."
         },
     )
     granularity: Granularity = field(
-        default="element",
+        default="element",  # the same place: as good as "tensor", at a strength with a meaning
         metadata={
             "help": "Whether importance has one value per `element` of a tensor or one per `tensor`. The latter needs "
             "almost no memory."
