@@ -11,6 +11,7 @@ import cases
 import pytest
 import runs
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
 
@@ -113,6 +114,14 @@ def test_gradient_checkpointing_of_one_objective_does_not_reach_the_other(case, 
     runs.train(CASES[case](0), tmp_path, callbacks=[seen], sft={runs.CHECKPOINTING: True})
     assert seen.on == [True, False, True, False]
     assert seen.hooks[1] == seen.hooks[3] == 0
+
+
+@pytest.mark.filterwarnings("always::FutureWarning")
+def test_what_the_libraries_deprecate_of_each_other_stays_out_of_a_run(tmp_path, recwarn):
+    on = {runs.CHECKPOINTING: True, "max_steps": 1}
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    runs.train(cases.tiny_llama(), tmp_path, sft=on, dpo=on, num_rounds=1, peft_config=adapter)
+    assert [str(each.message) for each in recwarn if each.category is FutureWarning] == []
 
 
 def test_hooks_of_gradient_checkpointing_do_not_add_up_over_stages(tmp_path):

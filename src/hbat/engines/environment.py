@@ -1,6 +1,7 @@
 """Global state that transformers and accelerate keep: DeepSpeed's configuration, and variables of the environment."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,3 +30,11 @@ def kept_environment() -> Iterator[None]:
 
 def _variables() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(_PREFIXES)}
+
+
+@contextmanager
+def without_deprecations() -> Iterator[None]:
+    """Hide what the libraries deprecate of each other inside the block: nobody who runs them can change it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|transformers|trl)\.")
+        yield

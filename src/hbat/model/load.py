@@ -14,6 +14,7 @@ from hbat.config.fields import at_home
 from hbat.config.hbat import HBATConfig
 from hbat.engines.checks import refuse_model
 from hbat.engines.choose import make_whole
+from hbat.engines.environment import without_deprecations
 from hbat.engines.processes import weights_come_later
 from hbat.ewc.parameters import trainable_parameters
 from hbat.model.adapters import ADAPTER, refuse_adapters, refuse_inexact_copy
@@ -261,7 +262,8 @@ def add_adapter(model: Any, peft_config: Any, seed: int) -> Any:
     if hasattr(model, "peft_config"):
         raise ValueError(_TWO_ADAPTERS)
     set_seed(seed)
-    return get_peft_model(model, peft_config)
+    with without_deprecations():
+        return get_peft_model(model, peft_config)
 
 
 def require_trainable(model: Any) -> None:

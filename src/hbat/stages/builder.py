@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hbat.engines.engine import Engine
-from hbat.engines.environment import kept_environment
+from hbat.engines.environment import kept_environment, without_deprecations
 from hbat.engines.patches import after_backward
 from hbat.ewc.parameters import trainable_parameters
 from hbat.model.adapters import complete_reference_adapter, keep_adapter_dtype, load_adapter_as_it_was
@@ -91,7 +91,7 @@ class TrainerBuilder:
         models = self._models_of(track)
         rates = {name: getattr(track.args, name, None) for name in _LEARNING_RATES}
         slower = {name: rate * learning_rate_factor for name, rate in rates.items() if rate is not None}
-        with kept_environment(), self._engine.stage(models):
+        with kept_environment(), without_deprecations(), self._engine.stage(models):
             guard, trainer, together = StageGuard(*models, engine=self._engine), None, False
             try:
                 parameters = trainable_parameters(self._model)
