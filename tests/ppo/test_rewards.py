@@ -49,6 +49,7 @@ def test_a_reward_that_gives_everything_the_same_is_named_once():
         reward.values(length(answers), answers)
     reward.values(length(answers), answers)  # a second warning would be an error here
     CallableReward(length, "length").values([1.0] * 7, answers[:7])
+    CallableReward(length, "length").values([None] * 8, answers)
     CallableReward(length, "length").values([1.0] * 8, answers[:1] * 8)
 
 

@@ -58,7 +58,7 @@ class EWCConfig:
         },
     )
     damping: float = field(
-        default=1.0,  # docs/does-it-work.md, "What brings it": a tenth learns less, ten times no more
+        default=1.0,  # docs/does-it-work.md, "What brings it": a tenth learns less, ten times is as good
         metadata={
             "help": "Multiple of a tensor's mean squared displacement that is added to the squared displacement of "
             "each of its weights before `path` and `relative` divide by it."

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any
 
 from hbat.data.template import Limits, RowFit, row_fit
@@ -69,7 +70,7 @@ def _lengths(name: str, rows: Any, fit: RowFit, limit: int | None, left: int | N
     counts = sorted(fit.length(row) for row in rows)
     return RowLengths(
         name=name,
-        median=counts[(len(counts) - 1) // 2],
+        median=median_low(counts),
         most=counts[(95 * len(counts) - 1) // 100],
         longest=counts[-1],
         limit=limit,

@@ -122,7 +122,8 @@ class CallableReward:
                 "one for each, or None for those to which it does not apply."
             )
         values = [self._value(value, row, completions[row]) for row, value in enumerate(result)]
-        if len(values) >= _TELLING and len(set(values)) == 1 and not self._warned:
+        # Not where it applies to none of them, which another reward may do.
+        if len(values) >= _TELLING and len(set(values)) == 1 and not math.isnan(values[0]) and not self._warned:
             self._warn_of(values[0], completions)
         return torch.tensor(values, dtype=torch.float32)
 
