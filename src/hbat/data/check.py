@@ -1,4 +1,4 @@
-"""Checks a data set before the first stage: its type, size, columns and every row."""
+"""Checks a data set before the first stage: its type, size, columns and, by the rules of `formats`, every row."""
 
 import hashlib
 import logging

@@ -1,4 +1,4 @@
-"""How one model trains on one process or several: each engine is a subclass of `Engine`; no other wing branches on it.
+"""How one model trains on one process or several: each engine is a subclass of `Engine`, and no other wing asks which.
 
 `engine` has the interface, and its base class is one process or DDP; `fsdp2`, `loaded_shards` and `deepspeed` override
 it. PPO shards its models in `ppo/engine.py`. `choose` finds the engine of a run. `checks` refuses what is untested,

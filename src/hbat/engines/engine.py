@@ -63,12 +63,14 @@ class Engine:
     Attributes:
         name: What `Objective.engines` calls it.
         shards: Whether it shards the model, and a reference policy with it, for the whole run.
+        computes_at_once: Whether a trainer's model computes before it trains; else it is prepared only then.
         resumes_inside_stage: Whether a stage can resume from the trainer's own checkpoint.
         clips_itself: Whether gradients are clipped inside its own step instead of by accelerate.
     """
 
     name = "ddp"
     shards = False
+    computes_at_once = True
     resumes_inside_stage = True
     clips_itself = False
 

@@ -2,6 +2,7 @@
 
 Every trainer would shard the model that it is given, and the second would fail on it (accelerate 1.10-1.15 looks for
 the decoder layers by the names of their classes, which FSDP2 changes). So trainers are given models that are sharded.
+A model that was loaded in shards is `loaded_shards`; PPO's models are sharded in `hbat.ppo.engine`.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ class FSDP2(Engine):
     """FSDP2 over all ranks, in the way that the arguments or `accelerate launch` ask for."""
 
     name = "fsdp2"
+    computes_at_once = False
     shards = True
 
     def __init__(self) -> None:

@@ -51,8 +51,8 @@ class TrainerBuilder:
 
     @property
     def computes_at_once(self) -> bool:
-        """Whether a trainer's model computes before it trains: an engine that shards prepares it then."""
-        return self._engine.name == "ddp"
+        """Whether a trainer's model computes before it trains."""
+        return self._engine.computes_at_once
 
     @contextmanager
     def building(  # noqa: PLR0913 - all but two by name

@@ -1,4 +1,4 @@
-"""The start of the stage under way: the anchor of the penalty and the reference policy, which are the same weights."""
+"""Takes the start of a stage: the anchor of the penalty and the reference policy, which are the same weights."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -23,6 +23,7 @@ class DeepSpeed(Engine):
     """ZeRO-1, -2 and -3 without offload."""
 
     name = "deepspeed"
+    computes_at_once = False
     resumes_inside_stage = False  # its checkpoints hold an engine, and every stage makes its own
     clips_itself = True
 
