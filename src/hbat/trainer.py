@@ -41,6 +41,7 @@ from hbat.stages.lengths import RowLengths, measure_rows
 from hbat.stages.nonfinite import with_advice
 from hbat.stages.rehearsal import rehearse
 from hbat.stages.runner import StageResult, StageRunner
+from hbat.stages.shown_row import ShownRow, show_rows
 from hbat.stages.start import StageStart
 from hbat.state.continued import FinishedRun
 from hbat.state.files import write_json
@@ -64,8 +65,9 @@ class HBATTrainer:
     Args:
         model: Name or path of a causal language model, or a model, or a PeftModel with one trainable adapter.
         args: The run's configuration.
-        train_dataset: Training rows by objective, in TRL's formats.
-        eval_dataset: Evaluation rows by objective, for all or some of them.
+        train_dataset: Training rows by objective: a `datasets.Dataset` in one of TRL's formats or another known
+            layout, or what stands under `datasets` in a run file, such as a file name or a list of them.
+        eval_dataset: Evaluation rows by objective, for all or some of them, likewise.
         processing_class: The tokenizer; by default the model's own.
         peft_config: Configuration of a new adapter for the whole run.
         callbacks: Callbacks for every stage's trainer, or a mapping from objective to those of its own.
@@ -93,8 +95,8 @@ class HBATTrainer:
         self,
         model: Any,
         args: HBATConfig,
-        train_dataset: Mapping[str, Dataset],
-        eval_dataset: Mapping[str, Dataset] | None = None,
+        train_dataset: Mapping[str, Any],
+        eval_dataset: Mapping[str, Any] | None = None,
         processing_class: Any = None,
         peft_config: Any = None,
         callbacks: Sequence[TrainerCallback] | Mapping[str, Sequence[TrainerCallback]] | None = None,
@@ -318,6 +320,10 @@ class HBATTrainer:
     def row_lengths(self) -> list[RowLengths]:
         """Count the tokens of all rows, and what `max_length` cuts and drops of them: as many builds as objectives."""
         return measure_rows(list(self.tracks.values()), self._builder, self.processing_class)
+
+    def shown_rows(self) -> list[ShownRow]:
+        """How the first row of every objective reads to the model, and what of it is learned."""
+        return show_rows(list(self.tracks.values()), self._builder, self.processing_class)
 
     def front(self, points: Iterable[float] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> Front:
         """Evaluate the line between the start and the end of a finished run's last stage.

@@ -65,16 +65,16 @@ def test_faulty_rows_are_dropped_and_counted(caplog):
 def test_a_second_check_names_rows_by_their_numbers_before_the_first():
     rows = pairs()
     rows[1]["chosen"] = ""
-    left, numbers = check_dataset(Dataset.from_list(rows), name=NAME, faults=preference_faults, on_bad_rows="drop")
+    left, origin = check_dataset(Dataset.from_list(rows), name=NAME, faults=preference_faults, on_bad_rows="drop")
 
     def second(row):
         if row["prompt"] != "Question 0":
             yield Fault("short", "prompt", "it is short")
 
-    assert list(numbers) == [0, 2, 3, 4]
-    assert "row 2, field `prompt`" in refusal(left, second, numbers=numbers)
-    _, numbers = check_dataset(left, name=NAME, faults=second, on_bad_rows="drop", numbers=numbers)
-    assert numbers == [0]
+    assert list(origin.number) == [0, 2, 3, 4]
+    assert "row 2, field `prompt`" in refusal(left, second, origin=origin)
+    _, origin = check_dataset(left, name=NAME, faults=second, on_bad_rows="drop", origin=origin)
+    assert list(origin.number) == [0]
 
 
 def test_too_few_rows_left_after_dropping_are_refused():

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainingArguments
 
 from hbat.cli.reward_functions import load_reward_functions
 from hbat.cli.run_file import RunFile
 from hbat.config.fields import build_section, nearest
-from hbat.data.load import load
+from hbat.data.sources import Rows, load_splits
 from hbat.engines.refusals import REFUSALS
 from hbat.model.load import is_adapter, shared_init_kwargs
 from hbat.objectives.built_in import resolve
@@ -30,11 +29,12 @@ def build_trainer(run: RunFile) -> HBATTrainer:
     check_sections(run)
     rewards = load_reward_functions(run.reward_funcs)  # before anything slow: paths may be wrong
     tokenizer = _load_tokenizer(run)
+    train, evaluation = _load_datasets(run)
     return HBATTrainer(
         model=run.model_name_or_path,
         args=run.config,
-        train_dataset=_load_datasets("datasets", run.datasets),
-        eval_dataset=_load_datasets("eval_datasets", run.eval_datasets or {}),
+        train_dataset=train,
+        eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=adapter,
         reward_funcs=rewards,
@@ -114,14 +114,25 @@ def _from_pretrained(key: str, name: str, kind: Any, kwargs: Mapping[str, Any]) 
         raise ValueError(f"`{key}` is {name!r}, but no {what} could be loaded from {where}: {error}") from error
 
 
-def _load_datasets(section: str, sources: Mapping[str, Any]) -> dict[str, Dataset]:
-    return {name: load(_absolute(source), name=f"`{section}.{name}`") for name, source in sources.items()}
+def _load_datasets(run: RunFile) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    train, evaluation = {}, {}
+    for objective in resolve(run.config):
+        name = objective.name
+        train[name], *evaluated = load_splits(
+            _absolute(run.datasets[name]),
+            _absolute((run.eval_datasets or {}).get(name)),
+            names=(f"`datasets.{name}`", f"`eval_datasets.{name}`"),
+            check=objective.row_check(),
+        )
+        if evaluated:
+            evaluation[name] = evaluated[0]
+    return train, evaluation
 
 
 def _absolute(source: Any) -> Any:
     # So that the error for a missing file says where it was looked for.
     if isinstance(source, str) and source.lower().endswith(_FILE_ENDINGS):
         return str(Path(source).absolute())
-    if isinstance(source, Mapping) and "path" in source:
-        return {**source, "path": _absolute(source["path"])}
+    if isinstance(source, Mapping):
+        return {key: _absolute(value) if key in ("path", "mixture") else value for key, value in source.items()}
     return [_absolute(file) for file in source] if isinstance(source, list) else source

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hbat.engines.processes import is_main_process
 from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
@@ -73,6 +74,7 @@ def print_plan(trainer: HBATTrainer) -> None:
         table.add_row(name, f"{rounds}", f"{rows}", part, f"{steps}", f"{len(trainer.eval_dataset.get(name) or [])}")
     console.print(table)
     print_lengths(console, trainer)
+    print_rows(console, trainer)
     if trainer.continued is not None:
         console.print(f"{trainer.continued}\n", highlight=False)
     parameters = list(trainer.model.parameters())
@@ -97,6 +99,15 @@ def print_lengths(console: Console, trainer: HBATTrainer) -> None:
         counts = ("" if count is None else f"{count}" for count in (found.cut, found.dropped))
         table.add_row(found.name, f"{found.median}", f"{found.most}", f"{found.longest}", limit, *counts)
     console.print(table)
+
+
+def print_rows(console: Console, trainer: HBATTrainer) -> None:
+    """Print the first row of every objective, with what is learned of it between « and »."""
+    for shown in trainer.shown_rows():
+        text = Text(f"{shown.name} (learned: «»)\n", style="bold")
+        for piece, learned in shown.pieces:
+            text.append(f"«{piece}»" if learned else piece, style="green" if learned else "default")
+        console.print(text, "\n", highlight=False, sep="")
 
 
 def end_processes() -> None:

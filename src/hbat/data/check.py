@@ -13,7 +13,9 @@ from hbat.config.fields import nearest
 from hbat.config.hbat import OnBadRows
 from hbat.data.faults import MISSING_COLUMN, Fault, RowCheck
 from hbat.data.formats import FIELDS, preference_faults
+from hbat.data.layouts import advice, kind_of
 from hbat.data.load import DatasetError
+from hbat.data.origin import Origin
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,12 @@ class FaultyRows:
     first: str = ""
     kinds: Counter[str] = field(default_factory=Counter)
 
-    def add(self, row: int, number: int, faults: Sequence[Fault]) -> None:
-        """Count the faults of a row, whose number in the user's data may be another than its index."""
+    def add(self, row: int, origin: Origin, faults: Sequence[Fault]) -> None:
+        """Count the faults of a row, in the words of what it comes from."""
+        faults = [origin.worded(row, fault) for fault in faults]
         if not self.rows:
             stop = "" if faults[0].problem.endswith("?") else "."
-            self.first = f"row {number}, field `{faults[0].field}`: {faults[0].problem}{stop}"
+            self.first = f"{origin.where(row)}, field `{faults[0].field}`: {faults[0].problem}{stop}"
         self.rows.append(row)
         self.kinds.update({fault.kind for fault in faults})
 
@@ -44,39 +47,41 @@ class FaultyRows:
         return ", ".join(f"{kind}: {count}" for kind, count in ordered)
 
 
-def search(rows: Dataset, faults: RowCheck, numbers: Sequence[int] | None = None) -> FaultyRows:
+def search(rows: Dataset, faults: RowCheck, origin: Origin | None = None) -> FaultyRows:
     """Check every row. With `preference_faults`, a pair that reverses an earlier one is faulty as well.
 
     Args:
         rows: The rows.
         faults: Check of one row.
-        numbers: Number of each row in the user's data; by default its index.
+        origin: Where the rows come from; by default they are the user's own.
     """
-    found = FaultyRows()
-    reversals = _Reversals() if getattr(faults, "func", faults) is preference_faults else None
+    found, origin = FaultyRows(), origin or Origin.of(rows)
+    reversals = _Reversals(origin) if getattr(faults, "func", faults) is preference_faults else None
     index = 0
     for batch in rows.iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            of_row, number = list(faults(row)), index if numbers is None else numbers[index]
+            of_row = list(faults(row))
             if reversals and not of_row:  # a row that is faulty in itself contradicts no other
-                of_row = list(reversals.faults(number, row))
+                of_row = list(reversals.faults(index, row))
             if of_row:
-                found.add(index, number, of_row)
+                found.add(index, origin, of_row)
             index += 1
     return found
 
 
 class _Reversals:
-    def __init__(self) -> None:
+    def __init__(self, origin: Origin) -> None:
+        self._origin = origin
         self._seen: dict[tuple[int, int], int] = {}
 
-    def faults(self, number: int, row: Mapping[str, Any]) -> Iterator[Fault]:
+    def faults(self, index: int, row: Mapping[str, Any]) -> Iterator[Fault]:
         chosen, rejected = (_digest(row.get("prompt"), row[side]) for side in ("chosen", "rejected"))
         other = self._seen.get((rejected, chosen))
         if other is not None:
-            yield Fault("reversed pair", "chosen", f"row {other} is the same pair with chosen and rejected swapped")
-        self._seen.setdefault((chosen, rejected), number)
+            problem = f"{self._origin.where(other)} is the same pair with chosen and rejected swapped"
+            yield Fault("reversed pair", "chosen", problem)
+        self._seen.setdefault((chosen, rejected), index)
 
 
 def _digest(*values: Any) -> int:
@@ -92,8 +97,8 @@ def check_dataset(
     num_rounds: int = 1,
     rows_per_round: int = 1,
     on_bad_rows: OnBadRows | None = "raise",
-    numbers: Sequence[int] | None = None,
-) -> tuple[Dataset, Sequence[int]]:
+    origin: Origin | None = None,
+) -> tuple[Dataset, Origin]:
     """Check a data set before anything is trained on it: its type, size, columns and every row.
 
     Args:
@@ -104,15 +109,15 @@ def check_dataset(
         rows_per_round: Minimum number of rows per part.
         on_bad_rows: Whether to `raise` an error about faulty rows or `drop` them with a warning. None: `raise`, where
             there is no such option.
-        numbers: Number of each row in the user's data, if an earlier check has dropped some.
+        origin: Where the rows come from; by default they are the user's own.
 
     Returns:
-        The data set, of plain rows and without those that were dropped, and the numbers of its rows.
+        The data set, of plain rows and without those that were dropped, and where its rows come from.
 
     Raises:
         DatasetError: If it cannot be trained on.
     """
-    _check_type(dataset, name)
+    check_type(dataset, name)
     dataset = plain(dataset)
     total, needed = len(dataset), num_rounds * rows_per_round
     need = f"every round needs at least {rows_per_round} {'row' if rows_per_round == 1 else 'rows'}"
@@ -125,10 +130,10 @@ def check_dataset(
             f"{name} has too few rows: {total} for {num_rounds} {'round' if num_rounds == 1 else 'rounds'}; {need}. "
             "Lower `num_rounds` or provide more data."
         )
-    numbers = range(total) if numbers is None else numbers
-    found = FaultyRows() if faults is None else _searched(dataset, name, faults, numbers)
+    origin = origin or Origin.of(dataset)
+    found = FaultyRows() if faults is None else _searched(dataset, name, faults, origin)
     if not found.rows:
-        return dataset, numbers
+        return dataset, origin
     bad = len(found.rows)
     summary = f"Faulty rows: {bad} of {total} ({found.counts})."
     if on_bad_rows != "drop":
@@ -141,7 +146,7 @@ def check_dataset(
     logger.warning("%s: dropped %d of %d rows (%s). First: %s", name, bad, total, found.counts, found.first)
     dropped = set(found.rows)
     kept = [index for index in range(total) if index not in dropped]
-    return dataset.select(kept), [numbers[index] for index in kept]
+    return dataset.select(kept), origin.select(kept)
 
 
 def plain(dataset: Dataset) -> Dataset:
@@ -149,7 +154,8 @@ def plain(dataset: Dataset) -> Dataset:
     return dataset if dataset.format["type"] in {None, "custom"} else dataset.with_format(None)
 
 
-def _check_type(dataset: Any, name: str) -> None:
+def check_type(dataset: Any, name: str) -> None:
+    """Raise DatasetError, with advice, if something is no `datasets.Dataset`."""
     if isinstance(dataset, Dataset):
         return
     if dataset is None:
@@ -167,11 +173,11 @@ def _check_type(dataset: Any, name: str) -> None:
     raise DatasetError(f"{name} is a {type(dataset).__name__}; it must be a `datasets.Dataset`.{hint}")
 
 
-def _searched(dataset: Dataset, name: str, faults: RowCheck, numbers: Sequence[int]) -> FaultyRows:
+def _searched(dataset: Dataset, name: str, faults: RowCheck, origin: Origin) -> FaultyRows:
     rows = dataset.select_columns([column for column in dataset.column_names if column not in MEDIA])
     try:
         _check_columns(rows[0] if rows.column_names else {}, dataset.column_names, name, faults)
-        return search(rows, faults, numbers)
+        return search(rows, faults, origin)
     except UnicodeDecodeError as error:  # Arrow stores bytes unchecked; the first access to the text fails
         raise DatasetError(f"{name}: a text is not UTF-8 ({error}). Save the data as UTF-8.") from None
 
@@ -183,5 +189,10 @@ def _check_columns(row: Mapping[str, Any], columns: Sequence[str], name: str, fa
             close = " ".join(["", *(hint for hint in hints if hint.endswith("?"))])
             raise DatasetError(
                 f"{name} has no column `{fault.field}`. Its columns: {', '.join(f'`{column}`' for column in columns)}."
-                f"{close} {fault.problem[0].upper()}{fault.problem[1:]}. Rename or map the columns."
+                f"{close} {fault.problem[0].upper()}{fault.problem[1:]}. {_mapping(columns, faults)}"
             )
+
+
+def _mapping(columns: Sequence[str], faults: RowCheck) -> str:
+    kind = kind_of(faults)
+    return (kind and advice(columns, kind)) or "Rename or map the columns."

@@ -140,5 +140,10 @@ def argument_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault("bad tools", "tools", f"{tools!r:.60} is not a list of tool schemas")
 
 
+def not_a_label(label: Any) -> str:
+    """Say that a value does not judge an answer."""
+    return f"{label!r:.60} is neither true (desirable) nor false (undesirable)"
+
+
 def _is_conversation(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]

@@ -15,6 +15,7 @@ from hbat.data.faults import (
     companion_faults,
     dialogue_faults,
     message_faults,
+    not_a_label,
     prompted_faults,
     reserved_faults,
     value_faults,
@@ -99,7 +100,7 @@ def kto_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
     if label is None:
         yield Fault("missing value", "label", "the value is missing")
     elif not isinstance(label, bool):
-        yield Fault("not a label", "label", f"{label!r:.60} is neither true (desirable) nor false (undesirable)")
+        yield Fault("not a label", "label", not_a_label(label))
 
 
 def prompt_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
@@ -180,11 +181,17 @@ def _unprompted_faults(row: Mapping[str, Any], sides: Sequence[str]) -> Iterator
         yield from _remainder_faults(chosen, rejected)
 
 
-def _remainder_faults(chosen: str, rejected: str) -> Iterator[Fault]:
+def shared_beginning(chosen: str, rejected: str) -> int:
+    """Count the characters with which both texts begin, which TRL takes for the prompt."""
     shared, end = 0, min(len(chosen), len(rejected))
     while shared < end:  # bisection: comparing slices is far cheaper than comparing characters
         middle = (shared + end + 1) // 2
         shared, end = (middle, end) if chosen[:middle] == rejected[:middle] else (shared, middle - 1)
+    return shared
+
+
+def _remainder_faults(chosen: str, rejected: str) -> Iterator[Fault]:
+    shared = shared_beginning(chosen, rejected)
     if not shared:
         problem = "it has no common beginning with `rejected`, and there is no column `prompt`"
         yield Fault("no prompt", "chosen", problem)

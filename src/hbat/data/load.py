@@ -14,7 +14,7 @@ from datasets import Dataset
 from hbat.config.fields import nearest
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_SOURCE_KEYS = ("path", "name", "split", "data_files", "revision")
+SOURCE_KEYS = ("path", "name", "split", "data_files", "data_dir", "revision")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _EXPECTED = "expected a name on the Hugging Face Hub, a file or a list of files"
 
@@ -27,8 +27,7 @@ def load(source: Any, *, name: str) -> Dataset:
     """Load a data set as a YAML file names it.
 
     Args:
-        source: Name on the Hugging Face Hub, data file, list of data files, or mapping with `path`, `name`, `split`,
-            `data_files` and `revision`.
+        source: Name on the Hugging Face Hub, data file, list of data files, or mapping with `SOURCE_KEYS`.
         name: How the user knows the data set; every message begins with it.
 
     Returns:
@@ -47,12 +46,6 @@ def load(source: Any, *, name: str) -> Dataset:
 
 
 def _load_mapping(source: Mapping[str, Any], name: str) -> Dataset:
-    for key in source:
-        if key not in _SOURCE_KEYS:
-            valid = ", ".join(f"`{known}`" for known in _SOURCE_KEYS)
-            raise DatasetError(
-                f"{name} has the unknown key `{key}`; valid are {valid}.{nearest(str(key), _SOURCE_KEYS)}"
-            )
     given = {key: value for key, value in source.items() if value is not None}
     path, split = given.pop("path", None), given.pop("split", None)
     if "data_files" in given and path in {None, *_BUILDERS.values()}:

@@ -96,6 +96,11 @@ class RowFit:
             self._tried[shape] = self._try(turns, row, asks=asks)
         return self._tried[shape]
 
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        """The prompt of a good row as the model reads it, before it generates."""
+        prompt = row["prompt"]
+        return prompt if isinstance(prompt, str) else self._rendered(prompt, row, asks=True)
+
     def length(self, row: Mapping[str, Any]) -> int:
         """Tokens of the longest sequence that an objective makes of a good row, uncut."""
         if "input_ids" in row:

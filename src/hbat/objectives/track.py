@@ -15,6 +15,8 @@ from hbat.config.hbat import HBATConfig
 from hbat.data.check import check_dataset
 from hbat.data.faults import RowCheck
 from hbat.data.load import DatasetError
+from hbat.data.origin import Origin
+from hbat.data.sources import load_splits
 from hbat.data.template import Limits, row_fit
 from hbat.objectives.built_in import build_args, resolve
 from hbat.objectives.objective import Objective
@@ -35,7 +37,7 @@ class Track:
         train_dataset: All training rows, without those that were dropped.
         eval_dataset: Evaluation rows; None if there are none.
         callbacks: The user's callbacks of its trainers.
-        numbers: By data set the numbers of its rows in the user's data, once they are checked.
+        origins: By data set where its rows come from.
     """
 
     objective: Objective
@@ -43,7 +45,7 @@ class Track:
     train_dataset: Dataset
     eval_dataset: Dataset | None = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
-    numbers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -70,8 +72,8 @@ class Track:
 
 def build_tracks(
     config: HBATConfig,
-    train_dataset: Mapping[str, Dataset],
-    eval_dataset: Mapping[str, Dataset] | None,
+    train_dataset: Mapping[str, Any],
+    eval_dataset: Mapping[str, Any] | None,
     reward_funcs: Any = None,
     reward_processing_classes: Any = None,
     callbacks: Sequence[TrainerCallback] | Mapping[str, Sequence[TrainerCallback]] | None = None,
@@ -80,8 +82,8 @@ def build_tracks(
 
     Args:
         config: The run's configuration.
-        train_dataset: Training rows by objective.
-        eval_dataset: Evaluation rows by objective, for all or some of them.
+        train_dataset: Training rows by objective, or where they are: what `load_rows` takes or gave.
+        eval_dataset: Evaluation rows by objective, for all or some of them, likewise.
         reward_funcs: Rewards of the online objectives.
         reward_processing_classes: Tokenizers of reward models.
         callbacks: Callbacks of all trainers, or by objective.
@@ -104,11 +106,27 @@ def build_tracks(
         _check_keys(callbacks, "callbacks", names)
     else:
         callbacks = dict.fromkeys(names, callbacks or ())
-    tracks = [
-        Track(objective, args[name], train_dataset[name], evaluation.get(name), [*callbacks.get(name, ())])
-        for name, objective in zip(names, objectives, strict=True)
-    ]
-    return [_checked(track, config, track.objective.row_check()) for track in tracks]
+    tracks = []
+    for name, objective in zip(names, objectives, strict=True):
+        check = objective.row_check()
+        labels = (f"train_dataset[{name!r}]", f"eval_dataset[{name!r}]")
+        train, *evaluated = load_splits(train_dataset[name], evaluation.get(name), names=labels, check=check)
+        track = Track(
+            objective,
+            args[name],
+            train.dataset,
+            evaluated[0].dataset if evaluated else None,
+            [*callbacks.get(name, ())],
+            dict(
+                zip(
+                    ("train_dataset", "eval_dataset"),
+                    [train.origin, *(rows.origin for rows in evaluated)],
+                    strict=False,
+                )
+            ),
+        )
+        tracks.append(_checked(track, config, check))
+    return tracks
 
 
 def one_chat_template(tracks: Sequence[Track], config: HBATConfig) -> tuple[str | None, list[Track]]:
@@ -200,7 +218,7 @@ def _check_keys(given: object, argument: str, names: Sequence[str]) -> None:
 
 
 def _checked(track: Track, config: HBATConfig, check: RowCheck | None) -> Track:
-    def kept(dataset: Dataset, argument: str, rounds: int, rows_per_round: int) -> tuple[Dataset, Sequence[int]]:
+    def kept(dataset: Dataset, argument: str, rounds: int, rows_per_round: int) -> tuple[Dataset, Origin]:
         concerns = getattr(check, "concerns", None)  # a check against the tokenizer looks at messages and tokens alone
         return check_dataset(
             dataset,
@@ -209,16 +227,15 @@ def _checked(track: Track, config: HBATConfig, check: RowCheck | None) -> Track:
             num_rounds=rounds,
             rows_per_round=rows_per_round,
             on_bad_rows=config.on_bad_rows,
-            numbers=track.numbers.get(argument),
+            origin=track.origins[argument],
         )
 
     minimum = track.objective.minimum_rows(track.args)
-    train, numbers = kept(track.train_dataset, "train_dataset", config.num_rounds, minimum)
-    evaluation, of_evaluation = None, track.numbers.get("eval_dataset", ())
+    train, origin = kept(track.train_dataset, "train_dataset", config.num_rounds, minimum)
+    evaluation, origins = None, {"train_dataset": origin}
     if track.eval_dataset is not None:
-        evaluation, of_evaluation = kept(track.eval_dataset, "eval_dataset", 1, 1)
-    numbered = {"train_dataset": numbers, "eval_dataset": of_evaluation}
-    return replace(track, train_dataset=train, eval_dataset=evaluation, numbers=numbered)
+        evaluation, origins["eval_dataset"] = kept(track.eval_dataset, "eval_dataset", 1, 1)
+    return replace(track, train_dataset=train, eval_dataset=evaluation, origins=origins)
 
 
 def _refuse_media(track: Track) -> None:

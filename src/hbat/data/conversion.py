@@ -1,0 +1,263 @@
+"""From rows of a layout to messages in TRL's formats, and faults of these back to the words of the layout."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Features, Json, List, Value
+
+from hbat.data.faults import Fault, not_a_label
+from hbat.data.load import DatasetError
+from hbat.data.turns import answer_start, text_turns
+
+#: What layouts call a turn that calls functions: its text is the JSON of the calls.
+CALL = "function_call"
+#: The layout of texts with "Human:" and "Assistant:" at their turns.
+TRANSCRIPTS = "hh"
+#: Columns that TRL's trainers read beside the messages.
+_COMPANIONS = ("tools", "chat_template_kwargs")
+_LABELS: dict[Any, bool] = {
+    1: True, 0: False, -1: False, "1": True, "0": False, "-1": False, "true": True, "false": False,
+    "chosen": True, "rejected": False, "good": True, "bad": False, "desirable": True, "undesirable": False,
+}  # fmt: skip
+
+
+class _Said(NamedTuple):
+    """A message, and where in the row it was found: a text, a turn of a list, or a turn alone."""
+
+    role: Any
+    content: Any
+    calls: Any
+    found: str
+    is_text: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """Makes messages out of the rows of a layout.
+
+    Attributes:
+        layout: Its name.
+        kind: What the rows are for: `sft`, `preference`, `kto` or `prompts`.
+        columns: Column of each place: `system`, `history` (pairs of question and answer), `question`, `input` (more of
+            it) and `answer`; `turns`; `chosen` and `rejected` (texts, turns or lists of turns); `label`; `transcript`
+            (a text with "Human:" and "Assistant:" at its turns, which `chosen`, `rejected` and `answer` then go on).
+        roles: TRL's role for every other one, in lower case.
+        keys: What turns call `role` and `content`.
+        calls: Whether turns call functions, so that all have `tool_calls`.
+        as_messages: Whether instructions become `messages`, of which all is learned, else `prompt` and `completion`.
+        ignored: Keys of turns that are left out.
+    """
+
+    layout: str
+    kind: str
+    columns: Mapping[str, str]
+    roles: Mapping[str, str] = field(default_factory=dict)
+    keys: tuple[str, str] = ("role", "content")
+    calls: bool = False
+    as_messages: bool = False
+    ignored: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        used = ", ".join(f"`{column}`" for column in self.columns.values())
+        made = ", ".join(f"`{name}`" for name in (*self.made, *(["label"] if "label" in self.columns else ())))
+        left = f"; {', '.join(f'`{key}`' for key in self.ignored)} of its messages is not used" if self.ignored else ""
+        return f"layout `{self.layout}` ({used}), converted to {made}{left}"
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """Columns of messages that are made."""
+        if "chosen" in self.columns:
+            return ("prompt", "chosen", "rejected") if self._asks else ("chosen", "rejected")
+        if self.kind == "prompts":
+            return ("prompt",)
+        if self.kind == "sft" and (self.as_messages or "answer" not in self.columns):
+            return ("messages",)
+        return ("prompt", "completion")
+
+    @property
+    def _asks(self) -> bool:
+        return bool({"turns", "question"} & set(self.columns))
+
+    def convert(self, dataset: Dataset) -> Dataset:
+        """Convert all rows; those of files into files of the cache.
+
+        Raises:
+            DatasetError: If a message has parts that are no text. It names row and field.
+        """
+        turn = {"role": Value("string"), "content": Value("string")} | ({"tool_calls": Json()} if self.calls else {})
+        answers = {"answer", "label"} if self.kind == "prompts" else set()  # rewards may compare with them
+        used = {column for place, column in self.columns.items() if place not in answers} | set(self.made)
+        others = dataset.column_names if self.kind == "prompts" else _COMPANIONS
+        kept = [name for name in others if name in dataset.column_names and name not in used]
+        made: dict[str, Any] = {name: List(turn) for name in self.made}
+        if "label" in self.columns:
+            made["label"] = Value("bool")
+        return dataset.map(
+            self._batch,
+            batched=True,
+            with_indices=True,
+            remove_columns=[name for name in dataset.column_names if name not in kept],
+            features=Features({name: dataset.features[name] for name in kept} | made),
+            load_from_cache_file=False,  # its key does not change with the code of this library
+            desc=f"Converting {self.layout} rows",
+        )
+
+    def _batch(self, batch: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        keys = ("role", "content", "tool_calls") if self.calls else ("role", "content")
+        made: dict[str, list[Any]] = {name: [] for name in self.made}
+        columns = {place: batch[column] for place, column in self.columns.items()}
+        for index, values in zip(indices, zip(*columns.values(), strict=True), strict=True):
+            try:
+                row = self._row(dict(zip(columns, values, strict=True)))
+            except DatasetError as error:
+                raise DatasetError(f"row {index}, {error}") from None
+            for name, turns in row.items():
+                made[name].append([dict(zip(keys, turn, strict=False)) for turn in turns])
+        return made | ({"label": [_label(value) for value in columns["label"]]} if "label" in columns else {})
+
+    def _row(self, row: Mapping[str, Any]) -> dict[str, list[_Said]]:
+        """Make the messages of a row, given by place."""
+        if "transcript" in row or self.layout == TRANSCRIPTS:
+            return self._from_transcripts(row)
+        turns = self._context(row)
+        if "chosen" in row:
+            sides = {side: turns + self._side(row, side) for side in ("chosen", "rejected")}
+            return (
+                sides
+                if not self._asks
+                else {"prompt": turns} | {side: said[len(turns) :] for side, said in sides.items()}
+            )
+        if self.kind == "prompts":
+            while turns and turns[-1].role == "assistant":
+                turns.pop()
+            return {"prompt": turns}
+        if "answer" in row:
+            turns.append(_Said("assistant", row["answer"], None, self.columns["answer"], is_text=True))
+        if self.made == ("messages",):
+            return {"messages": turns}
+        start = len(turns)
+        if turns and turns[-1].role == "assistant":
+            start = answer_start([{"role": turn.role, "tool_calls": turn.calls} for turn in turns])
+        return {"prompt": turns[:start], "completion": turns[start:]}
+
+    def _from_transcripts(self, row: Mapping[str, Any]) -> dict[str, list[_Said]]:
+        begun = row.get("transcript") or ""
+        if "chosen" in row:
+            return {side: self._split(begun + (row[side] or ""), side) for side in ("chosen", "rejected")}
+        turns = self._split(begun + (row.get("answer") or ""), "answer" if "answer" in row else "transcript")
+        if self.made == ("messages",):
+            return {"messages": turns}
+        if self.kind == "prompts":
+            return {"prompt": turns[:-1] if turns[-1].role == "assistant" else turns}
+        return {"prompt": turns[:-1], "completion": turns[-1:]}
+
+    def _split(self, text: str, place: str) -> list[_Said]:
+        turns = text_turns(text) or [{"role": "user", "content": text}]
+        return [_Said(turn["role"], turn["content"], None, self.columns[place], is_text=True) for turn in turns]
+
+    def _context(self, row: Mapping[str, Any]) -> list[_Said]:
+        def said(role: str, text: Any, place: str, at: str = "") -> _Said:
+            return _Said(role, text, None, f"{self.columns[place]}{at}", is_text=True)
+
+        turns = [said("system", row["system"], "system")] if row.get("system") else []
+        for index, (question, answer) in enumerate(row.get("history") or ()):
+            turns += [said("user", question, "history", f"[{index}][0]")]
+            turns += [said("assistant", answer, "history", f"[{index}][1]")]
+        if "turns" in row:
+            turns += self._turns(row["turns"], self.columns["turns"])
+        elif "question" in row:
+            texts = [self._text(row[place], self.columns[place]) for place in ("question", "input") if place in row]
+            whole = None if texts[0] is None else "\n".join(text for text in texts if text)
+            turns.append(said("user", whole, "question"))
+        return turns
+
+    def _side(self, row: Mapping[str, Any], side: str) -> list[_Said]:
+        value, column = row[side], self.columns[side]
+        if value is None or isinstance(value, str):
+            return [_Said("assistant", value, None, column, is_text=True)]
+        return [self._turn(value, column)] if isinstance(value, Mapping) else self._turns(value, column)
+
+    def _turns(self, turns: Any, column: str) -> list[_Said]:
+        return [self._turn(turn, f"{column}[{index}]") for index, turn in enumerate(turns or ())]
+
+    def _turn(self, turn: Mapping[str, Any], found: str) -> _Said:
+        role, text = (turn.get(key) for key in self.keys)
+        role = self.roles.get(str(role).lower(), role)
+        text = self._text(text, f"{found}.{self.keys[1]}")
+        if role == CALL:
+            return _Said("assistant", "", _calls(text, f"{found}.{self.keys[1]}"), found, is_text=False)
+        return _Said(role, text, turn.get("tool_calls"), found, is_text=False)
+
+    def _text(self, content: Any, found: str) -> Any:
+        """The text of a content that is one, or a list of parts that are."""
+        if not isinstance(content, list):
+            return content
+        texts = [part.get("text") or part.get("value") for part in content if part.get("type", "text") == "text"]
+        if len(texts) < len(content):
+            kind = next(part["type"] for part in content if part.get("type", "text") != "text")
+            raise DatasetError(
+                f"field `{found}`: a part of the type {kind!r} cannot be converted, only text. Remove it, or set "
+                "`layout: trl` if the model's processor takes it."
+            )
+        return "".join(text or "" for text in texts)
+
+    def worded(self, fault: Fault, row: Mapping[str, Any]) -> Fault:
+        """Say a fault of the converted row in the words of the row that it was made of."""
+        place = re.fullmatch(r"(\w+)(?:\[(\d+)\])?(?:\.(\w+))?", fault.field)
+        if place is None:
+            return fault
+        name, index, key = place[1], place[2], place[3]
+        if name == "label" and row.get(self.columns.get(name, "")) is not None:
+            return Fault("not a label", self.columns[name], not_a_label(row[self.columns[name]]))
+        if name not in self.made:
+            return replace(fault, field=self.columns.get(name, name))
+        said = self._row({place: row[column] for place, column in self.columns.items()})[name]
+        if index is None:  # the whole list
+            column = self.columns.get(name) or self.columns.get("turns") or next(iter(self.columns.values()))
+            ends = Fault("wrong last turn", column, "the last turn must be from the assistant")
+            return ends if (name, fault.kind) == ("completion", "empty conversation") else replace(fault, field=column)
+        turn = said[int(index)]
+        if turn.is_text:
+            as_text = {"message without content": "missing value", "empty turn": "empty text"}
+            kind = as_text.get(fault.kind, fault.kind)
+            words = {"missing value": "the value is missing", "empty text": "the text is empty"}
+            return Fault(kind, turn.found, words.get(kind, fault.problem))
+        own = dict(zip(("role", "content"), self.keys, strict=True))
+        return Fault(fault.kind, f"{turn.found}.{own.get(key, key)}" if key else turn.found, self._said_by(fault, own))
+
+    def _said_by(self, fault: Fault, own: Mapping[str, str]) -> str:
+        problem = re.sub(r"`(role|content)`", lambda key: f"`{own[key[1]]}`", fault.problem)
+        if fault.kind == "unknown role":
+            stop = "" if problem.endswith(("?", ".")) else "."
+            return f"{problem}{stop} `roles` maps roles, as in `roles: {{narrator: assistant}}`"
+        names: dict[str, str] = {}
+        for other, role in self.roles.items():
+            names.setdefault(role, other)
+        if self.keys[0] == "from" and fault.kind in ("repeated role", "wrong first turn", "wrong last turn"):
+            return re.sub(r"\b(user|assistant|tool)\b", lambda role: names.get(role[1]) or role[1], problem)
+        return problem
+
+
+def _label(value: Any) -> bool | None:
+    if isinstance(value, bool) or value is None:
+        return value
+    known = value.strip().lower() if isinstance(value, str) else value
+    return _LABELS.get(known)
+
+
+def _calls(text: Any, found: str) -> list[dict[str, Any]]:
+    try:
+        calls = json.loads(text or "")
+        calls = calls if isinstance(calls, list) else [calls]
+        return [
+            {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments") or {}}}
+            for call in calls
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise DatasetError(
+            f"field `{found}`: {text!r:.60} is not the JSON of a function call, such as "
+            '{"name": "search", "arguments": {"query": "cats"}}.'
+        ) from None

@@ -1,0 +1,62 @@
+"""How a row reads to the model, and what of it is learned: as its trainer prepares it."""
+
+import itertools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hbat.data.template import Limits, row_fit
+from hbat.ewc.fisher import IGNORED
+from hbat.objectives.track import Track
+from hbat.stages.builder import TrainerBuilder
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """The first row of a data set.
+
+    Attributes:
+        name: Objective and row.
+        pieces: Its text in pieces, each with whether it is learned.
+    """
+
+    name: str
+    pieces: Sequence[tuple[str, bool]]
+
+
+def show_rows(tracks: Sequence[Track], builder: TrainerBuilder, tokenizer: Any) -> list[ShownRow]:
+    """Show the first training row of every objective whose rows are of a known format.
+
+    Args:
+        tracks: The tracks of a run.
+        builder: Builder of trainers on the run's model.
+        tokenizer: The tokenizer; a processor prepares messages in its own way, so then nothing is shown.
+    """
+    if hasattr(tokenizer, "tokenizer"):
+        return []
+    found = ((track, _pieces(track, builder, tokenizer)) for track in tracks)
+    return [
+        ShownRow(f"{track.name}, {track.origins['train_dataset'].where(0)}", pieces)
+        for track, pieces in found
+        if pieces
+    ]
+
+
+def _pieces(track: Track, builder: TrainerBuilder, tokenizer: Any) -> list[tuple[str, bool]]:
+    objective, rows = track.objective, track.train_dataset.select([0])
+    if objective.takes_rewards:
+        fit = row_fit(objective.row_check(), tokenizer, Limits(vocabulary=0))
+        return [] if fit is None else [(fit.prompt(rows[0]), False), ("(the answer that is generated)", True)]
+    if not objective.has_fisher:
+        return []
+    with tempfile.TemporaryDirectory() as folder, builder.building(track, folder, train_dataset=rows) as trainer:
+        prepared: Any = trainer.train_dataset
+        sequences = [list(objective.fisher_sequences(row)) for row in prepared.select(range(min(1, len(prepared))))]
+    for sequence in itertools.chain.from_iterable(sequences):
+        tokens = zip(sequence.input_ids, sequence.labels, strict=True)
+        return [
+            (tokenizer.decode([token for token, _ in group]), learned)
+            for learned, group in itertools.groupby(tokens, key=lambda pair: pair[1] != IGNORED)
+        ]
+    return []

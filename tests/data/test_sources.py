@@ -1,0 +1,210 @@
+"""Data as users name it: files, names and mappings, mixtures of them, and rows that are held out."""
+
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from hbat.data.check import check_dataset
+from hbat.data.formats import preference_faults, prompt_faults, sft_faults
+from hbat.data.load import DatasetError
+from hbat.data.sources import load_rows, load_splits
+
+NAME = "`datasets.sft`"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def load(source, check=sft_faults):
+    return load_rows(source, name=NAME, check=check)[0]
+
+
+def texts(rows):
+    return rows.dataset["text"][:]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two files of texts, a0 to a7 and b0 to b3."""
+    return [
+        write(tmp_path / f"{name}.jsonl", [{"text": f"{name}{index}"} for index in range(count)])
+        for name, count in (("a", 8), ("b", 4))
+    ]
+
+
+def test_a_list_is_one_after_the_other(files):
+    assert texts(load(files)) == [f"a{index}" for index in range(8)] + [f"b{index}" for index in range(4)]
+
+
+def test_a_mixture_takes_files_mappings_and_data_sets(files):
+    rows = load([files[0], {"path": files[1], "rows": 1}, Dataset.from_list([{"text": "c"}])])
+    assert texts(rows)[7:] == ["a7", "b0", "c"]
+
+
+def test_weights_are_shares_of_the_largest_mixture_that_repeats_no_row(files):
+    rows = load([{"path": files[0], "weight": 3}, {"path": files[1], "weight": 1}])
+    assert texts(rows) == [f"a{index}" for index in range(8)] + ["b0", "b1", "b2"]  # 8 / (3/4) = 10.67 rows in all
+    rows = load([{"path": files[0], "weight": 0.1}, {"path": files[1], "weight": 0.9}])
+    assert texts(rows) == ["a0", "b0", "b1", "b2", "b3"]
+
+
+def test_shuffled_rows_are_others_than_the_first_and_repeat_with_their_seed(files):
+    first, again, other = (
+        texts(load({"path": files[0], "rows": 4, "shuffle": True, "seed": seed})) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    assert len(set(first)) == 4
+    assert first != ["a0", "a1", "a2", "a3"]
+
+
+def test_options_of_a_mixture_count_for_all_of_its_parts(tmp_path):
+    names = [write(tmp_path / f"{name}.jsonl", [{"q": name, "a": "Yes."}] * 2) for name in "ab"]
+    rows = load({"mixture": names, "columns": {"question": "q", "answer": "a"}, "rows": 1})
+    assert [row["prompt"][0]["content"] for row in rows.dataset] == ["a", "b"]
+
+
+def test_a_mixture_of_instructions_and_conversations_becomes_conversations():
+    alpaca = Dataset.from_list([{"instruction": "Hi", "output": "Hello."}])
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    calls = [*turns, {"from": "human", "value": "1+2?"}, {"from": "function_call", "value": '{"name": "add"}'}]
+    sharegpt = Dataset.from_list([{"conversations": [*calls, turns[1]]}])
+    rows = load([alpaca, sharegpt])
+    assert [[turn["role"] for turn in row["messages"]] for row in rows.dataset] == [
+        ["user", "assistant"],
+        ["user", "assistant", "user", "assistant", "assistant"],
+    ]
+
+
+def test_a_faulty_row_is_named_with_its_file_and_its_number_there(tmp_path, files):
+    bad = write(tmp_path / "bad.jsonl", [{"text": "c"}, {"text": ""}])
+    rows = load([files[0], bad])
+    with pytest.raises(DatasetError, match=r"row 1 of bad\.jsonl, field `text`: the text is empty"):
+        check_dataset(rows.dataset, name=NAME, faults=sft_faults, origin=rows.origin)
+
+
+def test_rows_keep_their_numbers_through_shuffling_and_splitting(tmp_path):
+    given = [{"question": f"Question {index}", "answer": "" if index == 17 else "Yes."} for index in range(40)]
+    source = {"path": write(tmp_path / "rows.jsonl", given), "shuffle": True, "eval_split": 0.3}
+    for rows in load_rows(source, name=NAME, check=sft_faults):
+        for index, row in enumerate(rows.dataset):
+            assert row["prompt"][0]["content"] == f"Question {rows.origin.number[index]}"
+
+
+#: Rows of which each question occurs four times, and what tells the question.
+ASKED = {
+    "prompts": (prompt_faults, lambda index: {"prompt": f"Q{index % 25}", "n": index}, lambda row: row["prompt"]),
+    "messages": (
+        sft_faults,
+        lambda index: {
+            "messages": [{"role": "user", "content": f"Q{index % 25}"}, {"role": "assistant", "content": f"A{index}"}]
+        },
+        lambda row: row["messages"][0]["content"],
+    ),
+    "longer conversations": (
+        sft_faults,
+        lambda index: {
+            "conversations": [
+                {"from": "human", "value": f"Q{index % 25}"}, {"from": "gpt", "value": f"A{index}"},
+                {"from": "human", "value": f"More {index}"}, {"from": "gpt", "value": "No."},
+            ]
+        },
+        lambda row: row["messages"][0]["content"],
+    ),
+    "alpaca": (
+        sft_faults, lambda index: {"instruction": f"Q{index % 25}", "output": f"A{index}"},
+        lambda row: row["prompt"][0]["content"],
+    ),
+    "pairs": (
+        preference_faults, lambda index: {"prompt": f"Q{index % 25}", "chosen": f"A{index}", "rejected": "B"},
+        lambda row: row["prompt"],
+    ),
+    "pairs without prompts": (
+        preference_faults, lambda index: {"chosen": f"Q{index % 25:02}?A{index}", "rejected": f"Q{index % 25:02}?B"},
+        lambda row: row["chosen"][:3],
+    ),
+    "transcripts": (
+        preference_faults,
+        lambda index: {
+            side: f"\n\nHuman: Q{index % 25}\n\nAssistant: x{index}\n\nHuman: y\n\nAssistant: {side}"
+            for side in ("chosen", "rejected")
+        },
+        lambda row: row["chosen"].split("\n\n")[1],
+    ),
+    "whole pairs": (
+        preference_faults,
+        lambda index: {
+            side: [{"role": "user", "content": f"Q{index % 25}"}, {"role": "assistant", "content": f"{side} {index}"}]
+            for side in ("chosen", "rejected")
+        },
+        lambda row: row["chosen"][0]["content"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_no_prompt_is_both_trained_and_evaluated_on(name):
+    check, make, asked = ASKED[name]
+    source = {"path": Dataset.from_list([make(index) for index in range(100)]), "eval_split": 0.2}
+    train, held_out = load_splits(source, None, names=(NAME, "`eval_datasets.sft`"), check=check)
+    assert len(train.dataset) + len(held_out.dataset) == 100
+    assert len(held_out.dataset) == 20
+    assert not {asked(row) for row in train.dataset} & {asked(row) for row in held_out.dataset}
+
+
+def refusals(files):
+    """Sources, and what the message says."""
+    mixed = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    numbers = Dataset.from_list([{"text": 3}])
+    return {
+        "weight of nothing": ([{"path": files[0], "weight": 0}], "a.jsonl: `weight` is 0; it must be"),
+        "weight of one": ([{"path": files[0], "weight": 1}, files[1]], "for all parts or none, but b.jsonl has none"),
+        "columns that differ": ([files[0], mixed], "a.jsonl has the columns text, part 1 has completion, prompt."),
+        "types that differ": ([files[0], numbers], "the columns of a.jsonl, part 1 do not agree"),
+        "too many rows": ({"path": files[1], "rows": 9}, "`rows` is 9, but it has only 4"),
+        "no rows": ({"path": files[1], "rows": 0}, "`rows` is 0; it must be a whole number of at least 1"),
+        "unknown key": ({"path": files[1], "laoyut": "x"}, "key `laoyut`; valid are .* Did you mean `layout`?"),
+        "fraction": ({"path": files[1], "fraction": 0.1}, "has `fraction`; here it is called `weight`"),
+        "streaming": ({"path": files[1], "streaming": True}, "a streamed data set has no length"),
+        "a list of rows": ([{"text": "a"}], "unknown key `text`. Create a data set of rows with"),
+        "nothing": (None, "is None; it must be a `datasets.Dataset`"),
+        "no parts": ([], r"is \[\]; a mixture is a list"),
+        "splits": (DatasetDict(train=mixed), r"is a dictionary of splits \(train\)"),
+        "unknown layout": ({"path": files[0], "layout": "alpacca"}, "must be one of trl, .* Did you mean `alpaca`?"),
+        "layout without its columns": (
+            {"path": files[0], "layout": "alpaca"},
+            "`layout: alpaca` does not fit the columns `text`. .* needs `instruction`, `output`. Rename or map columns",
+        ),
+        "unknown role": ({"path": files[0], "roles": {"human": "usr"}}, "`roles.human` is 'usr'; .* mean `user`?"),
+        "no such column": ({"path": files[0], "columns": {"prompt": "txt"}}, "names `txt`, but .* mean `text`?"),
+        "share above one": ({"path": files[0], "eval_split": 2}, "must be a share between 0 and 1"),
+        "all held out": ({"path": files[1], "rows": 1, "eval_split": 0.5}, "leaves no rows to train on"),
+        "parts that are no text": (
+            Dataset.from_list([
+                {"conversations": [{"from": "human", "value": [{"type": kind, "text": "Hi"}]}]}
+                for kind in ("text", "image")
+            ]),
+            r"row 1, field `conversations\[0\].value`: a part of the type 'image' cannot be converted",
+        ),
+        "a call that is none": (
+            Dataset.from_list([{"conversations": [{"from": "function_call", "value": "add(1, 2)"}]}]),
+            r"row 0, field `conversations\[0\].value`: 'add\(1, 2\)' is not the JSON of a function call",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", refusals(["", ""]))
+def test_a_source_that_cannot_be_used_is_refused(name, files):
+    source, message = refusals(files)[name]
+    with pytest.raises(DatasetError, match=message):
+        load_splits(source, None, names=(NAME, "`eval_datasets.sft`"), check=sft_faults)
+
+
+def test_rows_to_evaluate_on_are_given_once(files):
+    with pytest.raises(DatasetError, match=r"`datasets\.sft` has `eval_split`, and there is `eval_datasets\.sft` too"):
+        load_splits(
+            {"path": files[0], "eval_split": 0.5}, files[1], names=(NAME, "`eval_datasets.sft`"), check=sft_faults
+        )
