@@ -176,7 +176,7 @@ def refusals(files):
         "unknown layout": ({"path": files[0], "layout": "alpacca"}, "must be one of trl, .* Did you mean `alpaca`?"),
         "layout without its columns": (
             {"path": files[0], "layout": "alpaca"},
-            "`layout: alpaca` does not fit the columns `text`. .* needs `instruction`, `output`. Rename or map columns",
+            "`layout: alpaca` does not fit the columns `text`. .* needs `instruction`, `output`. Rename or map",
         ),
         "unknown role": ({"path": files[0], "roles": {"human": "usr"}}, "`roles.human` is 'usr'; .* mean `user`?"),
         "no such column": ({"path": files[0], "columns": {"prompt": "txt"}}, "names `txt`, but .* mean `text`?"),

@@ -1,6 +1,7 @@
 """From a run file to its trainer: sections, tokenizer, data sets, adapter and quantization."""
 
 import inspect
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hbat.cli.reward_functions import load_reward_functions
 from hbat.cli.run_file import RunFile
 from hbat.config.fields import build_section, nearest
 from hbat.data.sources import Rows, load_splits
+from hbat.engines.processes import is_main_process
 from hbat.engines.refusals import REFUSALS
 from hbat.model.load import is_adapter, shared_init_kwargs
 from hbat.objectives.built_in import resolve
@@ -23,6 +25,7 @@ _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
 def build_trainer(run: RunFile) -> HBATTrainer:
     """Load what a run needs and build its trainer, which checks the data and rehearses every objective."""
+    _show_log()
     adapter = peft_config(run)
     if (quantized := quantization_config(run)) is not None:
         run.config.model_init_kwargs = {**(run.config.model_init_kwargs or {}), "quantization_config": quantized}
@@ -39,6 +42,14 @@ def build_trainer(run: RunFile) -> HBATTrainer:
         peft_config=adapter,
         reward_funcs=rewards,
     )
+
+
+def _show_log() -> None:
+    """Show what the library logs at level info, such as the layouts that it recognises, on the main process."""
+    log = logging.getLogger("hbat")
+    if is_main_process() and not log.handlers:
+        log.setLevel(logging.INFO)
+        log.addHandler(logging.StreamHandler())
 
 
 def check_sections(run: RunFile) -> dict[str, TrainingArguments]:

@@ -119,7 +119,10 @@ def advice(columns: Sequence[str], kind: str, layout: str | None = None) -> str:
     *_, name, lacking = min(near)
     missing = [LAYOUTS[name][place][0] for place in lacking]
     mapping = ", ".join(f"{column}: ..." for column in missing)
-    return f"The nearest layout is `{name}`, which also needs {_quoted(missing)}. Rename or map columns, as in `columns: {{{mapping}}}`."
+    return (
+        f"The nearest layout is `{name}`, which also needs {_quoted(missing)}. Rename or map columns, as in "
+        f"`columns: {{{mapping}}}`."
+    )
 
 
 def _gaps(layout: str, kind: str, present: Sequence[str]) -> Iterable[tuple[list[str], list[str]]]:
