@@ -298,11 +298,15 @@ class HBATTrainer:
             self._scores.take(self.evaluate(), run, reporter)
 
     def _steps_from(self, run: Run, first: int) -> int:
-        return sum(self.estimated_steps(stage.objective) for stage in run.plan if stage.index >= first)
+        return sum(
+            self.tracks[stage.objective].estimated_steps(stage.num_rounds, stage.part)
+            for stage in run.plan
+            if stage.index >= first
+        )
 
-    def estimated_steps(self, objective: str) -> int:
-        """Estimate the optimizer steps of one stage of an objective; packing and filters can make them fewer."""
-        return self.tracks[objective].estimated_steps(self.args.num_rounds)
+    def estimated_steps(self, objective: str, part: int = 0) -> int:
+        """Estimate the optimizer steps of an objective's stage on a part of its data, from 0."""
+        return self.tracks[objective].estimated_steps(self.args.num_rounds, part)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Evaluate every objective that has evaluation rows, on the model as it is.

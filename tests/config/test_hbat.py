@@ -120,7 +120,6 @@ def test_any_number_in_range_is_accepted(strength, freeze):
         ({"seed": 0.5}, r"`seed` is 0\.5; it must be an integer"),
         ({"objectives": []}, r"`objectives` is \[\]; it must be a list such as"),
         ({"objectives": "sft"}, r"`objectives` is 'sft'; it must be a list such as"),
-        ({"objectives": ["sft", "sft"]}, r"an objective can occur only once per round"),
         ({"optimizer_state": "keep"}, r"`optimizer_state` is 'keep', which is not one of 'reset', 'carry'"),
         ({"on_bad_rows": "dorp"}, r"`on_bad_rows` is 'dorp'.* Did you mean `drop`\?"),
         ({"on_nan": "rolback"}, r"`on_nan` is 'rolback', which is not one of 'stop', 'rollback'.* Did you mean"),

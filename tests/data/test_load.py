@@ -160,7 +160,6 @@ def test_a_split_that_is_not_there_is_named(folder):
         ([], "is an empty list"),
         ({}, "has no `path`"),
         ({"split": "train"}, "has no `path`"),
-        ({"path": "a/b", "splitt": "train"}, "Did you mean `split`?"),
         ({"path": "a.jsonl", "revision": "main"}, "`revision` does not apply to the file a.jsonl"),
     ],
 )

@@ -77,3 +77,34 @@ def test_folders_of_stages_are_unique_and_sort_in_the_order_of_the_run():
 
 def test_a_stage_says_where_it_stands_in_words():
     assert str(plan(4, ["sft", "dpo"])[3]) == "stage 3 (round 2 of 4, dpo)"
+
+
+@st.composite
+def shares(draw):
+    """(rows, shares, seed), of shares whose sum is at most 1."""
+    weights = draw(st.lists(st.integers(0, 5), min_size=1, max_size=8).filter(any))
+    of = sum(weights) + draw(st.integers(0, 3))
+    return draw(st.integers(1, 200)), [weight / of for weight in weights], draw(st.integers(0, 2**32))
+
+
+@given(shares())
+def test_parts_of_shares_are_disjoint_and_as_large_as_their_shares(cut):
+    num_rows, given_shares, seed = cut
+    dealt = [
+        part_indices(num_rows, len(given_shares), index, seed, given_shares) for index in range(len(given_shares))
+    ]
+    rows = [row for part in dealt for row in part]
+    assert len(set(rows)) == len(rows)
+    assert set(rows) <= set(range(num_rows))
+    for part, share in zip(dealt, given_shares, strict=True):
+        assert abs(len(part) - share * num_rows) <= 1
+        assert part == sorted(part)
+
+
+def test_an_objective_without_a_share_has_no_stage_in_the_round():
+    stages = plan(2, ["sft", "dpo"], shares={"sft": (1, 0), "dpo": (0.5, 0.5)})
+    assert [(stage.round, stage.objective, stage.is_last) for stage in stages] == [
+        (1, "sft", False),
+        (1, "dpo", False),
+        (2, "dpo", True),
+    ]

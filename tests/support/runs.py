@@ -84,31 +84,39 @@ def loaded(build, weights):
     return model
 
 
-def by_hand(build, folder, *, num_rounds=2, data=None, sections=None, trainer_class=None, prepare=None, after=None):
+def by_hand(
+    build, folder, *, num_rounds=2, data=None, sections=None, trainer_class=None, prepare=None, after=None, parts=None
+):
     """The stages as plain TRL trainers, each on a fresh model that holds the weights of the last one's end.
 
     `trainer_class(stage, start)` may give another class, `prepare(stage, trainer)` may change the trainer before it
     trains, `after(stage, start, end)` may return other weights to go on with; a stage is (index, round, objective).
+    `parts` has the rows of each stage by (round, objective), for others than N equal parts.
     Returns the weights at every boundary, the start first.
     """
     data = data or rows()
     weights = cases.weights(build(0))
     boundaries = [weights]
-    for stage in oracle.stages(num_rounds, list(data)):
+    stages = oracle.stages(num_rounds, list(data))
+    for stage in stages if parts is None else [(index, *stage) for index, stage in enumerate(parts)]:
         index, number, objective = stage
+        kind = objective.partition("-")[0]
         options = section(**(sections or {}).get(objective, {})) | {"output_dir": str(folder), "report_to": "none"}
         options["seed"] += index
-        part = data[objective].select(part_indices(len(data[objective]), num_rounds, number, SEED))
+        if parts is None:
+            part = data[objective].select(part_indices(len(data[objective]), num_rounds, number, SEED))
+        else:
+            part = parts[number, objective]
         chosen = trainer_class(stage, weights) if trainer_class else None
         model = loaded(build, weights)
         arguments = {"train_dataset": part, "processing_class": cases.tiny_tokenizer()}
-        if objective != "sft":
+        if kind != "sft":
             reference = loaded(build, weights).requires_grad_(False)
             if hasattr(reference, "peft_config"):  # TRL looks for the backbone right below the reference
                 reference = reference.get_base_model()
             arguments["ref_model"] = reference
-        args = getattr(trl, f"{objective.upper()}Config")(**options)
-        trainer = (chosen or trainer_of(objective))(model=model, args=args, **arguments)
+        args = getattr(trl, f"{kind.upper()}Config")(**options)
+        trainer = (chosen or trainer_of(kind))(model=model, args=args, **arguments)
         if prepare:
             prepare(stage, trainer)
         trainer.train()

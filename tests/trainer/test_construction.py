@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, LlamaForCausalLM
 
 from hbat.config.hbat import HBATConfig
 from hbat.objectives.objective import Objective
+from hbat.objectives.sft import SFT
 from hbat.trainer import HBATTrainer
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -47,7 +48,7 @@ BY_LENGTH = (
 CONFIGURATION_ERRORS = {
     "unknown objective": ({"objectives": ["sft", "dpoo"]}, ValueError, r"'dpoo'.*not built in.*Did you mean `dpo`"),
     "objective of a wrong kind": ({"objectives": ["sft", trl.DPOTrainer]}, TypeError, r"`objectives` holds a type"),
-    "same objective twice": ({"objectives": ["sft", "sft"]}, ValueError, r"only once"),
+    "same name twice": ({"objectives": ["sft", SFT(config=runs.section())]}, ValueError, r"a name of its own"),
     "negative strength": ({"ewc": {"strength": -1.0}}, ValueError, r"`ewc\.strength` is -1\.0.*at least 0"),
     "unknown key": ({"sft": {"learning_rat": 1}}, ValueError, r"`sft\.learning_rat`.*Did you mean `learning_rate`"),
     "text for a number": ({"dpo": {"beta": "strong"}}, TypeError, r"`dpo\.beta` is 'strong'.*a number"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainingArguments
 
-from hbat.cli.reward_functions import load_reward_functions
+from hbat.cli.reward_functions import load_object, load_reward_functions
 from hbat.cli.run_file import RunFile
 from hbat.config.fields import build_section, nearest
 from hbat.data.sources import Rows, load_splits
@@ -29,6 +29,7 @@ def build_trainer(run: RunFile) -> HBATTrainer:
     adapter = peft_config(run)
     if (quantized := quantization_config(run)) is not None:
         run.config.model_init_kwargs = {**(run.config.model_init_kwargs or {}), "quantization_config": quantized}
+    callbacks = load_of_entries(run)
     check_sections(run)
     rewards = load_reward_functions(run.reward_funcs)  # before anything slow: paths may be wrong
     tokenizer = _load_tokenizer(run)
@@ -40,6 +41,7 @@ def build_trainer(run: RunFile) -> HBATTrainer:
         eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=adapter,
+        callbacks=callbacks,
         reward_funcs=rewards,
     )
 
@@ -50,6 +52,22 @@ def _show_log() -> None:
     if is_main_process() and not log.handlers:
         log.setLevel(logging.INFO)
         log.addHandler(logging.StreamHandler())
+
+
+def load_of_entries(run: RunFile) -> dict[str, list[Any]]:
+    """Import the `reward_funcs` and `callbacks` that entries of `objectives` name, and return the callbacks."""
+    callbacks, entries = {}, []
+    for entry in run.config.objectives:
+        if isinstance(entry, Mapping):
+            entry = dict(entry)  # noqa: PLW2901
+            where = f"`callbacks` of {entry['name']!r}"
+            made = [load_object(path, where) for path in entry.pop("callbacks", None) or ()]
+            callbacks[entry["name"]] = [callback() if isinstance(callback, type) else callback for callback in made]
+            if (rewards := load_reward_functions(entry.pop("reward_funcs", None))) is not None:
+                entry["trainer_kwargs"] = {**(entry.get("trainer_kwargs") or {}), "reward_funcs": rewards}
+        entries.append(entry)
+    run.config.objectives = entries
+    return callbacks
 
 
 def check_sections(run: RunFile) -> dict[str, TrainingArguments]:

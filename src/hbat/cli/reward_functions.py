@@ -27,17 +27,32 @@ def _reachable(folder: Path) -> None:
         sys.path.append(str(folder))
 
 
+def load_object(text: str, key: str, forms: str = "`package.module:name` or `path/to/file.py:name`") -> Any:
+    """Import what a text names by its module or file.
+
+    Args:
+        text: The name.
+        key: What it is the value of, for messages.
+        forms: What may be given.
+
+    Raises:
+        ValueError: If there is no such thing, or its module cannot be imported.
+    """
+    place, _, name = str(text).rpartition(":")
+    if not place or not name.isidentifier():
+        raise ValueError(f"{key} is {text!r}, which names no function or class. Give {forms}.")
+    module = _from_file(place, key) if place.endswith(".py") else _from_package(place, key)
+    if not hasattr(module, name):
+        close = nearest(name, [known for known in vars(module) if not known.startswith("_")])
+        raise ValueError(f"{key}: {place} has no `{name}`.{close}")
+    return getattr(module, name)
+
+
 def _load(text: str, key: str) -> Any:
     place, colon, function = text.rpartition(":")
     if not colon and text.strip() and not text.endswith(".py"):
         return text  # a model
-    if not place or not function.isidentifier():
-        raise ValueError(f"{key} is {text!r}, which names no function. Give {_FORMS}.")
-    module = _from_file(place, key) if place.endswith(".py") else _from_package(place, key)
-    if not hasattr(module, function):
-        close = nearest(function, [name for name in vars(module) if not name.startswith("_")])
-        raise ValueError(f"{key}: {place} has no function `{function}`.{close}")
-    found = getattr(module, function)
+    found = load_object(text, key, _FORMS)
     if not callable(found):
         raise TypeError(
             f"{key}: `{function}` of {place} is a {type(found).__name__}, not a function of `prompts` and "

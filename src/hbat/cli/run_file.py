@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hbat.cli.yaml import PlainYAMLError, load_yaml, read_yaml
+from hbat.config.chain import BUILT_IN, name_of, named
 from hbat.config.fields import build_section, nearest, shown
 from hbat.config.hbat import HBATConfig
 
 #: Keys that hold the fields of another configuration.
-_OBJECTIVES = ("sft", "dpo", "kto", "ppo", "grpo", "rloo")
-SECTIONS = (*_OBJECTIVES, "ewc")
+SECTIONS = (*BUILT_IN, "ewc")
 _REQUIRED = ("model_name_or_path", "output_dir", "datasets")
 
 
@@ -59,11 +59,11 @@ class RunFile:
 
     def __post_init__(self) -> None:
         names = self.config.objective_names
-        for name in names:
-            if name not in _OBJECTIVES:
+        for entry in self.config.objectives:
+            if isinstance(entry, str) and entry not in BUILT_IN:
                 raise ValueError(
-                    f"`objectives` names {name!r}, which is not built in ({', '.join(_OBJECTIVES)})."
-                    f"{nearest(name, _OBJECTIVES)}"
+                    f"`objectives` names {entry!r}, which is not built in ({', '.join(BUILT_IN)})."
+                    f"{nearest(entry, BUILT_IN)} Name another trainer by a mapping of `name` and `trainer`."
                 )
         self.datasets = _by_objective("datasets", self.datasets, names)
         self.eval_datasets = _by_objective("eval_datasets", self.eval_datasets or {}, names)
@@ -97,6 +97,7 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> RunFil
     for key, value in overrides:
         _override(values, key, value)
     valid = [name for name, _ in described_keys()]
+    _take_sections(values, valid)
     for key in values:
         if key not in valid:
             raise ValueError(f"`{key}` is not an option.{nearest(str(key), valid)}")
@@ -108,6 +109,21 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> RunFil
             raise TypeError(f"`{key}` is {shown(values[key])}; it must be a mapping or null.")
     own = {key: values.pop(key) for key in [*values] if key in RunFile.__dataclass_fields__}
     return build_section("", RunFile, {"config": build_section("", HBATConfig, values)} | own)
+
+
+def _take_sections(values: dict[str, Any], valid: Sequence[str]) -> None:
+    """Make sections of objectives that are not built in the `args` of their entries."""
+    if not isinstance(values.get("objectives"), list):
+        return
+    entries = values["objectives"] = named(values["objectives"])
+    for index, entry in enumerate(entries):
+        name = name_of(entry)
+        if isinstance(entry, Mapping) and name in values and name not in valid:
+            if not isinstance(values[name], Mapping | None):
+                raise TypeError(f"`{name}` is {shown(values[name])}; it must be a mapping or null.")
+            if "args" in entry:
+                raise ValueError(f"`{name}` is a section, and its entry in `objectives` has `args` too. Remove one.")
+            entries[index] = {**entry, "args": values.pop(name) or {}}
 
 
 def described_keys() -> list[tuple[str, "dataclasses.Field[Any]"]]:

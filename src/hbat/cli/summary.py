@@ -1,5 +1,6 @@
 """What `hbat train` and `hbat validate` print: the scores and the plan of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from hbat.reports.matrix import directions, table_rows
 from hbat.reports.plots import can_draw
 from hbat.reports.scores import SCORES_FILE
 from hbat.state.folder import RunFolder
+from hbat.state.plan import plan
 from hbat.trainer import HBATTrainer
 
 
@@ -65,13 +67,16 @@ def print_plan(trainer: HBATTrainer) -> None:
     console, rounds = Console(soft_wrap=True), trainer.args.num_rounds
     names = trainer.args.objective_names
     table = _table("objective", "stages", "rows", "rows per stage", "steps per stage", "evaluation rows")
-    total = 0
+    total, stages = 0, plan(rounds, names, shares=trainer.args.shares)
     for name in names:
-        rows = len(trainer.train_dataset[name])
-        steps = trainer.estimated_steps(name)
-        total += steps * rounds
-        part = f"{rows // rounds}" if rows % rounds == 0 else f"{rows // rounds}-{rows // rounds + 1}"
-        table.add_row(name, f"{rounds}", f"{rows}", part, f"{steps}", f"{len(trainer.eval_dataset.get(name) or [])}")
+        track, parts = trainer.tracks[name], [stage.part for stage in stages if stage.objective == name]
+        rows = [len(track.part_indices(rounds, part, trainer.args.seed)) for part in parts]
+        steps = [track.estimated_steps(rounds, part) for part in parts]
+        total += sum(steps)
+        evaluated = len(trainer.eval_dataset.get(name) or [])
+        table.add_row(
+            name, f"{len(parts)}", f"{len(track.train_dataset)}", _span(rows), _span(steps), f"{evaluated}"
+        )  # fmt: skip
     console.print(table)
     print_lengths(console, trainer)
     print_rows(console, trainer)
@@ -80,7 +85,7 @@ def print_plan(trainer: HBATTrainer) -> None:
     parameters = list(trainer.model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     console.print(
-        f"{rounds} rounds of {', '.join(names)}: {rounds * len(names)} stages, about {total} optimizer steps. "
+        f"{rounds} rounds of {', '.join(names)}: {len(stages)} stages, about {total} optimizer steps. "
         f"{trainable:,} of {sum(parameter.numel() for parameter in parameters):,} parameters are trainable.\n"
         "The run can start: configuration, data and model are valid. Nothing was written.",
         highlight=False,
@@ -108,6 +113,10 @@ def print_rows(console: Console, trainer: HBATTrainer) -> None:
         for piece, learned in shown.pieces:
             text.append(f"«{piece}»" if learned else piece, style="green" if learned else "default")
         console.print(text, "\n", highlight=False, sep="")
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)}-{max(numbers)}"
 
 
 def end_processes() -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from hbat.config.chain import BUILT_IN, name_of, named, require_rounds, shares_of
 from hbat.config.ewc import EWCConfig
 from hbat.config.fields import at_home, build_section, check_choice, check_number, check_whole, nearest, shown
 
@@ -50,11 +51,21 @@ class HBATConfig:
             "on one part of its data. `1` trains one objective after the other, with `ewc` holding later ones back."
         },
     )
+    rounds: list[Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each objective's data in every round, as a list with a mapping per round such as "
+            "`[{sft: 0.8, dpo: 0.2}, {sft: 0.2, dpo: 0.8}]`: an objective without a share is not trained in that "
+            "round. It sets `num_rounds`. Default: equal shares."
+        },
+    )
     objectives: list[Any] = field(
         default_factory=lambda: ["sft", "dpo"],
         metadata={
             "help": "Objectives of a round, in the order in which they are trained: `sft`, `dpo`, `kto`, `ppo`, "
-            "`grpo`, `rloo`, and in Python also `hbat.Objective` instances."
+            "`grpo`, `rloo`, `distillation`; a mapping with a `name`, the `trainer` (one of these, or a class such as "
+            "`trl.SFTTrainer`) and its `args`; in Python also `hbat.Objective` instances. The second `sft` of "
+            "`[sft, dpo, sft]` has the name `sft-2`, and data of its own."
         },
     )
     sft: Any = field(default=None, metadata=_section_help("trl.SFTConfig", "SFT"))
@@ -63,6 +74,7 @@ class HBATConfig:
     ppo: Any = field(default=None, metadata=_section_help("hbat.PPOConfig", "PPO"))
     grpo: Any = field(default=None, metadata=_section_help("trl.GRPOConfig", "GRPO"))
     rloo: Any = field(default=None, metadata=_section_help("trl.RLOOConfig", "RLOO"))
+    distillation: Any = field(default=None, metadata=_section_help("trl.DistillationConfig", "distillation"))
     ppo_backend: PPOBackend = field(
         default="hbat",
         metadata={
@@ -195,7 +207,10 @@ class HBATConfig:
         check_whole("num_rounds", self.num_rounds, 1)
         check_whole("seed", self.seed, 0)
         check_whole("keep_states", self.keep_states, 1)
-        self._check_objectives()
+        self.objectives = named(self.objectives)
+        if self.rounds is not None:
+            require_rounds(self.rounds, self.num_rounds, self.objective_names)
+            self.num_rounds = len(self.rounds)
         self._check_replay()
         check_choice("optimizer_state", self.optimizer_state, OptimizerState)
         check_choice("on_bad_rows", self.on_bad_rows, OnBadRows)
@@ -220,13 +235,6 @@ class HBATConfig:
                 "folder. To finish an interrupted one, omit `continue_from` and resume it (`--resume`)."
             )
 
-    def _check_objectives(self) -> None:
-        if not isinstance(self.objectives, list | tuple) or not self.objectives:
-            raise ValueError(f"`objectives` is {shown(self.objectives)}; it must be a list such as ['sft', 'dpo'].")
-        names = self.objective_names
-        if len(set(names)) != len(names):
-            raise ValueError(f"`objectives` is {names}; an objective can occur only once per round.")
-
     def _check_replay(self) -> None:
         if not isinstance(self.replay, Mapping | None):
             raise TypeError(f"`replay` is {shown(self.replay)}; it must be a mapping such as {{'sft': 0.1}}, or null.")
@@ -245,7 +253,22 @@ class HBATConfig:
     @property
     def objective_names(self) -> list[str]:
         """Names of the objectives of a round, in order."""
-        return [entry if isinstance(entry, str) else str(getattr(entry, "name", entry)) for entry in self.objectives]
+        return [name_of(entry) for entry in self.objectives]
+
+    @property
+    def shares(self) -> dict[str, tuple[float, ...]] | None:
+        """Share of each objective's rows in every round; None if all are equal."""
+        return None if self.rounds is None else shares_of(self.rounds, self.objective_names)
+
+    def section(self, objective: Any) -> Any:
+        """What an entry of `objectives` sets of its trainer's arguments."""
+        if isinstance(objective, str):
+            return getattr(self, objective, None)
+        if not isinstance(objective, Mapping):
+            return getattr(objective, "config", None)
+        trainer = objective["trainer"]
+        shared = getattr(self, trainer, None) if trainer in BUILT_IN else None
+        return objective.get("args", shared)
 
     @property
     def shared_fields(self) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def advice(columns: Sequence[str], kind: str, layout: str | None = None) -> str:
     """Say what the nearest layout lacks, and how to map columns to it; empty if none is near."""
     names = [layout] if layout in LAYOUTS else [name for name in LAYOUTS if name not in ("ultrafeedback", TRANSCRIPTS)]
     gaps = [(len(lacking), -len(had), name, lacking) for name in names for had, lacking in _gaps(name, kind, columns)]
-    near = [gap for gap in gaps if gap[1] < 0 or layout]
+    near = [gap for gap in gaps if gap[0] and (gap[1] < 0 or layout)]
     if not near:
         return ""
     *_, name, lacking = min(near)

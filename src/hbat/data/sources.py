@@ -50,7 +50,7 @@ class _Part:
     weight: float | None
 
 
-def load_splits(train: Any, evaluation: Any, *, names: tuple[str, str], check: RowCheck | None) -> list[Rows]:
+def load_splits(train: Any, evaluation: Any, *, names: Sequence[str], check: RowCheck | None) -> list[Rows]:
     """Load the rows that an objective trains on and, if there are any, those that it is evaluated on.
 
     Args:

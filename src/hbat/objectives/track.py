@@ -24,6 +24,7 @@ from hbat.objectives.rewards import with_rewards
 from hbat.ppo.rollouts.prompts import context_length
 from hbat.state.plan import Stage, part_indices
 
+_ARGUMENTS = ("train_dataset", "eval_dataset")
 _MEDIA = ("image", "images")  # the columns by which TRL recognises vision data
 
 
@@ -38,6 +39,7 @@ class Track:
         eval_dataset: Evaluation rows; None if there are none.
         callbacks: The user's callbacks of its trainers.
         origins: By data set where its rows come from.
+        shares: Share of the training rows of each round; None if all have equal ones.
     """
 
     objective: Objective
@@ -46,6 +48,7 @@ class Track:
     eval_dataset: Dataset | None = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
     origins: Mapping[str, Origin] = field(default_factory=dict)
+    shares: Sequence[float] | None = None
 
     @property
     def name(self) -> str:
@@ -59,15 +62,23 @@ class Track:
 
     def part(self, stage: Stage, seed: int) -> Dataset:
         """The part of the training rows that a stage trains on."""
-        count = len(self.train_dataset)
-        return self.train_dataset.select(part_indices(count, stage.num_rounds, stage.part, seed))
+        return self.train_dataset.select(self.part_indices(stage.num_rounds, stage.part, seed))
 
-    def estimated_steps(self, num_rounds: int) -> int:
-        """Estimate the optimizer steps of one stage; packing and filters can make them fewer."""
+    def part_indices(self, num_rounds: int, part: int, seed: int) -> list[int]:
+        """Numbers of the training rows of a part."""
+        return part_indices(len(self.train_dataset), num_rounds, part, seed, self.shares)
+
+    def rows_ahead(self, num_rounds: int, part: int) -> float:
+        """Rows of a part and all later ones, per row of the part."""
+        return num_rounds - part if self.shares is None else math.fsum(self.shares[part:]) / self.shares[part]
+
+    def estimated_steps(self, num_rounds: int, part: int = 0) -> int:
+        """Estimate the optimizer steps of the stage on a part; packing and filters can make them fewer."""
         if self.args.max_steps > 0:
             return self.args.max_steps
-        part = math.ceil(len(self.train_dataset) / num_rounds)
-        return math.ceil(self.objective.epoch_steps(self.args, part) * self.args.num_train_epochs)
+        count = len(self.train_dataset)
+        rows = math.ceil(count / num_rounds) if self.shares is None else round(count * self.shares[part])
+        return math.ceil(self.objective.epoch_steps(self.args, rows) * self.args.num_train_epochs)
 
 
 def build_tracks(
@@ -109,7 +120,7 @@ def build_tracks(
     tracks = []
     for name, objective in zip(names, objectives, strict=True):
         check = objective.row_check()
-        labels = (f"train_dataset[{name!r}]", f"eval_dataset[{name!r}]")
+        labels = [f"{argument}[{name!r}]" for argument in _ARGUMENTS]
         train, *evaluated = load_splits(train_dataset[name], evaluation.get(name), names=labels, check=check)
         track = Track(
             objective,
@@ -117,13 +128,8 @@ def build_tracks(
             train.dataset,
             evaluated[0].dataset if evaluated else None,
             [*callbacks.get(name, ())],
-            dict(
-                zip(
-                    ("train_dataset", "eval_dataset"),
-                    [train.origin, *(rows.origin for rows in evaluated)],
-                    strict=False,
-                )
-            ),
+            dict(zip(_ARGUMENTS, [train.origin, *(rows.origin for rows in evaluated)], strict=False)),
+            None if config.shares is None else config.shares[name],
         )
         tracks.append(_checked(track, config, check))
     return tracks
@@ -231,15 +237,22 @@ def _checked(track: Track, config: HBATConfig, check: RowCheck | None) -> Track:
         )
 
     minimum = track.objective.minimum_rows(track.args)
-    train, origin = kept(track.train_dataset, "train_dataset", config.num_rounds, minimum)
+    train, origin = kept(track.train_dataset, "train_dataset", _equal_parts(track, config), minimum)
     evaluation, origins = None, {"train_dataset": origin}
     if track.eval_dataset is not None:
         evaluation, origins["eval_dataset"] = kept(track.eval_dataset, "eval_dataset", 1, 1)
     return replace(track, train_dataset=train, eval_dataset=evaluation, origins=origins)
 
 
+def _equal_parts(track: Track, config: HBATConfig) -> int:
+    """Number of parts as large as the smallest of the track's, which the rows must be enough for."""
+    if track.shares is None:
+        return config.num_rounds
+    return math.ceil(1 / min(share for share in track.shares if share > 0))
+
+
 def _refuse_media(track: Track) -> None:
-    for argument in ("train_dataset", "eval_dataset"):
+    for argument in _ARGUMENTS:
         dataset = getattr(track, argument)
         found = [column for column in _MEDIA if dataset is not None and column in dataset.column_names]
         if found:

@@ -9,17 +9,19 @@ from transformers import Trainer
 from hbat.engines.patches import at_scheduler
 
 
-def extend_schedule(trainer: Trainer, kind: str, *, round_index: int, num_rounds: int, steps_before: int) -> None:
+def extend_schedule(
+    trainer: Trainer, kind: str, *, round_index: int, num_rounds: int, steps_before: int, ahead: float
+) -> None:
     """Make a stage's trainer follow the objective's schedule.
 
     Args:
         trainer: The stage's trainer, before `train()`.
         kind: `stage` leaves the trainer's schedule as it is. `run` makes the stage a section of one schedule over all
-            stages of the objective, and assumes that those to come have as many steps as this one. `decay` multiplies
-            the trainer's by `1 - n / N`.
+            stages of the objective. `decay` multiplies the trainer's by `1 - n / N`.
         round_index: n, from 0.
         num_rounds: N.
         steps_before: Optimizer steps of the objective's earlier stages.
+        ahead: Estimated steps of this stage and those to come, per step of this one.
     """
     if kind == "stage":
         return
@@ -27,7 +29,7 @@ def extend_schedule(trainer: Trainer, kind: str, *, round_index: int, num_rounds
     def make(inner: Callable[..., Any], num_training_steps: int, optimizer: Any = None) -> Any:
         total, shift, factor = num_training_steps, 0, 1.0 - round_index / num_rounds
         if kind == "run":
-            total, shift, factor = steps_before + num_training_steps * (num_rounds - round_index), steps_before, 1.0
+            total, shift, factor = steps_before + round(num_training_steps * ahead), steps_before, 1.0
         scheduler = inner(total) if optimizer is None else inner(total, optimizer)
         if not isinstance(scheduler, LambdaLR):
             raise TypeError(

@@ -49,7 +49,9 @@ def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilde
                 rows = {name: short_rows(dataset, counts[name]) for name, dataset in rows.items()}
             with _named(track.name), builder.building(track, folder, **rows) as trainer:
                 kind = config.lr_schedule_of(track.name)
-                extend_schedule(trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0)
+                extend_schedule(
+                    trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0, ahead=config.num_rounds
+                )
                 trainer.create_optimizer_and_scheduler(num_training_steps=1)
                 _try_batches(trainer, computes=builder.computes_at_once, rewarded=track.objective.takes_rewards)
                 _try_rewards(trainer)
@@ -60,7 +62,7 @@ def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilde
 
 def _require_rows(track: Track, config: HBATConfig, builder: TrainerBuilder, folder: str) -> None:
     """Build the trainer of each stage on all of its rows, where it drops the first: it may drop all of them."""
-    for stage in plan(config.num_rounds, config.objective_names):
+    for stage in plan(config.num_rounds, config.objective_names, shares=config.shares):
         if stage.objective == track.name:
             part = track.part(stage, config.seed)
             with builder.building(track, folder, train_dataset=part, eval_dataset=track.eval_dataset) as trainer:

@@ -21,12 +21,12 @@ from hbat.engines.processes import process_count
 from hbat.ewc.fisher import IGNORED
 from hbat.objectives.track import Track
 from hbat.stages.builder import TrainerBuilder
-from hbat.state.plan import Stage, part_indices
+from hbat.state.plan import Stage
 
 
 def prepare_replay(
     stage: Stage, track: Track, source: Track, builder: TrainerBuilder, *, share: float, seed: int
-) -> "Replay":
+) -> "Replay | None":
     """Choose and tokenize the rows that a stage replays, before its trainer is built.
 
     Args:
@@ -38,7 +38,7 @@ def prepare_replay(
         seed: Seed of the run.
 
     Returns:
-        The stage's replay, to be bound to its trainer.
+        The stage's replay, to be bound to its trainer; None while no part of SFT's rows was dealt.
 
     Raises:
         DatasetError: If TRL leaves no row to train on.
@@ -46,9 +46,11 @@ def prepare_replay(
     args, given = track.args, source.train_dataset
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * process_count()
     rounds = range(stage.part + 1)
-    order = [row for number in rounds for row in part_indices(len(given), stage.num_rounds, number, seed)]
+    order = [row for number in rounds for row in source.part_indices(stage.num_rounds, number, seed)]
+    if not order:
+        return None
     random.Random(seed + stage.index).shuffle(order)  # noqa: S311 - a seeded order, not cryptography
-    order = order[: math.ceil(share * batch * track.estimated_steps(stage.num_rounds))]
+    order = order[: math.ceil(share * batch * track.estimated_steps(stage.num_rounds, stage.part))]
     with kept_environment(), tempfile.TemporaryDirectory() as folder:
         # TRL's SFTTrainer tokenizes when it is built, so template, masks and truncation are those of SFT's own stages.
         of_sft: Any = source.args

@@ -131,7 +131,7 @@ class StageRunner:
             checkpoint = self._checkpoint(track, trainer, len(part), folder)
             if replay is not None:
                 replay.bind(trainer, self._engine)
-            path = self._prepare(trainer, stage, run, checkpoint)
+            path = self._prepare(trainer, track, stage, run, checkpoint)
             if kept:
                 objective.load_state_dict(trainer, kept)
             with storage_errors(folder), named_checkpoint(checkpoint):
@@ -156,7 +156,9 @@ class StageRunner:
         share, seed = self._config.replay_share, self._config.seed
         return prepare_replay(stage, track, self._replayed, self._builder, share=share, seed=seed)
 
-    def _prepare(self, trainer: Trainer, stage: Stage, run: Run, checkpoint: str | None) -> PathIntegral | None:
+    def _prepare(
+        self, trainer: Trainer, track: Track, stage: Stage, run: Run, checkpoint: str | None
+    ) -> PathIntegral | None:
         precise = self._engine.keeps_precision(trainer)
         if precise:
             self._start.share_adapter()
@@ -166,6 +168,7 @@ class StageRunner:
             round_index=stage.part,
             num_rounds=stage.num_rounds,
             steps_before=run.state.objective_steps.get(stage.objective, 0),
+            ahead=track.rows_ahead(stage.num_rounds, stage.part),
         )
         path = self._consolidate(trainer, stage, run.consolidation, checkpoint, precise=precise)
         StopOnNonFinite(trainer, stage, self._engine)

@@ -87,7 +87,8 @@ def fingerprint(
             "keep_adapter_dtype": config.keep_adapter_dtype,
             "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
             "end_weight": config.end_weight,
-        },
+        }
+        | ({} if config.rounds is None else {"rounds": config.rounds}),
         "ewc": None if config.ewc is None else asdict(config.ewc),
         "data": {
             name: {
@@ -116,8 +117,7 @@ def fingerprint(
     described |= {name: _trained_with(args) for name, args in sections.items()}
     given = {"ewc": given_fields(config.ewc)}
     for name, objective in zip(config.objective_names, config.objectives, strict=True):
-        section = getattr(config, name) if isinstance(objective, str) else getattr(objective, "config", None)
-        given[name] = sorted({*given_fields(section), *config.shared_fields})
+        given[name] = sorted({*given_fields(config.section(objective)), *config.shared_fields})
     return Fingerprint(json.loads(json.dumps(described, default=str)), given, _versions())
 
 

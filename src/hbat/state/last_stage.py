@@ -16,7 +16,7 @@ from hbat.state.plan import Stage
 from hbat.state.run import Run
 
 #: Without these in common, the weights on disk are not those of this model, or are scored otherwise.
-_SHARED = ("run.objectives", "run.num_rounds", "parameters.", "tokenizer.")
+_SHARED = ("run.objectives", "run.num_rounds", "run.rounds", "parameters.", "tokenizer.")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,10 @@ class RunState:
     @property
     def planned(self) -> int:
         """Number of the run's stages, without those of the runs that it continues."""
-        return int(self.fingerprint["run"]["num_rounds"]) * len(self.fingerprint["run"]["objectives"])
+        run = self.fingerprint["run"]
+        if run.get("rounds") is not None:
+            return sum(share > 0 for shares in run["rounds"] for share in shares.values())
+        return int(run["num_rounds"]) * len(run["objectives"])
 
 
 def encode(state: RunState) -> bytes:

@@ -1,7 +1,8 @@
 """The plan of a run: which objective trains when, and on which rows."""
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -44,10 +45,20 @@ class Stage:
         return f"stage {self.index} (round {self.round} of {self.last_round}, {self.objective})"
 
 
-def plan(num_rounds: int, objectives: Sequence[str], *, first_stage: int = 0, rounds_before: int = 0) -> list[Stage]:
-    """List the stages of a run in order: each round trains every objective once."""
+def plan(
+    num_rounds: int,
+    objectives: Sequence[str],
+    *,
+    shares: Mapping[str, Sequence[float]] | None = None,
+    first_stage: int = 0,
+    rounds_before: int = 0,
+) -> list[Stage]:
+    """List the stages of a run in order: each round trains every objective once that has a share of its data there."""
     order = [
-        (number, name) for number in range(rounds_before + 1, rounds_before + num_rounds + 1) for name in objectives
+        (rounds_before + number + 1, name)
+        for number in range(num_rounds)
+        for name in objectives
+        if shares is None or shares[name][number] > 0
     ]
     return [
         Stage(
@@ -62,31 +73,37 @@ def plan(num_rounds: int, objectives: Sequence[str], *, first_stage: int = 0, ro
     ]
 
 
-def part_indices(num_rows: int, num_rounds: int, round_index: int, seed: int) -> list[int]:
+def part_indices(
+    num_rows: int, num_rounds: int, round_index: int, seed: int, shares: Sequence[float] | None = None
+) -> list[int]:
     """Rows of a data set that one round trains on.
 
-    A seeded permutation deals the rows into disjoint parts that together hold every row and differ in size by at most
-    one. Inside a part the rows keep their order, so with one round the part is the data set itself.
+    A seeded permutation deals the rows into disjoint parts: without `shares` they hold every row together and differ
+    in size by at most one. Inside a part the rows keep their order, so with one round the part is the data set itself.
 
     Args:
         num_rows: Number of rows of the data set.
         num_rounds: N, the number of parts.
         round_index: The round, from 0 to N - 1.
         seed: Seed of the permutation.
+        shares: Share of the rows of each part; their sum is at most 1.
 
     Returns:
         Row numbers in ascending order.
 
     Raises:
-        ValueError: If there are fewer rows than rounds.
+        ValueError: If there are fewer rows than equal parts.
     """
-    if num_rows < num_rounds:
+    if shares is None and num_rows < num_rounds:
         raise ValueError(
             f"`num_rounds` is {num_rounds} but the data set has {num_rows} rows: every round needs at least one. "
             "Lower `num_rounds` or add data."
         )
     rows = list(range(num_rows))
     random.Random(seed).shuffle(rows)  # noqa: S311 - a seeded permutation, not cryptography
+    if shares is not None:
+        start, end = (round(num_rows * math.fsum(shares[:number])) for number in (round_index, round_index + 1))
+        return sorted(rows[start:end])
     size, extra = divmod(num_rows, num_rounds)
     start = round_index * size + min(round_index, extra)
     return sorted(rows[start : start + size + (round_index < extra)])

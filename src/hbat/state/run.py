@@ -47,7 +47,11 @@ class Run:
     def __init__(self, config: HBATConfig, folder: RunFolder, state: RunState) -> None:
         self.state = state
         self.plan = plan(
-            config.num_rounds, config.objective_names, first_stage=state.first_stage, rounds_before=state.rounds_before
+            config.num_rounds,
+            config.objective_names,
+            shares=config.shares,
+            first_stage=state.first_stage,
+            rounds_before=state.rounds_before,
         )
         # With a single objective as well: a run that continues this one may train another.
         self.consolidation = Consolidation(config.ewc, config.seed) if config.ewc is not None else None
