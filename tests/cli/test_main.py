@@ -329,6 +329,42 @@ def test_validation_shows_how_long_rows_are_and_what_is_cut_and_dropped(hbat, va
     assert "dpo train" in out
 
 
+def test_files_of_other_layouts_and_a_trainer_by_name_are_trained_on(hbat, values, tmp_path):
+    alpaca = [{"instruction": f"Say {number}.", "input": "", "output": f"It is {number}."} for number in range(12)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(alpaca))
+    turns = [{"conversations": [{"from": "human", "value": f"Is it {number}?"}]} for number in range(8)]
+    sides = {"chosen": {"from": "gpt", "value": "Yes, it is."}, "rejected": {"from": "gpt", "value": "No."}}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | sides) + "\n" for row in turns))
+    (tmp_path / "watch.py").write_text(
+        "from transformers import TrainerCallback\n"
+        "class Watch(TrainerCallback):\n"
+        "    def on_train_end(self, args, state, control, **kwargs):\n"
+        "        print('watched', state.global_step)\n"
+    )
+    entry = {"name": "more", "trainer": "trl.SFTTrainer", "args": dict(SECTION)}
+    values["objectives"] = ["sft", "dpo", {**entry, "callbacks": [f"{tmp_path / 'watch.py'}:Watch"]}]
+    values["datasets"] = {
+        "sft": {"path": str(tmp_path / "alpaca.json"), "eval_split": 0.25},
+        "dpo": str(tmp_path / "pairs.jsonl"),
+        "more": values["datasets"]["sft"],
+    }
+    del values["eval_datasets"]["sft"]
+    status, out, _ = hbat("validate")
+    assert status == 0
+    assert "sft, row " in out
+    assert "«It is" in out
+    assert "«Yes, it is." in out
+    status, out, _ = hbat("train")
+    assert status == 0
+    described = json.loads((tmp_path / "out" / "hbat_state.json").read_text())["fingerprint"]
+    assert described["data"]["sft"] | {"content": ""} == {
+        "rows": 9,
+        "columns": ["completion", "prompt"],
+        "content": "",
+    }
+    assert described["run"]["objectives"] == ["sft", "dpo", "more"]
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

@@ -164,6 +164,13 @@ def test_consolidation_is_switched_off_by_null(run_file):
     assert parse(run_file()).config.ewc == EWCConfig()
 
 
+def test_a_section_of_a_repeated_objective_becomes_its_arguments(run_file):
+    text = "objectives: [sft, dpo, sft]\nsft-2: {max_steps: 3}\ndatasets: {sft: a.jsonl, dpo: b.jsonl, sft-2: c.jsonl}"
+    run = parse(run_file(text.replace("datasets", "eval_datasets")), [("datasets.sft-2", "c.jsonl")])
+    assert run.config.objectives[2] == {"name": "sft-2", "trainer": "sft", "args": {"max_steps": 3}}
+    assert run.datasets["sft-2"] == "c.jsonl"
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +207,13 @@ def test_consolidation_is_switched_off_by_null(run_file):
         ("peft: 16", "", ["`peft`", "a mapping"]),
         ("env: {A: [1]}", "", ["`env.A`"]),
         ("optimizer_state: keep", "", ["`optimizer_state`", "'carry'"]),
+        ("objectives: [sft, dpo, sft]", "", ["`datasets.sft-2` is missing"]),
+        ("objectives: [sft, dpo, sft]\nsft-2: 3", "", ["`sft-2` is 3", "a mapping or null"]),
+        (
+            "objectives: [sft, dpo, {name: code, trainer: sft, args: {}}]\ncode: {}",
+            "",
+            ["`code` is a section, and its entry in `objectives` has `args` too"],
+        ),
     ],
 )
 def test_a_key_or_value_that_cannot_be_used_is_named(run_file, text, words, parts):

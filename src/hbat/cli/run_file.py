@@ -30,8 +30,9 @@ class RunFile:
     )
     datasets: dict[str, Any] = field(
         metadata={
-            "help": "Training data by objective: a name on the Hub, a file, a list of files, or a mapping of `path`, "
-            "`name`, `split`, `data_files` and `revision`. Files: .jsonl, .json, .csv (or these with .gz), .parquet."
+            "help": "Training data by objective: a name on the Hub, a file, or a mapping of `path`, `name`, `split`, "
+            "`data_files`, `data_dir`, `revision`, `layout`, `columns`, `roles`, `rows`, `weight`, `shuffle`, `seed`, "
+            "`eval_split`; or a list of these. Files: .jsonl, .json, .csv (or with .gz), .parquet."
         }
     )
     eval_datasets: dict[str, Any] | None = field(

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hbat.data.faults import RowCheck
 from hbat.data.formats import prompt_faults
+from hbat.engines.processes import process_count
 from hbat.objectives.objective import Objective
 
 try:
@@ -46,6 +47,14 @@ class Distillation(Objective):
                 f"`{self.name}.teacher_model_name_or_path` is missing: name the model that the answers are scored by."
             )
         return args  # type: ignore[no-any-return]
+
+    def minimum_rows(self, args: Any) -> int:
+        """Prompts of an optimizer step, over all processes: TRL drops those that do not fill one."""
+        return int(args.per_device_train_batch_size * args.gradient_accumulation_steps) * process_count()
+
+    def epoch_steps(self, args: Any, rows: int) -> int:
+        """Optimizer steps of one epoch."""
+        return rows // self.minimum_rows(args)
 
     def can_resume_at(self, args: Any, rows: int, step: int) -> bool:
         """Never: whether TRL's trainer goes on with the same answers is not tested."""

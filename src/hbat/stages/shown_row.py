@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hbat.data.layouts import kind_of
 from hbat.data.template import Limits, row_fit
 from hbat.ewc.fisher import IGNORED
 from hbat.objectives.track import Track
@@ -45,8 +46,8 @@ def show_rows(tracks: Sequence[Track], builder: TrainerBuilder, tokenizer: Any) 
 
 def _pieces(track: Track, builder: TrainerBuilder, tokenizer: Any) -> list[tuple[str, bool]]:
     objective, rows = track.objective, track.train_dataset.select([0])
-    if objective.takes_rewards:
-        fit = row_fit(objective.row_check(), tokenizer, Limits(vocabulary=0))
+    if kind_of(check := objective.row_check()) == "prompts":
+        fit = row_fit(check, tokenizer, Limits(vocabulary=0))
         return [] if fit is None else [(fit.prompt(rows[0]), False), ("(the answer that is generated)", True)]
     if not objective.has_fisher:
         return []
