@@ -1,12 +1,20 @@
 """Rows in layouts that are not TRL's become rows that are, and their faults are named in their own words."""
 
-import pytest
-from datasets import Dataset
+import json
 
+import cases
+import pytest
+import runs
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hbat.config.hbat import HBATConfig
 from hbat.data.check import check_dataset
 from hbat.data.formats import kto_faults, preference_faults, prompt_faults, sft_faults
 from hbat.data.load import DatasetError
 from hbat.data.sources import load_rows
+from hbat.trainer import HBATTrainer
 
 CHECKS = {"sft": sft_faults, "dpo": preference_faults, "kto": kto_faults, "ppo": prompt_faults}
 
@@ -273,3 +281,59 @@ def test_a_fault_is_named_in_the_words_of_the_layout(name):
     with pytest.raises(DatasetError) as error:
         check_dataset(rows.dataset, name="data", faults=CHECKS[objective], origin=rows.origin)
     assert message in str(error.value)
+
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1).filter(lambda text: text.strip())
+conversations = st.lists(st.tuples(words, words), min_size=1, max_size=4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(conversations, st.none() | words)
+def test_every_layout_of_a_conversation_becomes_the_same_messages(pairs, instruction):
+    *earlier, (question, reply) = pairs
+    turns = [turn for asked, replied in pairs for turn in ((human(asked), gpt(replied)))]
+    messages = [turn for asked, replied in pairs for turn in (user(asked), answer(replied))]
+    expected = [system(instruction), *messages] if instruction else messages
+    first = [{"from": "system", "value": instruction}] if instruction else []
+    parts = [{"role": turn["from"], "content": [part(turn["value"])]} for turn in [*first, *turns]]
+    rows = {
+        "alpaca": {"instruction": question, "output": reply, "history": [*map(list, earlier)], "system": instruction},
+        "sharegpt": {"conversations": turns, "system": instruction},
+        "sharegpt with a system turn": {"conversations": [*first, *turns]},
+        "messages": {"messages": parts},
+    }  # fmt: skip
+    for name, row in rows.items():
+        (made,) = converted("sft", [row]).dataset.to_list()
+        assert (made["messages"] if "messages" in made else made["prompt"] + made["completion"]) == expected, name
+
+
+#: Layouts whose rows can be mixed, as they become columns of one format.
+GROUPS = [
+    ("sft", ("completion", "prompt")), ("sft", ("messages",)), ("dpo", ("chosen", "prompt", "rejected")),
+    ("dpo", ("chosen", "rejected")), ("kto", ("completion", "label", "prompt")), ("ppo", ("prompt",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("objective", "columns"), GROUPS, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+)
+def test_files_of_every_layout_are_trained_on(objective, columns, tmp_path):
+    parts = []
+    for name, (kind, row, options, expected) in LAYOUTS.items():
+        made = set(expected) & {"prompt", "completion", "messages", "chosen", "rejected", "label"}
+        if kind == objective and made == set(columns) and not isinstance(expected.get("prompt"), str):
+            file = tmp_path / f"{name}.json"
+            file.write_text(json.dumps([row]))
+            parts.append({"path": str(file), **options})
+    size = {"per_device_train_batch_size": 1, "max_completion_length": 4} if objective == "ppo" else {}
+    config = HBATConfig(
+        output_dir=str(tmp_path / "run"), objectives=[objective], num_rounds=1, disable_tqdm=True,
+        **{objective: runs.section(max_steps=1, per_device_train_batch_size=len(parts)) | size},
+    )  # fmt: skip
+    reward = {"reward_funcs": lambda completions, **columns: [float(len(text)) for text in completions]}
+    run = HBATTrainer(
+        cases.tiny_llama(), config, {objective: parts}, processing_class=cases.tiny_tokenizer(),
+        **(reward if objective == "ppo" else {}),
+    )  # fmt: skip
+    assert len(run.train_dataset[objective]) == len(parts) > 1
+    assert run.train().global_step == 1

@@ -79,6 +79,22 @@ def test_a_mixture_of_instructions_and_conversations_becomes_conversations():
     ]
 
 
+def test_a_mixture_of_pairs_with_and_without_prompts_becomes_whole_conversations():
+    ranked = Dataset.from_list([{"question": "Hi", "response_j": "Hello.", "response_k": "What?"}])
+    sides = {
+        side: [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+        for side, text in (("chosen", "Hello."), ("rejected", "What?"))
+    }
+    rows = load([ranked, Dataset.from_list([sides])], preference_faults)
+    assert rows.dataset.to_list() == [sides, sides]
+    bad = load(
+        [Dataset.from_list([{"question": "Hi", "response_j": "", "response_k": "B"}]), Dataset.from_list([sides])],
+        preference_faults,
+    )
+    with pytest.raises(DatasetError, match="row 0 of part 0, field `response_j`: the text is empty"):
+        check_dataset(bad.dataset, name=NAME, faults=preference_faults, origin=bad.origin)
+
+
 def test_a_faulty_row_is_named_with_its_file_and_its_number_there(tmp_path, files):
     bad = write(tmp_path / "bad.jsonl", [{"text": "c"}, {"text": ""}])
     rows = load([files[0], bad])

@@ -47,7 +47,8 @@ class Conversion:
         roles: TRL's role for every other one, in lower case.
         keys: What turns call `role` and `content`.
         calls: Whether turns call functions, so that all have `tool_calls`.
-        as_messages: Whether instructions become `messages`, of which all is learned, else `prompt` and `completion`.
+        whole: Whether prompt and answer become one conversation: `messages`, or `chosen` and `rejected` that begin
+            with the prompt.
         ignored: Keys of turns that are left out.
     """
 
@@ -57,7 +58,7 @@ class Conversion:
     roles: Mapping[str, str] = field(default_factory=dict)
     keys: tuple[str, str] = ("role", "content")
     calls: bool = False
-    as_messages: bool = False
+    whole: bool = False
     ignored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -70,16 +71,13 @@ class Conversion:
     def made(self) -> tuple[str, ...]:
         """Columns of messages that are made."""
         if "chosen" in self.columns:
-            return ("prompt", "chosen", "rejected") if self._asks else ("chosen", "rejected")
+            asks = {"turns", "question"} & set(self.columns)
+            return ("prompt", "chosen", "rejected") if asks and not self.whole else ("chosen", "rejected")
         if self.kind == "prompts":
             return ("prompt",)
-        if self.kind == "sft" and (self.as_messages or "answer" not in self.columns):
+        if self.kind == "sft" and (self.whole or "answer" not in self.columns):
             return ("messages",)
         return ("prompt", "completion")
-
-    @property
-    def _asks(self) -> bool:
-        return bool({"turns", "question"} & set(self.columns))
 
     def convert(self, dataset: Dataset) -> Dataset:
         """Convert all rows; those of files into files of the cache.
@@ -120,20 +118,17 @@ class Conversion:
 
     def _row(self, row: Mapping[str, Any]) -> dict[str, list[_Said]]:
         """Make the messages of a row, given by place."""
-        if "transcript" in row or self.layout == TRANSCRIPTS:
+        if self.layout == TRANSCRIPTS:
             return self._from_transcripts(row)
         turns = self._context(row)
         if "chosen" in row:
             sides = {side: turns + self._side(row, side) for side in ("chosen", "rejected")}
-            return (
-                sides
-                if not self._asks
-                else {"prompt": turns} | {side: said[len(turns) :] for side, said in sides.items()}
-            )
+            if "prompt" not in self.made:
+                return sides
+            return {"prompt": turns} | {side: said[len(turns) :] for side, said in sides.items()}
         if self.kind == "prompts":
-            while turns and turns[-1].role == "assistant":
-                turns.pop()
-            return {"prompt": turns}
+            end = max((index for index, turn in enumerate(turns, 1) if turn.role != "assistant"), default=0)
+            return {"prompt": turns[:end]}
         if "answer" in row:
             turns.append(_Said("assistant", row["answer"], None, self.columns["answer"], is_text=True))
         if self.made == ("messages",):

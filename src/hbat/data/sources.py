@@ -233,18 +233,17 @@ def _chosen(rows: Rows, given: Mapping[str, Any], label: str) -> Rows:
 
 
 def _alike(parts: list[_Part]) -> list[_Part]:
-    """Let the parts of a mixture become alike: all `messages` if one does, all with `tool_calls` if one has."""
+    """Let the parts of a mixture become alike: whole conversations if one does, with `tool_calls` if one has."""
     conversions = [part.conversion for part in parts if part.conversion is not None]
     if len(parts) == 1 or not conversions:
         return parts
-    whole = any(conversion.made == ("messages",) for conversion in conversions) or any(
-        "messages" in part.rows.dataset.column_names for part in parts if part.conversion is None
-    )
+    made = [set(part.conversion.made if part.conversion else part.rows.dataset.column_names) for part in parts]
+    whole = any("messages" in columns or ("chosen" in columns and "prompt" not in columns) for columns in made)
     calls = any(conversion.calls for conversion in conversions)
     return [
         part
         if part.conversion is None
-        else replace(part, conversion=replace(part.conversion, as_messages=whole, calls=calls))
+        else replace(part, conversion=replace(part.conversion, whole=whole, calls=calls))
         for part in parts
     ]
 
