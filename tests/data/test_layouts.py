@@ -115,6 +115,11 @@ LAYOUTS = {
     "instruction and response": ("sft", {"instruction": ASK, "response": GOOD}, {}, SAID),
     "question with ranked responses": ("dpo", {"question": ASK, "response_j": GOOD, "response_k": BAD}, {}, PAIR),
     "prompt with ranked responses": ("dpo", {"prompt": ASK, "response_j": GOOD, "response_k": BAD}, {}, PAIR),
+    "instruction with context": (
+        "sft", {"instruction": "Add.", "context": "2 + 2", "response": "4", "category": "sums"}, {},
+        {"prompt": [user("Add.\n2 + 2")], "completion": [answer("4")]},
+    ),
+    "messages beside their prompt": ("sft", {"prompt": ASK, "messages": AS_MESSAGES}, {}, {"messages": AS_MESSAGES}),
     "question for rewards": ("ppo", {"question": ASK, "answer": "4"}, {}, {"answer": "4", "prompt": [user(ASK)]}),
     "judged text": ("kto", {"question": ASK, "answer": GOOD, "label": "rejected"}, {}, SAID | {"label": False}),
     "hh pairs": (
@@ -171,6 +176,11 @@ TRL_ROWS = {
     "with parts of images": (
         "sft", {"messages": [user([{"type": "image", "text": None}, {"type": "text", "text": ASK}])]}
     ),
+    "with parts of images and of text": (
+        "sft",
+        {"messages": [user([{"type": "image", "text": None}]), answer([part(GOOD)])], "images": ["x"]},
+    ),
+    "turns without roles": ("sft", {"conversation": [{"input": ASK, "output": GOOD}]}),
     "nothing known": ("sft", {"body": "A text."}),
 }  # fmt: skip
 

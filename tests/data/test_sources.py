@@ -219,6 +219,16 @@ def test_a_source_that_cannot_be_used_is_refused(name, files):
         load_splits(source, None, names=(NAME, "`eval_datasets.sft`"), check=sft_faults)
 
 
+def test_the_log_says_which_layout_was_found_and_what_is_not_used(caplog):
+    with caplog.at_level("INFO", logger="hbat"):
+        load(Dataset.from_list([{"instruction": "Hi", "response": "Hello.", "category": "talk", "tools": None}]))
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("hbat")]
+    assert line == (
+        "`datasets.sft`: layout `question-answer` (`instruction`, `response`), converted to `prompt`, `completion`; "
+        "not used: `category`."
+    )
+
+
 def test_rows_to_evaluate_on_are_given_once(files):
     with pytest.raises(DatasetError, match=r"`datasets\.sft` has `eval_split`, and there is `eval_datasets\.sft` too"):
         load_splits(

@@ -17,7 +17,7 @@ CALL = "function_call"
 #: The layout of texts with "Human:" and "Assistant:" at their turns.
 TRANSCRIPTS = "hh"
 #: Columns that TRL's trainers read beside the messages.
-_COMPANIONS = ("tools", "chat_template_kwargs")
+_COMPANIONS = ("tools", "chat_template_kwargs", "image", "images")
 _LABELS: dict[Any, bool] = {
     1: True, 0: False, -1: False, "1": True, "0": False, "-1": False, "true": True, "false": False,
     "chosen": True, "rejected": False, "good": True, "bad": False, "desirable": True, "undesirable": False,
@@ -86,10 +86,7 @@ class Conversion:
             DatasetError: If a message has parts that are no text. It names row and field.
         """
         turn = {"role": Value("string"), "content": Value("string")} | ({"tool_calls": Json()} if self.calls else {})
-        answers = {"answer", "label"} if self.kind == "prompts" else set()  # rewards may compare with them
-        used = {column for place, column in self.columns.items() if place not in answers} | set(self.made)
-        others = dataset.column_names if self.kind == "prompts" else _COMPANIONS
-        kept = [name for name in others if name in dataset.column_names and name not in used]
+        kept = self.kept(dataset.column_names)
         made: dict[str, Any] = {name: List(turn) for name in self.made}
         if "label" in self.columns:
             made["label"] = Value("bool")
@@ -102,6 +99,12 @@ class Conversion:
             load_from_cache_file=False,  # its key does not change with the code of this library
             desc=f"Converting {self.layout} rows",
         )
+
+    def kept(self, columns: Sequence[str]) -> list[str]:
+        """Columns that stay beside what is made: what TRL reads too, and all that rewards may compare with."""
+        answers = {"answer", "label"} if self.kind == "prompts" else set()
+        used = {column for place, column in self.columns.items() if place not in answers} | set(self.made)
+        return [name for name in columns if name not in used and (self.kind == "prompts" or name in _COMPANIONS)]
 
     def _batch(self, batch: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         keys = ("role", "content", "tool_calls") if self.calls else ("role", "content")

@@ -51,13 +51,13 @@ _LABEL = {"label": ("label", "kto_tag")}
 #: Looked for in this order.
 LAYOUTS: dict[str, Mapping[str, tuple[str, ...]]] = {
     "alpaca": {
-        **_SYSTEM, "history": ("history",), "question": ("instruction",), "input": ("input",), "answer": ("output",),
-        **_SIDES, **_LABEL,
+        **_SYSTEM, "history": ("history",), "question": ("instruction",), "input": ("input", "context"),
+        "answer": ("output",), **_SIDES, **_LABEL,
     },
     "sharegpt": {**_SYSTEM, "turns": ("conversations", "conversation"), **_SIDES, **_LABEL},
     "messages": {**_SYSTEM, "turns": ("messages",), **_SIDES, **_LABEL},
     "question-answer": {
-        **_SYSTEM, "question": ("question", "query", "instruction", "prompt"),
+        **_SYSTEM, "question": ("question", "query", "instruction", "prompt"), "input": ("input", "context"),
         "answer": ("answer", "response", "output", "completion"), **_SIDES, **_LABEL,
     },
     "ultrafeedback": _SIDES,
@@ -156,7 +156,8 @@ class _Held:
         """The turns of the sample of a column, if it has any."""
         value = self.sample(column)
         turns = [value] if isinstance(value, Mapping) else value
-        return turns if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) else []
+        is_list = isinstance(turns, list) and turns and isinstance(turns[0], Mapping)
+        return turns if is_list and {"role", "from"} & set(turns[0]) else []
 
     def suits(self, column: str, place: str) -> bool:
         """Whether a column can stand at a place of a layout."""
@@ -174,7 +175,8 @@ class _Held:
             return False
         if "role" not in turns[0] or any(set(FOREIGN_ROLES) & {name.lower()} for name in self.roles(column)):
             return False
-        return not any(_is_text_parts(turn.get("content")) for turn in turns)
+        parts = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+        return not parts or not all(map(_is_text_parts, parts))
 
     def is_whole(self, column: str) -> bool:
         """Whether a column of answers holds whole conversations."""
@@ -239,7 +241,7 @@ def _is_trl(held: _Held, kind: str, text_field: str) -> bool:
             "input_ids" in names
             or (not {"conversations", "messages"} & names and text_field in names)
             or own("prompt", "completion")
-            or own("messages")
+            or ("prompt" not in names and own("messages"))  # TRL looks for a prompt's completion first
         ),
         "preference": lambda: pairs,
         "kto": lambda: pairs or (own("prompt", "completion") and isinstance(held.sample("label"), bool | None)),
@@ -274,8 +276,8 @@ def _places(held: _Held, kind: str, layout: str | None) -> tuple[str, dict[str, 
     return None
 
 
-def _is_text_parts(content: Any) -> bool:
-    return isinstance(content, list) and all(part.get("type", "text") == "text" for part in content)
+def _is_text_parts(content: list[Mapping[str, Any]]) -> bool:
+    return all(part.get("type", "text") == "text" for part in content)
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -215,7 +215,9 @@ def _conversion(dataset: Dataset, given: Mapping[str, Any], label: str, check: R
     except DatasetError as error:
         raise DatasetError(f"{label}: {error}") from None
     if conversion is not None:
-        logger.info("%s: %s.", label, conversion)
+        used = {*conversion.columns.values(), *conversion.kept(dataset.column_names)}
+        left = ", ".join(f"`{column}`" for column in dataset.column_names if column not in used)
+        logger.info("%s: %s%s.", label, conversion, f"; not used: {left}" if left else "")
     return conversion
 
 
