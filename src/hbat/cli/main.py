@@ -173,7 +173,7 @@ def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _prepare(options: argparse.Namespace, words: Sequence[str]) -> RunFile:
-    run = parse(options.config, parse_overrides(words, _OWN_OPTIONS))
+    run = parse(options.config, parse_overrides(words), _OWN_OPTIONS)
     run.set_environment()
     return run
 
