@@ -8,8 +8,8 @@ import re
 import pytest
 import yaml
 from transformers import TrainingArguments
-from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, RewardConfig, RLOOConfig, ScriptArguments, SFTConfig
 from trl import DatasetMixtureConfig as MixtureConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, RewardConfig, RLOOConfig, ScriptArguments, SFTConfig
 
 from hbat.cli.build import check_sections, peft_config, quantization_config
 from hbat.cli.run_file import described_keys, parse, parse_overrides
@@ -55,7 +55,7 @@ def refusal(tmp_path):
     def refuse(values=None, *words, **more):
         file = tmp_path / "run.yaml"
         file.write_text(yaml.safe_dump(MINIMAL | (values or {}) | more, sort_keys=False))
-        with pytest.raises(ValueError, match="is not an option|must be a mapping") as caught:
+        with pytest.raises(ValueError, match=r"is not an option|must be a mapping") as caught:
             parse(file, parse_overrides(words))
         return str(caught.value)
 
