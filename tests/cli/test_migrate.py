@@ -419,22 +419,12 @@ def test_data_that_llama_factory_lists_is_found_there(migrated, folder):
         },
     }
     (folder / "mine" / "dataset_info.json").write_text(json.dumps(listed))
-    values = FACTORY | {"dataset_dir": "mine", "dataset": "a,b", "mix_strategy": "interleave_under"}
-    values |= {"interleave_probs": "0.3,0.7", "eval_dataset": "b"}
+    values = FACTORY | {"dataset_dir": "mine", "dataset": "a,b", "eval_dataset": "b"}
     del values["max_samples"], values["val_size"]
     run, text = migrated(a=values)
-    b = {
-        "path": "org/b",
-        "name": "en",
-        "data_dir": "f",
-        "split": "test",
-        "roles": {"asker": "user", "gpt": "assistant"},
-    }
+    b = {"path": "org/b", "name": "en", "data_dir": "f", "split": "test"}
     columns = {"instruction": "question", "system": "rules"}
-    assert run.datasets["sft"] == [
-        {"path": "mine/a.jsonl", "rows": 5, "columns": columns, "weight": 0.3},
-        {**b, "weight": 0.7},
-    ]
+    assert run.datasets["sft"] == [{"path": "mine/a.jsonl", "rows": 5, "columns": columns}, b]
     assert run.eval_datasets == {"sft": b}
     assert "dataset" not in notes(text)
     run, text = migrated(a=FACTORY | {"dataset_dir": "ONLINE", "dataset": "org/c", "max_samples": None})
@@ -489,7 +479,7 @@ AXOLOTL = {
 
 def test_files_of_axolotl_become_a_run(migrated):
     part = {"path": "org/b", "type": "chat_template.default", "field_messages": "conversation", "ds_type": "json"}
-    part |= {"roles": {"user": ["human", "user"]}, "message_property_mappings": {"role": "role"}, "shards": 3}
+    part |= {"roles": {"user": ["human", "user"]}, "shards": 3}
     dpo = AXOLOTL | {"rl": "ipo", "rl_beta": 0.3, "datasets": [part], "lora_model_dir": "outputs/sft"}
     del dpo["sample_packing"]
     run, text = migrated(a=AXOLOTL, b=dpo | {"output_dir": "outputs/dpo"})
@@ -498,7 +488,6 @@ def test_files_of_axolotl_become_a_run(migrated):
     assert run.datasets["dpo"] == {
         "path": "org/b",
         "columns": {"messages": "conversation"},
-        "roles": {"human": "user"},
         "eval_split": 0.1,
     }
     assert run.peft == {"r": 32, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -520,7 +509,8 @@ def test_files_of_axolotl_become_a_run(migrated):
     }
     assert (run.config.dpo["loss_type"], run.config.dpo["beta"]) == ("ipo", 0.3)
     assert (run.env, run.config.report_to, run.config.run_name) == ({"WANDB_PROJECT": "mine"}, "wandb", "first")
-    left = {"special_tokens", "chat_template", "evals_per_epoch", "train_on_inputs", "datasets.shards"}
+    left = {"special_tokens", "chat_template", "evals_per_epoch", "train_on_inputs"}
+    left |= {"datasets.shards", "datasets.roles"}
     assert notes(text).keys() == left
 
 

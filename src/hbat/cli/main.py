@@ -1,4 +1,4 @@
-"""The command `hbat`: train, validate or measure the run of a YAML file, or run the demo. `--help` is quick."""
+"""The command `hbat`: write, train, validate or measure the run of a YAML file, or run the demo. `--help` is quick."""
 
 import argparse
 import contextlib

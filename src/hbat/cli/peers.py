@@ -9,7 +9,7 @@ from typing import Any
 
 from hbat.cli.yaml import read_yaml
 from hbat.config.fields import shown
-from hbat.config.foreign import places
+from hbat.config.foreign import RENAMED, places
 from hbat.config.section_fields import OBJECTIVES, section_fields
 
 #: What a file may train.
@@ -18,7 +18,7 @@ _LLAMA_FACTORY = {"stage", "finetuning_type", "template", "cutoff_len"}
 #: What a value of another tool means: a key and value of TRL, nothing (it is so anyway), or why it has no meaning.
 _MEANINGS: dict[tuple[str, Any], tuple[str, Any] | str | None] = {
     ("finetuning_type", "lora"): ("use_peft", True),
-    ("finetuning_type", "full"): None,
+    ("finetuning_type", "full"): ("use_peft", False),
     ("lora_target", "all"): ("lora_target_modules", "all-linear"),
     ("quantization_bit", 4): ("load_in_4bit", True),
     ("quantization_bit", 8): ("load_in_8bit", True),
@@ -27,8 +27,7 @@ _MEANINGS: dict[tuple[str, Any], tuple[str, Any] | str | None] = {
     ("flash_attn", "auto"): None,
     ("disable_gradient_checkpointing", True): ("gradient_checkpointing", False),
     **{("pref_loss", loss): "TRL's DPOTrainer has no such loss." for loss in ("kto_pair", "orpo", "simpo")},
-    # axolotl
-    **{("rl", kind): None for kind in KINDS},
+    **{(key, kind): None for key in ("rl", "stage") for kind in (*KINDS, "rm")},
     ("rl", "ipo"): ("loss_type", "ipo"),
     ("adapter", "lora"): ("use_peft", True),
     ("adapter", "qlora"): ("use_peft", True),
@@ -40,20 +39,22 @@ _MEANINGS: dict[tuple[str, Any], tuple[str, Any] | str | None] = {
     ("saves_per_epoch", 1): ("save_strategy", "epoch"),
     ("group_by_length", True): ("train_sampling_strategy", "group_by_length"),
 }
-#: Defaults that differ from those of TRL's trainers, PEFT and bitsandbytes.
+#: Defaults that differ from those of TRL's trainers, PEFT and bitsandbytes, for where they apply.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "TRL": {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05},
+    "TRL": {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bnb_4bit_quant_type": "nf4"},
     "LLaMA-Factory": {
-        "finetuning_type": "lora", "lora_target": "all", "lora_rank": 8, "cutoff_len": 2048, "learning_rate": 5e-5,
-        "bf16": False, "double_quantization": True,
+        "lora_rank": 8, "lora_target_modules": "all-linear", "bnb_4bit_quant_type": "nf4", "double_quantization": True,
+        "cutoff_len": 2048, "learning_rate": 5e-5, "bf16": False,
     },
-    "axolotl": {"micro_batch_size": 1, "num_epochs": 1, "lr_scheduler": "cosine", "use_bnb_nested_quant": True},
+    "axolotl": {
+        "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True, "micro_batch_size": 1, "num_epochs": 1,
+        "lr_scheduler": "cosine",
+    },
 }  # fmt: skip
 #: The key that says whether prompts are learned too.
 _PROMPTS = {"LLaMA-Factory": "train_on_prompt", "axolotl": "train_on_inputs"}
-#: What LLaMA-Factory's `dataset_info.json` calls columns and roles of its layouts.
+#: What LLaMA-Factory's `dataset_info.json` calls columns of its layouts.
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
-_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "observation": "tool"}
 _LAYOUTS = ("alpaca", "chat_template", "completion", "sharegpt")
 
 
@@ -66,7 +67,6 @@ class Training:
         tool: The tool.
         kind: The objective, or `reward`.
         values: Keys that are still to be placed.
-        given: All keys of the file.
         model: The model that it loads.
         starts: What it goes on from: an adapter on it, or the model itself.
         output: Where it leaves its model.
@@ -80,7 +80,6 @@ class Training:
     tool: str
     kind: str
     values: dict[str, Any]
-    given: frozenset[str]
     model: Any = None
     starts: Any = None
     output: str = ""
@@ -95,8 +94,8 @@ class Training:
         return values[0] if values else None
 
     def note(self, key: str, value: Any, reason: str) -> None:
-        """Say why a key is not carried over, if the file has it and it is not off."""
-        if value not in (None, False) and key.partition(".")[0] in self.given:
+        """Say why a key is not carried over, unless it is off."""
+        if value not in (None, False):
             self.notes.append((key, value, reason))
 
 
@@ -110,15 +109,17 @@ def read(given: str) -> Training:
     kind, path = (kind, path) if path and kind in KINDS else ("", given)
     values = {str(key): value for key, value in read_yaml(path).items() if value is not None}
     tool = "axolotl" if "base_model" in values else "LLaMA-Factory" if _LLAMA_FACTORY & values.keys() else "TRL"
+    if tool == "axolotl" and isinstance(nested := values.get("trl"), dict):
+        values = {key: value for key, value in values.items() if key != "trl"} | nested
     kind = kind or (_trl_kind if tool == "TRL" else _other_kind)(path, values)
-    training = Training(path, tool, kind, values, frozenset(values))
+    training = Training(path, tool, kind, values)
     _reword(training)
     _reword_losses(training)
     training.model = training.take("base_model", "model_name_or_path")
     training.starts = training.take("adapter_name_or_path", "lora_model_dir") or training.model
     training.output = str(training.take("output_dir") or kind).rstrip("/")
     {"axolotl": _axolotl_data, "LLaMA-Factory": _llama_factory_data, "TRL": _trl_data}[tool](training)
-    _settle_adapter(training)
+    _settle(training)
     return training
 
 
@@ -146,11 +147,8 @@ def _other_kind(path: str, values: Mapping[str, Any]) -> str:
 
 
 def _reword(training: Training) -> None:
-    """Say in keys and values of TRL what the file says otherwise, or leaves to its tool's defaults."""
-    nested = training.take("trl")
-    values = training.values = (
-        _DEFAULTS[training.tool] | training.values | (nested if isinstance(nested, dict) else {})
-    )
+    """Say in keys and values of TRL what the file says otherwise."""
+    values = training.values
     for key, value in [*values.items()]:
         if isinstance(value, str | int) and (key, value) in _MEANINGS:
             meaning = _MEANINGS[key, training.take(key)]
@@ -159,19 +157,17 @@ def _reword(training: Training) -> None:
             elif meaning:
                 values.update([meaning])
         elif key in {"lora_target", "additional_target"}:
-            values[key] = _words(value)
+            values[RENAMED[key]] = _words(training.take(key))
     if training.tool == "LLaMA-Factory":
-        rank = values["lora_rank"]
-        values.setdefault("lora_alpha", 2 * rank if isinstance(rank, int) else rank)
-        training.take("stage")
-    elif training.tool == "axolotl":
-        training.note("chat_template", training.take("chat_template"), "axolotl's template of this name.")
+        values.setdefault("use_peft", "finetuning_type" not in values)
+    if training.tool == "axolotl":
+        training.note("chat_template", training.take("chat_template"), "it names a template of axolotl's.")
         values |= {"report_to": "wandb"} if "wandb_project" in values else {}
 
 
 def _reword_losses(training: Training) -> None:
     values = training.values
-    if alpha := training.take("rpo_alpha", "pref_ftx"):
+    if training.kind == "dpo" and (alpha := training.take("rpo_alpha", "pref_ftx")):
         loss = training.take("loss_type", "pref_loss") or "sigmoid"
         values |= {"loss_type": [*(loss if isinstance(loss, list) else [loss]), "sft"], "loss_weights": [1.0, alpha]}
     if training.kind == "sft" and training.tool in _PROMPTS:
@@ -182,24 +178,25 @@ def _reword_losses(training: Training) -> None:
             training.notes.append((key, False, why))
 
 
-def _settle_adapter(training: Training) -> None:
-    """Leave out what only an adapter or a base in 4 or 8 bits needs, and say how the tool would compute with these."""
+def _settle(training: Training) -> None:
+    """Leave out what only an adapter or a base in 4 or 8 bits needs, and write what the tool does by default."""
     training.adapter, values = bool(training.take("use_peft")), training.values
+    bits = [bits for bits in ("4bit", "8bit") if training.adapter and values.get(f"load_in_{bits}")]
+    used = [f"{training.kind}.", *(["peft."] if training.adapter else [])]
+    used += [f"quantization.{part}_{name}" for name in bits for part in ("load_in", "bnb")]
+    places_of = {key: "".join(places(key, [training.kind])[0][:1]) for key in {**_DEFAULTS[training.tool], **values}}
+    for key, place in places_of.items():
+        if key in values and place.startswith(("peft.", "quantization.")) and not place.startswith(tuple(used)):
+            training.note(key, training.take(key), "it is for an adapter (`use_peft`), or a base in 4 or 8 bits.")
     if training.tool != "TRL" and training.adapter and values.get("bf16", training.tool == "axolotl"):
         values.setdefault("dtype", "bfloat16")  # of the frozen base; only the adapter is in float32 there
-    dtype = values.get("dtype", values.get("torch_dtype", "float32"))
-    bits = [bits for bits in ("4bit", "8bit") if training.adapter and values.get(f"load_in_{bits}")]
+    defaults = _DEFAULTS[training.tool]
+    training.values = {key: defaults[key] for key in defaults if places_of[key].startswith(tuple(used))} | values
+    if training.tool == "LLaMA-Factory" and training.adapter and isinstance(rank := training.values["lora_rank"], int):
+        training.values.setdefault("lora_alpha", 2 * rank)
     if bits == ["4bit"]:
-        training.values = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype} | values
-    needed = (
-        *(["peft."] if training.adapter else []),
-        *(f"quantization.{part}{name}" for name in bits for part in ("load_in_", "bnb_")),
-    )
-    for key, value in [*training.values.items()]:
-        place = "".join(places(key, [training.kind])[0][:1])
-        if place.startswith(("peft.", "quantization.")) and not place.startswith(needed):
-            training.take(key)
-            training.note(key, value, "it does nothing without an adapter (`use_peft`), or a base in 4 or 8 bits.")
+        dtype = values.get("dtype", values.get("torch_dtype", "float32"))
+        training.values.setdefault("bnb_4bit_compute_dtype", dtype)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -218,7 +215,7 @@ def _llama_factory_data(training: Training) -> None:
     folder = Path(str(training.take("dataset_dir") or "data"))
     index = folder / "dataset_info.json"
     listed = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-    rows, shares = training.take("max_samples"), _words(training.take("interleave_probs"))
+    rows = training.take("max_samples")
 
     def parts(key: str) -> list[dict[str, Any]]:
         names = _words(training.take(key))
@@ -228,25 +225,21 @@ def _llama_factory_data(training: Training) -> None:
         found = [_listed(folder, name, listed.get(name, {})) for name in names]
         return [{**part, "rows": rows or part["rows"]} for part in found]
 
-    train = parts("dataset")
-    weights = map(float, shares) if len(shares) == len(train) else [None] * len(train)
-    train = [{**part, "weight": weight} for part, weight in zip(train, weights, strict=True)]
-    training.data = _data(training, train, training.take("val_size"))
+    training.data = _data(training, parts("dataset"), training.take("val_size"))
     training.eval_data = _data(training, parts("eval_dataset"))
 
 
 def _listed(folder: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """A data set as `dataset_info.json` describes it."""
     file = name if folder.name == "ONLINE" else str(folder / entry.get("file_name", f"{name}.json"))
-    source = {"path": entry.get("hf_hub_url", file), "name": entry.get("subset"), "data_dir": entry.get("folder")}
     columns = {_COLUMNS.get(column, column): own for column, own in entry.get("columns", {}).items()}
-    roles = {own: _ROLES.get(tag.removesuffix("_tag"), own) for tag, own in entry.get("tags", {}).items()}
     return {
-        **source,
+        "path": entry.get("hf_hub_url", file),
+        "name": entry.get("subset"),
+        "data_dir": entry.get("folder"),
         "split": entry.get("split"),
         "rows": entry.get("num_samples"),
         "columns": {column: own for column, own in columns.items() if own not in {column, "messages"}},
-        "roles": {own: role for own, role in roles.items() if own != role},
     }
 
 
@@ -261,13 +254,11 @@ def _axolotl_part(training: Training, part: Mapping[str, Any]) -> dict[str, Any]
     own = {**part, **(part["type"] if isinstance(part.get("type"), dict) else {})}
     source = {key: own.pop(key, None) for key in ("path", "name", "split", "data_files", "revision")}
     columns = {key.removeprefix("field_"): own.pop(key) for key in part if key.startswith("field_")}
-    roles = own.pop("roles", None)
-    source["columns"] = {column: name for column, name in columns.items() if column != name}
-    pairs = [(name, role) for role, names in roles.items() for name in names] if isinstance(roles, dict) else []
     for key, value in own.items():
-        if key not in {"ds_type", "message_property_mappings"} and not str(value).startswith(_LAYOUTS):
-            training.note(f"datasets.{key}", value, "the layout is found by the columns. `columns` renames these.")
-    return source | {"roles": {name: role for name, role in pairs if name != role}}
+        if key != "ds_type" and not str(value).startswith(_LAYOUTS):
+            why = "the layout is found by the columns and roles of the rows. `columns` and `roles` map others."
+            training.note(f"datasets.{key}", value, why)
+    return source | {"columns": {column: name for column, name in columns.items() if column != name}}
 
 
 def _words(value: Any) -> list[str]:
@@ -287,7 +278,7 @@ def _data(training: Training, parts: Sequence[Mapping[str, Any]], held_out: Any 
     if isinstance(held_out, int | float) and held_out >= 1:
         training.notes.append(("test_split_size", held_out, "`eval_split` is a share of the rows, below 1."))
         held_out = None
-    sources = [{**part, "weight": part.get("fraction") or part.get("weight"), "fraction": None} for part in parts]
+    sources = [{**part, "weight": part.get("fraction"), "fraction": None} for part in parts]
     sources = [
         {key: value for key, value in part.items() if value and (key, value) != ("split", "train")} for part in sources
     ]
