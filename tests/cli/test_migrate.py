@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import cases
 import pytest
 import yaml
 from hypothesis import given
@@ -596,6 +597,29 @@ def test_any_values_become_a_run_or_are_refused_in_one_line(tmp_path_factory, pl
     else:
         (file.parent / "run.yaml").write_text(text)
         parse(file.parent / "run.yaml")
+
+
+def test_a_migrated_run_is_ready_to_train(migrated, folder, capsys):
+    cases.tiny_llama().save_pretrained("model")
+    cases.tiny_tokenizer().save_pretrained("model")
+    cases.sft_rows(8).to_json("sft.jsonl")
+    cases.preference_rows(8).to_json("dpo.jsonl")
+    files = {
+        kind: {
+            "model_name_or_path": start,
+            "datasets": [{"path": "json", "data_files": f"{kind}.jsonl"}],
+            "output_dir": f"out/{kind}",
+            "use_cpu": True,
+            "bf16": False,
+            "max_length": 64,
+            "use_peft": True,
+            "lora_target_modules": ["q_proj"],
+        }
+        for kind, start in {"sft": "model", "dpo": "out/sft"}.items()
+    }
+    migrated(**files)
+    assert main(["validate", "--config", "run.yaml"]) == 0, capsys.readouterr().err
+    assert "1 rounds of sft, dpo: 2 stages" in capsys.readouterr().out
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
