@@ -104,6 +104,7 @@ def test_two_files_of_trl_become_a_run_with_the_defaults_of_hbat(migrated):
     assert run.config.sft == {"learning_rate": 2e-4, "packing": True, "use_cpu": True}
     assert run.config.dpo == {"learning_rate": 5e-6, "beta": 0.2, "use_cpu": True}
     assert (run.config.num_rounds, run.config.ewc, run.peft) == (1, EWCConfig(), None)
+    assert run.config.model_init_kwargs == {"dtype": "float32"}
     assert notes(text) == {}
 
 
@@ -271,6 +272,8 @@ def test_what_a_run_has_once_is_taken_from_the_first_file_and_the_rest_is_named(
     assert run.config.dpo["seed"] == 3
     assert notes(text).keys() == {"peft.r", "model_init_kwargs.dtype", "run_name"}
     assert "a file before has 32." in notes(text)["peft.r"]
+    _, text = migrated(sft=first, dpo=DPO | {"use_peft": True})  # which leaves them to TRL's defaults
+    assert notes(text).keys() == {"peft.r", "model_init_kwargs.dtype"}
 
 
 def test_an_adapter_in_one_file_alone_is_refused(refusal):
@@ -304,6 +307,9 @@ def test_what_trl_says_otherwise_today_is_translated(migrated):
     assert run.config.dpo["warmup_ratio" if "warmup_ratio" in section_fields("dpo") else "warmup_steps"] == 0.1
     assert run.config.model_init_kwargs == {"dtype": "bfloat16"}
     assert notes(text).keys() == {"max_prompt_length", "ref_model"}
+    run, text = migrated(dpo=DPO | {"model_init_kwargs": {"dtype": "bfloat16", "revision": "v2"}})
+    assert run.config.model_init_kwargs == {"dtype": "bfloat16", "revision": "v2"}
+    assert notes(text) == {}
     run, _ = migrated(dpo=DPO | {"rpo_alpha": 0.5, "loss_type": ["hinge"]})
     assert run.config.dpo["loss_type"] == ["hinge", "sft"]
 

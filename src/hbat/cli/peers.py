@@ -39,9 +39,11 @@ _MEANINGS: dict[tuple[str, Any], tuple[str, Any] | str | None] = {
     ("saves_per_epoch", 1): ("save_strategy", "epoch"),
     ("group_by_length", True): ("train_sampling_strategy", "group_by_length"),
 }
-#: Defaults that differ from those of TRL's trainers, PEFT and bitsandbytes, for where they apply.
+#: Defaults that differ from those of TRL's trainers, PEFT and bitsandbytes, or between files, for where they apply.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "TRL": {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bnb_4bit_quant_type": "nf4"},
+    "TRL": {
+        "dtype": "float32", "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bnb_4bit_quant_type": "nf4",
+    },
     "LLaMA-Factory": {
         "lora_rank": 8, "lora_target_modules": "all-linear", "bnb_4bit_quant_type": "nf4", "double_quantization": True,
         "cutoff_len": 2048, "learning_rate": 5e-5, "bf16": False,
@@ -182,7 +184,7 @@ def _settle(training: Training) -> None:
     """Leave out what only an adapter or a base in 4 or 8 bits needs, and write what the tool does by default."""
     training.adapter, values = bool(training.take("use_peft")), training.values
     bits = [bits for bits in ("4bit", "8bit") if training.adapter and values.get(f"load_in_{bits}")]
-    used = [f"{training.kind}.", *(["peft."] if training.adapter else [])]
+    used = [f"{training.kind}.", "model_init_kwargs.", *(["peft."] if training.adapter else [])]
     used += [f"quantization.{part}_{name}" for name in bits for part in ("load_in", "bnb")]
     places_of = {key: "".join(places(key, [training.kind])[0][:1]) for key in {**_DEFAULTS[training.tool], **values}}
     for key, place in places_of.items():
@@ -190,13 +192,17 @@ def _settle(training: Training) -> None:
             training.note(key, training.take(key), "it is for an adapter (`use_peft`), or a base in 4 or 8 bits.")
     if training.tool != "TRL" and training.adapter and values.get("bf16", training.tool == "axolotl"):
         values.setdefault("dtype", "bfloat16")  # of the frozen base; only the adapter is in float32 there
-    defaults = _DEFAULTS[training.tool]
-    training.values = {key: defaults[key] for key in defaults if places_of[key].startswith(tuple(used))} | values
-    if training.tool == "LLaMA-Factory" and training.adapter and isinstance(rank := training.values["lora_rank"], int):
-        training.values.setdefault("lora_alpha", 2 * rank)
+    nested = values.get("model_init_kwargs")
+    given = [places_of.get(key) for key in values]
+    given += [f"model_init_kwargs.{key}" for key in nested] if isinstance(nested, dict) else []
+    for key, value in _DEFAULTS[training.tool].items():
+        if places_of[key].startswith(tuple(used)) and places_of[key] not in given:
+            values[key] = value
+    rank = values.get("lora_rank")
+    if training.tool == "LLaMA-Factory" and isinstance(rank, int):
+        values.setdefault("lora_alpha", 2 * rank)
     if bits == ["4bit"]:
-        dtype = values.get("dtype", values.get("torch_dtype", "float32"))
-        training.values.setdefault("bnb_4bit_compute_dtype", dtype)
+        values.setdefault("bnb_4bit_compute_dtype", values.get("dtype", values.get("torch_dtype", "float32")))
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
