@@ -19,6 +19,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from hbat.cli.run_file import described_keys
+from hbat.config.chain import name_of, named
 from hbat.config.ewc import EWCConfig
 from hbat.model.adapters import refuse_adapters
 
@@ -111,7 +112,9 @@ def test_the_adapter_that_is_split_off_the_base_is_loaded_as_the_same_model(tmp_
 def test_every_option_that_is_named_exists(name):
     known = {key for key, _ in described_keys()}
     for block in blocks("yaml", TEXTS[name]):
-        assert set(yaml.safe_load(block)) <= known, block
+        values = yaml.safe_load(block)
+        entries = named(values["objectives"]) if "objectives" in values else []
+        assert set(values) <= known | set(map(name_of, entries)), block
     consolidation = {field.name for field in dataclasses.fields(EWCConfig)}
     assert set(re.findall(r"`ewc\.(\w+)", TEXTS[name])) <= consolidation
 

@@ -458,8 +458,12 @@ def test_the_traceback_is_shown_when_asked_for(hbat, capfd):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["tran"], ["train"], ["train", "--config"], ["front"], ["demo", "--fast"], ["demo", "--seed", "x"]]
-)
+    "words",
+    [
+        [], ["tran"], ["train"], ["train", "--config"], ["front"], ["demo", "--fast"], ["demo", "--seed", "x"],
+        ["init"], ["migrate"],
+    ],
+)  # fmt: skip
 def test_a_wrong_command_line_is_one_line_with_status_2(words, capsys):
     assert main(words) == 2
     captured = capsys.readouterr()
@@ -470,8 +474,11 @@ def test_a_wrong_command_line_is_one_line_with_status_2(words, capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["--version"], ["train", "--help"], ["validate", "--help"], ["front", "--help"], ["demo", "-h"]],
-)
+    [
+        ["--help"], ["--version"], ["train", "--help"], ["validate", "--help"], ["front", "--help"], ["demo", "-h"],
+        ["init", "--help"], ["migrate", "--help"],
+    ],
+)  # fmt: skip
 def test_help_imports_nothing_heavy(words):
     code = (
         "import sys, runpy\n"

@@ -165,10 +165,12 @@ def test_consolidation_is_switched_off_by_null(run_file):
 
 
 def test_a_section_of_a_repeated_objective_becomes_its_arguments(run_file):
-    text = "objectives: [sft, dpo, sft]\nsft-2: {max_steps: 3}\ndatasets: {sft: a.jsonl, dpo: b.jsonl, sft-2: c.jsonl}"
-    run = parse(run_file(text.replace("datasets", "eval_datasets")), [("datasets.sft-2", "c.jsonl")])
-    assert run.config.objectives[2] == {"name": "sft-2", "trainer": "sft", "args": {"max_steps": 3}}
-    assert run.datasets["sft-2"] == "c.jsonl"
+    file = run_file("objectives: [sft, dpo, sft]\nsft_2: {max_steps: 3}")
+    run = parse(file, [("datasets.sft_2", "c.jsonl")])
+    assert run.config.objectives[2] == {"name": "sft_2", "trainer": "sft", "args": {"max_steps": 3}}
+    assert run.datasets["sft_2"] == "c.jsonl"
+    run = parsed(file, "--datasets.sft_2", "c.jsonl", "--sft-2.max_steps", "4")
+    assert run.config.objectives[2]["args"] == {"max_steps": 4}
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -207,8 +209,8 @@ def test_a_section_of_a_repeated_objective_becomes_its_arguments(run_file):
         ("peft: 16", "", ["`peft`", "a mapping"]),
         ("env: {A: [1]}", "", ["`env.A`"]),
         ("optimizer_state: keep", "", ["`optimizer_state`", "'carry'"]),
-        ("objectives: [sft, dpo, sft]", "", ["`datasets.sft-2` is missing"]),
-        ("objectives: [sft, dpo, sft]\nsft-2: 3", "", ["`sft-2` is 3", "a mapping or null"]),
+        ("objectives: [sft, dpo, sft]", "", ["`datasets.sft_2` is missing"]),
+        ("objectives: [sft, dpo, sft]\nsft_2: 3", "", ["`sft_2` is 3", "a mapping or null"]),
         (
             "objectives: [sft, dpo, {name: code, trainer: sft, args: {}}]\ncode: {}",
             "",

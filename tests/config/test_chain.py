@@ -10,13 +10,18 @@ def config(**options):
 
 
 def test_a_repeated_objective_is_numbered():
-    assert config(objectives=["sft", "dpo", "sft", "sft"]).objective_names == ["sft", "dpo", "sft-2", "sft-3"]
+    assert config(objectives=["sft", "dpo", "sft", "sft"]).objective_names == ["sft", "dpo", "sft_2", "sft_3"]
 
 
 def test_a_repeated_objective_has_the_section_of_the_first_unless_it_has_its_own():
     own = {"name": "own", "trainer": "sft", "args": {"max_steps": 3}}
     made = config(objectives=["sft", "sft", own], sft={"max_steps": 7})
     assert [made.section(entry) for entry in made.objectives] == [{"max_steps": 7}, {"max_steps": 7}, {"max_steps": 3}]
+
+
+def test_an_entry_with_the_name_of_a_section_has_it():
+    made = config(objectives=[{"name": "sft", "trainer": "trl.SFTTrainer"}], sft={"max_steps": 7})
+    assert made.section(made.objectives[0]) == {"max_steps": 7}
 
 
 def test_shares_set_the_number_of_rounds():

@@ -100,7 +100,7 @@ def by_hand(
     stages = oracle.stages(num_rounds, list(data))
     for stage in stages if parts is None else [(index, *stage) for index, stage in enumerate(parts)]:
         index, number, objective = stage
-        kind = objective.partition("-")[0]
+        kind = objective.partition("_")[0]
         options = section(**(sections or {}).get(objective, {})) | {"output_dir": str(folder), "report_to": "none"}
         options["seed"] += index
         if parts is None:

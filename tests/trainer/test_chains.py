@@ -9,18 +9,18 @@ from hbat import HBATConfig, HBATTrainer
 
 
 def test_an_objective_trains_twice_in_a_round_with_rows_of_its_own(tmp_path):
-    data = {"sft": cases.sft_rows(8, 1), "dpo": cases.preference_rows(8, 2), "sft-2": cases.sft_rows(8, 3)}
+    data = {"sft": cases.sft_rows(8, 1), "dpo": cases.preference_rows(8, 2), "sft_2": cases.sft_rows(8, 3)}
     expected = runs.by_hand(cases.tiny_llama, tmp_path / "by-hand", data=data)[-1]
     run = runs.train(cases.tiny_llama(), tmp_path / "run", data=data, objectives=["sft", "dpo", "sft"])
     assert runs.same(cases.weights(run.model), expected)
 
 
 def test_each_of_the_two_has_importance_of_its_own(tmp_path):
-    data = runs.rows() | {"sft-2": cases.sft_rows(8, 4)}
+    data = runs.rows() | {"sft_2": cases.sft_rows(8, 4)}
     runs.train(
         cases.tiny_llama(), tmp_path, data=data, objectives=["sft", "dpo", "sft"], num_rounds=1, ewc={"strength": 0.5}
     )
-    first, second = (runs.state_tensors(tmp_path, f"displacement-{name}") for name in ("sft", "sft-2"))
+    first, second = (runs.state_tensors(tmp_path, f"displacement-{name}") for name in ("sft", "sft_2"))
     assert first.keys() == second.keys()
     assert not runs.same(first, second)
 
@@ -66,13 +66,13 @@ def test_a_share_that_leaves_too_few_rows_is_refused(tmp_path):
 
 def test_a_trainer_is_named_by_its_class_and_has_the_checks_of_its_kind(tmp_path):
     entry = {"name": "code", "trainer": "trl.SFTTrainer", "args": runs.section()}
-    data = {"sft": cases.sft_rows(8, 1), "dpo": cases.preference_rows(8, 2), "sft-2": cases.sft_rows(8, 3)}
+    data = {"sft": cases.sft_rows(8, 1), "dpo": cases.preference_rows(8, 2), "sft_2": cases.sft_rows(8, 3)}
     named = HBATConfig(
         output_dir=str(tmp_path / "run"), objectives=["sft", "dpo", entry], sft=runs.section(), dpo=runs.section(),
         num_rounds=2, ewc=None, optimizer_state="reset", disable_tqdm=True, seed=runs.SEED,
     )  # fmt: skip
     model = cases.tiny_llama()
-    rows = {"sft": data["sft"], "dpo": data["dpo"], "code": data["sft-2"]}
+    rows = {"sft": data["sft"], "dpo": data["dpo"], "code": data["sft_2"]}
     HBATTrainer(model, named, rows, processing_class=cases.tiny_tokenizer()).train()
     assert runs.same(cases.weights(model), runs.by_hand(cases.tiny_llama, tmp_path / "by-hand", data=data)[-1])
     rows["code"] = rows["code"].map(lambda row: row | {"completion": ""})

@@ -1,1 +1,1 @@
-"""The command line: run files, reward functions, and the demo."""
+"""The command line: run files, how `init` begins and `migrate` makes one, reward functions, and the demo."""

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Training
 
 from hbat.cli.reward_functions import load_object, load_reward_functions
 from hbat.cli.run_file import RunFile
-from hbat.config.fields import build_section, nearest
+from hbat.config.fields import build_section, not_an_option
 from hbat.data.sources import Rows, load_splits
 from hbat.engines.processes import is_main_process
 from hbat.engines.refusals import REFUSALS
@@ -94,9 +94,11 @@ def quantization_config(run: RunFile) -> BitsAndBytesConfig | None:
     if run.quantization is None:
         return None
     valid = inspect.signature(BitsAndBytesConfig).parameters.keys() - {"kwargs"}
-    for key in run.quantization:
-        if key not in valid:
-            raise ValueError(f"`quantization.{key}` is not an option.{nearest(str(key), valid)}")
+    wrong = [
+        not_an_option(str(key), valid, shown_as=f"quantization.{key}") for key in run.quantization if key not in valid
+    ]
+    if wrong:
+        raise ValueError(" ".join(wrong))
     try:
         import bitsandbytes  # noqa: F401, PLC0415 - an optional extra
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The command `hbat`: train, validate or measure the run of a YAML file, or run the demo. `--help` is quick."""
+"""The command `hbat`: write, train, validate or measure the run of a YAML file, or run the demo. `--help` is quick."""
 
 import argparse
 import contextlib
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hbat
+from hbat.cli.init import first_run
 from hbat.cli.run_file import SECTIONS, RunFile, described_keys, parse, parse_overrides
 from hbat.config.ewc import EWCConfig
+from hbat.config.section_fields import OBJECTIVES
 
 _USER_ERRORS = (ValueError, TypeError, KeyError, OSError, NotImplementedError, ImportError)
 _OWN_OPTIONS = ("config", "resume", "allow_changed", "points", "save", "traceback", "help")
@@ -164,16 +166,45 @@ def _point(option: str, text: str) -> float:
     return point
 
 
-def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _init(options: argparse.Namespace, words: Sequence[str]) -> int:
+    _require_no_more(words, "init")
+    text = first_run(options.model, {name: getattr(options, name) for name in OBJECTIVES}, lora=options.lora)
+    if options.output is None:
+        print(text, end="")
+        return 0
+    try:
+        with options.output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ValueError(
+            f"`--output` names {str(options.output)!r}, which exists. Give the name of a new file."
+        ) from None
+    print(f"Wrote {options.output}. Next: `hbat validate --config {options.output}`.")
+    return 0
+
+
+def _migrate(options: argparse.Namespace, words: Sequence[str]) -> int:
+    _require_no_more(words, "migrate")
+    from hbat.cli.migrate import migrate  # noqa: PLC0415 - nothing else needs it
+
+    print(migrate(options.files), end="")
+    return 0
+
+
+def _require_no_more(words: Sequence[str], command: str) -> None:
     if words:
-        raise ValueError(f"`{words[0]}` is not an option. See `hbat demo --help`.")
+        raise ValueError(f"`{words[0]}` is not an option. See `hbat {command} --help`.")
+
+
+def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
+    _require_no_more(words, "demo")
     from hbat.cli.demo.run import run  # noqa: PLC0415 - heavy
 
     return run(options.output_dir, options.seed, options.quick, options.preference)
 
 
 def _prepare(options: argparse.Namespace, words: Sequence[str]) -> RunFile:
-    run = parse(options.config, parse_overrides(words, _OWN_OPTIONS))
+    run = parse(options.config, parse_overrides(words), _OWN_OPTIONS)
     run.set_environment()
     return run
 
@@ -186,7 +217,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="hbat", allow_abbrev=False, description="Hybrid alignment training: alternate SFT and preference stages."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{train,validate,front,clean,demo}")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="{init,migrate,train,validate,front,clean,demo}"
+    )
+    _add_beginnings(commands)
     train = _run_command(commands, "train", _train, "train a run described by a YAML file")
     train.add_argument("--resume", action="store_true", help="continue the interrupted run in `output_dir`")
     train.add_argument(
@@ -220,6 +254,28 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_beginnings(commands: Any) -> None:
+    """The commands that write a run file."""
+    what = "write a first run file"
+    init = commands.add_parser("init", allow_abbrev=False, help=what, description=_sentence(what))
+    init.add_argument("--model", required=True, help="model: name on the Hub or local folder")
+    for name in OBJECTIVES:
+        init.add_argument(f"--{name}", nargs="+", metavar="DATA", help=f"training data of `{name}`: names or files")
+    init.add_argument("--lora", action="store_true", help="train a LoRA adapter")
+    init.add_argument("--output", type=Path, metavar="FILE", help="a new file to write (default: standard output)")
+    what = "make one run file of those for `trl sft`, `trl dpo`, ..., LLaMA-Factory or axolotl"
+    migrate = commands.add_parser("migrate", allow_abbrev=False, help=what, description=_sentence(what))
+    migrate.add_argument(
+        "files",
+        nargs="+",
+        metavar="[OBJECTIVE=]FILE",
+        help="YAML files in the order in which they train, with the objective where its name does not say it",
+    )
+    for command, run in ((init, _init), (migrate, _migrate)):
+        command.add_argument("--traceback", action="store_true", help="print the traceback of an error")
+        command.set_defaults(run=run)
 
 
 def _run_command(

@@ -2,18 +2,20 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hbat.cli.yaml import PlainYAMLError, load_yaml, read_yaml
-from hbat.config.chain import BUILT_IN, name_of, named
-from hbat.config.fields import build_section, nearest, shown
+from hbat.config.chain import name_of, named
+from hbat.config.fields import build_section, nearest, not_an_option, shown
+from hbat.config.foreign import hint, is_misplaced
 from hbat.config.hbat import HBATConfig
+from hbat.config.section_fields import OBJECTIVES
 
 #: Keys that hold the fields of another configuration.
-SECTIONS = (*BUILT_IN, "ewc")
+SECTIONS = (*OBJECTIVES, "ewc")
 _REQUIRED = ("model_name_or_path", "output_dir", "datasets")
 
 
@@ -61,10 +63,10 @@ class RunFile:
     def __post_init__(self) -> None:
         names = self.config.objective_names
         for entry in self.config.objectives:
-            if isinstance(entry, str) and entry not in BUILT_IN:
+            if isinstance(entry, str) and entry not in OBJECTIVES:
                 raise ValueError(
-                    f"`objectives` names {entry!r}, which is not built in ({', '.join(BUILT_IN)})."
-                    f"{nearest(entry, BUILT_IN)} Name another trainer by a mapping of `name` and `trainer`."
+                    f"`objectives` names {entry!r}, which is not built in ({', '.join(OBJECTIVES)})."
+                    f"{nearest(entry, OBJECTIVES)} Name another trainer by a mapping of `name` and `trainer`."
                 )
         self.datasets = _by_objective("datasets", self.datasets, names)
         self.eval_datasets = _by_objective("eval_datasets", self.eval_datasets or {}, names)
@@ -80,28 +82,40 @@ class RunFile:
         os.environ.update({str(key): str(value) for key, value in (self.env or {}).items()})
 
 
-def parse(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> RunFile:
+def parse(path: str | Path, overrides: Sequence[tuple[str, Any]] = (), options: Iterable[str] = ()) -> RunFile:
     """Read a run from its YAML file; `overrides` replace values by dotted key, in order.
 
     Args:
         path: The file.
         overrides: Pairs of key and value, as from `parse_overrides`.
+        options: Options of the command itself, which a misspelled key may be meant for.
 
     Returns:
         The run. Sections for TRL are checked only when the trainer is built.
 
     Raises:
-        ValueError: If the file, a key or a value is invalid.
+        ValueError: If the file, a key or a value is invalid; all wrong keys are named.
         TypeError: If a value has the wrong type.
     """
-    values = read_yaml(path)
-    for key, value in overrides:
-        _override(values, key, value)
+    return from_values(read_yaml(path), str(path), overrides, options)
+
+
+def from_values(
+    values: dict[str, Any], path: str, overrides: Sequence[tuple[str, Any]] = (), options: Iterable[str] = ()
+) -> RunFile:
+    """Make a run of the values of a file, as `parse`."""
     valid = [name for name, _ in described_keys()]
-    _take_sections(values, valid)
-    for key in values:
-        if key not in valid:
-            raise ValueError(f"`{key}` is not an option.{nearest(str(key), valid)}")
+    valid += [name for name in _names(values) if name not in valid]
+    wrong = [key for key, _ in overrides if key.split(".")[0] not in valid]
+    for key, value in overrides:
+        if key not in wrong:
+            _override(values, key, value)
+    names = _names(values)
+    _take_sections(values)
+    problems = [not_an_option(key.split(".")[0], [*valid, *options], names, shown_as=f"--{key}") for key in wrong]
+    problems += _wrong_keys(values, valid, names, path)
+    if problems:
+        raise ValueError(" ".join(problems))
     for key in _REQUIRED:
         if values.get(key) is None:
             raise ValueError(f"`{key}` is missing: set it in {path} or with `--{key}`.")
@@ -112,19 +126,43 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> RunFil
     return build_section("", RunFile, {"config": build_section("", HBATConfig, values)} | own)
 
 
-def _take_sections(values: dict[str, Any], valid: Sequence[str]) -> None:
+def _take_sections(values: dict[str, Any]) -> None:
     """Make sections of objectives that are not built in the `args` of their entries."""
-    if not isinstance(values.get("objectives"), list):
+    if not isinstance(values.get("objectives"), list) or not values["objectives"]:
         return
     entries = values["objectives"] = named(values["objectives"])
     for index, entry in enumerate(entries):
         name = name_of(entry)
-        if isinstance(entry, Mapping) and name in values and name not in valid:
+        if isinstance(entry, Mapping) and name in values and name not in OBJECTIVES:
             if not isinstance(values[name], Mapping | None):
                 raise TypeError(f"`{name}` is {shown(values[name])}; it must be a mapping or null.")
             if "args" in entry:
                 raise ValueError(f"`{name}` is a section, and its entry in `objectives` has `args` too. Remove one.")
             entries[index] = {**entry, "args": values.pop(name) or {}}
+
+
+def _names(values: Mapping[str, Any]) -> list[str]:
+    given = values.get("objectives")
+    try:
+        return [name_of(entry) for entry in named(given)] if isinstance(given, list) and given else ["sft", "dpo"]
+    except ValueError:  # which the configuration raises again, once all keys are known to be right
+        return ["sft", "dpo"]
+
+
+def _wrong_keys(values: Mapping[str, Any], valid: Sequence[str], names: Sequence[str], path: str) -> Iterator[str]:
+    """Say of all keys that are none where they belong, also of those in sections that are known from elsewhere."""
+    flat = [str(key) for key in values if key not in valid]
+    yield from (not_an_option(key, valid, names) for key in flat)
+    for section in (*OBJECTIVES, "peft", "quantization"):
+        inner = values.get(section)
+        for key in map(str, inner) if isinstance(inner, Mapping) else ():
+            if is_misplaced(section, key):
+                meant = [section] if section in OBJECTIVES else names
+                yield not_an_option(key, (), meant, shown_as=f"{section}.{key}")
+    if isinstance(given := values.get("datasets"), list):
+        yield f"`datasets` is {shown(given)}; it must be a mapping. Set `datasets.{names[0]}` to this list."
+    if any(hint(key, names) for key in flat):
+        yield f"`hbat migrate {path}` makes a run file of one for TRL, LLaMA-Factory or axolotl."
 
 
 def described_keys() -> list[tuple[str, "dataclasses.Field[Any]"]]:
@@ -133,22 +171,20 @@ def described_keys() -> list[tuple[str, "dataclasses.Field[Any]"]]:
     return [(field.name, field) for field in [*own, *dataclasses.fields(HBATConfig)]]
 
 
-def parse_overrides(words: Sequence[str], known: Iterable[str] = ()) -> list[tuple[str, Any]]:
+def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
     """Parse `--key value`, `--key=value` and `--key` (true), with dots into sections.
 
     Args:
         words: Arguments of the command line.
-        known: Options of the command itself, which a misspelled key may be meant for.
 
     Returns:
         Keys and values in order.
 
     Raises:
-        ValueError: If an argument belongs to no key, or a value is not YAML.
+        ValueError: If an argument has no key before it, or a value is not YAML.
     """
     found: list[tuple[str, Any]] = []
     waiting = list(words)
-    valid = [*known, *(name for name, _ in described_keys())]
     while waiting:
         word = waiting.pop(0)
         if not word.startswith("--"):
@@ -157,8 +193,6 @@ def parse_overrides(words: Sequence[str], known: Iterable[str] = ()) -> list[tup
             )
         key, equals, text = word.removeprefix("--").partition("=")
         key = key.replace("-", "_")
-        if key.split(".")[0] not in valid:
-            raise ValueError(f"`--{key}` is not an option.{nearest(key.split('.')[0], valid)}")
         if not equals:
             text = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
         found.append((key, _value(key, text)))

@@ -7,12 +7,9 @@ from typing import Any
 
 from hbat.config.fields import check_number, nearest, shown
 
-#: Objectives that come with the library. Each has a section of its name.
-BUILT_IN = ("sft", "dpo", "kto", "ppo", "grpo", "rloo", "distillation")
-
 
 def named(objectives: Any) -> list[Any]:
-    """Check the entries of `objectives`, and name a name that is repeated `sft-2`, `sft-3` and so on.
+    """Check the entries of `objectives`, and name a name that is repeated `sft_2`, `sft_3` and so on.
 
     Returns:
         The entries: names, mappings with `name` and `trainer`, or objects with a `name`.
@@ -32,7 +29,7 @@ def named(objectives: Any) -> list[Any]:
             )
         times.update([entry] if isinstance(entry, str) else [])
         is_repeated = isinstance(entry, str) and times[entry] > 1
-        entries.append({"name": f"{entry}-{times[entry]}", "trainer": entry} if is_repeated else entry)
+        entries.append({"name": f"{entry}_{times[entry]}", "trainer": entry} if is_repeated else entry)
     names = [name_of(entry) for entry in entries]
     if len(set(names)) != len(names):
         raise ValueError(f"`objectives` is {names}; give every objective a name of its own.")

@@ -5,9 +5,12 @@ import difflib
 import enum
 import sys
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from hbat.config.foreign import hint
+from hbat.config.section_fields import OBJECTIVES
 
 T = TypeVar("T")
 
@@ -27,6 +30,18 @@ def nearest(key: str, valid: Iterable[str]) -> str:
     """Return `" Did you mean `name`?"` for the closest of the `valid` names, or an empty string if none is close."""
     close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.6)
     return f" Did you mean `{close[0]}`?" if close else ""
+
+
+def not_an_option(key: str, valid: Iterable[str], objectives: Sequence[str] = (), *, shown_as: str = "") -> str:
+    """Say that a key is not one of the `valid`, and where it belongs, or which is the nearest.
+
+    Args:
+        key: The key.
+        valid: The keys that there are.
+        objectives: Objectives that it may be for.
+        shown_as: What the user wrote, with a section before the key.
+    """
+    return f"`{shown_as or key}` is not an option{hint(key, objectives) or f'.{nearest(key, valid)}'}"
 
 
 def shown(value: object) -> str:
@@ -68,13 +83,12 @@ def build_section(
     prefix = f"{section}." if section else ""
     valid = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
     hints = _type_hints(config_class)
-    converted = {}
-    for key, value in values.items():
-        if key not in valid:
-            raise ValueError(f"`{prefix}{key}` is not an option.{nearest(str(key), valid)}")
-        if owned and key in owned:
-            raise ValueError(f"`{prefix}{key}` cannot be set here: {owned[key]}")
-        converted[key] = convert(at_home(value), hints.get(key, Any), f"{prefix}{key}")
+    named = [section] if section in OBJECTIVES else []
+    wrong = [not_an_option(str(key), valid, named, shown_as=f"{prefix}{key}") for key in values if key not in valid]
+    wrong += [f"`{prefix}{key}` cannot be set here: {owned[key]}" for key in values if owned and key in owned]
+    if wrong:
+        raise ValueError(" ".join(wrong))
+    converted = {key: convert(at_home(value), hints.get(key, Any), f"{prefix}{key}") for key, value in values.items()}
     try:
         return config_class(**converted)
     except Exception as error:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from hbat.config.chain import BUILT_IN, name_of, named, require_rounds, shares_of
+from hbat.config.chain import name_of, named, require_rounds, shares_of
 from hbat.config.ewc import EWCConfig
 from hbat.config.fields import at_home, build_section, check_choice, check_number, check_whole, nearest, shown
+from hbat.config.section_fields import OBJECTIVES
 
 OptimizerState = Literal["reset", "carry"]
 LRSchedule = Literal["stage", "run", "decay"]
@@ -65,7 +66,7 @@ class HBATConfig:
             "help": "Objectives of a round, in the order in which they are trained: `sft`, `dpo`, `kto`, `ppo`, "
             "`grpo`, `rloo`, `distillation`; a mapping with a `name`, the `trainer` (one of these, or a class such as "
             "`trl.SFTTrainer`) and its `args`; in Python also `hbat.Objective` instances. The second `sft` of "
-            "`[sft, dpo, sft]` has the name `sft-2`, and data of its own."
+            "`[sft, dpo, sft]` has the name `sft_2`, and data of its own."
         },
     )
     sft: Any = field(default=None, metadata=_section_help("trl.SFTConfig", "SFT"))
@@ -266,9 +267,8 @@ class HBATConfig:
             return getattr(self, objective, None)
         if not isinstance(objective, Mapping):
             return getattr(objective, "config", None)
-        trainer = objective["trainer"]
-        shared = getattr(self, trainer, None) if trainer in BUILT_IN else None
-        return objective.get("args", shared)
+        named = [name for name in (objective["name"], objective["trainer"]) if name in OBJECTIVES]
+        return objective.get("args", getattr(self, named[0]) if named else None)
 
     @property
     def shared_fields(self) -> dict[str, Any]:

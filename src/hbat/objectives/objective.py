@@ -13,23 +13,11 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hbat.config.fields import build_section
+from hbat.config.foreign import OWNED_BY_RUN
 from hbat.data.faults import Fault, RowCheck
 from hbat.engines.processes import process_count
 from hbat.ewc.fisher import IGNORED, Example
 
-#: Arguments of a stage that belong to the run, and what to set instead.
-_OWNED_BY_RUN = {
-    "output_dir": "every stage has its own folder inside the run's. Set the run's `output_dir`.",
-    "report_to": "one set of reporters serves the whole run. Set the run's `report_to`.",
-    "run_name": "one set of reporters serves the whole run. Set the run's `run_name`.",
-    "push_to_hub": "stages are not pushed. Call `push_to_hub()` after training.",
-    "resume_from_checkpoint": "the run resumes as a whole. Pass `resume_from_checkpoint` to `HBATTrainer.train`.",
-    "load_best_model_at_end": "the next stage starts from the end of this one. `hbat front` chooses a point "
-    "of the last stage after training.",
-    "model_init_kwargs": "the model is loaded once for all stages. Set the run's `model_init_kwargs`.",
-    "cast_lm_head_to_fp32": "it changes the model for all later stages. Load the model in float32.",
-    "sync_ref_model": "the reference policy is the model at the start of the stage. More rounds renew it more often.",
-}
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,49}")
 _NO_LAMBDA_SCHEDULE = {"reduce_lr_on_plateau", "greedy"}
 
@@ -168,11 +156,11 @@ class Objective:
             build = {"output_dir": output_dir, "report_to": "none", **(shared or {})}
             if "fp16" in values:
                 build.pop("bf16", None)
-            owned = {key: why for key, why in _OWNED_BY_RUN.items() if key in values}
+            owned = {key: why for key, why in OWNED_BY_RUN.items() if key in values}
             args = build_section(self.name, self.config_class, build | values, owned=owned)
         for key in ("load_best_model_at_end", "sync_ref_model", "cast_lm_head_to_fp32"):
             if getattr(args, key, False):
-                raise ValueError(f"`{self.name}.{key}` cannot be set here: {_OWNED_BY_RUN[key]}")
+                raise ValueError(f"`{self.name}.{key}` cannot be set here: {OWNED_BY_RUN[key]}")
         if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) in _NO_LAMBDA_SCHEDULE:
             raise ValueError(
                 f"`{self.name}.lr_scheduler_type` is {args.lr_scheduler_type!s}, which depends on evaluations inside "
