@@ -1,4 +1,4 @@
-"""The command `hbat`: train, validate or measure the run of a YAML file, or run the demo. `--help` is quick."""
+"""The command `hbat`: what to do with the run of a YAML file, and the demo. `--help` is quick."""
 
 import argparse
 import contextlib
@@ -164,12 +164,24 @@ def _point(option: str, text: str) -> float:
     return point
 
 
+def _env(_: argparse.Namespace, words: Sequence[str]) -> int:
+    _refuse("env", words)
+    from hbat.cli.env import describe_environment  # noqa: PLC0415 - heavy
+
+    print(describe_environment())
+    return 0
+
+
 def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
-    if words:
-        raise ValueError(f"`{words[0]}` is not an option. See `hbat demo --help`.")
+    _refuse("demo", words)
     from hbat.cli.demo.run import run  # noqa: PLC0415 - heavy
 
     return run(options.output_dir, options.seed, options.quick, options.preference)
+
+
+def _refuse(command: str, words: Sequence[str]) -> None:
+    if words:
+        raise ValueError(f"`{words[0]}` is not an option. See `hbat {command} --help`.")
 
 
 def _prepare(options: argparse.Namespace, words: Sequence[str]) -> RunFile:
@@ -186,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="hbat", allow_abbrev=False, description="Hybrid alignment training: alternate SFT and preference stages."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{train,validate,front,clean,demo}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="{train,validate,front,clean,env,demo}")
     train = _run_command(commands, "train", _train, "train a run described by a YAML file")
     train.add_argument("--resume", action="store_true", help="continue the interrupted run in `output_dir`")
     train.add_argument(
@@ -209,6 +221,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = "remove what a finished run keeps beside its model to be continued or averaged"
     _run_command(commands, "clean", _clean, what, file="RUN")
+    what = "print versions, devices and settings, for a bug report"
+    env = commands.add_parser("env", allow_abbrev=False, help=what, description=_sentence(what))
+    env.add_argument("--traceback", action="store_true", help="print the traceback of an error")
+    env.set_defaults(run=_env)
     what = "compare HBAT and two-stage training on a small model, on the CPU"
     demo = commands.add_parser("demo", allow_abbrev=False, help=what, description=_sentence(what))
     demo.add_argument(
