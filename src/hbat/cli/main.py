@@ -16,7 +16,7 @@ from hbat.cli.run_file import SECTIONS, RunFile, described_keys, parse, parse_ov
 from hbat.config.ewc import EWCConfig
 
 _USER_ERRORS = (ValueError, TypeError, KeyError, OSError, NotImplementedError, ImportError)
-_OWN_OPTIONS = ("config", "resume", "allow_changed", "points", "save", "traceback", "help")
+_OWN_OPTIONS = ("config", "resume", "allow_changed", "points", "save", "dtype", "traceback", "help")
 
 
 class _TrainingError(Exception):
@@ -117,8 +117,7 @@ def _front(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.save:
         saved, folder = _point("save", options.save[0]), Path(options.save[1])
         points.append(saved)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"`--save` names {str(folder)!r}, which is not an empty folder. Name a new one.")
+        _require_empty("--save", folder)
     run = _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):
         from hbat.cli.build import build_trainer  # noqa: PLC0415 - heavy
@@ -134,6 +133,26 @@ def _front(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
+def _merge(options: argparse.Namespace, words: Sequence[str]) -> int:
+    source, folder = Path(options.config), Path(options.folder)
+    _require_empty("DIR", folder)
+    if source.is_dir() and words:
+        raise ValueError(f"`{words[0]}` is for a run file, and {str(source)!r} is a folder. Remove it.")
+    run = None if source.is_dir() else _prepare(options, words)
+    with contextlib.redirect_stdout(sys.stderr):
+        from hbat.cli.summary import describe_merged  # noqa: PLC0415 - heavy
+        from hbat.model.merge import merge  # noqa: PLC0415 - heavy
+        from hbat.state.folder import RunFolder  # noqa: PLC0415 - heavy
+
+        adapter = source if run is None else Path(run.config.output_dir)
+        state = next(RunFolder(adapter).states(), None)
+        if state is not None:
+            _require_finished(state, adapter)
+        merged = merge(adapter, folder, options.dtype, None if run is None else run.config)
+    print(describe_merged(merged, folder, state, quantized=run is not None and run.quantization is not None))
+    return 0
+
+
 def _clean(options: argparse.Namespace, words: Sequence[str]) -> int:
     run = _prepare(options, words)
     from hbat.state.folder import RunFolder  # noqa: PLC0415 - heavy
@@ -143,15 +162,25 @@ def _clean(options: argparse.Namespace, words: Sequence[str]) -> int:
         raise ValueError(f"`output_dir` {run.config.output_dir!r} holds no run: there is nothing to remove.")
     with folder.locked():
         state = folder.read()
-        if state is not None and (done := state.next_stage - state.first_stage) < state.planned:
-            raise ValueError(
-                f"The run in {run.config.output_dir!r} is not finished: {done} of its {state.planned} stages are "
-                "done. Finish it with `hbat train --resume`."
-            )
+        if state is not None:
+            _require_finished(state, run.config.output_dir)
         size = folder.size()
         folder.clear()
     print(f"Removed {size / 1e6:.1f} MB: the run can no longer be continued, nor its front be measured.")
     return 0
+
+
+def _require_empty(option: str, folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`{option}` names {str(folder)!r}, which is not an empty folder. Name a new one.")
+
+
+def _require_finished(state: Any, folder: str | Path) -> None:
+    if (done := state.next_stage - state.first_stage) < state.planned:
+        raise ValueError(
+            f"The run in {str(folder)!r} is not finished: {done} of its {state.planned} stages are done. Finish it "
+            "with `hbat train --resume`."
+        )
 
 
 def _point(option: str, text: str) -> float:
@@ -198,7 +227,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="hbat", allow_abbrev=False, description="Hybrid alignment training: alternate SFT and preference stages."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{train,validate,front,clean,env,demo}")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="{train,validate,front,merge,clean,env,demo}"
+    )
     train = _run_command(commands, "train", _train, "train a run described by a YAML file")
     train.add_argument("--resume", action="store_true", help="continue the interrupted run in `output_dir`")
     train.add_argument(
@@ -218,6 +249,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     front.add_argument(
         "--save", nargs=2, metavar=("POINT", "DIR"), help="save the model or adapter at a point into a new folder"
+    )
+    what = "merge the adapter of a run into its base model, for vLLM or llama.cpp; RUN may be an adapter's folder"
+    merged = _run_command(commands, "merge", _merge, what, file="RUN DIR")
+    merged.add_argument("folder", metavar="DIR", help="new or empty folder for model and tokenizer")
+    merged.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the merged weights (default: the base model's)",
     )
     what = "remove what a finished run keeps beside its model to be continued or averaged"
     _run_command(commands, "clean", _clean, what, file="RUN")
@@ -253,7 +292,7 @@ def _run_command(
     if file.startswith("--"):
         command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
     else:
-        command.add_argument("config", metavar=file, help="YAML file of the run")
+        command.add_argument("config", metavar="RUN", help="YAML file of the run")
         command.add_argument(
             "--config", action="store_true", dest="_", help=argparse.SUPPRESS
         )  # as before other files

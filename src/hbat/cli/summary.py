@@ -7,11 +7,13 @@ from rich.console import Console
 from rich.table import Table
 
 from hbat.engines.processes import is_main_process
+from hbat.model.merge import Merged
 from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
 from hbat.reports.matrix import directions, table_rows
 from hbat.reports.plots import can_draw
 from hbat.reports.scores import SCORES_FILE
 from hbat.state.folder import RunFolder
+from hbat.state.manifest import RunState
 from hbat.trainer import HBATTrainer
 
 
@@ -55,6 +57,22 @@ def print_front(trainer: HBATTrainer, front: Front, saved: Path | None) -> None:
         console.print(f"Plot:   {folder / FRONT_PLOT_FILE}", highlight=False)
     if saved is not None:
         console.print(f"Model:  {saved.absolute()}", highlight=False)
+
+
+def describe_merged(merged: Merged, folder: Path, state: RunState | None, *, quantized: bool) -> str:
+    """Say what an adapter was merged into, how exact that is, and where the model lies."""
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    lines = [f"Base:   {merged.base}, in {merged.dtype}"]
+    if quantized or (state is not None and "quantization" in state.fingerprint["parameters"]):
+        lines.append(f"        The adapter was trained on it in 4 or 8 bits: in {merged.dtype} its logits are others.")
+    lines.append(
+        f"Logits: they differ by {merged.difference:.1g} of their size from the adapter's, which moved them by "
+        f"{merged.effect:.1g}"
+    )
+    if merged.difference > merged.effect / 2:
+        lines.append(f"        Rounding to {merged.dtype} weighs as much as the adapter: try `--dtype float32`.")
+    where = f"Model:  {folder.absolute()}"
+    return "\n".join([*lines, f"{where} ({size / 1e6:,.1f} MB, {merged.parameters:,} parameters in {merged.dtype})"])
 
 
 def print_plan(trainer: HBATTrainer) -> None:

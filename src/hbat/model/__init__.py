@@ -1,1 +1,1 @@
-"""The model: `load` and `save`, `chat_template`, `adapters` with the reference adapter, `copies` as reference policy."""
+"""The model: `load` and `save`, `chat_template`, `copies` as reference policy, `adapters`, to `merge` into a base."""
