@@ -82,11 +82,14 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
     run = _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
         from hbat.cli.build import build_trainer, refuse_other_run  # noqa: PLC0415 - heavy
+        from hbat.cli.hub import begin_upload, check_upload, finish_upload  # noqa: PLC0415 - heavy
         from hbat.cli.summary import end_processes, print_result  # noqa: PLC0415 - heavy
 
         if not options.resume:
             refuse_other_run(run)
+        check_upload(run)
         trainer = build_trainer(run)
+        begin_upload(run)
         try:
             trainer.train(resume_from_checkpoint=options.resume, allow_changed=allowed)
             trainer.save_model()
@@ -95,6 +98,8 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
         except Exception as error:
             raise _TrainingError from error
     print_result(trainer)
+    if address := finish_upload(run):
+        print(f"Hub:    {address}")
     end_processes()
     return 0
 
@@ -103,8 +108,10 @@ def _validate(options: argparse.Namespace, words: Sequence[str]) -> int:
     run = _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):
         from hbat.cli.build import build_trainer  # noqa: PLC0415 - heavy
+        from hbat.cli.hub import check_upload  # noqa: PLC0415 - heavy
         from hbat.cli.summary import end_processes, print_plan  # noqa: PLC0415 - heavy
 
+        check_upload(run)
         trainer = build_trainer(run)
     print_plan(trainer)
     end_processes()

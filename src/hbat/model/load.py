@@ -31,7 +31,7 @@ _NO_REMOTE_CODE = {"trust_remote_code": False}
 _CLEAR = (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError)
 _TWO_ADAPTERS = (
     "The model has an adapter already and `peft_config` asks for another. Omit `peft_config` to train the existing "
-    "adapter, or merge it first."
+    "adapter, or merge it first (`hbat merge`)."
 )
 
 

@@ -22,7 +22,7 @@ _OWNED_BY_RUN = {
     "output_dir": "every stage has its own folder inside the run's. Set the run's `output_dir`.",
     "report_to": "one set of reporters serves the whole run. Set the run's `report_to`.",
     "run_name": "one set of reporters serves the whole run. Set the run's `run_name`.",
-    "push_to_hub": "stages are not pushed. Call `push_to_hub()` after training.",
+    "push_to_hub": "stages are not pushed. Set the run's in YAML, or call `push_to_hub()` after training.",
     "resume_from_checkpoint": "the run resumes as a whole. Pass `resume_from_checkpoint` to `HBATTrainer.train`.",
     "load_best_model_at_end": "the next stage starts from the end of this one. `hbat front` chooses a point "
     "of the last stage after training.",
