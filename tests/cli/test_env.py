@@ -51,7 +51,7 @@ def test_versions_and_devices_are_printed_one_a_line(lines):
 @pytest.mark.usefixtures("installed")
 def test_a_version_outside_of_what_hbat_requires_is_marked_and_a_commit_is_named(lines):
     found = lines()
-    assert "- hbat: 9.9 (commit abc123)" in found
+    assert "- hbat-trl: 9.9 (commit abc123)" in found
     trl, peft = metadata.version("trl"), metadata.version("peft")
     assert f"- peft: {peft} (hbat requires >=99)" in found
     assert f"- trl: {trl}{' (hbat requires <1.0.1,>=1.0)' if trl != '1.0.0' else ''}" in found
@@ -66,15 +66,15 @@ def test_a_device_has_its_name_its_memory_and_whether_it_computes_in_bfloat16(li
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "get_device_module", lambda kind: gpu)
     found = lines()
-    assert "- Device 1: GPU 1, 16.0 GB, no bf16" in found
+    assert "- device 1: GPU 1, 16.0 GB, no bf16" in found
     assert any(line.endswith("devices found: 2") for line in found)
 
 
 def test_what_is_broken_is_named_and_the_rest_is_printed(lines, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     found = lines()
-    assert any(line.startswith("- torch fails: ModuleNotFoundError: ") for line in found)
-    assert "- Environment variables:" in found
+    assert any(line.startswith("- devices: ModuleNotFoundError: ") for line in found)
+    assert "- environment variables:" in found
 
 
 def test_settings_are_printed_and_tokens_and_paths_are_not(lines, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hbat.cli.run_file import RunFile
 from hbat.engines.processes import is_main_process
-from hbat.model.save import make_repository, upload
+from hbat.model.save import upload
 
 
 def check_upload(run: RunFile) -> None:
@@ -19,57 +19,27 @@ def check_upload(run: RunFile) -> None:
         return
     if constants.HF_HUB_OFFLINE:
         raise ValueError(
-            "`push_to_hub` is true, but HF_HUB_OFFLINE=1 keeps huggingface_hub off the network. Unset it, or set "
-            "`push_to_hub: false`."
+            "`push_to_hub` is true, but HF_HUB_OFFLINE=1 keeps huggingface_hub off the network. Unset one of the two."
         )
     if get_token() is None:
         raise ValueError(
             "`push_to_hub` is true, but there is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN."
         )
     try:
-        validate_repo_id(run.hub_model_id or _folder(run).name)
+        validate_repo_id(run.hub_model_id or Path(run.config.output_dir).resolve().name)
     except ValueError as error:
         raise ValueError(f"`hub_model_id` (default: the name of `output_dir`): {error}") from error
 
 
-def begin_upload(run: RunFile) -> None:
-    """Make the repository, as transformers does before it trains: not to learn after a run that one may not.
-
-    Args:
-        run: The run.
-
-    Raises:
-        ValueError: If there is none and it cannot be made.
-    """
-    if run.push_to_hub and is_main_process():
-        try:
-            make_repository(_folder(run), run.hub_model_id, private=run.hub_private_repo)
-        except Exception as error:
-            raise ValueError(f"`push_to_hub` is true, but the repository cannot be made: {error}") from error
-
-
-def finish_upload(run: RunFile) -> str:
-    """Upload a finished run, if its file says so, on the main process.
-
-    Args:
-        run: The run.
-
-    Returns:
-        Address of the commit, or an empty string.
-
-    Raises:
-        RuntimeError: If the upload failed; the message says where the model is and how to upload it.
-    """
+def upload_run(run: RunFile) -> str:
+    """Upload a finished run if its file says so; returns the address, or an empty string. Its model is on disk."""
     if not run.push_to_hub or not is_main_process():
         return ""
+    folder = Path(run.config.output_dir).absolute()
     try:
-        return upload(_folder(run), run.hub_model_id, private=run.hub_private_repo)
+        return upload(folder, run.hub_model_id, private=run.hub_private_repo)
     except Exception as error:
         raise RuntimeError(
-            f"The run is finished and its model is in {_folder(run)}, but the upload failed: {error}. Run `hbat train "
+            f"The run is finished and its model is in {folder}, but the upload failed: {error}. Run `hbat train "
             "--resume` to upload it; nothing is trained again."
         ) from error
-
-
-def _folder(run: RunFile) -> Path:
-    return Path(run.config.output_dir).resolve()

@@ -82,14 +82,13 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
     run = _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
         from hbat.cli.build import build_trainer, refuse_other_run  # noqa: PLC0415 - heavy
-        from hbat.cli.hub import begin_upload, check_upload, finish_upload  # noqa: PLC0415 - heavy
+        from hbat.cli.hub import check_upload, upload_run  # noqa: PLC0415 - heavy
         from hbat.cli.summary import end_processes, print_result  # noqa: PLC0415 - heavy
 
         if not options.resume:
             refuse_other_run(run)
         check_upload(run)
         trainer = build_trainer(run)
-        begin_upload(run)
         try:
             trainer.train(resume_from_checkpoint=options.resume, allow_changed=allowed)
             trainer.save_model()
@@ -98,7 +97,7 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
         except Exception as error:
             raise _TrainingError from error
     print_result(trainer)
-    if address := finish_upload(run):
+    if address := upload_run(run):
         print(f"Hub:    {address}")
     end_processes()
     return 0
@@ -152,11 +151,12 @@ def _merge(options: argparse.Namespace, words: Sequence[str]) -> int:
         from hbat.state.folder import RunFolder  # noqa: PLC0415 - heavy
 
         adapter = source if run is None else Path(run.config.output_dir)
-        state = next(RunFolder(adapter).states(), None)
-        if state is not None:
+        quantized = run is not None and run.quantization is not None
+        if (state := next(RunFolder(adapter).states(), None)) is not None:  # not after `hbat clean`
             _require_finished(state, adapter)
+            quantized |= "quantization" in state.fingerprint["parameters"]
         merged = merge(adapter, folder, options.dtype, None if run is None else run.config)
-    print(describe_merged(merged, folder, state, quantized=run is not None and run.quantization is not None))
+    print(describe_merged(merged, folder, quantized=quantized))
     return 0
 
 

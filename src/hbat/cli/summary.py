@@ -13,7 +13,6 @@ from hbat.reports.matrix import directions, table_rows
 from hbat.reports.plots import can_draw
 from hbat.reports.scores import SCORES_FILE
 from hbat.state.folder import RunFolder
-from hbat.state.manifest import RunState
 from hbat.trainer import HBATTrainer
 
 
@@ -59,20 +58,18 @@ def print_front(trainer: HBATTrainer, front: Front, saved: Path | None) -> None:
         console.print(f"Model:  {saved.absolute()}", highlight=False)
 
 
-def describe_merged(merged: Merged, folder: Path, state: RunState | None, *, quantized: bool) -> str:
+def describe_merged(merged: Merged, folder: Path, *, quantized: bool) -> str:
     """Say what an adapter was merged into, how exact that is, and where the model lies."""
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     lines = [f"Base:   {merged.base}, in {merged.dtype}"]
-    if quantized or (state is not None and "quantization" in state.fingerprint["parameters"]):
+    if quantized:
         lines.append(f"        The adapter was trained on it in 4 or 8 bits: in {merged.dtype} its logits are others.")
-    lines.append(
-        f"Logits: they differ by {merged.difference:.1g} of their size from the adapter's, which moved them by "
-        f"{merged.effect:.1g}"
-    )
+    far = f"{merged.difference:.1g} of their size from the adapter's, which are {merged.effect:.1g} from the base's"
+    lines.append(f"Logits: {far}")
     if merged.difference > merged.effect / 2:
         lines.append(f"        Rounding to {merged.dtype} weighs as much as the adapter: try `--dtype float32`.")
-    where = f"Model:  {folder.absolute()}"
-    return "\n".join([*lines, f"{where} ({size / 1e6:,.1f} MB, {merged.parameters:,} parameters in {merged.dtype})"])
+    where = f"Model:  {folder.absolute()} ({size:,.1f} MB, {merged.parameters:,} parameters in {merged.dtype})"
+    return "\n".join([*lines, where])
 
 
 def print_plan(trainer: HBATTrainer) -> None:

@@ -1,19 +1,16 @@
 """An adapter merged into its base model, as a folder that any library loads without PEFT."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from hbat.config.hbat import HBATConfig
-from hbat.model.adapters import ADAPTER
 from hbat.model.load import (
     align_special_tokens,
     damage_named,
@@ -24,33 +21,24 @@ from hbat.model.load import (
 )
 
 
-@dataclass(frozen=True)
-class Merged:
-    """What an adapter and its base became.
-
-    Attributes:
-        base: Name or path of the base model.
-        dtype: Dtype of the merged weights.
-        parameters: Number of them.
-        difference: Largest distance of the logits of a prompt from the adapter's, relative to their size.
-        effect: The same distance of the base's logits: what the adapter does.
-    """
+class Merged(NamedTuple):
+    """Base, dtype and size of a merged model, and distances of logits from the adapter's, relative to their size."""
 
     base: str
     dtype: str
     parameters: int
-    difference: float
-    effect: float
+    difference: float  # of the merged model
+    effect: float  # of the base: what the adapter does
 
 
 def merge(adapter: Path, folder: Path, dtype: str | None = None, config: HBATConfig | None = None) -> Merged:
-    """Merge an adapter into its base, not quantized, and save model and tokenizer if logits stay the same.
+    """Merge an adapter into its base in full precision, and save model and tokenizer if the logits stay the same.
 
     It is done on the CPU, in the memory that the model takes once.
 
     Args:
         adapter: Folder of the adapter.
-        folder: A new or empty folder, left as it was after an error.
+        folder: A new or empty folder, which stays empty after an error.
         dtype: Dtype of the weights, such as `float32`; by default that of the base.
         config: The run's configuration, whose `model_init_kwargs` say where the base comes from.
 
@@ -60,7 +48,6 @@ def merge(adapter: Path, folder: Path, dtype: str | None = None, config: HBATCon
     Raises:
         ValueError: If there is no adapter, its base cannot be loaded, PEFT cannot merge it, or the merged model
             computes something else.
-        ImportError: If PEFT is missing.
     """
     if not is_adapter(adapter):
         raise ValueError(
@@ -69,13 +56,21 @@ def merge(adapter: Path, folder: Path, dtype: str | None = None, config: HBATCon
             else f"{adapter} holds no adapter. Give the folder of one, or of a finished run that trained one."
         )
     options = {} if config is None else shared_init_kwargs(config)
-    with _filled_or_left(folder) as new, warnings.catch_warnings():
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".merging-") as new, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, about what is untied here and compared below
-        model, tokenizer, base = _load(adapter, config, {**options, "dtype": dtype or "auto"})
-        kind, prompts = model.dtype, _prompts(tokenizer)
+        model, tokenizer = _load(adapter, config, {**options, "dtype": dtype or "auto"})
+        base, kind, prompts = model.config.name_or_path, model.dtype, _prompts(tokenizer)
         expected = _logits(model, prompts)
+        if not all(bool(found.isfinite().all()) for found in expected):
+            # PEFT (0.18 to 0.21) saves no new embeddings where it cannot ask the Hub for the size of the base's
+            # vocabulary, and only one of the two with an adapter on the other.
+            raise ValueError(
+                f"The adapter in {adapter} computes NaN: its weights are damaged, or it was saved without embeddings "
+                "of tokens that its tokenizer adds to the base's. Train these in `modules_to_save`."
+            )
         with model.disable_adapter():
-            base_logits = _logits(model, prompts)
+            effect = _distance(_logits(model, prompts), expected)
         model = _merged(model, adapter)
         align_special_tokens(model, tokenizer)
         model.save_pretrained(new)
@@ -83,62 +78,52 @@ def merge(adapter: Path, folder: Path, dtype: str | None = None, config: HBATCon
         parameters = model.num_parameters()
         del model  # before it is loaded again
         code = {key: value for key, value in options.items() if key == "trust_remote_code"}
-        reloaded = load_pretrained(AutoModelForCausalLM, new, dtype=kind, **code)
-        difference = _distance(_logits(reloaded, prompts), expected)
+        model = load_pretrained(AutoModelForCausalLM, new, dtype=kind, **code)
         # Merging rounds weights once more, which moved logits of models of 2 to 48 layers by 1 to 5 units of the
         # dtype's precision (`eps`) in 16 bits, by 18 in one that amplifies whatever changes, and by 100 in float32.
         # Those of a merge that went wrong are as far away as what was lost had moved them.
-        if not difference <= (limit := 2 * torch.finfo(kind).eps ** 0.5):  # nor NaN
+        limit = 2 * torch.finfo(kind).eps ** 0.5
+        if not (difference := _distance(_logits(model, prompts), expected)) <= limit:  # nor NaN
             raise ValueError(
                 f"Merged, the adapter in {adapter} is another model: logits differ by {difference:.2%} of their size, "
-                f"and rounding to {kind} explains {limit:.2%}. Nothing was saved. Merge with `--dtype float32`."
+                f"and rounding to {kind} explains {limit:.2%}. Nothing was saved."
+                f"{'' if kind == torch.float32 else ' Merge with `--dtype float32`.'}"
             )
-    return Merged(base, str(kind).removeprefix("torch."), parameters, difference, _distance(base_logits, expected))
+        for file in list(Path(new).iterdir()):
+            file.rename(folder / file.name)
+    return Merged(base, str(kind).removeprefix("torch."), parameters, difference, effect)
 
 
-def _load(adapter: Path, config: HBATConfig | None, options: dict[str, Any]) -> tuple[Any, Any, str]:
-    try:
-        from peft import PeftConfig, PeftModel  # noqa: PLC0415 - an optional extra
-    except ImportError as error:
-        raise ImportError("Merging needs PEFT. Install it with `pip install 'hbat-trl[peft]'`.") from error
+def _load(adapter: Path, config: HBATConfig | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    from peft import PeftConfig, PeftModel  # noqa: PLC0415 - an optional extra
+
     described: Any = PeftConfig.from_pretrained(str(adapter))
-    name, key = described.base_model_name_or_path, f"`base_model_name_or_path` in {adapter / 'adapter_config.json'}"
-    if not name:
-        raise ValueError(f"{key} is empty. Write the name or folder of the base model there.")
+    name, options = described.base_model_name_or_path, {"revision": described.revision, **options}
     try:
-        base = load_pretrained(
-            AutoModelForCausalLM, name, called="base model", **{"revision": described.revision, **options}
-        )
+        base = load_pretrained(AutoModelForCausalLM, str(name), called="base model", **options)
     except OSError as error:
+        key = f"`base_model_name_or_path` in {adapter / 'adapter_config.json'}"
         raise ValueError(f"{key} is {name!r}, which cannot be loaded: {error}") from error
     if getattr(base, "is_quantized", False):  # on disk already
         base = base.dequantize().to(base.config.dtype)  # transformers 5 leaves some weights in float32
     tokenizer = load_tokenizer(None, base, config, origin=adapter)
     known = base.get_input_embeddings().weight.shape[0]
-    if added := max(0, len(tokenizer) - known):
+    if len(tokenizer) > known:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
-            layer.weight.data[known:] = 0
+            layer.weight.data[known:] = torch.nan  # the adapter has them, or nobody
     with damage_named(adapter, "adapter"):
         model = PeftModel.from_pretrained(base, str(adapter)).eval()
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    if added and not all(layer.weight[known:].any(dim=1).all() for layer in layers):
-        # PEFT (0.18 to 0.21) saves none where the Hub cannot tell it the size of the base's vocabulary, and only one
-        # of the two with an adapter on the other.
-        raise ValueError(
-            f"The adapter in {adapter} was saved without the embeddings of the {added} tokens that its tokenizer adds "
-            "to the base. Train it with the embeddings and the head in `modules_to_save`."
-        )
-    return model, tokenizer, name
+    if not hasattr(model, "merge_and_unload"):  # as prompt tuning
+        kind = described.peft_type.value
+        raise ValueError(f"The adapter in {adapter} cannot be merged: PEFT keeps {kind} beside the base's weights.")
+    return model, tokenizer
 
 
 def _prompts(tokenizer: Any) -> list[list[int]]:
-    texts: list[list[int]] = tokenizer([
-        "The capital of France is Paris, that of",
-        "def add(a, b):\n    return",
-    ]).input_ids
     added = sorted(tokenizer.get_added_vocab().values())  # those of chat templates, and new ones
     spread = list(range(0, len(tokenizer), len(tokenizer) // 64 + 1))
+    texts = tokenizer(["The capital of France is Paris, that of", "def add(a, b):\n    return"]).input_ids
     return [ids for ids in (*texts, spread, added[:64] + added[-64:]) if ids]
 
 
@@ -153,9 +138,6 @@ def _distance(logits: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _merged(model: Any, adapter: Path) -> Any:
-    kind = type(model.peft_config[ADAPTER]).__name__.removesuffix("Config")
-    if not hasattr(model, "merge_and_unload"):
-        raise ValueError(f"The adapter in {adapter} ({kind}) cannot be merged: PEFT keeps it beside the weights.")
     _untie(model)
     configs = (model.config, model.config.get_text_config())
     tied = [config.tie_word_embeddings for config in configs]
@@ -164,7 +146,7 @@ def _merged(model: Any, adapter: Path) -> Any:
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except Exception as error:
-        raise ValueError(f"The adapter in {adapter} ({kind}) cannot be merged: {error}") from error
+        raise ValueError(f"The adapter in {adapter} cannot be merged: {error}") from error
     if any(tied) and torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight):
         for config, value in zip(configs, tied, strict=True):
             config.tie_word_embeddings = value
@@ -180,19 +162,3 @@ def _untie(model: nn.Module) -> None:
             if id(parameter) in seen:
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
             seen.add(id(parameter))
-
-
-@contextmanager
-def _filled_or_left(folder: Path) -> Iterator[Path]:
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with TemporaryDirectory(dir=folder, prefix=".merging-") as temporary:
-            yield Path(temporary)
-            for file in Path(temporary).iterdir():
-                file.rename(folder / file.name)
-    except BaseException:
-        if made:
-            with suppress(OSError):
-                folder.rmdir()
-        raise

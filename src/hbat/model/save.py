@@ -36,13 +36,6 @@ def save(folder: Path, model: Any, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def make_repository(folder: Path, repo_id: str | None, *, private: bool | None) -> str:
-    """Make the repository of a run on the Hub, if there is none; returns its whole name."""
-    from huggingface_hub import HfApi  # noqa: PLC0415 - only needed here
-
-    return str(HfApi().create_repo(repo_id or folder.resolve().name, private=private, exist_ok=True).repo_id)
-
-
 def upload(folder: Path, repo_id: str | None, *, private: bool | None) -> str:
     """Upload a run's model, card and results to the Hub.
 
@@ -56,8 +49,10 @@ def upload(folder: Path, repo_id: str | None, *, private: bool | None) -> str:
     """
     from huggingface_hub import HfApi  # noqa: PLC0415 - only needed here
 
-    commit = HfApi().upload_folder(
-        repo_id=make_repository(folder, repo_id, private=private),
+    api = HfApi()
+    repository = api.create_repo(repo_id or folder.resolve().name, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repository.repo_id,
         folder_path=folder,
         ignore_patterns=_PRIVATE,
         commit_message="Hybrid alignment training",
