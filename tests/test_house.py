@@ -95,10 +95,10 @@ def test_the_mathematics_needs_nothing_but_torch():
 
 
 #: Who names an engine beside the engines: keys of TRL's arguments, what wrappers leave in names of parameters, what an
-#: objective was tested with, and what PPO shards.
+#: objective was tested with, what PPO shards, and the versions in a bug report.
 NAMES_ENGINES = {
-    "config/fields.py", "ewc/parameters.py", "objectives/built_in.py", "objectives/objective.py", "ppo/engine.py",
-    "state/fingerprint.py",
+    "cli/env.py", "config/fields.py", "ewc/parameters.py", "objectives/built_in.py", "objectives/objective.py",
+    "ppo/engine.py", "state/fingerprint.py",
 }  # fmt: skip
 
 

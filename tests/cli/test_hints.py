@@ -124,7 +124,7 @@ def test_every_flat_key_of_trl_is_answered_with_a_place_that_is_accepted_or_a_re
         ("num_generations", "Set `grpo.num_generations` and `rloo.num_generations`."),
         ("eval_strategy", "scored on its `eval_datasets` after every stage"),
         ("resume_from_checkpoint", "`hbat train --resume`"),
-        ("hub_model_id", "`hf upload NAME OUTPUT_DIR`"),
+        ("hub_strategy", "Set the run's `push_to_hub`"),
         ("logging_dir", "the logs lie in `output_dir`"),
         # LLaMA-Factory and axolotl
         ("cutoff_len", "Set `sft.max_length` and `dpo.max_length`."),

@@ -9,11 +9,13 @@ import sys
 
 import cases
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from junk import JUNK, fixed, one_line
 from runs import needs_kto
+from safetensors.torch import load_file
 from trl import (
     DatasetMixtureConfig,
     DPOConfig,
@@ -181,7 +183,8 @@ def test_every_key_that_a_command_of_trl_takes_is_in_the_run_or_named_with_a_rea
                 "quantization": run.quantization,
                 "model_init_kwargs": run.config.model_init_kwargs,
             }
-            assert there[name][inner] == value if name in there else getattr(run.config, inner) == value
+            own = run.config if hasattr(run.config, inner) else run
+            assert there[name][inner] == value if name in there else getattr(own, inner) == value
         else:
             assert key in notes(text), key
     source = {"path": "trl-lib/Capybara", "name": "all"}
@@ -539,6 +542,44 @@ def test_an_objective_of_axolotl_becomes_that_of_the_run(migrated, values, kind,
     assert ("saves_per_epoch" in notes(text)) == ("saves_per_epoch" in values)
 
 
+def test_a_run_is_uploaded_where_the_last_file_says(migrated):
+    names = [{"push_to_hub": True, "hub_model_id": f"me/{name}"} for name in ("sft", "dpo")]
+    run, text = migrated(sft=SFT | names[0], dpo=DPO | names[1])
+    assert (run.push_to_hub, run.hub_model_id) == (True, "me/dpo")
+    assert "me/sft" in text
+    run, _ = migrated(sft=SFT | names[0], dpo=DPO | {"hub_model_id": "me/dpo"})
+    assert (run.push_to_hub, run.hub_model_id) == (False, None)
+
+
+@pytest.mark.slow
+def test_a_migrated_run_without_a_penalty_ends_with_the_weights_of_the_commands_of_trl(folder, migrated):
+    cases.tiny_llama().save_pretrained("model")
+    cases.tiny_tokenizer().save_pretrained("model")
+    plain = {
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "max_length": 64,
+        "use_cpu": True,
+    }
+    plain |= {"bf16": False, "report_to": "none"}
+    given, start = {}, "model"
+    for index, (kind, rows) in enumerate({"sft": cases.sft_rows(16), "dpo": cases.preference_rows(16)}.items()):
+        rows.to_json(f"{kind}.jsonl")
+        data = {"datasets": [{"path": "json", "data_files": f"{kind}.jsonl"}]}
+        given[kind] = plain | data | {"model_name_or_path": start, "output_dir": f"trl-{kind}"}
+        file = folder / f"plain-{kind}.yaml"
+        file.write_text(yaml.safe_dump(given[kind] | {"seed": 42 + index}))  # as stages are seeded
+        subprocess.run([sys.executable, "-m", f"trl.scripts.{kind}", "--config", str(file)], check=True)
+        start = f"trl-{kind}"
+    migrated(**given)
+    words = ["--num_rounds", "1", "--ewc", "null", "--output_dir", "out", "--disable_tqdm"]
+    assert main(["train", "--config", "run.yaml", *words]) == 0
+    expected, found = (load_file(f"{place}/model.safetensors") for place in ("trl-dpo", "out"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 # --- the file and its errors -----------------------------------------------------------------------------------------
 
 
@@ -550,7 +591,7 @@ def test_no_secret_is_written_and_no_value_leaves_its_comment(migrated):
     assert "s3cret" not in text
     assert run.model_name_or_path == SFT["model_name_or_path"]
     assert run.config.sft["eos_token"] == end
-    assert {"hub_token", "wandb_api_key", "push_to_hub"} <= notes(text).keys()
+    assert {"hub_token", "wandb_api_key"} <= notes(text).keys()
     assert not any(line[:1] not in {"#", "", " ", "-"} and ":" not in line for line in text.splitlines())
 
 

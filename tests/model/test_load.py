@@ -128,6 +128,12 @@ def test_a_new_adapter_is_the_same_for_the_same_seed():
     assert cases.largest_difference(first, other) > 0.0
 
 
+def test_a_new_adapter_keeps_the_revision_of_its_base():
+    pinned = make_trainable(cases.tiny_llama(), config(model_init_kwargs={"revision": "abc"}), lora())
+    assert pinned.peft_config["default"].revision == "abc"
+    assert make_trainable(cases.tiny_llama(), config(), lora()).peft_config["default"].revision is None
+
+
 def test_a_model_with_its_own_adapter_is_taken_as_it_is():
     model = cases.lora_llama()
     before = cases.weights(model)

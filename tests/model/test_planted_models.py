@@ -13,6 +13,7 @@ from transformers import dynamic_module_utils
 
 from hbat.config.hbat import HBATConfig
 from hbat.model.load import load_model
+from hbat.model.merge import merge
 from hbat.ppo.networks.policy_and_critic import build_critic
 from hbat.ppo.rewards.model import load_reward_model
 
@@ -133,6 +134,23 @@ def test_code_beside_a_model_runs_where_that_is_asked_for(model_with_code, marke
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])  # to which transformers adds that folder
     load(model_with_code, model_init_kwargs={"trust_remote_code": True})
+    assert marker.exists()
+
+
+def test_code_beside_the_base_of_an_adapter_runs_only_where_that_is_asked_for(
+    model_with_code, marker, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cases.lora_llama().save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = str(model_with_code)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not marker.exists()
+    asked = HBATConfig(output_dir="unused", model_init_kwargs={"trust_remote_code": True})
+    assert merge(tmp_path / "adapter", tmp_path / "merged", config=asked).difference < 1e-5
     assert marker.exists()
 
 

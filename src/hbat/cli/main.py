@@ -1,4 +1,4 @@
-"""The command `hbat`: write, train, validate or measure the run of a YAML file, or run the demo. `--help` is quick."""
+"""The command `hbat`: make, train, check and measure the run of a YAML file, and more. `--help` is quick."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from hbat.config.ewc import EWCConfig
 from hbat.config.section_fields import OBJECTIVES
 
 _USER_ERRORS = (ValueError, TypeError, KeyError, OSError, NotImplementedError, ImportError)
-_OWN_OPTIONS = ("config", "resume", "allow_changed", "points", "save", "traceback", "help")
+_OWN_OPTIONS = ("config", "resume", "allow_changed", "points", "save", "dtype", "traceback", "help")
 
 
 class _TrainingError(Exception):
@@ -84,10 +84,12 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
     run = _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
         from hbat.cli.build import build_trainer, refuse_other_run  # noqa: PLC0415 - heavy
+        from hbat.cli.hub import check_upload, upload_run  # noqa: PLC0415 - heavy
         from hbat.cli.summary import end_processes, print_result  # noqa: PLC0415 - heavy
 
         if not options.resume:
             refuse_other_run(run)
+        check_upload(run)
         trainer = build_trainer(run)
         try:
             trainer.train(resume_from_checkpoint=options.resume, allow_changed=allowed)
@@ -97,6 +99,8 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
         except Exception as error:
             raise _TrainingError from error
     print_result(trainer)
+    if address := upload_run(run):
+        print(f"Hub:    {address}")
     end_processes()
     return 0
 
@@ -105,8 +109,10 @@ def _validate(options: argparse.Namespace, words: Sequence[str]) -> int:
     run = _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):
         from hbat.cli.build import build_trainer  # noqa: PLC0415 - heavy
+        from hbat.cli.hub import check_upload  # noqa: PLC0415 - heavy
         from hbat.cli.summary import end_processes, print_plan  # noqa: PLC0415 - heavy
 
+        check_upload(run)
         trainer = build_trainer(run)
     print_plan(trainer)
     end_processes()
@@ -119,8 +125,7 @@ def _front(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.save:
         saved, folder = _point("save", options.save[0]), Path(options.save[1])
         points.append(saved)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"`--save` names {str(folder)!r}, which is not an empty folder. Name a new one.")
+        _require_empty("--save", folder)
     run = _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):
         from hbat.cli.build import build_trainer  # noqa: PLC0415 - heavy
@@ -136,6 +141,27 @@ def _front(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
+def _merge(options: argparse.Namespace, words: Sequence[str]) -> int:
+    source, folder = Path(options.config), Path(options.folder)
+    _require_empty("DIR", folder)
+    if source.is_dir() and words:
+        raise ValueError(f"`{words[0]}` is for a run file, and {str(source)!r} is a folder. Remove it.")
+    run = None if source.is_dir() else _prepare(options, words)
+    with contextlib.redirect_stdout(sys.stderr):
+        from hbat.cli.summary import describe_merged  # noqa: PLC0415 - heavy
+        from hbat.model.merge import merge  # noqa: PLC0415 - heavy
+        from hbat.state.folder import RunFolder  # noqa: PLC0415 - heavy
+
+        adapter = source if run is None else Path(run.config.output_dir)
+        quantized = run is not None and run.quantization is not None
+        if (state := next(RunFolder(adapter).states(), None)) is not None:  # not after `hbat clean`
+            _require_finished(state, adapter)
+            quantized |= "quantization" in state.fingerprint["parameters"]
+        merged = merge(adapter, folder, options.dtype, None if run is None else run.config)
+    print(describe_merged(merged, folder, quantized=quantized))
+    return 0
+
+
 def _clean(options: argparse.Namespace, words: Sequence[str]) -> int:
     run = _prepare(options, words)
     from hbat.state.folder import RunFolder  # noqa: PLC0415 - heavy
@@ -145,15 +171,25 @@ def _clean(options: argparse.Namespace, words: Sequence[str]) -> int:
         raise ValueError(f"`output_dir` {run.config.output_dir!r} holds no run: there is nothing to remove.")
     with folder.locked():
         state = folder.read()
-        if state is not None and (done := state.next_stage - state.first_stage) < state.planned:
-            raise ValueError(
-                f"The run in {run.config.output_dir!r} is not finished: {done} of its {state.planned} stages are "
-                "done. Finish it with `hbat train --resume`."
-            )
+        if state is not None:
+            _require_finished(state, run.config.output_dir)
         size = folder.size()
         folder.clear()
     print(f"Removed {size / 1e6:.1f} MB: the run can no longer be continued, nor its front be measured.")
     return 0
+
+
+def _require_empty(option: str, folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`{option}` names {str(folder)!r}, which is not an empty folder. Name a new one.")
+
+
+def _require_finished(state: Any, folder: str | Path) -> None:
+    if (done := state.next_stage - state.first_stage) < state.planned:
+        raise ValueError(
+            f"The run in {str(folder)!r} is not finished: {done} of its {state.planned} stages are done. Finish it "
+            "with `hbat train --resume`."
+        )
 
 
 def _point(option: str, text: str) -> float:
@@ -167,7 +203,7 @@ def _point(option: str, text: str) -> float:
 
 
 def _init(options: argparse.Namespace, words: Sequence[str]) -> int:
-    _require_no_more(words, "init")
+    _refuse("init", words)
     text = first_run(options.model, {name: getattr(options, name) for name in OBJECTIVES}, lora=options.lora)
     if options.output is None:
         print(text, end="")
@@ -184,23 +220,31 @@ def _init(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _migrate(options: argparse.Namespace, words: Sequence[str]) -> int:
-    _require_no_more(words, "migrate")
+    _refuse("migrate", words)
     from hbat.cli.migrate import migrate  # noqa: PLC0415 - nothing else needs it
 
     print(migrate(options.files), end="")
     return 0
 
 
-def _require_no_more(words: Sequence[str], command: str) -> None:
-    if words:
-        raise ValueError(f"`{words[0]}` is not an option. See `hbat {command} --help`.")
+def _env(_: argparse.Namespace, words: Sequence[str]) -> int:
+    _refuse("env", words)
+    from hbat.cli.env import describe_environment  # noqa: PLC0415 - heavy
+
+    print(describe_environment())
+    return 0
 
 
 def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
-    _require_no_more(words, "demo")
+    _refuse("demo", words)
     from hbat.cli.demo.run import run  # noqa: PLC0415 - heavy
 
     return run(options.output_dir, options.seed, options.quick, options.preference)
+
+
+def _refuse(command: str, words: Sequence[str]) -> None:
+    if words:
+        raise ValueError(f"`{words[0]}` is not an option. See `hbat {command} --help`.")
 
 
 def _prepare(options: argparse.Namespace, words: Sequence[str]) -> RunFile:
@@ -218,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="{init,migrate,train,validate,front,clean,demo}"
+        title="commands", required=True, metavar="{init,migrate,train,validate,front,merge,clean,env,demo}"
     )
     _add_beginnings(commands)
     train = _run_command(commands, "train", _train, "train a run described by a YAML file")
@@ -241,8 +285,20 @@ def _parser() -> argparse.ArgumentParser:
     front.add_argument(
         "--save", nargs=2, metavar=("POINT", "DIR"), help="save the model or adapter at a point into a new folder"
     )
+    what = "merge the adapter of a run into its base model, for vLLM or llama.cpp; RUN may be an adapter's folder"
+    merged = _run_command(commands, "merge", _merge, what, file="RUN DIR")
+    merged.add_argument("folder", metavar="DIR", help="new or empty folder for model and tokenizer")
+    merged.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the merged weights (default: the base model's)",
+    )
     what = "remove what a finished run keeps beside its model to be continued or averaged"
     _run_command(commands, "clean", _clean, what, file="RUN")
+    what = "print versions, devices and settings, for a bug report"
+    env = commands.add_parser("env", allow_abbrev=False, help=what, description=_sentence(what))
+    env.add_argument("--traceback", action="store_true", help="print the traceback of an error")
+    env.set_defaults(run=_env)
     what = "compare HBAT and two-stage training on a small model, on the CPU"
     demo = commands.add_parser("demo", allow_abbrev=False, help=what, description=_sentence(what))
     demo.add_argument(
@@ -293,7 +349,7 @@ def _run_command(
     if file.startswith("--"):
         command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
     else:
-        command.add_argument("config", metavar=file, help="YAML file of the run")
+        command.add_argument("config", metavar="RUN", help="YAML file of the run")
         command.add_argument(
             "--config", action="store_true", dest="_", help=argparse.SUPPRESS
         )  # as before other files

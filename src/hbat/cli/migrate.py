@@ -51,7 +51,7 @@ def migrate(given: Sequence[str]) -> str:
         "eval_datasets": {training.kind: training.eval_data for training in trained if training.eval_data},
     }
     for training in trained:
-        _place(run, training)
+        _place(run, training, is_last=training is trained[-1])
     for training in trainings:
         if training.kind == "reward":
             _add_reward(run, training)
@@ -100,9 +100,13 @@ def _require_chain(trained: Sequence[Training]) -> None:
         ends |= {Path(training.output), Path(str(training.values.get("hub_model_id", training.output)))}
 
 
-def _place(run: dict[str, Any], training: Training) -> None:
+def _place(run: dict[str, Any], training: Training, *, is_last: bool) -> None:
     """Put the keys of a training where they belong in the run."""
+    uploads = is_last and training.values.get("push_to_hub")
     for key, value in training.values.items():
+        if key in {"push_to_hub", "hub_model_id", "hub_private_repo"} and not uploads:
+            training.note(key, value, "the run is uploaded once, as the last file's `push_to_hub` says.")
+            continue
         found, remark = places(key, [training.kind])
         if reason := _why_not(training, key, found, remark):
             training.note(key, value, reason)

@@ -56,6 +56,21 @@ class RunFile:
             "help": "Fields of transformers.BitsAndBytesConfig for the frozen base model of an adapter (QLoRA)."
         },
     )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether `hbat train` uploads model, card and scores to the Hub at the end. From Python, call "
+            "`trainer.push_to_hub()`."
+        },
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"help": "Repository for `push_to_hub`, such as `org/name`. Default: the name of `output_dir`."},
+    )
+    hub_private_repo: bool | None = field(
+        default=None,
+        metadata={"help": "Whether `push_to_hub` makes a private repository. Default: what the organization has set."},
+    )
     env: dict[str, Any] | None = field(
         default=None, metadata={"help": "Environment variables, set before torch and transformers are imported."}
     )

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hbat.engines.processes import is_main_process
+from hbat.model.merge import Merged
 from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
 from hbat.reports.matrix import directions, table_rows
 from hbat.reports.plots import can_draw
@@ -58,6 +59,20 @@ def print_front(trainer: HBATTrainer, front: Front, saved: Path | None) -> None:
         console.print(f"Plot:   {folder / FRONT_PLOT_FILE}", highlight=False)
     if saved is not None:
         console.print(f"Model:  {saved.absolute()}", highlight=False)
+
+
+def describe_merged(merged: Merged, folder: Path, *, quantized: bool) -> str:
+    """Say what an adapter was merged into, how exact that is, and where the model lies."""
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    lines = [f"Base:   {merged.base}, in {merged.dtype}"]
+    if quantized:
+        lines.append(f"        The adapter was trained on it in 4 or 8 bits: in {merged.dtype} its logits are others.")
+    far = f"{merged.difference:.1g} of their size from the adapter's, which are {merged.effect:.1g} from the base's"
+    lines.append(f"Logits: {far}")
+    if merged.difference > merged.effect / 2:
+        lines.append(f"        Rounding to {merged.dtype} weighs as much as the adapter: try `--dtype float32`.")
+    where = f"Model:  {folder.absolute()} ({size:,.1f} MB, {merged.parameters:,} parameters in {merged.dtype})"
+    return "\n".join([*lines, where])
 
 
 def print_plan(trainer: HBATTrainer) -> None:

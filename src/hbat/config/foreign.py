@@ -9,8 +9,8 @@ OWNED_BY_RUN = {
     "output_dir": "every stage has its own folder inside the run's. Set the run's `output_dir`.",
     "report_to": "one set of reporters serves the whole run. Set the run's `report_to`.",
     "run_name": "one set of reporters serves the whole run. Set the run's `run_name`.",
-    "push_to_hub": "stages are not pushed. After training run `hf upload NAME OUTPUT_DIR`, or call "
-    "`HBATTrainer.push_to_hub`.",
+    "push_to_hub": "stages are not pushed. Set the run's `push_to_hub`, or call `HBATTrainer.push_to_hub` after "
+    "training.",
     "resume_from_checkpoint": "the run resumes as a whole. Give `hbat train --resume`, or pass "
     "`resume_from_checkpoint` to `HBATTrainer.train`.",
     "load_best_model_at_end": "the next stage starts from the end of this one. `hbat front` chooses a point "
@@ -24,6 +24,7 @@ OWNED_BY_RUN = {
 PLACES = {
     **{key: key for key in ("model_name_or_path", "tokenizer_name_or_path", "output_dir", "overwrite_output_dir")},
     **{key: key for key in ("report_to", "run_name", "disable_tqdm", "chat_template", "env", "reward_funcs")},
+    **{key: key for key in ("push_to_hub", "hub_model_id", "hub_private_repo")},
     "dataset_name": "datasets.*",
     "dataset_config": "datasets.*.name",
     "dataset_train_split": "datasets.*.split",

@@ -1,1 +1,1 @@
-"""The model: `load`, `save`, `chat_template`, `adapters` with the reference adapter, `copies` as reference policy."""
+"""The model: `load`, `save`, `chat_template`, `copies` as reference policy, `adapters`, and `merge` into a base."""

@@ -48,7 +48,7 @@ def _clone(source: str, model: Any, tokenizer: Any) -> list[str]:
     if hasattr(model, "peft_config"):
         raise ValueError(
             f"`chat_template` is the tokenizer {source!r}, whose tokens would resize the embeddings under an adapter "
-            "that exists already. Give its template as a Jinja file, or merge the adapter first."
+            "that exists already. Give its template as a Jinja file, or merge the adapter first (`hbat merge`)."
         )
     known = len(tokenizer)
     try:

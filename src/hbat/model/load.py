@@ -31,7 +31,7 @@ _NO_REMOTE_CODE = {"trust_remote_code": False}
 _CLEAR = (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError)
 _TWO_ADAPTERS = (
     "The model has an adapter already and `peft_config` asks for another. Omit `peft_config` to train the existing "
-    "adapter, or merge it first."
+    "adapter, or merge it first (`hbat merge`)."
 )
 
 
@@ -90,7 +90,7 @@ def make_trainable(model: Any, config: HBATConfig, peft_config: Any, *, takes_re
         NotImplementedError: If the adapter is unsupported.
     """
     if peft_config is not None:
-        model = add_adapter(model, peft_config, config.seed)
+        model = add_adapter(model, peft_config, config.seed, (config.model_init_kwargs or {}).get("revision"))
     refuse_adapters(model, takes_reference=takes_reference)
     require_trainable(model)
     if not weights_come_later():
@@ -249,8 +249,8 @@ def load_language_model(name: str | Path, init_kwargs: Mapping[str, Any] | None 
     return load_pretrained(AutoPeftModelForCausalLM, name, is_trainable=True, **options)
 
 
-def add_adapter(model: Any, peft_config: Any, seed: int) -> Any:
-    """Add a new adapter, whose random weights follow from the seed."""
+def add_adapter(model: Any, peft_config: Any, seed: int, revision: str | None = None) -> Any:
+    """Add a new adapter, whose random weights follow from the seed, and which keeps the revision of its base."""
     try:
         from peft import PeftConfig, get_peft_model  # noqa: PLC0415 - an optional extra
     except ImportError as error:
@@ -263,7 +263,7 @@ def add_adapter(model: Any, peft_config: Any, seed: int) -> Any:
         raise ValueError(_TWO_ADAPTERS)
     set_seed(seed)
     with without_deprecations():
-        return get_peft_model(model, peft_config)
+        return get_peft_model(model, peft_config, revision=revision)
 
 
 def require_trainable(model: Any) -> None:
