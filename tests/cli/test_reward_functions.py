@@ -51,15 +51,15 @@ def test_a_single_text_is_a_list_of_one(file):
 
 REFUSED = [
     ("no_such_module:f", ValueError, r"`reward_funcs`: there is no module 'no_such_module'.*`path/to/file\.py:"),
-    ("math:fsun", ValueError, r"`reward_funcs`: math has no function `fsun`\. Did you mean `fsum`\?"),
+    ("math:fsun", ValueError, r"`reward_funcs`: math has no `fsun`\. Did you mean `fsum`\?"),
     ("math:pi", TypeError, r"`reward_funcs`: `pi` of math is a float, not a function"),
-    ("rewards.py", ValueError, r"'rewards\.py', which names no function\. Give `package\.module:function`"),
+    ("rewards.py", ValueError, r"'rewards\.py', which names no function or class\. Give `package\.module:function`"),
     ("rewards.py:", ValueError, r"names no function"),
     (":length", ValueError, r"names no function"),
     ("", ValueError, r"names no function"),
     ("reward.py:length", ValueError, r"there is no file .*/reward\.py\. Did you mean `rewards\.py`\?"),
     ("gone/rewards.py:length", ValueError, r"there is no file .*\(and no folder .*/gone\)"),
-    ("rewards.py:lenght", ValueError, r"has no function `lenght`\. Did you mean `length`\?"),
+    ("rewards.py:lenght", ValueError, r"has no `lenght`\. Did you mean `length`\?"),
     ("broken.py:length", ValueError, r"importing .*/broken\.py failed: ZeroDivisionError: "),
 ]
 
@@ -73,5 +73,5 @@ def test_what_cannot_be_imported_is_named(text, error, message, file):
 
 
 def test_the_one_of_several_that_is_wrong_is_named_by_its_place(file):
-    with pytest.raises(ValueError, match=r"`reward_funcs\[1\]`: math has no function"):
+    with pytest.raises(ValueError, match=r"`reward_funcs\[1\]`: math has no `nothing`"):
         load_reward_functions(["math:fsum", "math:nothing"])

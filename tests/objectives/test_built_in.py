@@ -46,5 +46,5 @@ def test_an_objective_of_the_users_own_stays_what_it_is(tmp_path):
 
 
 def test_an_unknown_name_says_how_another_trainer_becomes_an_objective(tmp_path):
-    with pytest.raises(ValueError, match=r"'orpo', which is not built in \(sft, .*`hbat\.Objective\(name="):
+    with pytest.raises(ValueError, match=r"'orpo', which is not built in \(sft, .*a mapping of `name`, `trainer`"):
         resolve(runs.config(tmp_path, objectives=["orpo"]))

@@ -78,6 +78,6 @@ def test_a_schedule_that_is_no_function_of_the_step_is_refused(tmp_path):
             )
 
     trainer = Trainer()
-    extend_schedule(trainer, "run", round_index=0, num_rounds=2, steps_before=0)
+    extend_schedule(trainer, "run", round_index=0, num_rounds=2, steps_before=0, ahead=2)
     with pytest.raises(TypeError, match=r"`lr_schedule: run` needs a schedule of the step alone.*StepLR"):
         trainer.create_scheduler(4)
