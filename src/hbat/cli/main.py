@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     except Exception as error:  # noqa: BLE001 - the libraries raise anything; the user gets one line
         cause = (error.__cause__ or error) if isinstance(error, _TrainingError) else error
-        by_user = cause is error and isinstance(error, _USER_ERRORS)
+        by_user = isinstance(error, _USER_ERRORS)
         if "--traceback" in words:
             traceback.print_exception(cause)
         print(f"hbat: error: {_one_line(cause, by_user=by_user)}", file=sys.stderr)
