@@ -70,6 +70,10 @@ def check():
         normalize(faulty)
     except ValueError as error:
         refusal = str(error)
+    try:
+        normalize(raw | {"even": shared[3]["even"]})
+    except ValueError as error:
+        mixed = str(error)
     return {
         "shared": results(*shared),
         "whole": results(values, anchor, gradients, raw),
@@ -79,4 +83,5 @@ def check():
         "rows here": {name: len(part_of(tensor)) for name, tensor in shared[0].items()},
         "not finite": first_not_finite(faulty),
         "refusal": refusal,
+        "mixed": mixed,
     }

@@ -145,6 +145,11 @@ def test_a_fault_on_one_process_is_named_on_all(checks):
 
 
 @pytest.mark.slow
+def test_sharded_weights_are_not_summed_with_whole_ones(checks):
+    assert "1 of 4 tensors are sharded and the others are whole" in checks["mixed"]
+
+
+@pytest.mark.slow
 def test_a_weight_that_is_not_finite_on_one_process_stops_all(two):
     messages = {(two() / f"poison-{rank}.txt").read_text() for rank in (0, 1)}
     assert len(messages) == 1
