@@ -425,7 +425,7 @@ def test_data_that_llama_factory_lists_is_found_there(migrated, folder):
             "folder": "f",
             "formatting": "sharegpt",
             "columns": {"messages": "messages"},
-            "tags": {"user_tag": "asker", "assistant_tag": "gpt", "role_tag": "from"},
+            "tags": {"user_tag": "asker", "assistant_tag": "gpt", "role_tag": "from", "content_tag": "says"},
         },
     }
     (folder / "mine" / "dataset_info.json").write_text(json.dumps(listed))
@@ -433,6 +433,9 @@ def test_data_that_llama_factory_lists_is_found_there(migrated, folder):
     del values["max_samples"], values["val_size"]
     run, text = migrated(a=values)
     b = {"path": "org/b", "name": "en", "data_dir": "f", "split": "test"}
+    b["roles"] = {"asker": "user", "gpt": "assistant"}
+    assert "content_tag" in text
+    assert "role_tag" not in text
     columns = {"instruction": "question", "system": "rules"}
     assert run.datasets["sft"] == [{"path": "mine/a.jsonl", "rows": 5, "columns": columns}, b]
     assert run.eval_datasets == {"sft": b}

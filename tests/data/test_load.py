@@ -73,6 +73,18 @@ def test_a_saved_data_set_is_read(folder):
     assert load("saved", name=NAME).to_list() == ROWS
 
 
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a?.jsonl", "a {1}#%20(ü).jsonl"])
+def test_a_name_with_signs_of_a_pattern_is_that_of_one_file(folder, name):
+    write(folder / "a1.jsonl", [{"text": "another"}])
+    write(folder / name, [{"text": "this one"}])
+    assert load(name, name=NAME)["text"][:] == ["this one"]
+
+
+def test_a_name_that_the_reader_takes_for_a_chain_is_refused(folder):
+    write(folder / "a::b.jsonl")
+    assert "has `::` in its name" in refusal("a::b.jsonl")
+
+
 @pytest.mark.parametrize("file", ["pairs.jsonl", "pairs.parquet"])
 def test_a_missing_file_is_named_with_the_nearest_in_its_folder(folder, file):
     write(folder / f"pairs-1.{file.partition('.')[2]}")

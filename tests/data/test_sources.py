@@ -1,6 +1,7 @@
 """Data as users name it: files, names and mappings, mixtures of them, and rows that are held out."""
 
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -180,7 +181,6 @@ def refusals(files):
         "weight of one": ([{"path": files[0], "weight": 1}, files[1]], "for all parts or none, but b.jsonl has none"),
         "columns that differ": ([files[0], mixed], "a.jsonl has the columns text, part 1 has completion, prompt."),
         "types that differ": ([files[0], numbers], "the columns of a.jsonl, part 1 do not agree"),
-        "too many rows": ({"path": files[1], "rows": 9}, "`rows` is 9, but it has only 4"),
         "no rows": ({"path": files[1], "rows": 0}, "`rows` is 0; it must be a whole number of at least 1"),
         "unknown key": ({"path": files[1], "laoyut": "x"}, "key `laoyut`; valid are .* Did you mean `layout`?"),
         "fraction": ({"path": files[1], "fraction": 0.1}, "has `fraction`; here it is called `weight`"),
@@ -198,17 +198,6 @@ def refusals(files):
         "no such column": ({"path": files[0], "columns": {"prompt": "txt"}}, "names `txt`, but .* mean `text`?"),
         "share above one": ({"path": files[0], "eval_split": 2}, "must be a share between 0 and 1"),
         "all held out": ({"path": files[1], "rows": 1, "eval_split": 0.5}, "leaves no rows to train on"),
-        "parts that are no text": (
-            Dataset.from_list([
-                {"conversations": [{"from": "human", "value": [{"type": kind, "text": "Hi"}]}]}
-                for kind in ("text", "image")
-            ]),
-            r"row 1, field `conversations\[0\].value`: a part of the type 'image' cannot be converted",
-        ),
-        "a call that is none": (
-            Dataset.from_list([{"conversations": [{"from": "function_call", "value": "add(1, 2)"}]}]),
-            r"row 0, field `conversations\[0\].value`: 'add\(1, 2\)' is not the JSON of a function call",
-        ),
     }  # fmt: skip
 
 
@@ -227,6 +216,29 @@ def test_the_log_says_which_layout_was_found_and_what_is_not_used(caplog):
         "`datasets.sft`: layout `question-answer` (`instruction`, `response`), converted to `prompt`, `completion`; "
         "not used: `category`."
     )
+
+
+def test_the_log_says_which_columns_of_a_layout_stand_unused_beside_a_format_of_trl(caplog):
+    with caplog.at_level("INFO", logger="hbat"):
+        load(Dataset.from_list([{"prompt": "Hi", "completion": " Hello.", "system": "Be brief.", "id": 3}]))
+        load(Dataset.from_list([{"prompt": "Hi", "completion": " Hello.", "id": 3}]))
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("hbat")]
+    assert line == "`datasets.sft`: one of TRL's formats, trained on as it is; not used: `system`."
+
+
+def test_a_path_is_a_file(files):
+    assert len(load(Path(files[0])).dataset) == 8
+
+
+def test_more_rows_than_there_are_are_all(files):
+    assert len(load({"path": files[1], "rows": 9}).dataset) == 4
+
+
+def test_unreadable_rows_are_dropped_like_others():
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    rows = load(Dataset.from_list([{"conversations": turns}, {"conversations": [turns[0], None]}]))
+    left, origin = check_dataset(rows.dataset, name=NAME, faults=sft_faults, origin=rows.origin, on_bad_rows="drop")
+    assert (len(left), list(origin.number)) == (1, [0])
 
 
 def test_rows_to_evaluate_on_are_given_once(files):

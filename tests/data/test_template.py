@@ -235,3 +235,30 @@ def test_tokens_beyond_the_vocabulary_are_found_in_text_where_the_tokenizer_has_
     assert faults({"prompt": "a", "completion": "b<call>"}, tokenizer, len(tokenizer) - 1) == [
         ("unknown token", "completion")
     ]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLED = [
+    user(),
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "3"},
+    assistant(),
+]
+ADD = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "problem"),
+    [
+        ("{{ messages }}", {"messages": CALLED}, None),
+        ("{{ tools }}{{ messages }}", {"messages": [user(), assistant()], "tools": [ADD]}, None),
+        ("{% for turn in messages %}{{ turn['content'] }}{% endfor %}", {"messages": CALLED}, "the call of 'add'"),
+        ("{{ messages }}", {"messages": [user(), assistant()], "tools": [ADD]}, "the tool 'add'"),
+        ("{{ messages }}", {"messages": [user(), assistant()], "tools": '[{"name": "add"}]'}, "the tool 'add'"),
+    ],
+)
+def test_calls_and_tools_that_the_template_leaves_out_are_a_fault(template, row, problem):
+    tokenizer = cases.tiny_tokenizer()
+    tokenizer.chat_template = template
+    found = [fault.problem for fault in row_fit(sft_faults, tokenizer, Limits(cases.VOCABULARY_SIZE))(row)]
+    assert (not found) if problem is None else (f"leaves out {problem}. Set a `chat_template`" in found[0])

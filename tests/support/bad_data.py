@@ -11,6 +11,7 @@ from messages import SYSTEM, assistant, dialogue, user
 from hbat.data.check import check_dataset
 from hbat.data.formats import kto_faults, preference_faults, prompt_faults, sft_faults
 from hbat.data.load import DatasetError
+from hbat.data.sources import load_rows
 from hbat.data.template import Limits, row_fit
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "bad-data.md"
@@ -19,6 +20,8 @@ CHECKS = {"sft": sft_faults, "dpo": preference_faults, "kto": kto_faults, "ppo":
 
 PAIR = {"prompt": "Why?", "chosen": " So.", "rejected": " No."}
 JUDGED = {"prompt": "Why?", "completion": " So.", "label": True}
+
+SHAREGPT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
 
 #: Of a model, for prompts of PPO.
 WHY = "with `max_completion_length` 8 the model's context of 128 leaves room for 120"
@@ -45,20 +48,20 @@ MET = {
 #: A kind, an objective, and rows of which the last has a fault of that kind.
 CASES = [
     ("missing column", "sft", [{"story": "Once upon a time"}]),
-    ("missing column", "sft", [{"prompt": "Why?", "answer": " So."}]),
+    ("missing column", "sft", [{"prompt": "Why?", "reply": " So."}]),
     ("missing column", "dpo", [{"prompt": "Why?", "chosen": " So."}]),
     ("missing column", "kto", [{"prompt": "Why?", "completion": " So.", "rating": True}]),
-    ("missing column", "ppo", [{"messages": [user()]}]),
+    ("missing column", "ppo", [{"text": "Why?"}]),
     ("missing value", "dpo", [PAIR, PAIR | {"rejected": None}]),
     ("not text", "dpo", [PAIR | {"rejected": True}]),
     ("empty text", "dpo", [PAIR, PAIR | {"chosen": ""}]),
     ("empty conversation", "sft", [{"messages": [user(), assistant()]}, {"messages": []}]),
-    ("mixed formats", "dpo", [{"prompt": "Why?", "chosen": [assistant("So.")], "rejected": [assistant("No.")]}]),
+    ("mixed formats", "dpo", [{"prompt": [user()], "chosen": "So.", "rejected": "No."}]),
     ("mixed formats", "sft", [{"prompt": "Why?", "completion": " So.", "messages": [user(), assistant()]}]),
     ("not a message", "sft", [{"messages": ["Why?", "So."]}]),
-    ("message without role", "sft", [{"messages": [{"from": "user", "value": "Why?"}]}]),
+    ("message without role", "sft", [{"messages": [{"role": None, "content": "Why?"}, assistant()]}]),
     ("message without content", "sft", [{"messages": [user(None), assistant()]}]),
-    ("unknown role", "sft", [{"messages": [{"role": "human", "content": "Why?"}, assistant()]}]),
+    ("unknown role", "sft", [{"messages": [{"role": "usr", "content": "Why?"}, assistant()]}]),
     ("empty turn", "sft", [{"messages": [user(), assistant(" ")]}]),
     ("empty turn", "dpo", [{"chosen": dialogue("Why?", ""), "rejected": dialogue("Why?", "No.")}]),
     ("repeated role", "sft", [{"messages": [user(), user("Well?"), assistant()]}]),
@@ -71,7 +74,7 @@ CASES = [
     ("identical pair", "dpo", [PAIR | {"rejected": PAIR["chosen"]}]),
     ("nearly identical pair", "dpo", [PAIR | {"rejected": " so."}]),
     ("reversed pair", "dpo", [PAIR, PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}]),
-    ("not a label", "kto", [JUDGED | {"label": 1}]),
+    ("not a label", "kto", [JUDGED | {"label": 2}]),
     ("bad token ids", "sft", [{"input_ids": [1, 2], "labels": [1]}]),
     ("unknown token", "sft", [{"input_ids": [1, 5000]}]),
     ("too long", "ppo", [{"prompt": "Why? " * 30}]),
@@ -80,6 +83,9 @@ CASES = [
     ("reserved column", "kto", [PAIR | {"label": True}]),
     ("bad tools", "sft", [{"messages": [user(), assistant()], "tools": "look"}]),
     ("bad template arguments", "sft", [{"messages": [user(), assistant()], "chat_template_kwargs": None}]),
+    ("missing value", "sft", [{"instruction": "Why?", "output": text} for text in ("So.", None)]),
+    ("wrong last turn", "sft", [{"conversations": SHAREGPT}, {"conversations": SHAREGPT[:1]}]),
+    ("unreadable", "sft", [{"conversations": SHAREGPT}, {"conversations": [SHAREGPT[0], None]}]),
     ("template", "sft", [{"messages": [SYSTEM, user(), assistant()]}]),
 ]  # fmt: skip
 
@@ -120,10 +126,11 @@ def message(objective, rows):
     """The error of a run of this objective about rows: their format first, then a strict tokenizer."""
     check = CHECKS[objective]
     fit = row_fit(functools.partial(check), strict_tokenizer(), LIMITS)
-    data = Dataset.from_list(rows)
+    name = f"train_dataset[{objective!r}]"
+    loaded, _ = load_rows(Dataset.from_list(rows), name=name, check=check)
     for faults in (check, fit):
         try:
-            check_dataset(data, name=f"train_dataset[{objective!r}]", faults=faults)
+            check_dataset(loaded.dataset, name=name, faults=faults, origin=loaded.origin)
         except DatasetError as error:
             return str(error)
     return None
@@ -131,9 +138,10 @@ def message(objective, rows):
 
 def kinds(objective, rows):
     """The kinds of fault that the last row shows alone."""
-    found = list(CHECKS[objective](rows[-1]))
-    fit = row_fit(CHECKS[objective], strict_tokenizer(), LIMITS)
-    return {fault.kind for fault in found or fit(rows[-1])}
+    loaded, _ = load_rows(Dataset.from_list(rows), name="data", check=CHECKS[objective])
+    last = loaded.dataset[-1]
+    found = list(CHECKS[objective](last)) or row_fit(CHECKS[objective], strict_tokenizer(), LIMITS)(last)
+    return {loaded.origin.worded(len(rows) - 1, fault).kind for fault in found}
 
 
 def document():

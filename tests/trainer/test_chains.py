@@ -60,7 +60,7 @@ def test_the_steps_ahead_of_a_schedule_over_uneven_rounds_follow_the_shares(tmp_
 
 
 def test_a_share_that_leaves_too_few_rows_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"train_dataset\['sft'\] has too few rows: 8 for 100 rounds"):
+    with pytest.raises(ValueError, match=r"has too few rows: 0\.01 of its 8 \(`rounds\[0\]`\) is 0, but"):
         runs.build_run(cases.tiny_llama(), tmp_path, num_rounds=1, rounds=[{"sft": 0.01, "dpo": 1}])
 
 

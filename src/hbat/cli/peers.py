@@ -57,6 +57,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _PROMPTS = {"LLaMA-Factory": "train_on_prompt", "axolotl": "train_on_inputs"}
 #: What LLaMA-Factory's `dataset_info.json` calls columns of its layouts.
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+#: Tags there for keys of messages, with those that are known, and for roles, with TRL's.
+_KEY_TAGS = {"role_tag": ("from", "role"), "content_tag": ("value", "content")}
+_ROLE_TAGS = {
+    "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "function_call",
+    "system_tag": "system",
+}  # fmt: skip
 _LAYOUTS = ("alpaca", "chat_template", "completion", "sharegpt")
 
 
@@ -228,17 +234,21 @@ def _llama_factory_data(training: Training) -> None:
         for name in names:
             if name not in listed and folder.name != "ONLINE":
                 training.note(key, name, f"its file is a guess: {index} does not list it.")
-        found = [_listed(folder, name, listed.get(name, {})) for name in names]
+        found = [_listed(training, folder, name, listed.get(name, {})) for name in names]
         return [{**part, "rows": rows or part["rows"]} for part in found]
 
     training.data = _data(training, parts("dataset"), training.take("val_size"))
     training.eval_data = _data(training, parts("eval_dataset"))
 
 
-def _listed(folder: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _listed(training: Training, folder: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """A data set as `dataset_info.json` describes it."""
     file = name if folder.name == "ONLINE" else str(folder / entry.get("file_name", f"{name}.json"))
     columns = {_COLUMNS.get(column, column): own for column, own in entry.get("columns", {}).items()}
+    tags = entry.get("tags", {})
+    keys = {tag: own for tag, own in tags.items() if tag in _KEY_TAGS and own not in _KEY_TAGS[tag]}
+    for tag, own in keys.items():
+        training.note(f"{name}.tags.{tag}", own, "keys of messages cannot be renamed. Rename them in the file.")
     return {
         "path": entry.get("hf_hub_url", file),
         "name": entry.get("subset"),
@@ -246,6 +256,7 @@ def _listed(folder: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]
         "split": entry.get("split"),
         "rows": entry.get("num_samples"),
         "columns": {column: own for column, own in columns.items() if own not in {column, "messages"}},
+        "roles": {tags[tag]: role for tag, role in _ROLE_TAGS.items() if tag in tags and tags[tag] != role},
     }
 
 

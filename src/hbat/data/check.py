@@ -1,12 +1,14 @@
 """Checks a data set before the first stage: its type, size, columns and, by the rules of `formats`, every row."""
 
-import hashlib
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import xxhash
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from hbat.config.fields import nearest
@@ -30,11 +32,13 @@ class FaultyRows:
     rows: list[int] = field(default_factory=list)
     first: str = ""
     kinds: Counter[str] = field(default_factory=Counter)
+    first_row: int = 0
 
     def add(self, row: int, origin: Origin, faults: Sequence[Fault]) -> None:
         """Count the faults of a row, in the words of what it comes from."""
         faults = [origin.worded(row, fault) for fault in faults]
-        if not self.rows:
+        if not self.rows or row < self.first_row:
+            self.first_row = row
             stop = "" if faults[0].problem.endswith("?") else "."
             self.first = f"{origin.where(row)}, field `{faults[0].field}`: {faults[0].problem}{stop}"
         self.rows.append(row)
@@ -56,37 +60,48 @@ def search(rows: Dataset, faults: RowCheck, origin: Origin | None = None) -> Fau
         origin: Where the rows come from; by default they are the user's own.
     """
     found, origin = FaultyRows(), origin or Origin.of(rows)
-    reversals = _Reversals(origin) if getattr(faults, "func", faults) is preference_faults else None
+    pairs = _Pairs() if getattr(faults, "func", faults) is preference_faults else None
     index = 0
     for batch in rows.iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            of_row = list(faults(row))
-            if reversals and not of_row:  # a row that is faulty in itself contradicts no other
-                of_row = list(reversals.faults(index, row))
-            if of_row:
+            if of_row := list(faults(row)):
                 found.add(index, origin, of_row)
+            elif pairs is not None:  # a row that is faulty in itself contradicts no other
+                pairs.add(index, row)
             index += 1
+    for reversed_row, other in pairs.reversals() if pairs is not None else ():
+        problem = f"{origin.where(other)} is the same pair with chosen and rejected swapped"
+        found.add(reversed_row, origin, [Fault("reversed pair", "chosen", problem)])
     return found
 
 
-class _Reversals:
-    def __init__(self, origin: Origin) -> None:
-        self._origin = origin
-        self._seen: dict[tuple[int, int], int] = {}
+class _Pairs:
+    """Checksums of pairs as they are and reversed: 24 bytes a row."""
 
-    def faults(self, index: int, row: Mapping[str, Any]) -> Iterator[Fault]:
-        chosen, rejected = (_digest(row.get("prompt"), row[side]) for side in ("chosen", "rejected"))
-        other = self._seen.get((rejected, chosen))
-        if other is not None:
-            problem = f"{self._origin.where(other)} is the same pair with chosen and rejected swapped"
-            yield Fault("reversed pair", "chosen", problem)
-        self._seen.setdefault((chosen, rejected), index)
+    def __init__(self) -> None:
+        self._rows, self._own, self._reversed = array("Q"), array("Q"), array("Q")
+
+    def add(self, index: int, row: Mapping[str, Any]) -> None:
+        """Add a pair."""
+        prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+        self._rows.append(index)
+        self._own.append(_digest(prompt, chosen, rejected))
+        self._reversed.append(_digest(prompt, rejected, chosen))
+
+    def reversals(self) -> Iterator[tuple[int, int]]:
+        """Yield rows whose reversed pair stands in an earlier row, with the first such row."""
+        if not self._rows:
+            return
+        rows, own, swapped = (np.frombuffer(numbers, np.uint64) for numbers in (self._rows, self._own, self._reversed))
+        known, first = np.unique(own, return_index=True)
+        at = np.minimum(np.searchsorted(known, swapped), len(known) - 1)
+        for place in np.flatnonzero((known[at] == swapped) & (first[at] < np.arange(len(own)))):
+            yield int(rows[place]), int(rows[first[at[place]]])
 
 
 def _digest(*values: Any) -> int:
-    text = repr(values).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+    return xxhash.xxh3_64_intdigest(repr(values).encode("utf-8", "surrogatepass"))
 
 
 def check_dataset(

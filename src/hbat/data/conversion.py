@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from datasets import Dataset, Features, Json, List, Value
 
 from hbat.data.faults import Fault, not_a_label
-from hbat.data.load import DatasetError
 from hbat.data.turns import answer_start, text_turns
 
 #: What layouts call a turn that calls functions: its text is the JSON of the calls.
@@ -18,10 +17,19 @@ CALL = "function_call"
 TRANSCRIPTS = "hh"
 #: Columns that TRL's trainers read beside the messages.
 _COMPANIONS = ("tools", "chat_template_kwargs", "image", "images")
-_LABELS: dict[Any, bool] = {
-    1: True, 0: False, -1: False, "1": True, "0": False, "-1": False, "true": True, "false": False,
+_PAIR = ("user", "assistant")
+_LABELS: dict[str, bool] = {
+    "1": True, "0": False, "-1": False, "true": True, "false": False,
     "chosen": True, "rejected": False, "good": True, "bad": False, "desirable": True, "undesirable": False,
 }  # fmt: skip
+
+
+class _UnreadableError(Exception):
+    """Something in a row that no message can be made of."""
+
+    def __init__(self, found: str, problem: str) -> None:
+        super().__init__(problem)
+        self.found = found
 
 
 class _Said(NamedTuple):
@@ -80,11 +88,7 @@ class Conversion:
         return ("prompt", "completion")
 
     def convert(self, dataset: Dataset) -> Dataset:
-        """Convert all rows; those of files into files of the cache.
-
-        Raises:
-            DatasetError: If a message has parts that are no text. It names row and field.
-        """
+        """Convert all rows; those of files into files of the cache. A row that is unreadable gets no messages."""
         turn = {"role": Value("string"), "content": Value("string")} | ({"tool_calls": Json()} if self.calls else {})
         kept = self.kept(dataset.column_names)
         made: dict[str, Any] = {name: List(turn) for name in self.made}
@@ -93,7 +97,6 @@ class Conversion:
         return dataset.map(
             self._batch,
             batched=True,
-            with_indices=True,
             remove_columns=[name for name in dataset.column_names if name not in kept],
             features=Features({name: dataset.features[name] for name in kept} | made),
             load_from_cache_file=False,  # its key does not change with the code of this library
@@ -106,15 +109,15 @@ class Conversion:
         used = {column for place, column in self.columns.items() if place not in answers} | set(self.made)
         return [name for name in columns if name not in used and (self.kind == "prompts" or name in _COMPANIONS)]
 
-    def _batch(self, batch: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+    def _batch(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         keys = ("role", "content", "tool_calls") if self.calls else ("role", "content")
         made: dict[str, list[Any]] = {name: [] for name in self.made}
         columns = {place: batch[column] for place, column in self.columns.items()}
-        for index, values in zip(indices, zip(*columns.values(), strict=True), strict=True):
+        for values in zip(*columns.values(), strict=True):
             try:
                 row = self._row(dict(zip(columns, values, strict=True)))
-            except DatasetError as error:
-                raise DatasetError(f"row {index}, {error}") from None
+            except _UnreadableError:  # `worded` says why, where the check finds that there are no messages
+                row = {name: [] for name in self.made}
             for name, turns in row.items():
                 made[name].append([dict(zip(keys, turn, strict=False)) for turn in turns])
         return made | ({"label": [_label(value) for value in columns["label"]]} if "label" in columns else {})
@@ -133,7 +136,7 @@ class Conversion:
             end = max((index for index, turn in enumerate(turns, 1) if turn.role != "assistant"), default=0)
             return {"prompt": turns[:end]}
         if "answer" in row:
-            turns.append(_Said("assistant", row["answer"], None, self.columns["answer"], is_text=True))
+            turns += self._side(row, "answer")
         if self.made == ("messages",):
             return {"messages": turns}
         start = len(turns)
@@ -158,49 +161,49 @@ class Conversion:
 
     def _context(self, row: Mapping[str, Any]) -> list[_Said]:
         def said(role: str, text: Any, place: str, at: str = "") -> _Said:
-            return _Said(role, text, None, f"{self.columns[place]}{at}", is_text=True)
+            found = f"{self.columns[place]}{at}"
+            return _Said(role, _text(text, found), None, found, is_text=True)
 
         turns = [said("system", row["system"], "system")] if row.get("system") else []
-        for index, (question, answer) in enumerate(row.get("history") or ()):
-            turns += [said("user", question, "history", f"[{index}][0]")]
-            turns += [said("assistant", answer, "history", f"[{index}][1]")]
+        for index, pair in enumerate(row.get("history") or ()):
+            if not isinstance(pair, list) or len(pair) != len(_PAIR):
+                found = f"{self.columns['history']}[{index}]"
+                raise _UnreadableError(found, f"{pair!r:.60} is not a pair of question and answer")
+            turns += [
+                said(role, text, "history", f"[{index}][{at}]")
+                for at, (role, text) in enumerate(zip(_PAIR, pair, strict=True))
+            ]
         if "turns" in row:
-            turns += self._turns(row["turns"], self.columns["turns"])
+            own = self._turns(row["turns"], self.columns["turns"])
+            turns = own if own and own[0].role == "system" else turns + own  # its own system message counts
         elif "question" in row:
-            texts = [self._text(row[place], self.columns[place]) for place in ("question", "input") if place in row]
+            texts = [_text(row[place], self.columns[place]) for place in ("question", "input") if place in row]
             whole = None if texts[0] is None else "\n".join(text for text in texts if text)
             turns.append(said("user", whole, "question"))
         return turns
 
     def _side(self, row: Mapping[str, Any], side: str) -> list[_Said]:
         value, column = row[side], self.columns[side]
-        if value is None or isinstance(value, str):
-            return [_Said("assistant", value, None, column, is_text=True)]
-        return [self._turn(value, column)] if isinstance(value, Mapping) else self._turns(value, column)
+        if isinstance(value, Mapping):
+            return [self._turn(value, column)]
+        if isinstance(value, list) and side != "answer":
+            return self._turns(value, column)
+        return [_Said("assistant", _text(value, column), None, column, is_text=True)]
 
     def _turns(self, turns: Any, column: str) -> list[_Said]:
+        if not isinstance(turns, list | None):
+            raise _UnreadableError(column, f"{turns!r:.60} is not a list of messages")
         return [self._turn(turn, f"{column}[{index}]") for index, turn in enumerate(turns or ())]
 
-    def _turn(self, turn: Mapping[str, Any], found: str) -> _Said:
+    def _turn(self, turn: Any, found: str) -> _Said:
+        if not isinstance(turn, Mapping):
+            raise _UnreadableError(found, f"{turn!r:.60} is not a message with `{self.keys[0]}` and `{self.keys[1]}`")
         role, text = (turn.get(key) for key in self.keys)
         role = self.roles.get(str(role).lower(), role)
-        text = self._text(text, f"{found}.{self.keys[1]}")
+        text = _text(text, f"{found}.{self.keys[1]}")
         if role == CALL:
             return _Said("assistant", "", _calls(text, f"{found}.{self.keys[1]}"), found, is_text=False)
         return _Said(role, text, turn.get("tool_calls"), found, is_text=False)
-
-    def _text(self, content: Any, found: str) -> Any:
-        """The text of a content that is one, or a list of parts that are."""
-        if not isinstance(content, list):
-            return content
-        texts = [part.get("text") or part.get("value") for part in content if part.get("type", "text") == "text"]
-        if len(texts) < len(content):
-            kind = next(part["type"] for part in content if part.get("type", "text") != "text")
-            raise DatasetError(
-                f"field `{found}`: a part of the type {kind!r} cannot be converted, only text. Remove it, or set "
-                "`layout: trl` if the model's processor takes it."
-            )
-        return "".join(text or "" for text in texts)
 
     def worded(self, fault: Fault, row: Mapping[str, Any]) -> Fault:
         """Say a fault of the converted row in the words of the row that it was made of."""
@@ -212,19 +215,25 @@ class Conversion:
             return Fault("not a label", self.columns[name], not_a_label(row[self.columns[name]]))
         if name not in self.made:
             return replace(fault, field=self.columns.get(name, name))
-        said = self._row({place: row[column] for place, column in self.columns.items()})[name]
+        try:
+            said = self._row({place: row[column] for place, column in self.columns.items()})[name]
+        except _UnreadableError as error:
+            return Fault("unreadable", error.found, str(error))
         if index is None:  # the whole list
             column = self.columns.get(name) or self.columns.get("turns") or next(iter(self.columns.values()))
             ends = Fault("wrong last turn", column, "the last turn must be from the assistant")
             return ends if (name, fault.kind) == ("completion", "empty conversation") else replace(fault, field=column)
-        turn = said[int(index)]
+        return self._worded_turn(fault, said[int(index)], key)
+
+    def _worded_turn(self, fault: Fault, turn: _Said, key: str | None) -> Fault:
         if turn.is_text:
             as_text = {"message without content": "missing value", "empty turn": "empty text"}
             kind = as_text.get(fault.kind, fault.kind)
             words = {"missing value": "the value is missing", "empty text": "the text is empty"}
             return Fault(kind, turn.found, words.get(kind, fault.problem))
         own = dict(zip(("role", "content"), self.keys, strict=True))
-        return Fault(fault.kind, f"{turn.found}.{own.get(key, key)}" if key else turn.found, self._said_by(fault, own))
+        place = f"{turn.found}.{own.get(key, key)}" if key else turn.found
+        return Fault(fault.kind, place, self._said_by(fault, own))
 
     def _said_by(self, fault: Fault, own: Mapping[str, str]) -> str:
         problem = re.sub(r"`(role|content)`", lambda key: f"`{own[key[1]]}`", fault.problem)
@@ -239,11 +248,29 @@ class Conversion:
         return problem
 
 
+def _text(content: Any, found: str) -> str | None:
+    """The text of a content: a text, a number, or a list of parts that are texts."""
+    if isinstance(content, str | None):
+        return content
+    if isinstance(content, int | float) and not isinstance(content, bool):
+        return str(content)
+    parts = content if isinstance(content, list) else [content]
+    for part in parts:
+        if not isinstance(part, Mapping):
+            raise _UnreadableError(found, f"{content!r:.60} is not a text")
+        if part.get("type", "text") != "text":
+            raise _UnreadableError(
+                found,
+                f"a part of the type {part['type']!r} cannot be converted, only text. Remove it, or set `layout: trl` "
+                "if the model's processor takes it",
+            )
+    return "".join(part.get("text") or part.get("value") or "" for part in parts)
+
+
 def _label(value: Any) -> bool | None:
     if isinstance(value, bool) or value is None:
         return value
-    known = value.strip().lower() if isinstance(value, str) else value
-    return _LABELS.get(known)
+    return _LABELS.get(value.strip().lower() if isinstance(value, str) else str(value).removesuffix(".0"))
 
 
 def _calls(text: Any, found: str) -> list[dict[str, Any]]:
@@ -251,11 +278,13 @@ def _calls(text: Any, found: str) -> list[dict[str, Any]]:
         calls = json.loads(text or "")
         calls = calls if isinstance(calls, list) else [calls]
         return [
-            {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments") or {}}}
+            {"type": "function", "function": {"name": call["name"], "arguments": _arguments(call.get("arguments"))}}
             for call in calls
         ]
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise DatasetError(
-            f"field `{found}`: {text!r:.60} is not the JSON of a function call, such as "
-            '{"name": "search", "arguments": {"query": "cats"}}.'
-        ) from None
+        example = '{"name": "search", "arguments": {"query": "cats"}}'
+        raise _UnreadableError(found, f"{text!r:.60} is not the JSON of a function call, such as {example}") from None
+
+
+def _arguments(given: Any) -> Any:
+    return json.loads(given) if isinstance(given, str) and given.strip() else given or {}

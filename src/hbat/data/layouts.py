@@ -64,6 +64,8 @@ LAYOUTS: dict[str, Mapping[str, tuple[str, ...]]] = {
     TRANSCRIPTS: {"transcript": ("text", "prompt"), "answer": ("completion",), **_SIDES, **_LABEL},
 }  # fmt: skip
 LAYOUT_NAMES = (TRL, *LAYOUTS)
+#: Names that columns have in any of them.
+KNOWN_COLUMNS = {name for places in LAYOUTS.values() for names in places.values() for name in names}
 
 
 def kind_of(check: RowCheck | None) -> str | None:
@@ -162,9 +164,12 @@ class _Held:
     def suits(self, column: str, place: str) -> bool:
         """Whether a column can stand at a place of a layout."""
         sample = self.sample(column)
-        if sample is None or place in ("history", "label"):
+        if sample is None or place == "label":
             return True
-        is_text, has_turns = isinstance(sample, str), bool(self.turns(column))
+        if place == "history":
+            return isinstance(sample, list) and isinstance(sample[0], list)
+        is_number = isinstance(sample, int | float) and not isinstance(sample, bool)
+        is_text, has_turns = isinstance(sample, str) or is_number, bool(self.turns(column))
         return (
             (is_text or has_turns) if place in ("chosen", "rejected") else has_turns if place == "turns" else is_text
         )
@@ -209,7 +214,8 @@ class _Held:
         with_turns = [column for column in with_turns if self.turns(column)]
         seen = {role for column in with_turns for role in self.roles(column)}
         mapped = FOREIGN_ROLES | {str(role).lower(): own for role, own in roles.items()}
-        turn = self.turns(with_turns[0])[0] if with_turns else {}
+        turns = [turn for column in with_turns for turn in self.turns(column)]
+        turn = turns[0] if turns else {}
         keys = ("role" if "role" in turn else "from", "content" if "content" in turn else "value")
         return Conversion(
             layout=layout,
@@ -218,7 +224,7 @@ class _Held:
             roles={role: own for role, own in mapped.items() if role != own or role == CALL},
             keys=keys if with_turns else ("role", "content"),
             calls="tool_calls" in turn or any(mapped.get(role.lower()) == CALL for role in seen),
-            ignored=tuple(sorted(set(turn) - {*keys, "tool_calls"})),
+            ignored=tuple(sorted({key for one in turns for key in one} - {*keys, "tool_calls"})),
         )
 
 
@@ -269,6 +275,8 @@ def _places(held: _Held, kind: str, layout: str | None) -> tuple[str, dict[str, 
         whole = any(held.is_whole(columns[side]) for side in ("chosen", "rejected") if side in columns)
         for needed in _NEEDED[kind]:
             asks = bool({"turns", "question"} & needed)
+            if needed == {"chosen", "rejected"} and name not in ("ultrafeedback", TRANSCRIPTS):
+                continue
             if not needed <= set(columns) or ("chosen" in needed and name != TRANSCRIPTS and whole == asks):
                 continue
             more = _OF_A_QUESTION if asks else {"transcript"}

@@ -1,5 +1,6 @@
 """Loads a data set as a YAML file names it: from the Hugging Face Hub or from files."""
 
+import glob
 import gzip
 import json
 import re
@@ -48,6 +49,7 @@ def load(source: Any, *, name: str) -> Dataset:
 def _load_mapping(source: Mapping[str, Any], name: str) -> Dataset:
     given = {key: value for key, value in source.items() if value is not None}
     path, split = given.pop("path", None), given.pop("split", None)
+    path = str(path) if isinstance(path, Path) else path
     if "data_files" in given and path in {None, *_BUILDERS.values()}:
         path = given.pop("data_files")
     if not path or isinstance(path, Mapping):
@@ -98,6 +100,8 @@ def _load_file(path: str, split: str | None, name: str) -> Dataset:
         known = [sibling.name for sibling in file.parent.iterdir()] if exists else []
         where = "" if exists else f" (and no directory {file.parent})"
         raise DatasetError(f"{name}: there is no file {path}{where}.{nearest(file.name, known)}")
+    if "::" in path:
+        raise DatasetError(f"{name}: {path} has `::` in its name, which its reader takes for a chain. Rename it.")
     builder = _BUILDERS.get(_suffix(path))
     if builder is None:
         raise DatasetError(
@@ -113,7 +117,8 @@ def _load_file(path: str, split: str | None, name: str) -> Dataset:
     if reason is None:
         try:
             # Not `load_dataset`, which reports to a server that a file was loaded and waits for its answer.
-            return getattr(Dataset, f"from_{builder}")({"train": str(file)}, split=split or "train")
+            # The path is a pattern.
+            return getattr(Dataset, f"from_{builder}")({"train": glob.escape(str(file))}, split=split or "train")
         except Exception as error:  # noqa: BLE001 - readers raise anything; the user gets one line
             line = _one_line(error)
             line = "its rows have no columns" if "corresponds to no data" in line else line

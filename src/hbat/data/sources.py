@@ -16,7 +16,7 @@ from hbat.data.check import check_type, plain
 from hbat.data.conversion import Conversion
 from hbat.data.faults import RowCheck
 from hbat.data.formats import FIELDS, shared_beginning
-from hbat.data.layouts import kind_of, recognize, require_layout
+from hbat.data.layouts import KNOWN_COLUMNS, kind_of, recognize, require_layout
 from hbat.data.load import SOURCE_KEYS, DatasetError, load
 from hbat.data.origin import Origin
 from hbat.data.turns import text_turns
@@ -168,7 +168,7 @@ def _unknown(key: str, keys: Sequence[str]) -> str:
         return "`streaming`, but a streamed data set has no length and cannot be split into rounds. Remove it."
     if key == "fraction":
         return "`fraction`; here it is called `weight`."
-    if key in FIELDS:
+    if key in {*FIELDS, *KNOWN_COLUMNS}:
         return f"the unknown key `{key}`. Create a data set of rows with `datasets.Dataset.from_list(rows)`."
     valid = ", ".join(f"`{known}`" for known in (*keys, *_WHOLE_KEYS))
     return f"the unknown key `{key}`; valid are {valid}.{nearest(key, (*keys, *_WHOLE_KEYS))}"
@@ -216,8 +216,13 @@ def _conversion(dataset: Dataset, given: Mapping[str, Any], label: str, check: R
         raise DatasetError(f"{label}: {error}") from None
     if conversion is not None:
         used = {*conversion.columns.values(), *conversion.kept(dataset.column_names)}
-        left = ", ".join(f"`{column}`" for column in dataset.column_names if column not in used)
-        logger.info("%s: %s%s.", label, conversion, f"; not used: {left}" if left else "")
+    else:  # columns of rewards may have any name
+        used = {*FIELDS, text_field, *(dataset.column_names if kind == "prompts" else ())}
+        used |= set(dataset.column_names) - KNOWN_COLUMNS
+    left = ", ".join(f"`{column}`" for column in dataset.column_names if column not in used)
+    if conversion is not None or left:
+        found = conversion or "one of TRL's formats, trained on as it is"
+        logger.info("%s: %s%s.", label, found, f"; not used: {left}" if left else "")
     return conversion
 
 
@@ -226,10 +231,8 @@ def _chosen(rows: Rows, given: Mapping[str, Any], label: str) -> Rows:
     count, total = given.get("rows"), len(rows.dataset)
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise DatasetError(f"{label}: `rows` is {shown(count)}; it must be a whole number of at least 1.")
-    if count is not None and count > total:
-        raise DatasetError(f"{label}: `rows` is {count}, but it has only {total}.")
     if not given.get("shuffle"):
-        return rows if count is None else rows.select(range(count))
+        return rows if count is None else rows.select(range(min(count, total)))
     order = np.random.default_rng(int(given.get("seed") or 0)).permutation(total)
     return rows.select(order[:count])
 
@@ -268,7 +271,7 @@ def _weighted(parts: list[_Part], name: str) -> list[_Part]:
 
 
 def _mixed(parts: Sequence[_Part], name: str) -> Rows:
-    converted = [_converted(part, f"{name}, {part.name}" if part.name else name) for part in parts]
+    converted = [_converted(part) for part in parts]
     if len(converted) == 1:
         return converted[0]
     held = [{column for column in rows.dataset.column_names if column in FIELDS} for rows in converted]
@@ -287,14 +290,11 @@ def _mixed(parts: Sequence[_Part], name: str) -> Rows:
     return Rows(dataset, Origin.joined([rows.origin for rows in converted]))
 
 
-def _converted(part: _Part, label: str) -> Rows:
+def _converted(part: _Part) -> Rows:
     if part.conversion is None:
         return part.rows
     origin = replace(part.rows.origin, parts=(replace(part.rows.origin.parts[0], conversion=part.conversion),))
-    try:
-        return Rows(part.conversion.convert(part.rows.dataset), origin)
-    except DatasetError as error:
-        raise DatasetError(f"{label}, {error}") from None
+    return Rows(part.conversion.convert(part.rows.dataset), origin)
 
 
 def _held_out(dataset: Dataset, share: float, seed: int) -> Any:
@@ -317,13 +317,19 @@ def _asked(row: Mapping[str, Any]) -> str:
     """What a row asks first: its first user turn, or its prompt, or else all that it is learned from."""
     if "prompt" not in row and isinstance(row.get("chosen"), str) and not text_turns(row["chosen"]):
         chosen, rejected = row["chosen"], row.get("rejected") or ""
-        return str(chosen[: shared_beginning(chosen, rejected)])  # which TRL takes as the prompt
+        return _folded(chosen[: shared_beginning(chosen, rejected)])  # which TRL takes as the prompt
     for field in ("prompt", "messages", "conversations", "chosen", "text", "input_ids"):
         value = row.get(field)
         turns = value if isinstance(value, list) else text_turns(value) if isinstance(value, str) else []
         for turn in turns:
             if isinstance(turn, Mapping) and turn.get("role", turn.get("from")) in ("user", "human"):
-                return json.dumps(turn, sort_keys=True)
+                return _folded(turn.get("content", turn.get("value")))
         if value:
-            return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+            return _folded(value)
     return json.dumps(row, sort_keys=True, default=str)
+
+
+def _folded(value: Any) -> str:
+    """A value as text, but for letter case and white space: near copies of a prompt are the same."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return " ".join(text.casefold().split())

@@ -141,11 +141,26 @@ class RowFit:
             text = self._rendered(turns, row, asks=asks)
         except Exception as error:  # noqa: BLE001 - a template raises anything
             return " ".join(f"{type(error).__name__}: {error}".split())
+        called = [call.get("function", call) for turn in turns for call in turn.get("tool_calls") or ()]
+        for name in (str(call.get("name")) for call in called if isinstance(call, Mapping)):
+            if name not in text:
+                return f"it leaves out the call of {name!r}. Set a `chat_template` that renders `tool_calls`"
+        if missing := next((name for name in _tool_names(row.get("tools")) if name not in text), None):
+            return (
+                f"it leaves out the tool {missing!r}. Set a `chat_template` that renders `tools`, or remove the column"
+            )
         for turn in turns:
             content = turn.get("content")
             if turn["role"] not in ROLES and isinstance(content, str) and content.strip() not in text:
                 return f"it leaves out turns of the role {turn['role']!r}. The usual roles are {', '.join(ROLES)}"
         return None
+
+
+def _tool_names(tools: Any) -> Iterator[str]:
+    for tool in json.loads(tools) if isinstance(tools, str) else tools or ():
+        function = tool.get("function") or tool
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+            yield function["name"]
 
 
 def _token_faults(row: Mapping[str, Any], limits: Limits) -> Iterator[Fault]:

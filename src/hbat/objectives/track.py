@@ -237,18 +237,18 @@ def _checked(track: Track, config: HBATConfig, check: RowCheck | None) -> Track:
         )
 
     minimum = track.objective.minimum_rows(track.args)
-    train, origin = kept(track.train_dataset, "train_dataset", _equal_parts(track, config), minimum)
+    train, origin = kept(track.train_dataset, "train_dataset", 1 if track.shares else config.num_rounds, minimum)
+    for number, share in enumerate(track.shares or ()):
+        rows = len(part_indices(len(train), config.num_rounds, number, config.seed, track.shares))
+        if share > 0 and rows < minimum:
+            raise DatasetError(
+                f"train_dataset[{track.name!r}] has too few rows: {share:g} of its {len(train)} (`rounds[{number}]`) "
+                f"is {rows}, but a stage needs at least {minimum}. Raise the share or provide more data."
+            )
     evaluation, origins = None, {"train_dataset": origin}
     if track.eval_dataset is not None:
         evaluation, origins["eval_dataset"] = kept(track.eval_dataset, "eval_dataset", 1, 1)
     return replace(track, train_dataset=train, eval_dataset=evaluation, origins=origins)
-
-
-def _equal_parts(track: Track, config: HBATConfig) -> int:
-    """Number of parts as large as the smallest of the track's, which the rows must be enough for."""
-    if track.shares is None:
-        return config.num_rounds
-    return math.ceil(1 / min(share for share in track.shares if share > 0))
 
 
 def _refuse_media(track: Track) -> None:

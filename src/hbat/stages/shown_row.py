@@ -53,7 +53,9 @@ def _pieces(track: Track, builder: TrainerBuilder, tokenizer: Any) -> list[tuple
         return []
     with tempfile.TemporaryDirectory() as folder, builder.building(track, folder, train_dataset=rows) as trainer:
         prepared: Any = trainer.train_dataset
-        sequences = [list(objective.fisher_sequences(row)) for row in prepared.select(range(min(1, len(prepared))))]
+        given = prepared.select(range(min(1, len(prepared))))
+        # As if a bad answer were a good one, which is what KTO learns sequences of.
+        sequences = [list(objective.fisher_sequences({**row, "label": True})) for row in given]
     for sequence in itertools.chain.from_iterable(sequences):
         tokens = zip(sequence.input_ids, sequence.labels, strict=True)
         return [
