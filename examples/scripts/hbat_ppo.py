@@ -6,7 +6,7 @@ Full fine-tuning on the CPU, with the model of `train_tiny_model.py` and the rew
         --sft ../shared/data/sft/selfinstruct_human_train.jsonl.gz \
         --prompts ../shared/data/preference/instruct_human_train.jsonl.gz
 
-The same with the reward model of `train_reward_model.py`:
+The same with the reward model of `configs/reward_cpu.yaml`:
 
     python examples/scripts/hbat_ppo.py --model tiny-model --use_cpu --reward_model tiny-reward-model \
         --sft ../shared/data/sft/selfinstruct_human_train.jsonl.gz \

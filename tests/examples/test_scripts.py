@@ -4,10 +4,12 @@ import json
 import random
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hbat.cli.main import main
 
@@ -62,25 +64,15 @@ def toys(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reward_model(toys):
-    with pytest.MonkeyPatch.context() as patch:
-        run(
-            "train_reward_model.py", patch,
-            "--model", toys / "model", "--pairs", toys / "pairs.jsonl", "--batch_size", 8,
-            "--output_dir", toys / "reward",
-        )  # fmt: skip
+    """The folder of a reward model that `trl reward` made by the example's configuration."""
+    values = yaml.safe_load((ROOT / "examples" / "configs" / "reward_cpu.yaml").read_text(encoding="utf-8"))
+    values["datasets"] = [{"path": "json", "data_files": str(toys / "pairs.jsonl")}]
+    values |= {"model_name_or_path": str(toys / "model"), "output_dir": str(toys / "reward")}
+    (toys / "reward.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    command = [sys.executable, "-m", "trl.scripts.reward", "--config", str(toys / "reward.yaml")]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert "eval_accuracy" in done.stdout + done.stderr
     return toys / "reward"
-
-
-def test_a_reward_model_can_begin_with_random_weights_and_learns_what_is_chosen(toys, tmp_path, monkeypatch, capsys):
-    run(
-        "train_reward_model.py", monkeypatch,
-        "--tokenizer", toys / "model", "--hidden", 32, "--layers", 1, "--epochs", 20, "--learning_rate", 3e-3,
-        "--pairs", toys / "pairs.jsonl", "--eval_pairs", toys / "pairs.jsonl", "--output_dir", tmp_path,
-    )  # fmt: skip
-    printed = capsys.readouterr().out
-    assert "pairs: the chosen side scores higher in 100.0 % of the held-out pairs" in printed
-    assert (tmp_path / "model.safetensors").exists()
-    assert (tmp_path / "tokenizer.json").exists()
 
 
 @pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
