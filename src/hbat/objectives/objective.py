@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from hbat.config.fields import build_section
 from hbat.config.foreign import OWNED_BY_RUN
 from hbat.data.faults import Fault, RowCheck
+from hbat.engines.environment import without_deprecations
 from hbat.engines.processes import process_count
 from hbat.ewc.fisher import IGNORED, Example
 
@@ -157,7 +158,8 @@ class Objective:
             if "fp16" in values:
                 build.pop("bf16", None)
             owned = {key: why for key, why in OWNED_BY_RUN.items() if key in values}
-            args = build_section(self.name, self.config_class, build | values, owned=owned)
+            with without_deprecations():  # TRL sets fields that transformers renames
+                args = build_section(self.name, self.config_class, build | values, owned=owned)
         for key in ("load_best_model_at_end", "sync_ref_model", "cast_lm_head_to_fp32"):
             if getattr(args, key, False):
                 raise ValueError(f"`{self.name}.{key}` cannot be set here: {OWNED_BY_RUN[key]}")
