@@ -36,6 +36,11 @@ def test_shares_set_the_number_of_rounds():
         ({"objectives": [{"trainer": "sft"}]}, ValueError, r"a mapping needs a `name` and a `trainer`"),
         ({"objectives": [{"name": "code"}]}, ValueError, r"a mapping needs a `name` and a `trainer`"),
         ({"objectives": ["sft", {"name": "sft", "trainer": "sft"}]}, ValueError, r"give every objective a name of"),
+        (
+            {"objectives": [{"name": "data", "trainer": "sft"}]},
+            ValueError,
+            r"has the name 'data', which the run's state",
+        ),
         ({"rounds": {"sft": 1}}, TypeError, r"`rounds` is \{'sft': 1\}; it must be a list of mappings such as"),
         ({"rounds": [0.5]}, TypeError, r"it must be a list of mappings"),
         ({"rounds": []}, ValueError, r"`rounds` lists 0 rounds"),

@@ -131,6 +131,10 @@ LAYOUTS = {
         "dpo", {"chosen": GOOD_TRANSCRIPT, "rejected": BAD_TRANSCRIPT}, {"layout": "hh"}, WHOLE,
     ),
     "hh text": ("sft", {"text": GOOD_TRANSCRIPT}, {"layout": "hh"}, {"messages": AS_MESSAGES[:2]}),
+    "hh prompts with completions": (
+        "sft", {"prompt": f"\n\nHuman: {ASK}\n\nAssistant:", "completion": f" {GOOD}"}, {"layout": "hh"},
+        {"prompt": [user(ASK)], "completion": [answer(GOOD)]},
+    ),
     "hh kto": (
         "kto", {"prompt": f"\n\nHuman: {ASK}\n\nAssistant:", "completion": f" {GOOD}", "label": True},
         {"layout": "hh"}, SAID | {"label": True},

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Json
 
 from hbat.data.check import check_dataset
 from hbat.data.formats import preference_faults, prompt_faults, sft_faults
@@ -197,6 +197,11 @@ def refusals(files):
         "unknown role": ({"path": files[0], "roles": {"human": "usr"}}, "`roles.human` is 'usr'; .* mean `user`?"),
         "no such column": ({"path": files[0], "columns": {"prompt": "txt"}}, "names `txt`, but .* mean `text`?"),
         "share above one": ({"path": files[0], "eval_split": 2}, "must be a share between 0 and 1"),
+        "a transform": (
+            [Dataset.from_list([{"x": 1}]).with_transform(lambda batch: {"text": ["a"] * len(batch["x"])}), files[0]],
+            "part 0 has a transform, which a mixture would lose",
+        ),
+        "a key of the whole in a part": ([{"path": files[0], "eval_split": 0.1}], "`eval_split`, which is for a"),
         "all held out": ({"path": files[1], "rows": 1, "eval_split": 0.5}, "leaves no rows to train on"),
     }  # fmt: skip
 
@@ -224,6 +229,18 @@ def test_the_log_says_which_columns_of_a_layout_stand_unused_beside_a_format_of_
         load(Dataset.from_list([{"prompt": "Hi", "completion": " Hello.", "id": 3}]))
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("hbat")]
     assert line == "`datasets.sft`: one of TRL's formats, trained on as it is; not used: `system`."
+
+
+def test_a_mapping_may_have_several_files_as_its_path(files):
+    assert len(load({"path": files, "split": "train[:50%]"}).dataset) == 6
+
+
+@pytest.mark.parametrize("content", [["some text"], [{"kind": "other"}, 3]])
+def test_a_message_that_is_none_is_a_fault_of_its_row(content):
+    lines = [{"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "Hi."}]}]
+    rows = load(Dataset.from_list(lines, features=Features({"messages": Json()})))
+    with pytest.raises(DatasetError, match=r"row 0, field `messages\[0\]"):
+        check_dataset(rows.dataset, name=NAME, faults=sft_faults, origin=rows.origin)
 
 
 def test_a_path_is_a_file(files):

@@ -5,7 +5,7 @@ import pytest
 import runs
 from kills import CutOffError, Kill, assert_equal, options
 
-from hbat import HBATConfig, HBATTrainer
+from hbat import HBATConfig, HBATTrainer, RunStateError
 
 
 def test_an_objective_trains_twice_in_a_round_with_rows_of_its_own(tmp_path):
@@ -78,6 +78,20 @@ def test_a_trainer_is_named_by_its_class_and_has_the_checks_of_its_kind(tmp_path
     rows["code"] = rows["code"].map(lambda row: row | {"completion": ""})
     with pytest.raises(ValueError, match=r"train_dataset\['code'\], row 0, field `completion`: the text is empty"):
         HBATTrainer(model, named, rows, processing_class=cases.tiny_tokenizer())
+
+
+def test_a_named_objective_does_not_resume_with_another_trainer(tmp_path):
+    def run(trainer):
+        entry = {"name": "more", "trainer": trainer, "args": runs.section()}
+        named = HBATConfig(output_dir=str(tmp_path), objectives=[entry], ewc=None, disable_tqdm=True, seed=runs.SEED)
+        rows = {"more": cases.preference_rows(8).remove_columns("rejected").rename_column("chosen", "completion")}
+        if trainer == "dpo":
+            rows = {"more": cases.preference_rows(8)}
+        return HBATTrainer(cases.tiny_llama(), named, rows, processing_class=cases.tiny_tokenizer())
+
+    run("sft").train()
+    with pytest.raises(RunStateError, match=r"run\.trainers\.more"):
+        run("dpo").train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ _VARIABLES = re.compile(
     "(ACCELERATE|BNB|CUBLAS|CUDA|DEEPSPEED|FSDP|HF|HIP|MKL|NCCL|OMP|PYTORCH|ROCR|TOKENIZERS|TORCH|TRANSFORMERS|TRL)_"
 )
 _SECRET = re.compile("AUTH|CRED|KEY|PASS|SECRET|TOKEN(?!IZERS)", re.IGNORECASE)
+_PATH = re.compile(r"\S*[/\\]\S*")
 #: Switches, numbers and words: no URL, no path, which is private, and nothing as long as a token.
 _HARMLESS = re.compile(r"(?!.*[A-Za-z0-9]{20})[\w.,:=+-]*")
 
@@ -63,7 +64,7 @@ def _tried(name: str, describe: Callable[[], Iterable[str]]) -> list[str]:
     try:
         return list(describe())
     except Exception as error:  # noqa: BLE001 - drivers and broken installations raise anything
-        return [f"- {name}: {type(error).__name__}: {' '.join(str(error).split())}"]
+        return [f"- {name}: {type(error).__name__}: {re.sub(_PATH, '(path)', ' '.join(str(error).split()))}"]
 
 
 def _devices() -> Iterator[str]:

@@ -14,6 +14,7 @@ _SECTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ppo": ("3e-6", "1e-5", {"max_completion_length": 128, "kl_coef": 0.05}),
     "grpo": ("1e-6", "1e-5", {"max_completion_length": 256, "num_generations": 8}),
     "rloo": ("1e-6", "1e-5", {"max_completion_length": 256, "num_generations": 2}),
+    "distillation": ("1e-5", "2e-4", {"max_completion_length": 256, "teacher_model_name_or_path": "TEACHER"}),
 }
 
 
@@ -58,7 +59,12 @@ def first_run(model: str, data: Mapping[str, Sequence[str]], *, lora: bool = Fal
         library = "hbat" if name == "ppo" else "trl"
         full, adapter, more = _SECTIONS[name]
         fields = {"learning_rate": adapter if lora else full, **_BATCHES, **more}
-        lines += ["", _noted(f"{name}:", f"any field of {library}.{name.upper()}Config")]
+        lines += [
+            "",
+            _noted(
+                f"{name}:", f"any field of {library}.{name.title() if name == 'distillation' else name.upper()}Config"
+            ),
+        ]
         lines += [f"  {key}: {value}" for key, value in fields.items()]
     return "\n".join(lines) + "\n"
 

@@ -141,7 +141,8 @@ def _put(run: dict[str, Any], place: str, value: Any, training: Training) -> Non
         if not isinstance(mapping, dict):
             raise TypeError(f"`{name}` of {training.file} is {shown(mapping)}; it must be a mapping.")
     if mapping.setdefault(last, value) != value:
-        training.notes.append((place, value, f"a run has one value, and a file before has {_line(mapping[last])}."))
+        shown_value = "another" if re.search(r"(token|key)$", place, re.IGNORECASE) else _line(mapping[last])
+        training.notes.append((place, value, f"a run has one value, and a file before has {shown_value}."))
 
 
 def _rewards(training: Training, key: str, value: Any) -> Iterator[str]:
@@ -182,7 +183,7 @@ def _text(run: dict[str, Any], trainings: Sequence[Training]) -> str:
     for training in trainings:
         reasons: dict[str, list[str]] = {}
         for key, value, reason in training.notes:
-            is_secret = re.search(r"(token|key)$", key)
+            is_secret = re.search(r"(token|key)$", key, re.IGNORECASE)
             reasons.setdefault(reason, []).append(_line(key) if is_secret else f"{_line(key)}: {_line(value)}")
         lines += [f"\n# Not carried over from {_line(training.file)}:"] if reasons else []
         lines += [f"# - {', '.join(keys)}\n#   {reason[0].upper()}{reason[1:]}" for reason, keys in reasons.items()]

@@ -85,7 +85,7 @@ def print_plan(trainer: HBATTrainer) -> None:
     total, stages = 0, plan(rounds, names, shares=trainer.args.shares)
     for name in names:
         track, parts = trainer.tracks[name], [stage.part for stage in stages if stage.objective == name]
-        rows = [len(track.part_indices(rounds, part, trainer.args.seed)) for part in parts]
+        rows = [track.part_size(rounds, part) for part in parts]
         steps = [track.estimated_steps(rounds, part) for part in parts]
         total += sum(steps)
         evaluated = len(trainer.eval_dataset.get(name) or [])

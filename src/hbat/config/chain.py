@@ -7,6 +7,9 @@ from typing import Any
 
 from hbat.config.fields import check_number, nearest, shown
 
+#: Sections of a run's fingerprint, beside which each objective has its own.
+_TAKEN = {"run", "ewc", "data", "parameters", "tokenizer"}
+
 
 def named(objectives: Any) -> list[Any]:
     """Check the entries of `objectives`, and name a name that is repeated `sft_2`, `sft_3` and so on.
@@ -33,6 +36,8 @@ def named(objectives: Any) -> list[Any]:
     names = [name_of(entry) for entry in entries]
     if len(set(names)) != len(names):
         raise ValueError(f"`objectives` is {names}; give every objective a name of its own.")
+    if taken := _TAKEN & set(names):
+        raise ValueError(f"`objectives` has the name {min(taken)!r}, which the run's state has for itself. Rename it.")
     return entries
 
 

@@ -261,6 +261,15 @@ class HBATConfig:
         """Share of each objective's rows in every round; None if all are equal."""
         return None if self.rounds is None else shares_of(self.rounds, self.objective_names)
 
+    @property
+    def trainers(self) -> dict[str, str]:
+        """Trainer of each objective that names one."""
+        named = {entry["name"]: entry["trainer"] for entry in self.objectives if isinstance(entry, Mapping)}
+        return {
+            name: trainer if isinstance(trainer, str) else f"{trainer.__module__}.{trainer.__qualname__}"
+            for name, trainer in named.items()
+        }
+
     def section(self, objective: Any) -> Any:
         """What an entry of `objectives` sets of its trainer's arguments."""
         if isinstance(objective, str):

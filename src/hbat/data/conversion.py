@@ -105,8 +105,7 @@ class Conversion:
 
     def kept(self, columns: Sequence[str]) -> list[str]:
         """Columns that stay beside what is made: what TRL reads too, and all that rewards may compare with."""
-        answers = {"answer", "label"} if self.kind == "prompts" else set()
-        used = {column for place, column in self.columns.items() if place not in answers} | set(self.made)
+        used = {*self.columns.values(), *self.made}
         return [name for name in columns if name not in used and (self.kind == "prompts" or name in _COMPANIONS)]
 
     def _batch(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -145,10 +144,14 @@ class Conversion:
         return {"prompt": turns[:start], "completion": turns[start:]}
 
     def _from_transcripts(self, row: Mapping[str, Any]) -> dict[str, list[_Said]]:
-        begun = row.get("transcript") or ""
+        texts = {place: row[place] or "" for place in ("transcript", "answer", "chosen", "rejected") if place in row}
+        for place, text in texts.items():
+            if not isinstance(text, str):
+                raise _UnreadableError(self.columns[place], f"{text!r:.60} is not a text")
+        begun = texts.get("transcript", "")
         if "chosen" in row:
-            return {side: self._split(begun + (row[side] or ""), side) for side in ("chosen", "rejected")}
-        turns = self._split(begun + (row.get("answer") or ""), "answer" if "answer" in row else "transcript")
+            return {side: self._split(begun + texts[side], side) for side in ("chosen", "rejected")}
+        turns = self._split(begun + texts.get("answer", ""), "answer" if "answer" in row else "transcript")
         if self.made == ("messages",):
             return {"messages": turns}
         if self.kind == "prompts":

@@ -34,7 +34,7 @@ _KINDS: dict[Any, str] = {
 _PAIRS = ({"turns", "chosen", "rejected"}, {"question", "chosen", "rejected"}, {"chosen", "rejected"})
 #: Places that a layout must fill, any one of these sets.
 _NEEDED: dict[str, tuple[set[str], ...]] = {
-    "sft": ({"turns"}, {"question", "answer"}, {"transcript"}),
+    "sft": ({"turns"}, {"question", "answer"}, {"transcript", "answer"}, {"transcript"}),
     "preference": _PAIRS,
     "kto": ({"turns", "label"}, {"question", "answer", "label"}, {"transcript", "answer", "label"}, *_PAIRS),
     "prompts": ({"turns"}, {"question"}, {"transcript"}),
@@ -206,7 +206,11 @@ class _Held:
             for batch in rows.iter(batch_size=1000)
             for value in batch[column]
         )
-        return {str(turn[key]) for turn in itertools.chain.from_iterable(turns) if turn and turn.get(key)}
+        return {
+            str(turn[key])
+            for turn in itertools.chain.from_iterable(turns)
+            if isinstance(turn, Mapping) and turn.get(key)
+        }
 
     def conversion(self, layout: str, kind: str, columns: Mapping[str, str], roles: Mapping[str, str]) -> Conversion:
         """Make what converts the rows."""
@@ -223,7 +227,7 @@ class _Held:
             columns=columns,
             roles={role: own for role, own in mapped.items() if role != own or role == CALL},
             keys=keys if with_turns else ("role", "content"),
-            calls="tool_calls" in turn or any(mapped.get(role.lower()) == CALL for role in seen),
+            calls=any("tool_calls" in one for one in turns) or any(mapped.get(role.lower()) == CALL for role in seen),
             ignored=tuple(sorted({key for one in turns for key in one} - {*keys, "tool_calls"})),
         )
 
@@ -285,7 +289,7 @@ def _places(held: _Held, kind: str, layout: str | None) -> tuple[str, dict[str, 
 
 
 def _is_text_parts(content: list[Mapping[str, Any]]) -> bool:
-    return all(part.get("type", "text") == "text" for part in content)
+    return all(isinstance(part, Mapping) and part.get("type", "text") == "text" for part in content)
 
 
 def _quoted(names: Iterable[str]) -> str:

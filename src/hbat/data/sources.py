@@ -12,7 +12,7 @@ import xxhash
 from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets
 
 from hbat.config.fields import nearest, shown
-from hbat.data.check import check_type, plain
+from hbat.data.check import MEDIA, check_type, plain
 from hbat.data.conversion import Conversion
 from hbat.data.faults import RowCheck
 from hbat.data.formats import FIELDS, shared_beginning
@@ -144,7 +144,7 @@ def _part(given: Mapping[str, Any], name: str, title: str, check: RowCheck | Non
             raise DatasetError(f"{label} has {_unknown(str(key), keys)}")
     place = {key: value for key, value in given.items() if key in SOURCE_KEYS}
     path = given.get("path")
-    if isinstance(path, str | Path | None):
+    if isinstance(path, str | Path | list | tuple | None):
         dataset = load(place, name=label)
     else:
         check_type(path, label)
@@ -166,6 +166,8 @@ def _part(given: Mapping[str, Any], name: str, title: str, check: RowCheck | Non
 def _unknown(key: str, keys: Sequence[str]) -> str:
     if key == "streaming":
         return "`streaming`, but a streamed data set has no length and cannot be split into rounds. Remove it."
+    if key in _WHOLE_KEYS:
+        return f"`{key}`, which is for a whole data set: `{{mixture: [...], eval_split: 0.02}}`."
     if key == "fraction":
         return "`fraction`; here it is called `weight`."
     if key in {*FIELDS, *KNOWN_COLUMNS}:
@@ -274,6 +276,9 @@ def _mixed(parts: Sequence[_Part], name: str) -> Rows:
     converted = [_converted(part) for part in parts]
     if len(converted) == 1:
         return converted[0]
+    for part, rows in zip(parts, converted, strict=True):
+        if rows.dataset.format["type"] == "custom":
+            raise DatasetError(f"{name}, {part.name} has a transform, which a mixture would lose. Apply it by `map`.")
     held = [{column for column in rows.dataset.column_names if column in FIELDS} for rows in converted]
     for part, columns in zip(parts, held, strict=True):
         if columns != held[0]:
@@ -301,6 +306,8 @@ def _held_out(dataset: Dataset, share: float, seed: int) -> Any:
     """Indices of a share of the rows, at random by groups of rows with equal prompts, in order."""
     keys = np.empty(len(dataset), np.uint64)
     index = 0
+    if dataset.format["type"] is None:
+        dataset = dataset.select_columns([column for column in dataset.column_names if column not in MEDIA])
     for batch in dataset.iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             asked = _asked(dict(zip(batch, values, strict=True)))

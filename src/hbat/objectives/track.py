@@ -22,7 +22,7 @@ from hbat.objectives.built_in import build_args, resolve
 from hbat.objectives.objective import Objective
 from hbat.objectives.rewards import with_rewards
 from hbat.ppo.rollouts.prompts import context_length
-from hbat.state.plan import Stage, part_indices
+from hbat.state.plan import Stage, part_bounds, part_indices
 
 _ARGUMENTS = ("train_dataset", "eval_dataset")
 _MEDIA = ("image", "images")  # the columns by which TRL recognises vision data
@@ -67,6 +67,11 @@ class Track:
     def part_indices(self, num_rounds: int, part: int, seed: int) -> list[int]:
         """Numbers of the training rows of a part."""
         return part_indices(len(self.train_dataset), num_rounds, part, seed, self.shares)
+
+    def part_size(self, num_rounds: int, part: int) -> int:
+        """Number of training rows of a part."""
+        start, end = part_bounds(len(self.train_dataset), num_rounds, part, self.shares)
+        return end - start
 
     def rows_ahead(self, num_rounds: int, part: int) -> float:
         """Rows of a part and all later ones, per row of the part."""
@@ -239,8 +244,8 @@ def _checked(track: Track, config: HBATConfig, check: RowCheck | None) -> Track:
     minimum = track.objective.minimum_rows(track.args)
     train, origin = kept(track.train_dataset, "train_dataset", 1 if track.shares else config.num_rounds, minimum)
     for number, share in enumerate(track.shares or ()):
-        rows = len(part_indices(len(train), config.num_rounds, number, config.seed, track.shares))
-        if share > 0 and rows < minimum:
+        start, end = part_bounds(len(train), config.num_rounds, number, track.shares)
+        if share > 0 and (rows := end - start) < minimum:
             raise DatasetError(
                 f"train_dataset[{track.name!r}] has too few rows: {share:g} of its {len(train)} (`rounds[{number}]`) "
                 f"is {rows}, but a stage needs at least {minimum}. Raise the share or provide more data."

@@ -21,6 +21,7 @@ _FIXED = {
     "run.objectives": "the plan of the stages is made of them",
     "run.num_rounds": "the data sets are cut into that many parts",
     "run.rounds": "the data sets are cut into these parts",
+    "run.trainers*": "what an objective keeps between its stages belongs to its trainer",
     "run.seed": "it cuts the data sets into parts",
     "run.continue_from": "it has begun, with or without what another run left",
     "run.ppo_backend": "what PPO keeps between its stages belongs to its trainer",

@@ -88,7 +88,8 @@ def fingerprint(
             "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
             "end_weight": config.end_weight,
         }
-        | ({} if config.rounds is None else {"rounds": config.rounds}),
+        | ({} if config.rounds is None else {"rounds": config.rounds})
+        | ({"trainers": config.trainers} if config.trainers else {}),
         "ewc": None if config.ewc is None else asdict(config.ewc),
         "data": {
             name: {
@@ -104,7 +105,7 @@ def fingerprint(
         described["run"]["continue_from"] = Path(config.continue_from).resolve().name  # folders are moved
     if rewards:
         described["run"]["rewards"] = {name: list(functions) for name, functions in rewards.items()}
-    if "ppo" in config.objective_names:
+    if "ppo" in (*config.objective_names, *config.trainers.values()):
         described["run"]["ppo_backend"] = config.ppo_backend
     if model is not None:
         described["parameters"]["frozen"] = frozen_digest(model)

@@ -101,9 +101,17 @@ def part_indices(
         )
     rows = list(range(num_rows))
     random.Random(seed).shuffle(rows)  # noqa: S311 - a seeded permutation, not cryptography
+    start, end = part_bounds(num_rows, num_rounds, round_index, shares)
+    return sorted(rows[start:end])
+
+
+def part_bounds(
+    num_rows: int, num_rounds: int, round_index: int, shares: Sequence[float] | None = None
+) -> tuple[int, int]:
+    """Where a part begins and ends in the permutation of the rows; the arguments are those of `part_indices`."""
     if shares is not None:
         start, end = (round(num_rows * math.fsum(shares[:number])) for number in (round_index, round_index + 1))
-        return sorted(rows[start:end])
+        return start, end
     size, extra = divmod(num_rows, num_rounds)
     start = round_index * size + min(round_index, extra)
-    return sorted(rows[start : start + size + (round_index < extra)])
+    return start, start + size + (round_index < extra)
