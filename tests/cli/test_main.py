@@ -153,9 +153,7 @@ def test_an_online_objective_is_named_with_its_rewards(hbat, values, tmp_path):
     }
     values["output_dir"] = str(tmp_path / "other")
     assert hbat("validate", "--reward_funcs", f"{rewards}:size")[0] == 0
-    assert "has no `sizes`. Did you mean `size`?" in refusal(
-        hbat("validate", "--reward_funcs", f"{rewards}:sizes")
-    )
+    assert "has no `sizes`. Did you mean `size`?" in refusal(hbat("validate", "--reward_funcs", f"{rewards}:sizes"))
     assert "'grpo' learns from rewards, but `reward_funcs` is None" in refusal(hbat("validate"))
 
 
