@@ -258,7 +258,7 @@ def test_the_second_file_goes_on_with_what_the_first_leaves(migrated, refusal):
         assert run.model_name_or_path == SFT["model_name_or_path"]
         assert "model_name_or_path" not in notes(text)
     _, text = migrated(sft=first, dpo=DPO | {"model_name_or_path": SFT["model_name_or_path"]})
-    assert notes(text)["model_name_or_path"] == "Here it goes on from where sft.yaml ended."
+    assert notes(text)["model_name_or_path"] == "Here it continues from where sft.yaml ended."
     message = refusal(sft=first, dpo=DPO | {"model_name_or_path": "other"})
     for part in ("dpo.yaml begins with 'other'", "'Qwen/Qwen3-0.6B', as sft.yaml does", "'outputs/sft'"):
         assert part in message

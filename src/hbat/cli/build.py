@@ -59,13 +59,14 @@ def load_of_entries(run: RunFile) -> dict[str, list[Any]]:
     callbacks, entries = {}, []
     for entry in run.config.objectives:
         if isinstance(entry, Mapping):
-            entry = dict(entry)  # noqa: PLW2901
-            where = f"`callbacks` of {entry['name']!r}"
-            made = [load_object(path, where) for path in entry.pop("callbacks", None) or ()]
-            callbacks[entry["name"]] = [callback() if isinstance(callback, type) else callback for callback in made]
-            if (rewards := load_reward_functions(entry.pop("reward_funcs", None))) is not None:
-                entry["trainer_kwargs"] = {**(entry.get("trainer_kwargs") or {}), "reward_funcs": rewards}
-        entries.append(entry)
+            own, where = dict(entry), f"`callbacks` of {entry['name']!r}"
+            made = [load_object(path, where) for path in own.pop("callbacks", None) or ()]
+            callbacks[own["name"]] = [callback() if isinstance(callback, type) else callback for callback in made]
+            if (rewards := load_reward_functions(own.pop("reward_funcs", None))) is not None:
+                own["trainer_kwargs"] = {**(own.get("trainer_kwargs") or {}), "reward_funcs": rewards}
+            entries.append(own)
+        else:
+            entries.append(entry)
     run.config.objectives = entries
     return callbacks
 

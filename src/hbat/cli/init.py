@@ -45,7 +45,7 @@ def first_run(model: str, data: Mapping[str, Sequence[str]], *, lora: bool = Fal
         _noted("datasets:", "a name on the Hub, a file, or a list of files"),
         *(f"  {name}: {_flow(data[name][0] if len(data[name]) == 1 else [*data[name]])}" for name in names),
         _noted("# eval_datasets:", "likewise; scored after every stage"),
-        _noted("on_bad_rows: raise", "drop: rows that cannot be trained on are left out, and counted"),
+        _noted("on_bad_rows: raise", "drop: trains without the rows that it cannot train on, and counts them"),
     ]
     if {"ppo", "grpo", "rloo"} & {*names}:
         lines.append(_noted("reward_funcs: rewards.py:reward", "your function in a file, or a reward model"))

@@ -82,7 +82,7 @@ def _require_one_run(trained: Sequence[Training], given: Sequence[str]) -> None:
 
 
 def _require_chain(trained: Sequence[Training]) -> None:
-    """Let every training but the first go on where one before it ended, or say that it will."""
+    """Let every training but the first continue where one before it ended, or say that it will."""
     first, ends = trained[0], set[Path]()
     if first.starts != first.model:
         first.note("adapter_name_or_path", first.starts, "to train it further, make it the model and remove `peft`.")
@@ -95,7 +95,7 @@ def _require_chain(trained: Sequence[Training]) -> None:
                     f"{first.file} does, nor what {before.file} leaves, {before.output!r}. A run trains one model: "
                     "give the files in the order in which they train, or correct `model_name_or_path`."
                 )
-            why = f"here it goes on from where {before.file} ended."
+            why = f"here it continues from where {before.file} ended."
             training.notes.append(("model_name_or_path", training.starts, why))
         ends |= {Path(training.output), Path(str(training.values.get("hub_model_id", training.output)))}
 

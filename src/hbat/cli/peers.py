@@ -76,7 +76,7 @@ class Training:
         kind: The objective, or `reward`.
         values: Keys that are still to be placed.
         model: The model that it loads.
-        starts: What it goes on from: an adapter on it, or the model itself.
+        starts: What it continues from: an adapter on it, or the model itself.
         output: Where it leaves its model.
         adapter: Whether it trains an adapter.
         data: Training data, as a run names it; None if there is none.

@@ -51,13 +51,13 @@ class Conversion:
         kind: What the rows are for: `sft`, `preference`, `kto` or `prompts`.
         columns: Column of each place: `system`, `history` (pairs of question and answer), `question`, `input` (more of
             it) and `answer`; `turns`; `chosen` and `rejected` (texts, turns or lists of turns); `label`; `transcript`
-            (a text with "Human:" and "Assistant:" at its turns, which `chosen`, `rejected` and `answer` then go on).
+            (a text with "Human:" and "Assistant:" at its turns, before `chosen`, `rejected` or `answer`).
         roles: TRL's role for every other one, in lower case.
         keys: What turns call `role` and `content`.
         calls: Whether turns call functions, so that all have `tool_calls`.
         whole: Whether prompt and answer become one conversation: `messages`, or `chosen` and `rejected` that begin
             with the prompt.
-        ignored: Keys of turns that are left out.
+        ignored: Keys of turns that are not used.
     """
 
     layout: str
@@ -72,7 +72,7 @@ class Conversion:
     def __str__(self) -> str:
         used = ", ".join(f"`{column}`" for column in self.columns.values())
         made = ", ".join(f"`{name}`" for name in (*self.made, *(["label"] if "label" in self.columns else ())))
-        left = f"; {', '.join(f'`{key}`' for key in self.ignored)} of its messages is not used" if self.ignored else ""
+        left = f"; not used of its messages: {', '.join(f'`{key}`' for key in self.ignored)}" if self.ignored else ""
         return f"layout `{self.layout}` ({used}), converted to {made}{left}"
 
     @property

@@ -57,7 +57,7 @@ class Distillation(Objective):
         return rows // self.minimum_rows(args)
 
     def can_resume_at(self, args: Any, rows: int, step: int) -> bool:
-        """Never: whether TRL's trainer goes on with the same answers is not tested."""
+        """Never: whether TRL's trainer resumes with the same answers is not tested."""
         return False
 
     def build_trainer(self, *, args: Any, **given: Any) -> Trainer:

@@ -72,11 +72,12 @@ class TRLPPO(Objective):
         return False
 
 
-def trl_ppo(*, config: Any) -> TRLPPO:
+def trl_ppo(*, config: Any, **options: Any) -> TRLPPO:
     """Make the objective `ppo` with TRL's trainer.
 
     Args:
         config: Fields of `trl.experimental.ppo.PPOConfig`, or a ready one.
+        **options: Other fields of the objective, such as its `name`.
 
     Raises:
         ImportError: If TRL has no PPOTrainer.
@@ -92,4 +93,5 @@ def trl_ppo(*, config: Any) -> TRLPPO:
         trainer_class=trainer.TRLPPOTrainer,
         config_class=trainer.PPOConfig,
         config=_DEFAULTS | dict(config or {}) if config is None or isinstance(config, Mapping) else config,
+        **options,
     )
