@@ -172,6 +172,15 @@ def test_an_adapter_of_any_kind_has_an_exact_copy_or_is_refused_by_name(kind):
         assert torch.equal(qlora_cases.logits(model), logits)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", sorted(WITHOUT_COPY.keys() & ADAPTERS.keys()))
+def test_an_adapter_without_a_copy_is_refused_also_while_it_does_nothing(kind):
+    with torch.random.fork_rng(devices=[]):
+        model = peft.get_peft_model(cases.tiny_llama(), ADAPTERS[kind]())
+    with pytest.raises(ValueError, match=WITHOUT_COPY[kind]):
+        refuse_reference(model)
+
+
 def refuse_reference(model):
     refuse_adapters(model, takes_reference=True)
     require_adapter_parameters(model)
