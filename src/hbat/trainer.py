@@ -1,6 +1,7 @@
 """HBATTrainer: the loop over the stages of a run."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from hbat.model.save import save, upload
 from hbat.objectives.rewards import reward_names
 from hbat.objectives.track import Track, build_tracks, fit, one_chat_template
 from hbat.reports.card import write_model_card
+from hbat.reports.costs import cost_entry, run_metrics, stage_line
 from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
 from hbat.reports.log import load_log
 from hbat.reports.matrix import ForgettingMatrix
@@ -136,7 +138,7 @@ class HBATTrainer:
             self.model, self.processing_class, self._start, engine, keep_adapter_dtype=args.keep_adapter_dtype
         )
         self._request = StopRequest()
-        self._evaluator = Evaluator(tracks, builder, self._start, self._request)
+        self._evaluator = Evaluator(tracks, builder, self._start, self._request, shows=not args.disable_tqdm)
         replayed = self.tracks["sft"] if args.replay_share > 0 else None
         self._stages = StageRunner(self.model, args, builder, self._start, engine, self._request, replayed)
         self._run: Run | None = None
@@ -170,7 +172,8 @@ class HBATTrainer:
                 change within a run, such as data and rounds, is refused all the same.
 
         Returns:
-            Steps of the run, mean of the logged training losses, and the final scores as `eval_<objective>/<metric>`.
+            Steps of the run, mean of the logged training losses, and as metrics the final scores,
+            `eval_<objective>/<metric>`, with `train_runtime`, `train_steps_per_second`, `train_tokens_per_second`.
 
         Raises:
             TypeError: If `resume_from_checkpoint` is a path, or `allow_changed` no list.
@@ -198,7 +201,8 @@ class HBATTrainer:
                         self._evaluate_if_due(run, reporter)
             finally:
                 self._close(reporter)
-        return TrainOutput(self.state.global_step, mean_loss(self.state, self.tracks), self._scores.last())
+        metrics = run_metrics(run.state.costs) | self._scores.last()
+        return TrainOutput(self.state.global_step, mean_loss(self.state, self.tracks), metrics)
 
     def _require_as_built(self, *, resume: bool) -> None:
         for name, now in self.args.as_text().items():
@@ -254,7 +258,7 @@ class HBATTrainer:
     def _make_reporter(self, run: Run) -> RunReporter:
         if not run.stages_left():
             logger.info("The run in %s is finished; nothing is left to train.", self.args.output_dir)
-        total = run.state.global_step + self._steps_from(run, run.state.next_stage)
+        total = run.state.global_step + self._steps_from(run, run.state.next_stage).total()
         track = next(iter(self.tracks.values()))
         return RunReporter(self.args, self.model, self.state, total, track.args, track.objective.recomputed_fields)
 
@@ -272,6 +276,9 @@ class HBATTrainer:
         run.state.log = reporter.save()
         run.commit_stage(stage, weights=trainable_parameters(self.model), **vars(result))
         self.state.global_step = run.state.global_step
+        cost = run.state.costs[-1]
+        reporter.log(cost_entry(cost), run.state.global_step)
+        reporter.progress.say(stage_line(stage, cost, self.state.log_history))
 
     def _try_stage(self, stage: Stage, run: Run, reporter: RunReporter) -> StageResult | None:
         # None: the stage was rolled back.
@@ -283,7 +290,7 @@ class HBATTrainer:
                 folder=self._folder.path / stage.folder,
                 run=run,
                 reporter=reporter,
-                steps_after=self._steps_from(run, stage.index + 1),
+                later=self._steps_from(run, stage.index + 1),
             )
         except FloatingPointError as error:
             self._folder.remove_stage(stage.folder)  # its checkpoints may hold the weights that led here
@@ -294,15 +301,22 @@ class HBATTrainer:
             return None
 
     def _evaluate_if_due(self, run: Run, reporter: RunReporter) -> None:
-        if self._evaluator.has_rows and self._scores.are_due(run):
-            self._scores.take(self.evaluate(), run, reporter)
+        if not (self._evaluator.has_rows and self._scores.are_due(run)):
+            return
+        if not self.matrix.rows:
+            rows = " + ".join(f"{len(rows)} {name}" for name, rows in self.eval_dataset.items())
+            reporter.progress.say(f"Evaluating the model at the start: {rows} rows.")
+        reporter.progress.write("evaluating")
+        with run.clock.timing("evaluation"):
+            results = self.evaluate()
+        self._scores.take(results, run, reporter)
 
-    def _steps_from(self, run: Run, first: int) -> int:
-        return sum(
-            self.tracks[stage.objective].estimated_steps(stage.num_rounds, stage.part)
-            for stage in run.plan
-            if stage.index >= first
-        )
+    def _steps_from(self, run: Run, first: int) -> Counter[str]:
+        steps: Counter[str] = Counter()
+        for stage in run.plan:
+            if stage.index >= first:
+                steps[stage.objective] += self.tracks[stage.objective].estimated_steps(stage.num_rounds, stage.part)
+        return steps
 
     def estimated_steps(self, objective: str, part: int = 0) -> int:
         """Estimate the optimizer steps of an objective's stage on a part of its data, from 0."""
@@ -390,7 +404,7 @@ class HBATTrainer:
         self._moved_to = end_weight
 
     def _last_stage(self) -> LastStage:
-        last = LastStage.read(self._folder, self.args, self._fingerprint())
+        last = LastStage.read(self._folder, self._fingerprint())
         self._run, self.matrix.rows = Run(self.args, self._folder, last.state), list(last.state.evaluations)
         return last
 

@@ -72,7 +72,7 @@ def test_a_run_that_is_not_finished_is_not_merged(run, merge, tmp_path):
         message = merge(run, status=2)
     finally:
         state.write_bytes(whole)
-    assert "is not finished: 0 of its 1 stages are done. Finish it with `hbat train --resume`" in message
+    assert "is not finished: 0 of its 1 stages are done. Finish it first" in message
     assert not (tmp_path / "merged").exists()
 
 

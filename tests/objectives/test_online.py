@@ -104,7 +104,7 @@ def test_consolidation_acts_on_a_stage(case, name, tmp_path):
     model = cases.MODEL_CASES[case]
     held = online_runs.train(model(0), tmp_path / "held", name, ewc={"strength": 20.0})
     free = online_runs.train(model(0), tmp_path / "free", name)
-    penalties = [each["ewc/penalty"] for each in held.state.log_history if f"{name}/loss" in each]
+    penalties = [each[f"{name}/ewc/penalty"] for each in held.state.log_history if f"{name}/loss" in each]
     assert [each > 0 for each in penalties] == [False, True, False, True]
     assert cases.largest_difference(cases.weights(held.model), cases.weights(free.model)) > 1e-5
 

@@ -167,8 +167,8 @@ def test_every_ppo_stage_trains_from_its_own_reference_and_its_critic_goes_on(ki
 def test_the_penalty_holds_a_ppo_stage_back(method, tmp_path):
     free = train(cases.tiny_llama(), tmp_path / "free", num_rounds=1, ewc={"strength": 1e-8, "method": method})
     held = train(cases.tiny_llama(), tmp_path / "held", num_rounds=1, ewc={"strength": 1e5, "method": method})
-    drift, held_drift = (of_stages(each, "ewc/drift")[1][-1] for each in (free, held))
-    assert of_stages(held, "ewc/penalty")[1][-1] > 0
+    drift, held_drift = (of_stages(each, "ppo/ewc/drift")[1][-1] for each in (free, held))
+    assert of_stages(held, "ppo/ewc/penalty")[1][-1] > 0
     assert 0 < held_drift < 0.5 * drift
 
 

@@ -76,7 +76,8 @@ def test_the_increase_that_was_predicted_is_logged_beside_the_measured_one(repor
         left = {"displacement": {"a": share * moved["a"]}, "importance": path}
         run.commit_stage(stage, steps=2, importance=left, moments={}, weights={"a": torch.ones(2)})
         scores.take({"sft": {"loss": loss}, "dpo": {"loss": 1.0}}, run, reporter)
-    found = [[entry.get(key) for key in ("ewc/predicted", "ewc/measured")] for entry in reporter.state.log_history]
+    keys = ("dpo/ewc/predicted", "dpo/ewc/measured")
+    found = [[entry.get(key) for key in keys] for entry in reporter.state.log_history]
     assert found == [[None, None], [None, None], [pytest.approx(0.25), 0.5]]
 
 

@@ -105,7 +105,7 @@ def test_a_run_equals_plain_trainers_with_the_replayed_loss_in_theirs(case, accu
     assert cases.largest_difference(cases.weights(without.model), expected) > 1e-4
     logged = runs.logged(run, "replay/loss")
     assert logged == pytest.approx(by_hand.losses[::accumulate], rel=1e-5)
-    assert {entry["hbat/stage"] for entry in run.state.log_history if "replay/loss" in entry} == {1, 3}
+    assert {entry["hbat/stage"] for entry in run.state.log_history if "dpo/replay/loss" in entry} == {1, 3}
 
 
 # --- against a step of TRL's SFTTrainer ------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_the_share_is_exact_over_the_steps_however_small(tmp_path):
     """A tenth of two rows a step is one row in the fifth."""
     section = {"max_steps": 10}
     run = runs.train(cases.tiny_llama(), tmp_path, num_rounds=1, dpo=section, replay={"sft": 0.1})
-    assert [entry["step"] - 2 for entry in run.state.log_history if "replay/loss" in entry] == [5, 10]
+    assert [entry["step"] - 2 for entry in run.state.log_history if "dpo/replay/loss" in entry] == [5, 10]
 
 
 @runs.drops_rows

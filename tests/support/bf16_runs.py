@@ -60,8 +60,9 @@ def precise(run, folder):
 def first_drifts(run):
     found = {}
     for entry in run.state.log_history:
-        if "ewc/drift" in entry:
-            found.setdefault(entry["hbat/stage"], entry["ewc/drift"])
+        for name in entry:
+            if name.endswith("/ewc/drift"):
+                found.setdefault(entry["hbat/stage"], entry[name])
     return list(found.values())
 
 

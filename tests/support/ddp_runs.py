@@ -170,12 +170,11 @@ def build(name, folder, *, model=None, callbacks=None, save_steps=None, rounds=2
 def result(run):
     """What is compared between numbers of processes, beside the weights."""
     keep = (
-        "ewc/penalty", "ewc/drift", "ewc/grad_norm_ratio", "ewc/predicted", "ewc/measured", "ppo/kl", "ppo/reward",
-        "eval_ppo/reward",
+        "/loss", "/ewc/penalty", "/ewc/drift", "/ewc/grad_norm_ratio", "/ewc/predicted", "/ewc/measured", "ppo/kl",
+        "ppo/reward",
     )  # fmt: skip
     log = [
-        {key: entry[key] for key in entry if key == "step" or key.endswith("/loss") or key in keep}
-        for entry in run.state.log_history
+        {key: entry[key] for key in entry if key == "step" or key.endswith(keep)} for entry in run.state.log_history
     ]
     # TRL's other metrics are means over batches, weighted otherwise in several processes.
     table = {name: run.matrix.series(name) for name in run.args.objective_names}

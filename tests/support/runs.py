@@ -132,8 +132,9 @@ def same(first, second):
 
 
 def logged(run, key):
-    """Values of one entry of a run's log, in order."""
-    return [each[key] for each in run.state.log_history if key in each]
+    """Values of one entry of a run's log, of all objectives where it names none, in order."""
+    entries = (item for entry in run.state.log_history for item in entry.items())
+    return [value for name, value in entries if f"/{name}".endswith(f"/{key}")]
 
 
 def state_tensors(folder, kind):

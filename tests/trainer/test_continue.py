@@ -230,7 +230,7 @@ def test_a_run_resumes_with_the_run_that_it_began_with(first, tmp_path):
 def test_a_run_that_is_not_finished_is_refused(tmp_path):
     with pytest.raises(CutOffError):
         runs.train(cases.tiny_llama(), tmp_path / "first", callbacks=[Kill(1, "begin")])
-    with pytest.raises(RunStateError, match=r"not finished: 1 of its 4 stages are done\. Resume it first"):
+    with pytest.raises(RunStateError, match=r"not finished: 1 of its 4 stages are done\. Finish it first"):
         second(tmp_path / "run", tmp_path / "first")
 
 

@@ -186,7 +186,7 @@ def test_a_run_that_was_cut_off_is_refused_until_it_is_finished(tmp_path):
     with pytest.raises(CutOffError):
         build(tmp_path, callbacks=[Kill(1, "step", 2)]).train()
     before = files(tmp_path)
-    with pytest.raises(RunStateError, match=r"is not finished: 1 of its 2 stages are done.*`--resume`"):
+    with pytest.raises(RunStateError, match=r"is not finished: 1 of its 2 stages are done.*`hbat train --resume`"):
         build(tmp_path).front()
     assert files(tmp_path) == before
     build(tmp_path).train(resume_from_checkpoint=True)

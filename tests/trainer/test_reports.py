@@ -82,13 +82,13 @@ def test_tensorboard_gets_one_file_with_steps_that_only_grow(evaluated):
     assert len(files) == 1
     assert list(folder.rglob("events.out.*")) == files
     events = EventAccumulator(str(files[0])).Reload()
-    tags = {"train/sft/loss", "train/dpo/loss", "train/dpo/rewards/accuracies", "train/ewc/penalty"}
+    tags = {"train/sft/loss", "train/dpo/loss", "train/dpo/rewards/accuracies", "train/dpo/ewc/penalty"}
     assert tags | {"eval/sft/loss", "eval/dpo/loss"} <= set(events.Tags()["scalars"])
     for tag in events.Tags()["scalars"]:
         steps = [each.step for each in events.Scalars(tag)]
         assert steps == sorted(set(steps)), tag
     assert [each.step for each in events.Scalars("train/sft/loss")] == [1, 2, 5, 6]
-    assert [each.step for each in events.Scalars("train/ewc/penalty")] == [3, 4, 5, 6, 7, 8]
+    assert [each.step for each in events.Scalars("train/dpo/ewc/penalty")] == [3, 4, 7, 8]
     assert [each.step for each in events.Scalars("eval/dpo/loss")] == [0, 2, 4, 6, 8]
 
 

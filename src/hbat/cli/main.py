@@ -83,6 +83,8 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
         raise ValueError("`--allow-changed` names values that may differ when a run resumes; it requires `--resume`.")
     run = _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+        import transformers  # noqa: PLC0415 - heavy
+
         from hbat.cli.build import build_trainer, refuse_other_run  # noqa: PLC0415 - heavy
         from hbat.cli.hub import check_upload, upload_run  # noqa: PLC0415 - heavy
         from hbat.cli.summary import end_processes, print_result  # noqa: PLC0415 - heavy
@@ -91,6 +93,7 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
             refuse_other_run(run)
         check_upload(run)
         trainer = build_trainer(run)
+        transformers.logging.disable_progress_bar()  # of every file of every checkpoint
         try:
             trainer.train(resume_from_checkpoint=options.resume, allow_changed=allowed)
             trainer.save_model()
@@ -155,7 +158,7 @@ def _merge(options: argparse.Namespace, words: Sequence[str]) -> int:
         adapter = source if run is None else Path(run.config.output_dir)
         quantized = run is not None and run.quantization is not None
         if (state := next(RunFolder(adapter).states(), None)) is not None:  # not after `hbat clean`
-            _require_finished(state, adapter)
+            state.require_finished(repr(str(adapter)))
             quantized |= "quantization" in state.fingerprint["parameters"]
         merged = merge(adapter, folder, options.dtype, None if run is None else run.config)
     print(describe_merged(merged, folder, quantized=quantized))
@@ -172,24 +175,25 @@ def _clean(options: argparse.Namespace, words: Sequence[str]) -> int:
     with folder.locked():
         state = folder.read()
         if state is not None:
-            _require_finished(state, run.config.output_dir)
+            state.require_finished(repr(run.config.output_dir))
         size = folder.size()
         folder.clear()
     print(f"Removed {size / 1e6:.1f} MB: the run can no longer be continued, nor its front be measured.")
     return 0
 
 
+def _status(options: argparse.Namespace, words: Sequence[str]) -> int:
+    source = Path(options.config)
+    folder = source if source.is_dir() else Path(_prepare(options, words).config.output_dir)
+    from hbat.cli.status import print_status  # noqa: PLC0415 - heavy
+
+    print_status(folder)
+    return 0
+
+
 def _require_empty(option: str, folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`{option}` names {str(folder)!r}, which is not an empty folder. Name a new one.")
-
-
-def _require_finished(state: Any, folder: str | Path) -> None:
-    if (done := state.next_stage - state.first_stage) < state.planned:
-        raise ValueError(
-            f"The run in {str(folder)!r} is not finished: {done} of its {state.planned} stages are done. Finish it "
-            "with `hbat train --resume`."
-        )
 
 
 def _point(option: str, text: str) -> float:
@@ -262,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="{init,migrate,train,validate,front,merge,clean,env,demo}"
+        title="commands", required=True, metavar="{init,migrate,validate,train,status,front,merge,clean,env,demo}"
     )
     _add_beginnings(commands)
     train = _run_command(commands, "train", _train, "train a run described by a YAML file")
@@ -274,6 +278,8 @@ def _parser() -> argparse.ArgumentParser:
         help="values that may differ from the run that resumes, comma-separated: `sft.learning_rate,ewc.`",
     )
     _run_command(commands, "validate", _validate, "check configuration, data and model without training")
+    what = "print how far a run is, also while it trains; RUN may be its folder"
+    _run_command(commands, "status", _status, what, file="RUN")
     what = "score the models between the start and the end of a finished run's last stage, and save one"
     front = _run_command(commands, "front", _front, what, file="RUN")
     front.add_argument(

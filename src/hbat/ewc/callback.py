@@ -1,6 +1,7 @@
 """EWCCallback: when the penalty acts in a `transformers.Trainer`, and what it logs. The formulas are in `penalty`."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class EWCCallback(TrainerCallback):
         self.anchor = anchor
         self.strength = strength
         self.method = method
+        #: Times what the penalty adds to every step.
+        self.timing: Callable[[], AbstractContextManager[None]] = nullcontext
         self._trainer: Trainer | None = None
         self._reset()
 
@@ -128,7 +131,7 @@ class EWCCallback(TrainerCallback):
         self._anchor = local.of(self.anchor) if self.anchor is not None else snapshot(local.weights)
         self._importance = local.of(self.importance)
         if self.method == "gradient" and self._trainer is not None:
-            self._undo = engine.before_clipping(self._trainer, self._add_gradient)
+            self._undo = engine.before_clipping(self._trainer, self._before_clipping)
 
     def _require_usable(self, parameters: Mapping[str, Tensor], step: int) -> None:
         if self.anchor is None and step > 0:
@@ -139,6 +142,10 @@ class EWCCallback(TrainerCallback):
         if self.anchor is not None:
             require_counterparts(parameters, self.anchor, "anchor")
         require_counterparts(parameters, self.importance, "importance")
+
+    def _before_clipping(self) -> None:
+        with self.timing():
+            self._add_gradient()
 
     def _add_gradient(self) -> None:
         trainer = self._trainer
@@ -192,7 +199,8 @@ class EWCCallback(TrainerCallback):
             return
         rate_of = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
         rates = {name: float(rate_of[id(weight)]) for name, weight in weights.items() if id(weight) in rate_of}
-        proximal_step_(weights, self._anchor, self._importance, strength=self.strength, learning_rates=rates)
+        with self.timing():
+            proximal_step_(weights, self._anchor, self._importance, strength=self.strength, learning_rates=rates)
 
     def on_log(
         self,

@@ -167,6 +167,17 @@ class ForgettingMatrix(ScoreTable):
             "interference": self.interference(),
         }
 
+    def last_line(self) -> str:
+        """Say in a line what the last row changed: each objective's headline score before and after."""
+        parts = []
+        for name in self.headline:
+            before, after = [None, *self.series(name)][-2:]
+            if after is not None:
+                change = f"{after:.4f}" if before is None else f"{before:.4f} -> {after:.4f}"
+                verdict = "" if before is None else (" better", " worse")[self._gain(name, before, after) < 0]
+                parts.append(f"{name} {self.headline[name]} {change}{verdict}")
+        return f"Scores: {', '.join(parts)}."
+
     def lines(self) -> list[tuple[str, list[float | None]]]:
         """For each row a label, such as `round 1: sft` or `other-run, start`, and each objective's headline score."""
         columns = [self.series(objective) for objective in self.headline]

@@ -1,11 +1,10 @@
 """Live reporting: one log, one set of reporters, one progress bar and one step axis for all stages of a run."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
@@ -13,6 +12,7 @@ from transformers.trainer_callback import CallbackHandler
 from hbat.config.hbat import HBATConfig
 from hbat.engines.environment import kept_environment
 from hbat.reports.log import save_log
+from hbat.reports.progress import Progress, StageProgress
 from hbat.state.plan import Stage
 
 #: Entries about a single stage, which would be wrong in the log of the whole run.
@@ -21,7 +21,7 @@ _RUN_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_prepar
 
 
 class RunReporter:
-    """Owns the reporters, the log and the progress bar of a run.
+    """Owns the reporters, the log and the progress of a run.
 
     Args:
         config: The run's configuration.
@@ -30,6 +30,10 @@ class RunReporter:
         total_steps: Estimate of the run's optimizer steps, corrected as stages begin.
         args: Configuration of a stage's trainer, whose device and processes are the run's.
         derived: Fields that the configuration computes from others.
+
+    Attributes:
+        state: The log.
+        progress: What shows how far the run is.
     """
 
     def __init__(
@@ -53,8 +57,12 @@ class RunReporter:
         state.max_steps = total_steps
         self._handler = CallbackHandler([DefaultFlowCallback(), *self._reporters()], model, None, None, None)
         self._handler.on_train_begin(self._args, state, self._control)
-        quiet = config.disable_tqdm or not state.is_local_process_zero
-        self._bar = tqdm(total=total_steps, initial=state.global_step, disable=quiet, dynamic_ncols=True, unit="step")
+        self.progress = Progress(
+            self._folder if state.is_world_process_zero else None,
+            state.global_step,
+            total_steps,
+            shows=state.is_local_process_zero and not config.disable_tqdm,
+        )
 
     def _reporters(self) -> list[TrainerCallback]:
         reporters = [callback() for callback in get_reporting_integration_callbacks(self._args.report_to)]
@@ -82,29 +90,14 @@ class RunReporter:
         self.state.log_history = [entry for entry in self.state.log_history if entry["step"] <= step]
         self.state.global_step = step
 
-    def stage_begins(self, stage: Stage, steps: int, *, steps_after: int) -> None:
-        """Name a stage on the progress bar and correct the total; `steps_after` estimates later stages."""
-        self._stage, self._stage_steps, self._before = stage, steps, self.state.global_step
-        self.state.max_steps = self._bar.total = self._before + steps + steps_after
-        self.step(0)
-
-    def step(self, done: int, loss: float | None = None) -> None:
-        """Move the progress bar to a number of steps of the stage and its last logged loss."""
-        stage = self._stage
-        self._bar.n = self._before + done
-        self._bar.set_description_str(f"round {stage.round}/{stage.last_round} {stage.objective}", refresh=False)
-        shown = f"{done}/{self._stage_steps}" if loss is None else f"{done}/{self._stage_steps}, loss {loss:.3f}"
-        self._bar.set_postfix_str(shown, refresh=False)
-        self._bar.refresh() if done in {0, self._stage_steps} else self._bar.update(0)
-
     def save(self) -> dict[str, Any]:
         """Write the log to disk; returns what the run's state records of it."""
         return save_log(self._folder, self.state)
 
     def close(self) -> None:
-        """Close the reporters and the progress bar."""
+        """Close the reporters and the progress."""
         self._handler.on_train_end(self._args, self.state, self._control)
-        self._bar.close()
+        self.progress.close()
 
 
 def mean_loss(state: TrainerState, objectives: Iterable[str]) -> float:
@@ -115,30 +108,46 @@ def mean_loss(state: TrainerState, objectives: Iterable[str]) -> float:
 
 
 class ForwardLogs(TrainerCallback):
-    """Last callback of a stage's trainer: forwards its log to the run's, with the objective as prefix."""
+    """Last callback of a stage's trainer: forwards its log to the run's, with the objective as prefix, and progress.
 
-    def __init__(self, reporter: RunReporter, stage: Stage, steps_after: int) -> None:
+    Args:
+        reporter: The run's reporter.
+        stage: The stage.
+        later: Estimated steps of the stages after it, by objective.
+    """
+
+    def __init__(self, reporter: RunReporter, stage: Stage, later: Mapping[str, int]) -> None:
         self._reporter = reporter
         self._stage = stage
-        self._steps_after = steps_after
+        self._later = later
         self._before = reporter.state.global_step
-        self._loss: float | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Announce the stage, and log again what it logged before it was cut off."""
-        self._reporter.stage_begins(self._stage, state.max_steps, steps_after=self._steps_after)
+        self._at = StageProgress(self._stage, state.global_step, state.max_steps)
+        self._reporter.state.max_steps = self._before + state.max_steps + sum(self._later.values())
+        self._reporter.progress.stage_begins(self._at, before=self._before, later=self._later)
         for entry in state.log_history:  # of a stage that is resumed from its checkpoint
             logs = {key: value for key, value in entry.items() if key != "step"}
             if placed := self._placed(logs):
                 self._reporter.remember(placed, self._before + int(entry["step"]))
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Move the progress bar."""
-        self._reporter.step(state.global_step, self._loss)
+        """Show the step."""
+        self._at.step(state.global_step)
+        self._reporter.progress.show(self._at)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Leave an evaluation out of the time left."""
+        self._at.pause()
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Leave saving out of the time left."""
+        self._at.pause()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Forward an entry."""
-        self._loss = (logs or {}).get("loss", self._loss)
+        self._at.note(logs or {})
         if placed := self._placed(logs or {}):
             self._reporter.log(placed, self._before + state.global_step)
 
@@ -148,17 +157,13 @@ class ForwardLogs(TrainerCallback):
 
 
 def renamed(logs: dict[str, Any], objective: str) -> dict[str, Any]:
-    """Prefix a stage's log entries by its objective: `sft/loss`, `eval_sft_stage/loss`, but `ewc/penalty`."""
+    """Prefix a stage's log entries by its objective: `sft/loss`, `dpo/ewc/penalty`, `eval_sft_stage/loss`."""
     # Evaluation inside a stage has a name of its own: its reference policy is the model at the stage's start, while
     # that between stages, logged at the same steps, has the model at the run's start.
     result = {}
     for key, value in logs.items():
         if key in _DROPPED or key.endswith(_RUN_TIMES):
             continue
-        if key.startswith(("ewc/", "replay/")):
-            result[key] = value
-        elif key.startswith("eval_"):
-            result[f"eval_{objective}_stage/{key.removeprefix('eval_')}"] = value
-        else:
-            result[f"{objective}/{key}"] = value
+        inside = key.startswith("eval_")
+        result[f"eval_{objective}_stage/{key.removeprefix('eval_')}" if inside else f"{objective}/{key}"] = value
     return result

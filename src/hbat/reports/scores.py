@@ -32,22 +32,24 @@ class RunScores:
         for stage in run.plan:
             if stage.index == done:
                 number, objective = stage.round, stage.objective
-        increases = self._increases(results, run.state.predicted)
+        increases = self._increases(results, run.state.predicted, objective)
         self._matrix.add(stage=done, round_number=number, objective=objective, scores=results)
         reporter.log(as_metrics(results) | increases, run.state.global_step)
         run.state.log = reporter.save()
         run.commit_evaluations(self._matrix.rows)
+        reporter.progress.say(self._matrix.last_line())
         if is_main_process():
             write_json(self._folder / SCORES_FILE, self._matrix.as_dict())
 
     def _increases(
-        self, results: Mapping[str, Mapping[str, float]], predicted: Mapping[str, float]
+        self, results: Mapping[str, Mapping[str, float]], predicted: Mapping[str, float], objective: str | None
     ) -> dict[str, float]:
         # By how much the last stage raised the losses of other objectives, as its penalty and as evaluation has it.
         before = self._matrix.rows[-1]["scores"] if self._matrix.rows else {}
         both = [name for name in predicted if "loss" in before.get(name, {}) and "loss" in results.get(name, {})]
         measured = sum(results[name]["loss"] - before[name]["loss"] for name in both)
-        return {"ewc/predicted": sum(predicted[name] for name in both), "ewc/measured": measured} if both else {}
+        increases = {"predicted": sum(predicted[name] for name in both), "measured": measured} if both else {}
+        return {f"{objective}/ewc/{name}": value for name, value in increases.items()}
 
     def draw(self) -> None:
         """Draw the matrix, unless it is empty."""

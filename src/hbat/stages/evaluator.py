@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hbat.objectives.track import Track
 from hbat.reports.matrix import scores
+from hbat.reports.progress import EvaluationBar
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.dropped_rows import report_dropped_rows
 from hbat.stages.interruption import StopAtPrediction, StopRequest
@@ -22,15 +23,17 @@ class Evaluator:
         builder: Builder of trainers on the run's model.
         start: Holder of the reference policy.
         request: Where signals are remembered.
+        shows: Whether to show a progress bar.
     """
 
     def __init__(
-        self, tracks: Sequence[Track], builder: TrainerBuilder, start: StageStart, request: StopRequest
+        self, tracks: Sequence[Track], builder: TrainerBuilder, start: StageStart, request: StopRequest, *, shows: bool
     ) -> None:
         self._tracks = [track for track in tracks if track.eval_dataset is not None]
         self._builder = builder
         self._start = start
         self._stop = StopAtPrediction(request)
+        self._shows = shows
         self._reported: set[str] = set()
 
     @property
@@ -67,7 +70,7 @@ class Evaluator:
                     folder,
                     train_dataset=rows.select([index % len(rows) for index in range(needed)]),
                     eval_dataset=rows,
-                    callbacks=[self._stop],
+                    callbacks=[self._stop, *([EvaluationBar(track.name)] if self._shows else [])],
                     for_evaluation=True,
                 ) as trainer,
             ):

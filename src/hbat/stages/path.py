@@ -1,6 +1,7 @@
 """PathIntegral: when the path integral of a stage's loss is accumulated, saved and resumed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,26 @@ class PathIntegral(TrainerCallback):
         engine: The engine of the run.
         anchor: Weights at the stage's start, by parameter name.
         checkpoint: Folder of the checkpoint from which the stage resumes, if it does.
+        timing: Times what is added to every step.
 
     Attributes:
         total: The path integral by parameter name, on the CPU, once training has ended.
     """
 
-    def __init__(self, trainer: Trainer, engine: Engine, anchor: Mapping[str, Tensor], checkpoint: str | None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        engine: Engine,
+        anchor: Mapping[str, Tensor],
+        checkpoint: str | None,
+        timing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.total: Mapping[str, Tensor] = {}
         self._trainer = trainer
         self._engine = engine
         self._start = anchor
         self._checkpoint = checkpoint
+        self._timing = timing
         self._local = Local({})
         self._anchor: Mapping[str, Tensor] = {}
         self._path: Mapping[str, Tensor] = {}
@@ -65,6 +75,10 @@ class PathIntegral(TrainerCallback):
         self._engine.before_clipping(self._trainer, self._before_step)
 
     def _before_step(self) -> None:
+        with self._timing():
+            self._begin_step()
+
+    def _begin_step(self) -> None:
         self._finish_step()  # TRL's PPO takes several optimizer steps between two `on_step_end`
         # The optimizer steps on gradients that are clipped and hold the penalty, so the task's own are copied. A loss
         # scale is divided out; where it has overflowed, the step is skipped and contributes nothing.
@@ -78,7 +92,8 @@ class PathIntegral(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the other side of the step, with all that has changed the weights."""
-        self._finish_step()
+        with self._timing():
+            self._finish_step()
 
     def _finish_step(self) -> None:
         self._add(after_step=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hbat.reports.reporter import ForwardLogs, RunReporter
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.callbacks import HookLimit, KeepEpoch, TellPlace
 from hbat.stages.checkpoints import SealCheckpoints, last_checkpoint, named_checkpoint
+from hbat.stages.costs import StageCosts
 from hbat.stages.dropped_rows import report_dropped_rows
 from hbat.stages.importance import fisher_examples, is_used, measure
 from hbat.stages.interruption import StopAtStep, StopRequest
@@ -26,7 +28,7 @@ from hbat.stages.nonfinite import StopOnNonFinite, require_finite_importance, re
 from hbat.stages.path import PathIntegral
 from hbat.stages.replay import Replay, prepare_replay
 from hbat.stages.start import StageStart
-from hbat.state.consolidation import Consolidation, Record
+from hbat.state.consolidation import Record
 from hbat.state.files import storage_errors
 from hbat.state.plan import Stage
 from hbat.state.run import Run
@@ -43,12 +45,14 @@ class StageResult:
         importance: What it leaves to its objective's importance; None without consolidation.
         moments: Optimizer moments for the objective's next stage; empty if they are reset.
         kept: State that the objective keeps for its next stage beside the model.
+        counted: Its steps and tokens in this process, for the stage's costs.
     """
 
     steps: int
     importance: Record | None
     moments: Mapping[str, Tensor]
     kept: Mapping[str, Tensor]
+    counted: Mapping[str, int]
 
 
 class StageRunner:
@@ -83,7 +87,7 @@ class StageRunner:
         self._replayed = replayed
 
     def run(
-        self, stage: Stage, track: Track, *, folder: Path, run: Run, reporter: RunReporter, steps_after: int
+        self, stage: Stage, track: Track, *, folder: Path, run: Run, reporter: RunReporter, later: Mapping[str, int]
     ) -> StageResult:
         """Train one stage. The stage's start must have been taken.
 
@@ -93,7 +97,7 @@ class StageRunner:
             folder: The stage's folder.
             run: The run; the state that the stage's objective carries is taken out of it.
             reporter: The run's reporter.
-            steps_after: Estimate of the run's steps after this stage.
+            later: Estimated steps of the stages after this one, by objective.
 
         Raises:
             RunInterrupted: If a signal stopped the stage; its checkpoint is saved.
@@ -115,6 +119,7 @@ class StageRunner:
             stop,
             SealCheckpoints(),
         ]
+        costs = StageCosts(run.clock)
         part = track.part(stage, self._config.seed)
         replay = self._replay(stage, track)
         with self._builder.building(
@@ -123,7 +128,7 @@ class StageRunner:
             train_dataset=part,
             eval_dataset=track.eval_dataset if _evaluates(track) else None,
             seed_offset=stage.index,
-            callbacks=[*carries, *own, ForwardLogs(reporter, stage, steps_after)],
+            callbacks=[*carries, *own, ForwardLogs(reporter, stage, later), costs],
             frozen=consolidation.frozen(stage, trainable_parameters(self._model)) if consolidation is not None else (),
             learning_rate_factor=_STEP_BACK ** run.rollbacks(stage),
         ) as trainer:
@@ -145,10 +150,12 @@ class StageRunner:
             self._start.interpolate(self._config.end_weight)
         anchor, seed = self._start.anchor, self._config.seed
         integral = path.total if path is not None else {}
-        importance = measure(consolidation, self._model, anchor, integral, examples, stage=stage, seed=seed)
+        with run.clock.timing("ewc"):
+            importance = measure(consolidation, self._model, anchor, integral, examples, stage=stage, seed=seed)
         for tensors in (importance or {}).values():
             require_finite_importance(tensors, stage)
-        return StageResult(steps, importance, carry.saved if carries else {}, kept)
+        counted = {"steps": costs.steps, "tokens": costs.tokens}
+        return StageResult(steps, importance, carry.saved if carries else {}, kept, counted)
 
     def _replay(self, stage: Stage, track: Track) -> Replay | None:
         if self._replayed is None or self._replayed.name == stage.objective:
@@ -170,7 +177,7 @@ class StageRunner:
             steps_before=run.state.objective_steps.get(stage.objective, 0),
             ahead=track.rows_ahead(stage.num_rounds, stage.part),
         )
-        path = self._consolidate(trainer, stage, run.consolidation, checkpoint, precise=precise)
+        path = self._consolidate(trainer, stage, run, checkpoint, precise=precise)
         StopOnNonFinite(trainer, stage, self._engine)
         return path
 
@@ -178,11 +185,12 @@ class StageRunner:
         self,
         trainer: Trainer,
         stage: Stage,
-        consolidation: Consolidation | None,
+        run: Run,
         checkpoint: str | None,
         *,
         precise: bool,
     ) -> PathIntegral | None:
+        consolidation, timing = run.consolidation, partial(run.clock.timing, "ewc")
         if not is_used(consolidation):
             return None
         config, importance = consolidation.config, None
@@ -191,10 +199,11 @@ class StageRunner:
         if importance is not None:
             # Weights that the engine keeps more precisely than the model begin with the start that it rounded.
             anchor = self._start.anchor if precise else None
-            EWCCallback(importance, anchor, strength=config.strength, method=config.method).bind(trainer)
+            penalty = EWCCallback(importance, anchor, strength=config.strength, method=config.method).bind(trainer)
+            penalty.timing = timing
         if config.source != "path":
             return None
-        return PathIntegral(trainer, self._engine, self._start.anchor, checkpoint)
+        return PathIntegral(trainer, self._engine, self._start.anchor, checkpoint, timing)
 
     def _checkpoint(self, track: Track, trainer: Trainer, rows: int, folder: Path) -> str | None:
         if not self._engine.resumes_inside_stage:

@@ -41,12 +41,8 @@ class FinishedRun:
             state = self._state = self._folder.read_newest()
         except RunStateError as error:
             raise RunStateError(f"{named} cannot be continued: {error}") from error
-        run, done = state.fingerprint["run"], state.next_stage - state.first_stage
-        if done < (planned := state.planned):
-            raise RunStateError(
-                f"{named} holds a run that is not finished: {done} of its {planned} stages are done. Resume it first "
-                "(`--resume`)."
-            )
+        run = state.fingerprint["run"]
+        state.require_finished(named)
         if found := hindrances(Fingerprint(state.fingerprint, state.given, state.versions), described):
             raise RunStateError(
                 f"{named} holds a run that cannot be continued with other values: {'; '.join(found)}. Restore these "

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hbat.config.hbat import HBATConfig
 from hbat.engines.sharded import shared_as
 from hbat.state.changes import changes
 from hbat.state.fingerprint import Fingerprint
 from hbat.state.folder import RunFolder
 from hbat.state.manifest import RunState, RunStateError
 from hbat.state.plan import Stage
-from hbat.state.run import Run
 
 #: Without these in common, the weights on disk are not those of this model, or are scored otherwise.
 _SHARED = ("run.objectives", "run.num_rounds", "run.rounds", "parameters.", "tokenizer.")
@@ -38,12 +36,11 @@ class LastStage:
     end_weight: float
 
     @classmethod
-    def read(cls, folder: RunFolder, config: HBATConfig, described: Fingerprint) -> "LastStage":
+    def read(cls, folder: RunFolder, described: Fingerprint) -> "LastStage":
         """Read it from a run's folder, which is left as it is.
 
         Args:
             folder: The folder.
-            config: The run's configuration.
             described: Fingerprint of the run.
 
         Raises:
@@ -57,13 +54,8 @@ class LastStage:
         differing = changes(state.fingerprint, described.values)
         if found := [str(change) for change in differing if change.name.startswith(_SHARED)]:
             raise RunStateError(f"{where} holds another run: {'; '.join(found)}. Give the values that it had.")
-        stages = Run(config, folder, state).plan
-        stage = stages[-1]
-        if state.next_stage <= stage.index:
-            raise RunStateError(
-                f"The run in {where} is not finished: {state.next_stage - stages[0].index} of its {len(stages)} "
-                "stages are done. Finish it first, with `resume_from_checkpoint=True` (`--resume`)."
-            )
+        state.require_finished(where)
+        stage = state.plan[-1]
         before = next((earlier for earlier in states if earlier.next_stage == stage.index), None)
         if before is None:
             raise RunStateError(

@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast, get_origin
 
+from hbat.config.chain import shares_of
 from hbat.state.files import digest
+from hbat.state.plan import Stage, plan
 
 STATE_FILE = "hbat_state.json"
-FORMAT = 4
+FORMAT = 5
 
 
 class RunStateError(ValueError):
@@ -35,6 +37,8 @@ class RunState:
         optim: Optimizers of objectives that runs before this one trained, whose moments may still be there.
         files: Names of the tensor files in `state/` by what they hold.
         checksums: Size and checksum of these files by name.
+        costs: What stages and evaluations took, in order: `seconds` in all, and of them those of
+            `evaluation`, `saving` and `ewc`; `peak_gib`, and of a stage `objective`, `steps` and `tokens`.
         predicted: By how much the last stage raised the loss of each other objective, as its penalty predicts it.
         evaluations: Rows of the forgetting matrix so far.
         log: Number of entries of the log so far, and their checksum.
@@ -53,6 +57,7 @@ class RunState:
     optim: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     checksums: dict[str, Any] = field(default_factory=dict)
+    costs: list[dict[str, Any]] = field(default_factory=list)
     predicted: dict[str, float] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     log: dict[str, Any] = field(default_factory=dict)
@@ -60,12 +65,25 @@ class RunState:
     changes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def planned(self) -> int:
-        """Number of the run's stages, without those of the runs that it continues."""
+    def plan(self) -> list[Stage]:
+        """The run's stages, without those of the runs that it continues."""
         run = self.fingerprint["run"]
-        if run.get("rounds") is not None:
-            return sum(share > 0 for shares in run["rounds"] for share in shares.values())
-        return int(run["num_rounds"]) * len(run["objectives"])
+        names, rounds = run["objectives"], run.get("rounds")
+        return plan(
+            run["num_rounds"],
+            names,
+            shares=None if rounds is None else shares_of(rounds, names),
+            first_stage=self.first_stage,
+            rounds_before=self.rounds_before,
+        )
+
+    def require_finished(self, where: str) -> None:
+        """Raise `RunStateError` if stages of the run are left; `where` names its folder."""
+        if (done := self.next_stage - self.first_stage) < (planned := len(self.plan)):
+            raise RunStateError(
+                f"The run in {where} is not finished: {done} of its {planned} stages are done. Finish it first, with "
+                "`resume_from_checkpoint=True` (`hbat train --resume`)."
+            )
 
 
 def encode(state: RunState) -> bytes:

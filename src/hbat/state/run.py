@@ -12,6 +12,7 @@ from hbat.engines.processes import wait_for_everyone
 from hbat.engines.sharded import shared_as
 from hbat.ewc.parameters import require_counterparts
 from hbat.state.changes import Change, accepted
+from hbat.state.clock import Clock, peak_memory
 from hbat.state.consolidation import DISPLACEMENT, KINDS, Consolidation, Record
 from hbat.state.continued import FinishedRun
 from hbat.state.fingerprint import Fingerprint
@@ -58,6 +59,7 @@ class Run:
         self.moments: dict[str, Mapping[str, Tensor]] = {}
         self.kept: dict[str, Mapping[str, Tensor]] = {}
         self.was_resumed = False
+        self.clock = Clock()
         self._config = config
         self._folder = folder
 
@@ -225,6 +227,7 @@ class Run:
         moments: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
         kept: Mapping[str, Tensor] | None = None,
+        counted: Mapping[str, int] | None = None,
     ) -> None:
         """Commit what a stage left the run's state on disk.
 
@@ -235,6 +238,7 @@ class Run:
             moments: Moments for its objective's next stage.
             weights: Trainable weights at its end.
             kept: What else its objective keeps for its next stage.
+            counted: Steps and tokens of this process, for the stage's costs.
         """
         state, name = self.state, stage.objective
         written: dict[str, Mapping[str, Tensor]] = {f"optimizer-{name}": moments, f"kept-{name}": kept or {}}
@@ -244,17 +248,24 @@ class Run:
             self.consolidation.add(name, importance)
             written |= {f"{kind}-{name}": sums for kind, sums in self.consolidation.accumulated[name].items()}
         self.moments[name], self.kept[name] = moments, kept or {}
-        for kind, tensors in written.items():
-            if tensors:
-                self._folder.write_tensors(state, kind, stage.index, tensors)
-        self._folder.write_tensors(state, "weights", stage.index + 1, weights)
+        with self.clock.timing("saving"):
+            for kind, tensors in written.items():
+                if tensors:
+                    self._folder.write_tensors(state, kind, stage.index, tensors)
+            self._folder.write_tensors(state, "weights", stage.index + 1, weights)
         state.next_stage = stage.index + 1
         state.global_step += steps
         state.objective_steps[name] = state.objective_steps.get(name, 0) + steps
+        self._count(stage.index, objective=name, **(counted or {}))
         self._folder.commit(state)
         self._folder.remove_stage(stage.folder)
 
     def commit_evaluations(self, rows: list[dict[str, Any]]) -> None:
         """Commit all rows of the forgetting matrix so far."""
         self.state.evaluations = rows
+        self._count(self.state.next_stage - 1)
         self._folder.commit(self.state)
+
+    def _count(self, stage: int, **counted: Any) -> None:
+        lap = {name: round(seconds, 3) for name, seconds in self.clock.lap().items()}
+        self.state.costs.append({"stage": stage, **counted, **lap, "peak_gib": round(peak_memory(), 2)})

@@ -1,0 +1,58 @@
+"""What stages cost: the rows that a run's state keeps, as entries of the log, as metrics and in words."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from tqdm import tqdm
+
+from hbat.state.plan import Stage
+
+#: What a stage's seconds are spent on beside training.
+_BESIDE = ("evaluation", "saving", "ewc")
+
+
+def tokens_per_second(cost: Mapping[str, Any]) -> float | None:
+    """Tokens per second of training, without evaluating and saving; None where the trainer counts none."""
+    seconds = cost["seconds"] - cost.get("evaluation", 0.0) - cost.get("saving", 0.0)
+    return cost["tokens"] / seconds if cost.get("tokens") and seconds > 0 else None
+
+
+def cost_entry(cost: Mapping[str, Any]) -> dict[str, float]:
+    """Entries of the log: seconds, tokens per second, peak memory in GiB, and shares of the seconds."""
+    entry = {"seconds": cost["seconds"], "peak_gib": cost["peak_gib"]}
+    if (rate := tokens_per_second(cost)) is not None:
+        entry["tokens_per_second"] = rate
+    entry |= {f"{what}_share": cost.get(what, 0.0) / max(cost["seconds"], 1e-9) for what in _BESIDE}
+    return {f"{cost['objective']}/cost/{name}": round(value, 4) for name, value in entry.items()}
+
+
+def run_metrics(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Metrics of a whole run, named as transformers does those of a `train()`."""
+    rows = list(costs)
+    stages = [cost for cost in rows if "objective" in cost]
+    seconds = sum(cost["seconds"] for cost in stages)
+    metrics = {"train_runtime": round(sum(cost["seconds"] for cost in rows), 3)}
+    if seconds > 0:
+        metrics["train_steps_per_second"] = round(sum(cost["steps"] for cost in stages) / seconds, 3)
+        metrics["train_tokens_per_second"] = round(sum(cost["tokens"] for cost in stages) / seconds, 3)
+    return metrics
+
+
+def stage_line(stage: Stage, cost: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
+    """Say in a line what a stage did: steps, time, speed, memory, and how strong its penalty was."""
+    parts = [f"{cost['steps']} steps in {duration(cost['seconds'])}"]
+    if (rate := tokens_per_second(cost)) is not None:
+        parts.append(f"{tqdm.format_sizeof(rate)} tokens/s")
+    parts.append(f"peak {cost['peak_gib']:.1f} GiB")
+    parts += [f"{100 * cost[what] / cost['seconds']:.0f} % {what}" for what in _BESIDE if cost.get(what)]
+    own = [entry for entry in log if entry.get("hbat/stage") == stage.index]
+    ratios = [entry[key] for entry in own if (key := f"{stage.objective}/ewc/grad_norm_ratio") in entry]
+    if ratios:
+        parts.append(f"the penalty's gradient {fmean(ratios):.2f} of the task's")
+    return f"Round {stage.round} of {stage.last_round}, {stage.objective}: {', '.join(parts)}."
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as `m:ss` or `h:mm:ss`."""
+    return tqdm.format_interval(round(seconds)).removeprefix("0")

@@ -1,0 +1,69 @@
+"""StageCosts: what a stage spends its time on, and how many tokens it trains on."""
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hbat.state.clock import Clock, reset_peak_memory
+
+
+class StageCosts(TrainerCallback):
+    """Measures one stage. The last of its trainer's callbacks: what the others do at an event belongs to the event.
+
+    Args:
+        clock: The run's clock, which is told the seconds of evaluating and saving inside the stage.
+
+    Attributes:
+        steps: Optimizer steps, of a stage that resumed those since its checkpoint.
+        tokens: Tokens of these steps as the trainer counts them; 0 if it does not.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.steps = self.tokens = 0
+        self._clock = clock
+        self._first_step = self._tokens_before = 0
+        self._mark = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to count."""
+        reset_peak_memory()
+        # TRL's online trainers count on from a checkpoint, its others from 0.
+        self._first_step, self._tokens_before = state.global_step, int(state.num_input_tokens_seen)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the step; what comes until the next event is no training."""
+        self.steps = state.global_step - self._first_step
+        self._mark = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take over the trainer's count of tokens."""
+        counted = int((logs or {}).get("num_tokens", 0))
+        self.tokens = max(self.tokens, counted - self._tokens_before if counted >= self._tokens_before else counted)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the evaluation."""
+        self._count("evaluation")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count the checkpoint."""
+        self._count("saving")
+
+    def _count(self, what: str) -> None:
+        now = time.perf_counter()
+        if self._mark:  # an evaluation before the first step has no beginning here
+            self._clock.add(what, now - self._mark)
+        self._mark = now
