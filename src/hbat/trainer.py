@@ -36,6 +36,7 @@ from hbat.reports.plots import draw_front
 from hbat.reports.reporter import RunReporter, mean_loss
 from hbat.reports.scores import RunScores
 from hbat.stages.builder import TrainerBuilder
+from hbat.stages.completions import prepare_completions
 from hbat.stages.evaluator import Evaluator
 from hbat.stages.guard import cheap_garbage_collection
 from hbat.stages.interruption import StopRequest
@@ -139,8 +140,11 @@ class HBATTrainer:
         )
         self._request = StopRequest()
         self._evaluator = Evaluator(tracks, builder, self._start, self._request, shows=not args.disable_tqdm)
-        replayed = self.tracks["sft"] if args.replay_share > 0 else None
-        self._stages = StageRunner(self.model, args, builder, self._start, engine, self._request, replayed)
+        self._stages = StageRunner(
+            self.model, args, builder, self._start, engine, self._request,
+            self.tracks["sft"] if args.replay_share > 0 else None,
+        )  # fmt: skip
+        self._completions = prepare_completions(args, tracks, self.model, self.processing_class)
         self._run: Run | None = None
         self._moved_to: float | None = None
         self._start.take()
@@ -301,14 +305,16 @@ class HBATTrainer:
             return None
 
     def _evaluate_if_due(self, run: Run, reporter: RunReporter) -> None:
-        if not (self._evaluator.has_rows and self._scores.are_due(run)):
+        if not (self._evaluator.has_rows or self._completions) or not self._scores.are_due(run):
             return
-        if not self.matrix.rows:
+        if not self.matrix.rows and self.eval_dataset:
             rows = " + ".join(f"{len(rows)} {name}" for name, rows in self.eval_dataset.items())
             reporter.progress.say(f"Evaluating the model at the start: {rows} rows.")
         reporter.progress.write("evaluating")
         with run.clock.timing("evaluation"):
             results = self.evaluate()
+            if self._completions is not None:
+                reporter.table("completions", self._completions.take(run.place()), run.state.global_step)
         self._scores.take(results, run, reporter)
 
     def _steps_from(self, run: Run, first: int) -> Counter[str]:

@@ -21,6 +21,8 @@ ACCELERATE = [
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
 ]  # fmt: skip
 
+#: Largest difference that the order of sums makes, far below what training moves: up to 1.3e-6 with AVX-512.
+ROUNDING = 1e-5
 #: Their losses over several processes are other means.
 BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 
@@ -76,7 +78,7 @@ def assert_weights_of_one(name, folder, one):
     weights, found = read(folder, name)
     assert found["processes"] == 2
     expected = cases.weights(one.model)
-    assert cases.largest_difference(weights, expected) < 1e-6
+    assert cases.largest_difference(weights, expected) < ROUNDING
     assert cases.largest_difference(expected, cases.weights(ddp_runs.model_of(name))) > 1e-3
     assert runs.same(weights, read(folder, name, 1)[0])
 
@@ -112,7 +114,7 @@ def assert_same_run(name, folder, uninterrupted, *, began_at, log=True):
 def assert_trained_as_in_one(name, folder, trainer):
     """That a trainer without a run left in a folder what it leaves in one process."""
     found, expected = load_file(folder / f"{name}.safetensors"), cases.weights(trainer.model)
-    assert cases.largest_difference(found, expected) < 1e-6
+    assert cases.largest_difference(found, expected) < ROUNDING
     log = json.loads((folder / f"{name}.json").read_text())
     for key in ("ewc/penalty", "ewc/drift", "ewc/grad_norm_ratio", "grad_norm", "eval_reward"):
         one = [entry[key] for entry in trainer.state.log_history if key in entry]

@@ -162,6 +162,14 @@ class HBATConfig:
             "`seed` of their section."
         },
     )
+    sample_prompts: Any = field(
+        default=None,
+        metadata={
+            "help": "Prompts that are completed at the start and after every stage, with the same seed, into "
+            "`completions.jsonl`: a number of rows of each evaluation set, a list of prompts (texts or messages), or "
+            "a file of them. At most 128 new tokens at temperature 0.75."
+        },
+    )
     report_to: Any = field(
         default="none",
         metadata={
@@ -213,6 +221,7 @@ class HBATConfig:
             require_rounds(self.rounds, self.num_rounds, self.objective_names)
             self.num_rounds = len(self.rounds)
         self._check_replay()
+        self._check_sample_prompts()
         check_choice("optimizer_state", self.optimizer_state, OptimizerState)
         check_choice("on_bad_rows", self.on_bad_rows, OnBadRows)
         check_choice("on_nan", self.on_nan, OnNaN)
@@ -250,6 +259,16 @@ class HBATConfig:
                 raise ValueError(
                     f"`replay` needs the built-in objective 'sft', but `objectives` is {self.objective_names}."
                 )
+
+    def _check_sample_prompts(self) -> None:
+        given = self.sample_prompts
+        if isinstance(given, bool) or not isinstance(given, int | str | list | Mapping | None) or given in (0, "", []):
+            raise ValueError(
+                f"`sample_prompts` is {shown(given)}; it must be a number of rows, a list of prompts or a file."
+            )
+        if isinstance(given, int):
+            check_whole("sample_prompts", given, 1)
+        self.sample_prompts = at_home(given)
 
     @property
     def objective_names(self) -> list[str]:

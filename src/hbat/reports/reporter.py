@@ -1,6 +1,6 @@
 """Live reporting: one log, one set of reporters, one progress bar and one step axis for all stages of a run."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from hbat.config.hbat import HBATConfig
 from hbat.engines.environment import kept_environment
 from hbat.reports.log import save_log
 from hbat.reports.progress import Progress, StageProgress
+from hbat.reports.tables import show_table
 from hbat.state.plan import Stage
 
 #: Entries about a single stage, which would be wrong in the log of the whole run.
@@ -84,6 +85,11 @@ class RunReporter:
     def remember(self, entry: dict[str, Any], step: int) -> None:
         """Log an entry that reporters have seen already."""
         self.state.log_history.append(entry | {"step": step})
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Pass rows with the same keys to the reporters that show tables."""
+        if rows and self.state.is_world_process_zero:
+            show_table(self._handler.callbacks, name, rows, step)
 
     def forget_after(self, step: int) -> None:
         """Remove entries of later steps, which are done again, from the log. Reporters keep what they have seen."""

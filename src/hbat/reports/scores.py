@@ -27,13 +27,11 @@ class RunScores:
 
     def take(self, results: Mapping[str, Mapping[str, float]], run: Run, reporter: RunReporter) -> None:
         """Log and commit scores by objective and metric."""
-        done = run.state.next_stage - 1
-        number, objective = run.plan[0].round, None
-        for stage in run.plan:
-            if stage.index == done:
-                number, objective = stage.round, stage.objective
-        increases = self._increases(results, run.state.predicted, objective)
-        self._matrix.add(stage=done, round_number=number, objective=objective, scores=results)
+        place = run.place()
+        increases = self._increases(results, run.state.predicted, place["objective"])
+        self._matrix.add(
+            stage=place["stage"], round_number=place["round"], objective=place["objective"], scores=results
+        )
         reporter.log(as_metrics(results) | increases, run.state.global_step)
         run.state.log = reporter.save()
         run.commit_evaluations(self._matrix.rows)

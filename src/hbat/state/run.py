@@ -186,6 +186,14 @@ class Run:
         """List the stages that are not done yet."""
         return [stage for stage in self.plan if stage.index >= self.state.next_stage]
 
+    def place(self) -> dict[str, Any]:
+        """Where the run is: `stage`, `round` and `objective` of the last stage that is done; None at the start."""
+        done = self.state.next_stage - 1
+        for stage in self.plan:
+            if stage.index == done:
+                return {"stage": done, "round": stage.round, "objective": stage.objective}
+        return {"stage": done, "round": self.plan[0].round, "objective": None}
+
     # --- at the start of a stage -----------------------------------------------------------------------------------
 
     def read_carried(self, objective: str) -> None:
