@@ -32,6 +32,7 @@ from hbat.reports.costs import cost_entry, run_metrics, stage_line
 from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
 from hbat.reports.log import load_log
 from hbat.reports.matrix import ForgettingMatrix
+from hbat.reports.page import try_report
 from hbat.reports.plots import draw_front
 from hbat.reports.reporter import RunReporter, mean_loss
 from hbat.reports.scores import RunScores
@@ -131,6 +132,7 @@ class HBATTrainer:
             {track.name: track.objective.metric for track in tracks},
             better={track.name: "higher" if track.objective.greater_is_better else "lower" for track in tracks},
             data={name: data_digest(rows) for name, rows in self.eval_dataset.items()},
+            counts={name: len(rows) for name, rows in self.eval_dataset.items()},
         )
         self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.keep_states)
         self._scores = RunScores(self.matrix, self._folder)
@@ -177,7 +179,7 @@ class HBATTrainer:
 
         Returns:
             Steps of the run, mean of the logged training losses, and as metrics the final scores,
-            `eval_<objective>/<metric>`, with `train_runtime`, `train_steps_per_second`, `train_tokens_per_second`.
+            `eval_<objective>/<metric>`, with `train_runtime` (seconds) and `train_tokens_per_second`.
 
         Raises:
             TypeError: If `resume_from_checkpoint` is a path, or `allow_changed` no list.
@@ -415,7 +417,9 @@ class HBATTrainer:
         return last
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Save model or adapter, tokenizer and model card. Collective: call on every rank; rank 0 writes.
+        """Save model or adapter, tokenizer, model card and, in the run's folder, the report of the run.
+
+        Collective: call on every rank; rank 0 writes.
 
         Args:
             output_dir: Folder; by default the run's.
@@ -427,6 +431,8 @@ class HBATTrainer:
         save(folder, self.model, self.processing_class)
         if is_main_process():
             write_model_card(folder, self.args, self.model, self.matrix, self._moved_to)
+            if folder.resolve() == self._folder.path.resolve() and self._folder.holds_run():
+                try_report(folder)
 
     def push_to_hub(self, repo_id: str | None = None, *, private: bool | None = None) -> str:
         """Save and upload what `save_model` writes.

@@ -191,6 +191,25 @@ def _status(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace, words: Sequence[str]) -> int:
+    source = Path(options.config)
+    folder = source if source.is_dir() else Path(_prepare(options, words).config.output_dir)
+    from hbat.reports.page import write_report  # noqa: PLC0415 - heavy
+
+    print(f"Report: {write_report(folder).absolute()}")
+    return 0
+
+
+def _compare(options: argparse.Namespace, words: Sequence[str]) -> int:
+    _refuse("compare", words)
+    from hbat.reports.comparison import write_comparison  # noqa: PLC0415 - heavy
+
+    folders = [path if path.is_dir() else Path(parse(path).config.output_dir) for path in options.runs]
+    write_comparison(folders, options.output)
+    print(f"Comparison: {options.output.absolute()}")
+    return 0
+
+
 def _require_empty(option: str, folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`{option}` names {str(folder)!r}, which is not an empty folder. Name a new one.")
@@ -266,7 +285,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="{init,migrate,validate,train,status,front,merge,clean,env,demo}"
+        title="commands",
+        required=True,
+        metavar="{init,migrate,validate,train,status,report,compare,front,merge,clean,env,demo}",
     )
     _add_beginnings(commands)
     train = _run_command(commands, "train", _train, "train a run described by a YAML file")
@@ -278,8 +299,7 @@ def _parser() -> argparse.ArgumentParser:
         help="values that may differ from the run that resumes, comma-separated: `sft.learning_rate,ewc.`",
     )
     _run_command(commands, "validate", _validate, "check configuration, data and model without training")
-    what = "print how far a run is, also while it trains; RUN may be its folder"
-    _run_command(commands, "status", _status, what, file="RUN")
+    _add_readers(commands)
     what = "score the models between the start and the end of a finished run's last stage, and save one"
     front = _run_command(commands, "front", _front, what, file="RUN")
     front.add_argument(
@@ -338,6 +358,22 @@ def _add_beginnings(commands: Any) -> None:
     for command, run in ((init, _init), (migrate, _migrate)):
         command.add_argument("--traceback", action="store_true", help="print the traceback of an error")
         command.set_defaults(run=run)
+
+
+def _add_readers(commands: Any) -> None:
+    """The commands that read what runs have left."""
+    what = "print how far a run is, also while it trains; RUN may be its folder"
+    _run_command(commands, "status", _status, what, file="RUN")
+    what = "write `report.html` of a run, also of one that was cut off; RUN may be its folder"
+    _run_command(commands, "report", _report, what, file="RUN")
+    what = "write a page that shows several runs side by side"
+    compare = commands.add_parser("compare", allow_abbrev=False, help=what, description=_sentence(what))
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run files or folders of runs")
+    compare.add_argument(
+        "--output", type=Path, default="comparison.html", metavar="FILE", help="the page (default: %(default)s)"
+    )
+    compare.add_argument("--traceback", action="store_true", help="print the traceback of an error")
+    compare.set_defaults(run=_compare)
 
 
 def _run_command(

@@ -12,6 +12,7 @@ from hbat.engines.processes import is_main_process
 from hbat.model.merge import Merged
 from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
 from hbat.reports.matrix import directions, table_rows
+from hbat.reports.page import REPORT_FILE
 from hbat.reports.plots import can_draw
 from hbat.reports.scores import SCORES_FILE
 from hbat.state.folder import RunFolder
@@ -37,6 +38,8 @@ def print_result(trainer: HBATTrainer) -> None:
         console.print(table)
         if (folder / SCORES_FILE).is_file():  # not where all rows are of the run that was continued
             console.print(f"Scores: {folder / SCORES_FILE}", highlight=False)
+    if (folder / REPORT_FILE).is_file():
+        console.print(f"Report: {folder / REPORT_FILE}", highlight=False)
     console.print(f"Model:  {folder}", highlight=False)
     size = RunFolder(folder).size() / 1e6
     console.print(

@@ -2,14 +2,18 @@
 
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hbat.config.hbat import HBATConfig
 from hbat.reports.matrix import ForgettingMatrix, directions, markdown_table
+from hbat.reports.scores import PLOT_FILE
 from hbat.state.files import write_bytes
+
+_PACKAGES = ("hbat-trl", "trl", "transformers", "torch", "datasets")
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -32,7 +36,42 @@ Trained from `{{ origin }}` by hybrid alignment training ([HBAT](https://arxiv.o
 start + {{ end_weight }} * (end - start).{% endif %}
 
 {{ scores }}
-{% endif %}"""
+{% if plot %}
+
+![Scores after every stage]({{ plot }})
+{% endif %}
+{% endif %}
+
+## Use
+
+```python
+from transformers import AutoTokenizer
+from {{ "peft" if adapter else "transformers" }} import {{ loader }}
+
+model = {{ loader }}.from_pretrained("{{ name }}")  # folder or repository
+tokenizer = AutoTokenizer.from_pretrained("{{ name }}")
+```
+
+Licences of the base model and of the data hold for this model too.
+
+## Versions
+
+{% for package, version in versions.items() %}
+* {{ package }} {{ version }}
+{% endfor %}
+
+## Citation
+
+```bibtex
+@inproceedings{wang2024hybrid,
+  title = {Hybrid Alignment Training for Large Language Models},
+  author = {Wang, Chenglong and Zhou, Hang and Chang, Kaiyan and Li, Bei and Mu, Yongyu and Xiao, Tong and
+            Liu, Tongran and Zhu, Jingbo},
+  booktitle = {Findings of the Association for Computational Linguistics: ACL 2024},
+  year = {2024}
+}
+```
+"""
 
 
 def write_model_card(
@@ -47,17 +86,23 @@ def write_model_card(
         matrix: Its scores.
         end_weight: The point of the last stage that the model was moved to after the run, if it was.
     """
-    base = getattr(model.config, "_name_or_path", "")
+    base, name = getattr(model.config, "_name_or_path", ""), Path(config.output_dir).name
     on_hub, is_adapter = _is_hub_name(base), hasattr(model, "peft_config")
-    better = directions(matrix)
+    better, results = directions(matrix), [] if end_weight is not None else _results(matrix)
     card = ModelCard.from_template(
         ModelCardData(
             base_model=base if on_hub else None,
             library_name="peft" if is_adapter else "transformers",
             tags=["hbat", "trl", *config.objective_names, *(["peft"] if is_adapter else [])],
+            model_name=name if results else None,
+            eval_results=results or None,
         ),
         template_str=_TEMPLATE,
-        name=Path(config.output_dir).name,
+        name=name,
+        adapter=is_adapter,
+        loader="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
+        plot=PLOT_FILE if (folder / PLOT_FILE).is_file() else "",
+        versions={package: version(package) for package in _PACKAGES},
         origin=(base if on_hub else re.split(r"[/\\]", base.rstrip("/\\"))[-1]) or "a model given in memory",
         objectives=", ".join(config.objective_names),
         config=config,
@@ -68,6 +113,22 @@ def write_model_card(
         scores=markdown_table(matrix) if matrix.rows else "",
     )
     write_bytes(folder / "README.md", str(card).encode())
+
+
+def _results(matrix: ForgettingMatrix) -> list[EvalResult]:
+    # Of the run's end, in the form of the Hub.
+    scores = matrix.rows[-1]["scores"] if matrix.rows else {}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name=f"evaluation rows of {name}",
+            metric_type=metric,
+            metric_value=round(scores[name][metric], 4),
+        )
+        for name, metric in matrix.headline.items()
+        if metric in scores.get(name, {})
+    ]
 
 
 def _is_hub_name(name: str) -> bool:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from hbat.state.plan import Stage
 
 #: What a stage's seconds are spent on beside training.
-_BESIDE = ("evaluation", "saving", "ewc")
+BESIDE = ("evaluation", "saving", "ewc")
 
 
 def tokens_per_second(cost: Mapping[str, Any]) -> float | None:
@@ -23,7 +23,7 @@ def cost_entry(cost: Mapping[str, Any]) -> dict[str, float]:
     entry = {"seconds": cost["seconds"], "peak_gib": cost["peak_gib"]}
     if (rate := tokens_per_second(cost)) is not None:
         entry["tokens_per_second"] = rate
-    entry |= {f"{what}_share": cost.get(what, 0.0) / max(cost["seconds"], 1e-9) for what in _BESIDE}
+    entry |= {f"{what}_share": cost.get(what, 0.0) / max(cost["seconds"], 1e-9) for what in BESIDE}
     return {f"{cost['objective']}/cost/{name}": round(value, 4) for name, value in entry.items()}
 
 
@@ -34,7 +34,6 @@ def run_metrics(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     seconds = sum(cost["seconds"] for cost in stages)
     metrics = {"train_runtime": round(sum(cost["seconds"] for cost in rows), 3)}
     if seconds > 0:
-        metrics["train_steps_per_second"] = round(sum(cost["steps"] for cost in stages) / seconds, 3)
         metrics["train_tokens_per_second"] = round(sum(cost["tokens"] for cost in stages) / seconds, 3)
     return metrics
 
@@ -45,7 +44,7 @@ def stage_line(stage: Stage, cost: Mapping[str, Any], log: Sequence[Mapping[str,
     if (rate := tokens_per_second(cost)) is not None:
         parts.append(f"{tqdm.format_sizeof(rate)} tokens/s")
     parts.append(f"peak {cost['peak_gib']:.1f} GiB")
-    parts += [f"{100 * cost[what] / cost['seconds']:.0f} % {what}" for what in _BESIDE if cost.get(what)]
+    parts += [f"{100 * cost[what] / cost['seconds']:.0f} % {what}" for what in BESIDE if cost.get(what)]
     own = [entry for entry in log if entry.get("hbat/stage") == stage.index]
     ratios = [entry[key] for entry in own if (key := f"{stage.objective}/ewc/grad_norm_ratio") in entry]
     if ratios:

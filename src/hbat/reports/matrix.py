@@ -33,12 +33,14 @@ class ScoreTable:
         rows: The rows in order.
         better: Which scores of an objective are better, `lower` (default) or `higher`.
         data: Digest of each objective's evaluation rows; every new row notes it, as `data`.
+        counts: Number of each objective's evaluation rows.
     """
 
     headline: Mapping[str, str]
     rows: list[dict[str, Any]] = field(default_factory=list)
     better: Mapping[str, Better] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def better_of(self, objective: str) -> Better:
         """Which scores of an objective are better, `lower` or `higher`."""
@@ -165,6 +167,7 @@ class ForgettingMatrix(ScoreTable):
             "backward_transfer": self.backward_transfer(),
             "forgetting": self.forgetting(),
             "interference": self.interference(),
+            "counts": dict(self.counts),
         }
 
     def last_line(self) -> str:

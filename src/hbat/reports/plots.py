@@ -1,15 +1,31 @@
 """Plots of a run. They need matplotlib (extra `plots`); without it nothing is drawn and the log says so."""
 
 import importlib.util
+import io
 import itertools
 import logging
 import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
+from hbat.reports.costs import BESIDE
 from hbat.reports.front import Front
-from hbat.reports.matrix import ForgettingMatrix
+from hbat.reports.matrix import ForgettingMatrix, ScoreTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
+
+#: Colours of objectives in order, distinct for the colour-blind (Okabe and Ito); the last ones repeat.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_START = "#888888"
+_WIDEST = 22.0  # inches
+_MOST_POINTS = 600  # of a curve: as many as a picture has pixels
+Entry = Mapping[str, Any]
 
 
 def can_draw() -> bool:
@@ -25,44 +41,213 @@ def _can_draw(file: Path) -> bool:
 
 def draw_matrix(matrix: ForgettingMatrix, file: Path) -> None:
     """Draw each objective's headline score over the stages into a PNG file."""
-    if not _can_draw(file):
-        return
+    if _can_draw(file):
+        score_figure(matrix).savefig(file, dpi=120)
+
+
+def draw_front(front: Front, file: Path) -> None:
+    """Draw the headline scores of every two objectives against each other into a PNG file, a dot for each point."""
+    if _can_draw(file):
+        trade_off_figure(front, front, [f"{point:g}" for point in front.points]).savefig(file, dpi=120)
+
+
+def as_svg(figure: "Figure") -> str:
+    """Write a figure as SVG to be set into a page: its text is text, in the page's colour."""
+    import matplotlib as mpl  # noqa: PLC0415 - an optional extra
+
+    text = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    _, found, svg = text.getvalue().partition("<svg")
+    sizes, end, drawing = svg.partition(">")
+    sizes = re.sub(r' (width|height)="[^"]*"', "", sizes) + f' style="max-width: {figure.get_figwidth():.3g}in"'
+    return found + sizes + end + drawing.replace("#000000", "currentColor")
+
+
+def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
 
-    names = list(matrix.headline)
-    figure = Figure(figsize=(2.5 + 0.6 * len(matrix.rows), 2.4 * len(names)), layout="constrained")
-    labels = [label for label, _ in matrix.lines()]
+    return Figure(figsize=(min(width, _WIDEST), height), layout="constrained")
+
+
+def _style(axis: Any) -> None:
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _label(table: ScoreTable, name: str) -> str:
+    return f"{name} {table.headline[name]}\n({table.better_of(name)} is better)"
+
+
+def score_figure(matrix: ForgettingMatrix) -> "Figure":
+    """Each objective's headline score over the stages, in the colour of the objective that a stage trained."""
+    names, labels = list(matrix.headline), [label for label, _ in matrix.lines()]
+    figure = _figure(3.2 + 0.6 * len(matrix.rows), 0.6 + 2.0 * len(names))
     axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for axis, name in zip(axes, names, strict=True):
         points = [(index, value) for index, value in enumerate(matrix.series(name)) if value is not None]
         axis.plot(*zip(*points, strict=True), color="0.6", zorder=1) if points else None
         for index, value in points:
-            own = matrix.rows[index]["objective"] == name
-            axis.scatter(index, value, color="tab:blue" if own else "tab:orange", zorder=2)
-        axis.set_ylabel(f"{name} {matrix.headline[name]}\n({matrix.better_of(name)} is better)")
-        axis.grid(alpha=0.3)
-    axes[0].set_title("blue: after a stage of this objective, orange: after another's", fontsize=9)
-    axes[-1].set_xticks(range(len(labels)), labels, rotation=45, ha="right")
-    figure.savefig(file, dpi=120)
+            trained = matrix.rows[index]["objective"]
+            axis.scatter(index, value, color=_START if trained is None else colour(names, trained), zorder=2)
+        axis.set_ylabel(_label(matrix, name), fontsize=9)
+        _style(axis)
+    axes[-1].set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize=9)
+    axes[0].set_title("After each stage, coloured\nby the objective that it trained", fontsize=9)
+    return figure
 
 
-def draw_front(front: Front, file: Path) -> None:
-    """Draw the headline scores of every two objectives against each other into a PNG file, a dot for each point."""
-    if not _can_draw(file):
-        return
-    from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
+def colour(names: Sequence[str], name: str) -> str:
+    """Colour of an objective; grey for one that is not among the names."""
+    return COLOURS[list(names).index(name) % len(COLOURS)] if name in names else _START
 
-    pairs = list(itertools.combinations(front.headline, 2))
-    figure = Figure(figsize=(5.2 * len(pairs), 4.2), layout="constrained")
+
+def trade_off_figure(table: ScoreTable, front: Front | None, labels: Sequence[str]) -> "Figure":
+    """Headline scores of every two objectives against each other: a path through the rows, and the front if any."""
+    pairs = list(itertools.combinations(table.headline, 2))
+    figure = _figure(5.2 * len(pairs), 4.2)
     for axis, names in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
-        scores = [[math.nan if value is None else value for value in front.series(name)] for name in names]
-        axis.plot(*scores, "o-", color="tab:blue")
-        for point, x, y in zip(front.points, *scores, strict=True):
-            if math.isfinite(x) and math.isfinite(y):
-                axis.annotate(f"{point:g}", (x, y), xytext=(6, 6), textcoords="offset points", fontsize=9)
-        x_label, y_label = (f"{name} {front.headline[name]} ({front.better_of(name)} is better)" for name in names)
-        axis.set(xlabel=x_label, ylabel=y_label)
+        if table is not front:
+            _draw_line(axis, table, names, labels, color=_START)
+        if front is not None and set(names) <= set(front.headline):
+            _draw_line(axis, front, names, [f"{point:g}" for point in front.points], color=COLOURS[0])
+        axis.set(xlabel=_label(table, names[0]), ylabel=_label(table, names[1]))
         axis.margins(0.12)
-        axis.grid(alpha=0.3)
-    figure.suptitle("end_weight of the last stage: 0 is its start, 1 its end", fontsize=9)
-    figure.savefig(file, dpi=120)
+        _style(axis)
+    if front is not None:
+        figure.suptitle("end_weight of the last stage: 0 is its start, 1 its end", fontsize=9)
+    return figure
+
+
+def _draw_line(axis: Any, table: ScoreTable, names: Sequence[str], labels: Sequence[str], *, color: str) -> None:
+    scores = [[math.nan if value is None else value for value in table.series(name)] for name in names]
+    axis.plot(*scores, "o-", color=color)
+    for label, x, y in zip(labels, *scores, strict=True):
+        if math.isfinite(x) and math.isfinite(y):
+            axis.annotate(label, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
+
+
+def ends_figure(
+    runs: Sequence[tuple[ForgettingMatrix, Front | None]], labels: Sequence[str], objectives: Sequence[str]
+) -> "Figure":
+    """Headline scores of every two objectives at the end of several runs, with their fronts."""
+    pairs = list(itertools.combinations(objectives, 2))
+    figure = _figure(5.8 * len(pairs), 4.4)
+    for axis, names in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+        for index, ((matrix, front), label) in enumerate(zip(runs, labels, strict=True)):
+            own = COLOURS[index % len(COLOURS)]
+            if front is not None and set(names) <= set(front.headline):
+                _draw_line(axis, front, names, [f"{point:g}" for point in front.points], color=own)
+            ends = [[math.nan if value is None else value for value in matrix.series(name)[-1:]] for name in names]
+            axis.plot(*ends, "*", color=own, markersize=13, label=label)
+        axis.set(xlabel=_label(runs[0][0], names[0]), ylabel=_label(runs[0][0], names[1]))
+        axis.margins(0.15)
+        axis.legend(fontsize=8, frameon=False)
+        _style(axis)
+    return figure
+
+
+# --- of the log ------------------------------------------------------------------------------------------------------
+
+
+def curve(log: Sequence[Entry], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one entry of the log, with a gap between stages.
+
+    Of a long log means of as many neighbours as a picture has no room to show apart.
+    """
+    entries = [entry for entry in log if isinstance(entry.get(key), int | float)]
+    size = math.ceil(len(entries) / _MOST_POINTS) or 1
+    steps: list[float] = []
+    values: list[float] = []
+    for _, of_stage in itertools.groupby(entries, key=lambda entry: entry.get("hbat/stage")):
+        stage = list(of_stage)
+        for start in range(0, len(stage), size):
+            group = stage[start : start + size]
+            steps.append(fmean(entry["step"] for entry in group))
+            values.append(fmean(entry[key] for entry in group))
+        steps.append(math.nan)
+        values.append(math.nan)
+    return steps, values
+
+
+def curves_figure(log: Sequence[Entry], keys: Sequence[str], stages: Sequence[tuple[str, float, float]]) -> "Figure":
+    """Entries of the log over the steps of the run, one below the other, with the stages shaded.
+
+    Args:
+        log: The log.
+        keys: Names of the entries, which begin with an objective.
+        stages: Objective, first and last step of each stage.
+    """
+    names = list(dict.fromkeys(name for name, _, _ in stages))
+    figure = _figure(9.0, 0.6 + 1.8 * len(keys))
+    for axis, key in zip(figure.subplots(len(keys), 1, sharex=True, squeeze=False)[:, 0], keys, strict=True):
+        for name, first, last in stages:
+            axis.axvspan(first, last, color=colour(names, name), alpha=0.12, linewidth=0)
+        axis.plot(*curve(log, key), color=colour(names, key.partition("/")[0]))
+        axis.set_ylabel(key.replace("/", "\n", 1), fontsize=9)
+        _style(axis)
+    axis.set_xlabel("optimizer steps of the run")
+    return figure
+
+
+def overlay_figure(logs: Sequence[Sequence[Entry]], labels: Sequence[str], keys: Sequence[str]) -> "Figure":
+    """Entries of several runs' logs over their steps, one below the other."""
+    figure = _figure(9.0, 0.6 + 2.0 * len(keys))
+    for axis, key in zip(figure.subplots(len(keys), 1, squeeze=False)[:, 0], keys, strict=True):
+        for index, (log, label) in enumerate(zip(logs, labels, strict=True)):
+            axis.plot(*curve(log, key), color=COLOURS[index % len(COLOURS)], label=label)
+        axis.set_ylabel(key, fontsize=9)
+        axis.legend(fontsize=8, frameon=False)
+        _style(axis)
+    axis.set_xlabel("optimizer steps of the run")
+    return figure
+
+
+def increases_figure(log: Sequence[Entry], objectives: Sequence[str]) -> "Figure":
+    """By how much each stage raised the other objectives' losses: as its penalty predicted it, and as measured."""
+    figure = _figure(5.2, 4.2)
+    axis = figure.subplots()
+    both: list[float] = [0.0]
+    for name in objectives:
+        keys = [f"{name}/ewc/{what}" for what in ("predicted", "measured")]
+        found = [[entry[key] for key in keys] for entry in log if keys[1] in entry]
+        if found:
+            axis.scatter(*zip(*found, strict=True), color=colour(objectives, name), label=f"after {name}", zorder=2)
+            both += itertools.chain(*found)
+    axis.plot([min(both), max(both)], [min(both), max(both)], "--", color="0.6", zorder=1)
+    axis.set(xlabel="predicted increase of the other objectives' losses", ylabel="measured increase")
+    axis.legend(fontsize=8, frameon=False)
+    _style(axis)
+    return figure
+
+
+def costs_figure(costs: Sequence[Entry], labels: Sequence[str]) -> "Figure":
+    """Seconds of each stage by what they were spent on."""
+    figure = _figure(9.0, 0.8 + 0.32 * len(costs))
+    axis, left = figure.subplots(), [0.0] * len(costs)
+    rest = [cost["seconds"] - sum(cost.get(what, 0.0) for what in BESIDE) for cost in costs]
+    parts = {"training": rest} | {what: [cost.get(what, 0.0) for cost in costs] for what in BESIDE}
+    for (what, seconds), own in zip(parts.items(), (COLOURS[0], COLOURS[5], COLOURS[4], COLOURS[1]), strict=True):
+        axis.barh(range(len(costs)), seconds, left=left, label=what, color=own)
+        left = [sum(both) for both in zip(left, seconds, strict=True)]
+    axis.set_yticks(range(len(costs)), labels, fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds")
+    axis.legend(fontsize=8, frameon=False)
+    _style(axis)
+    return figure
+
+
+def importance_figure(shares: Mapping[str, Mapping[tuple[int, str], float]]) -> "Figure":
+    """What share of an objective's importance lies in which layer and module: a heat map for each objective."""
+    figure = _figure(1.5 + 3.8 * len(shares), 4.5)
+    for axis, (name, share) in zip(figure.subplots(1, len(shares), squeeze=False)[0], shares.items(), strict=True):
+        layers, modules = sorted({layer for layer, _ in share}), sorted({module for _, module in share})
+        rows = [[100 * share.get((layer, module), 0.0) for module in modules] for layer in layers]
+        image = axis.imshow(rows, aspect="auto", cmap="viridis", vmin=0)
+        axis.set_xticks(range(len(modules)), modules, rotation=60, ha="right", fontsize=8)
+        axis.set_yticks(range(len(layers)), ["other" if layer < 0 else layer for layer in layers], fontsize=8)
+        axis.set_title(f"importance of {name}, %", fontsize=9)
+        axis.set_ylabel("layer")
+        figure.colorbar(image, ax=axis)
+    return figure

@@ -15,9 +15,9 @@ from hbat.engines.sharded import give_back, is_sharded
 from hbat.objectives.track import Track
 from hbat.ppo.rollouts.generation import CompletionSampler
 from hbat.ppo.rollouts.prompts import context_length, prompt_tokens
+from hbat.reports.record import COMPLETIONS_FILE, read_completions
 from hbat.state.files import write_bytes
 
-COMPLETIONS_FILE = "completions.jsonl"
 _NEW_TOKENS = 128
 _BATCH_SIZE = 8
 #: As in the paper's evaluation.
@@ -143,11 +143,3 @@ def _tokens(number: int, prompt: Any, tokenizer: Any) -> list[int]:
     except Exception as error:  # noqa: BLE001 - chat templates raise anything
         problem = error
     raise ValueError(f"`sample_prompts`, prompt {number}: {problem}. It is {shown(prompt)}.")
-
-
-def read_completions(folder: Path) -> list[dict[str, Any]]:
-    """Read the completions of a run's folder; none if there are none."""
-    try:
-        return [json.loads(line) for line in (folder / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()]
-    except (FileNotFoundError, ValueError):
-        return []

@@ -15,14 +15,13 @@ class StageCosts(TrainerCallback):
         clock: The run's clock, which is told the seconds of evaluating and saving inside the stage.
 
     Attributes:
-        steps: Optimizer steps, of a stage that resumed those since its checkpoint.
-        tokens: Tokens of these steps as the trainer counts them; 0 if it does not.
+        tokens: Tokens that this process trained on, as the trainer counts them; 0 if it does not.
     """
 
     def __init__(self, clock: Clock) -> None:
-        self.steps = self.tokens = 0
+        self.tokens = 0
         self._clock = clock
-        self._first_step = self._tokens_before = 0
+        self._tokens_before = 0
         self._mark = 0.0
 
     def on_train_begin(
@@ -31,13 +30,12 @@ class StageCosts(TrainerCallback):
         """Begin to count."""
         reset_peak_memory()
         # TRL's online trainers count on from a checkpoint, its others from 0.
-        self._first_step, self._tokens_before = state.global_step, int(state.num_input_tokens_seen)
+        self._tokens_before = int(state.num_input_tokens_seen)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the step; what comes until the next event is no training."""
-        self.steps = state.global_step - self._first_step
+        """Begin to time what comes until the next event, which is no training."""
         self._mark = time.perf_counter()
 
     def on_log(

@@ -45,14 +45,14 @@ class StageResult:
         importance: What it leaves to its objective's importance; None without consolidation.
         moments: Optimizer moments for the objective's next stage; empty if they are reset.
         kept: State that the objective keeps for its next stage beside the model.
-        counted: Its steps and tokens in this process, for the stage's costs.
+        tokens: Tokens that this process trained on; 0 if the trainer does not count them.
     """
 
     steps: int
     importance: Record | None
     moments: Mapping[str, Tensor]
     kept: Mapping[str, Tensor]
-    counted: Mapping[str, int]
+    tokens: int
 
 
 class StageRunner:
@@ -154,8 +154,7 @@ class StageRunner:
             importance = measure(consolidation, self._model, anchor, integral, examples, stage=stage, seed=seed)
         for tensors in (importance or {}).values():
             require_finite_importance(tensors, stage)
-        counted = {"steps": costs.steps, "tokens": costs.tokens}
-        return StageResult(steps, importance, carry.saved if carries else {}, kept, counted)
+        return StageResult(steps, importance, carry.saved if carries else {}, kept, costs.tokens)
 
     def _replay(self, stage: Stage, track: Track) -> Replay | None:
         if self._replayed is None or self._replayed.name == stage.objective:

@@ -1,0 +1,121 @@
+"""The page that shows several runs side by side."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hbat.reports import plots
+from hbat.reports.costs import duration
+from hbat.reports.matrix import directions
+from hbat.reports.page import Cell, Picture, column, is_higher_better, picture, score_columns, settings, template
+from hbat.reports.record import RunRecord
+from hbat.state.files import write_bytes
+
+
+def write_comparison(folders: Sequence[Path], file: Path) -> None:
+    """Write the page of several runs.
+
+    Args:
+        folders: The runs' folders.
+        file: The page.
+
+    Raises:
+        RunStateError: If a folder holds no run.
+        ValueError: If the runs have no objective in common that was evaluated.
+    """
+    records = [RunRecord.read(folder) for folder in folders]
+    write_bytes(file, render(records).encode())
+
+
+def render(records: Sequence[RunRecord]) -> str:
+    """Write the page as HTML."""
+    names = _names(records)
+    first, *others = records
+    shared = [name for name in first.matrix.headline if all(name in other.matrix.headline for other in others)]
+    if not shared:
+        raise ValueError("The runs have no objective in common that was evaluated, so there is nothing to compare.")
+    columns = [
+        (name, metric)
+        for name, metric in score_columns(first.matrix)
+        if name in shared and all((name, metric) in score_columns(other.matrix) for other in others)
+    ]
+    cells = [_column(records, name, metric) for name, metric in columns]
+    best = pareto([[_headline(record, name) for name in shared] for record in records])
+    seconds = [sum(cost["seconds"] for cost in record.state.costs) for record in records]
+    differing = [name for name in shared if len({_data(record, name) for record in records}) > 1]
+    return template("compare.html").render(
+        title="Comparison of " + ", ".join(names),
+        names=names,
+        directions=directions(first.matrix).capitalize(),
+        differing=differing,
+        columns=columns,
+        scores=[
+            (f"{name}{' *' if best[index] else ''}", [column[index] for column in cells], duration(seconds[index]))
+            for index, name in enumerate(names)
+        ],
+        pictures=list(_pictures(records, names, shared)) if plots.can_draw() else [],
+        differences=list(differences(records)),
+    )
+
+
+def _names(records: Sequence[RunRecord]) -> list[str]:
+    paths = [record.folder.resolve() for record in records]
+    short = [path.name for path in paths]
+    return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+
+
+def _last(record: RunRecord, name: str, metric: str) -> float | None:
+    value = record.matrix.rows[-1]["scores"].get(name, {}).get(metric) if record.matrix.rows else None
+    return None if value is None else float(value)
+
+
+def _headline(record: RunRecord, name: str) -> float | None:
+    """The headline score at the end, so signed that lower is better."""
+    value = _last(record, name, record.matrix.headline[name])
+    return value if value is None or record.matrix.better_of(name) == "lower" else -value
+
+
+def _column(records: Sequence[RunRecord], name: str, metric: str) -> list[Cell]:
+    values = [_last(record, name, metric) for record in records]
+    counts = [record.matrix.counts.get(name) for record in records]
+    return column(values, counts, metric, higher=is_higher_better(records[0].matrix, name, metric))
+
+
+def _data(record: RunRecord, name: str) -> Any:
+    return record.matrix.rows[-1].get("data", {}).get(name) if record.matrix.rows else None
+
+
+def pareto(scores: Sequence[Sequence[float | None]]) -> list[bool]:
+    """Which runs no other one beats: as good in every objective and better in one. Lower scores are better."""
+    whole = [None not in values for values in scores]
+
+    def beats(one: Sequence[Any], other: Sequence[Any]) -> bool:
+        return all(a <= b for a, b in zip(one, other, strict=True)) and list(one) != list(other)
+
+    return [
+        known and not any(beats(other, own) for other, full in zip(scores, whole, strict=True) if full)
+        for own, known in zip(scores, whole, strict=True)
+    ]
+
+
+def differences(records: Sequence[RunRecord]) -> Iterator[tuple[str, list[str]]]:
+    """Values of the configuration that are not the same in all runs."""
+    found = [settings(record, defaults=True) | _versions(record) for record in records]
+    for key in dict.fromkeys(key for values in found for key in values):
+        values = [each.get(key, "") for each in found]
+        if len({*values}) > 1:
+            yield key, values
+
+
+def _versions(record: RunRecord) -> dict[str, str]:
+    return {f"version of {package}": version for package, version in record.state.versions.items()}
+
+
+def _pictures(records: Sequence[RunRecord], names: Sequence[str], shared: Sequence[str]) -> Iterator[Picture]:
+    if len(shared) > 1:
+        caption = "Where every run ends, with the line between its last stage's start and end where it was measured."
+        yield picture("Trade-off", caption, plots.ends_figure([(r.matrix, r.front) for r in records], names, shared))
+    keys = [key for name in shared if any((key := f"{name}/loss") in entry for entry in records[0].log)]
+    if keys:
+        figure = plots.overlay_figure([record.log for record in records], names, keys)
+        yield picture("Training", "Training losses over the steps of each run.", figure)

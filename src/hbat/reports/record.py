@@ -1,0 +1,132 @@
+"""A run as its folder holds it, for reports: read without a model, also while it trains or after it was killed."""
+
+import json
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from hbat.reports.front import FRONT_FILE, Front
+from hbat.reports.log import LOG_FILE
+from hbat.reports.matrix import ForgettingMatrix
+from hbat.reports.scores import SCORES_FILE
+from hbat.state.folder import RunFolder
+from hbat.state.history import TENSORS
+from hbat.state.manifest import RunState, RunStateError
+from hbat.state.plan import Stage
+
+logger = logging.getLogger(__name__)
+
+COMPLETIONS_FILE = "completions.jsonl"
+#: Importance of larger files is not read for a picture.
+_MOST_BYTES = 4 * 2**30
+_LAYER = re.compile(r"\.(\d+)\.")
+#: Parts of a parameter's name that say nothing about its place.
+_SILENT = {"weight", "bias", "default", "base_layer"}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run's folder says of it.
+
+    Attributes:
+        folder: The folder.
+        state: The newest state.
+        log: The log.
+        matrix: The forgetting matrix; without scores, one without objectives.
+        front: The front, if it was measured.
+        completions: Rows of `completions.jsonl`.
+    """
+
+    folder: Path
+    state: RunState
+    log: list[dict[str, Any]]
+    matrix: ForgettingMatrix
+    front: Front | None
+    completions: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunRecord":
+        """Read it.
+
+        Raises:
+            RunStateError: If the folder holds no run.
+        """
+        state = next(RunFolder(folder).states(), None)
+        if state is None:
+            raise RunStateError(f"{str(folder)!r} holds no run.")
+        scores, front = _read(folder / SCORES_FILE), _read(folder / FRONT_FILE)
+        return cls(
+            folder=folder,
+            state=state,
+            log=_read(folder / LOG_FILE).get("log_history", []),
+            matrix=ForgettingMatrix(
+                scores.get("headline", {}),
+                state.evaluations,
+                scores.get("better", {}),
+                counts=scores.get("counts", {}),
+            ),
+            front=Front(front["headline"], front["rows"], front["better"]) if front else None,
+            completions=read_completions(folder),
+        )
+
+    @property
+    def stages_done(self) -> list[Stage]:
+        """The stages that are done."""
+        return [stage for stage in self.state.plan if stage.index < self.state.next_stage]
+
+    @property
+    def costs(self) -> dict[int, dict[str, Any]]:
+        """Costs of the stages that are done, by index."""
+        return {cost["stage"]: cost for cost in self.state.costs if "objective" in cost}
+
+    def spans(self) -> list[tuple[str, float, float]]:
+        """Objective, first and last step of every stage that is done."""
+        spans, before = [], 0
+        for stage in self.stages_done:
+            steps = self.costs.get(stage.index, {}).get("steps", 0)
+            spans.append((stage.objective, float(before), float(before + steps)))
+            before += steps
+        return spans
+
+    def importance(self) -> dict[str, dict[tuple[int, str], float]]:
+        """Share of each objective's importance by layer (-1: outside of layers) and module."""
+        found = {}
+        for kind, name in self.state.files.items():
+            what, _, objective = kind.partition("-")
+            file = self.folder / TENSORS / name
+            if what == "importance" and file.is_file() and file.stat().st_size <= _MOST_BYTES:
+                found[objective] = _shares(file)
+        return found
+
+
+def _shares(file: Path) -> dict[tuple[int, str], float]:
+    sums: defaultdict[tuple[int, str], float] = defaultdict(float)
+    with safe_open(file, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - no mapping
+            layer = _LAYER.search(name)
+            module = [part for part in name.split(".") if part not in _SILENT and not part.isdigit()][-1]
+            sums[int(layer[1]) if layer else -1, module] += float(tensors.get_tensor(name).sum())
+    whole = sum(sums.values()) or 1.0
+    return {place: value / whole for place, value in sums.items()}
+
+
+def read_completions(folder: Path) -> list[dict[str, Any]]:
+    """Read the completions of a run's folder; none if there are none."""
+    try:
+        lines = (folder / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return []
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # not there, or damaged: the page does without
+        return {}
