@@ -188,6 +188,58 @@ def test_tensorboard_gets_every_entry_on_the_axis_of_the_run(reporter, tmp_path)
     assert next(each for each in events if each.endswith("sft_stage/loss") and "eval" in each)
 
 
+TABLE = [
+    {"stage": 0, "prompt": [{"role": "user", "content": "2 | 2?"}], "completion": "4\nor so"},
+    {"stage": 0, "prompt": "3?", "completion": "5"},
+]
+
+
+def test_a_table_is_a_text_in_tensorboard(reporter, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = reporter(report_to="tensorboard")
+    run.table("completions", TABLE, 7)
+    run.table("nothing", [], 7)
+    run.close()
+    found = EventAccumulator(str(tmp_path / "runs"))
+    found.Reload()
+    (event,) = found.Tensors("completions/text_summary")
+    assert event.step == 7
+    text = event.tensor_proto.string_val[0].decode()
+    assert text.splitlines() == [
+        "| stage | prompt | completion |",
+        "| --- | --- | --- |",
+        "| 0 | user: 2 \\| 2? | 4<br>or so |",
+        "| 0 | 3? | 5 |",
+    ]
+
+
+def test_wandb_gets_every_entry_and_the_table_without_a_network(reporter, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run = reporter(report_to="wandb", run_name="mine")
+    run.log({"sft/loss": 0.5}, 1)
+    run.table("completions", TABLE, 1)
+    summary = dict(wandb.run.summary)
+    run.close()
+    wandb.finish()
+    assert summary["train/sft/loss"] == 0.5
+    assert summary["completions"]["nrows"] == 2
+
+
+def test_trackio_gets_every_entry_and_the_table_without_a_network(reporter, tmp_path, monkeypatch):
+    trackio = pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    run = reporter(report_to="trackio", run_name="mine")
+    run.log({"sft/loss": 0.5}, 1)
+    run.table("completions", TABLE, 1)
+    run.close()
+    trackio.finish()
+    assert list(tmp_path.rglob("*.db"))
+
+
 def test_an_unknown_reporter_is_refused(reporter):
     with pytest.raises(ValueError, match="tensorbord"):
         reporter(report_to="tensorbord")

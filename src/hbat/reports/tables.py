@@ -15,7 +15,8 @@ def show_table(reporters: Iterable[TrainerCallback], name: str, rows: Sequence[M
     for reporter in reporters:
         if isinstance(reporter, TensorBoardCallback) and reporter.tb_writer is not None:
             lines = [columns, ["---"] * len(columns), *cells]
-            text = "\n".join(f"| {' | '.join(line)} |".replace("\n", "<br>") for line in lines)
+            escaped = ((cell.replace("|", "\\|").replace("\n", "<br>") for cell in line) for line in lines)
+            text = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
             reporter.tb_writer.add_text(name, text, step)
         elif isinstance(reporter, WandbCallback):
             wandb = reporter._wandb  # noqa: SLF001 - the module, which is imported when it is used
