@@ -23,7 +23,7 @@ QUICK := tests/test_house.py tests/data/test_check.py tests/ewc/test_callback.py
 # Tests of one file share trained runs, so one process takes them all; in order, as the longest files come early.
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-ppo quick quick-tests test test-all check oldest newest support benchmarks benchmarks-gpu benchmarks-ppo evidence evidence-smoke faults clean
+.PHONY: demo demo-ppo quick quick-tests test test-all check oldest newest support docs benchmarks benchmarks-gpu benchmarks-ppo evidence evidence-smoke faults clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hbat demo
@@ -62,6 +62,11 @@ newest: $(NEWEST)/.installed
 # The page of what runs with what, from the table that the checks use.
 support: $(VENV)/.installed
 	$(BIN)/python docs/support_page.py docs/support.md
+
+# The site of docs/, in docs/_build/html.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python -m sphinx -q -W --keep-going -n docs docs/_build/html
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/stages.py
@@ -122,4 +127,4 @@ $(TRL112)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(TRL112) demo-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(TRL112) demo-output docs/_build .mypy_cache .pytest_cache .ruff_cache

@@ -1,9 +1,10 @@
 """What README and docs/ say is true: programs run, options and links exist, generated pages are current."""
 
-import ast
+import contextlib
 import dataclasses
-import importlib
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import cases
 import datasets
 import pytest
 import runs
+import scorers
 import torch
 import trl
 import yaml
@@ -18,7 +20,10 @@ from configuration import PAGE, page
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from hbat.cli.run_file import described_keys
+import hbat
+import hbat.ewc
+from hbat.cli.run_file import from_values
+from hbat.cli.yaml import load_yaml
 from hbat.config.chain import name_of, named
 from hbat.config.ewc import EWCConfig
 from hbat.model.adapters import refuse_adapters
@@ -42,7 +47,8 @@ def program(name, holding):
     return found
 
 
-def run(text, **names):
+def run(text, names=None):
+    names = {} if names is None else names
     exec(compile(text, "documentation", "exec"), names)  # noqa: S102 - programs that the documentation shows
     return names
 
@@ -50,28 +56,54 @@ def run(text, **names):
 # --- programs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_every_program_is_python_and_imports_what_there_is(name):
-    for block in blocks("python", TEXTS[name]):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom):
-                module = importlib.import_module(node.module)
-                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
-
-
-@pytest.mark.filterwarnings("default")  # about options that the program leaves at their defaults
-def test_the_program_of_the_readme_trains_and_saves_an_adapter(tmp_path, monkeypatch):
-    cases.tiny_llama().save_pretrained(tmp_path / "model")
-    cases.tiny_tokenizer().save_pretrained(tmp_path / "model")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder with tiny models under the names that the programs take from the Hub, and few rows."""
+    policy = cases.tiny_llama()
+    policy.config.max_position_embeddings = 1024  # for completions of the default length
+    reward = scorers.tiny_scorer(vocabulary=cases.VOCABULARY_SIZE)
+    for name, model in {"Qwen/Qwen3-0.6B": policy, "merged": policy, "qwen3-reward": reward}.items():
+        model.save_pretrained(tmp_path / name)
+        cases.tiny_tokenizer().save_pretrained(tmp_path / name)
     rows = {"trl-lib/tldr": cases.sft_rows(8), "trl-lib/tldr-preference": cases.preference_rows(8)}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows[name])
     monkeypatch.chdir(tmp_path)
+
+
+#: What takes long in the programs, and what takes its place.
+SMALL = {
+    "rollout_batch_size=256, per_device_train_batch_size=32": "max_steps=2, max_completion_length=8",
+    "[0, 0.25, 0.5, 0.75, 1]": "[0, 1]",
+}
+
+
+def small(text):
+    """The program on a CPU, in a short time."""
+    for long, short in SMALL.items():
+        text = text.replace(long, short)
+    return text if "use_cpu" in text else text.replace("output_dir=", "use_cpu=True, output_dir=")
+
+
+@pytest.mark.filterwarnings("default")  # about options that the programs leave at their defaults
+@pytest.mark.parametrize("name", [name for name in PAGES if blocks("python", PAGES[name])])
+def test_the_programs_of_a_page_run_in_turn_and_do_what_they_show(name, hub, capsys):
+    names = {}
+    for block in blocks("python", PAGES[name]):
+        capsys.readouterr()
+        shown = re.findall(r"^# (.*)$", block, flags=re.MULTILINE)
+        errors = tuple(each for each in (ValueError, hbat.RunStateError) if each.__name__ in shown)
+        with pytest.raises(errors) if errors else contextlib.nullcontext():
+            run(small(block), names)
+        assert errors or not shown or capsys.readouterr().out.splitlines() == shown
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_program_of_the_readme_trains_and_saves_an_adapter(hub):
     text = program("README.md", "HBATTrainer")
     assert len(text.splitlines()) <= 21
-    text = text.replace("Qwen/Qwen3-0.6B", str(tmp_path / "model")).replace("={", '={"use_cpu": True, ', 2)
-    trainer = run(text)["trainer"]
+    trainer = run(small(text))["trainer"]
     assert {entry.split("/")[0] for log in trainer.state.log_history for entry in log} >= {"sft", "dpo"}
-    assert (tmp_path / "qwen3-hbat" / "adapter_model.safetensors").exists()
+    assert Path("qwen3-hbat", "adapter_model.safetensors").exists()
 
 
 def test_the_plain_torch_loop_learns_and_is_held_back():
@@ -110,11 +142,11 @@ def test_the_adapter_that_is_split_off_the_base_is_loaded_as_the_same_model(tmp_
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_option_that_is_named_exists(name):
-    known = {key for key, _ in described_keys()}
     for block in blocks("yaml", TEXTS[name]):
-        values = yaml.safe_load(block)
-        entries = named(values["objectives"]) if "objectives" in values else []
-        assert set(values) <= known | set(map(name_of, entries)), block
+        values = load_yaml(block)
+        data = {name_of(entry): "rows.jsonl" for entry in named(values.get("objectives", ["sft", "dpo"]))}
+        given = values | {"datasets": data | values.get("datasets", {})}
+        from_values({"model_name_or_path": "model", "output_dir": "run"} | given, name)
     consolidation = {field.name for field in dataclasses.fields(EWCConfig)}
     assert set(re.findall(r"`ewc\.(\w+)", TEXTS[name])) <= consolidation
 
@@ -170,3 +202,17 @@ def test_links_between_pages_lead_to_files(name):
 def test_the_index_lists_every_page():
     listed = set(re.findall(r"\]\(([\w-]+\.md)\)", PAGES["docs/index.md"]))
     assert listed == {Path(name).name for name in PAGES} - {"index.md"}
+
+
+def test_the_api_page_lists_every_public_name():
+    listed = set(re.findall(r"^\.\. auto\w+:: hbat\.([\w.]+)", PAGES["docs/api.md"], flags=re.MULTILINE))
+    assert listed == set(hbat.__all__) - {"__version__"} | {f"ewc.{name}" for name in hbat.ewc.__all__}
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_its_search_finds_options(tmp_path):
+    pytest.importorskip("furo", reason="the extra `docs` is not installed")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n", "docs", tmp_path]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    assert '"end_weight":' in (tmp_path / "searchindex.js").read_text(encoding="utf-8")

@@ -88,15 +88,15 @@ def accumulate(total: dict[str, Tensor], addition: Mapping[str, Tensor]) -> None
 def relative_importance(
     moved: Mapping[str, Tensor], path: Mapping[str, Tensor] | None = None, damping: float = 1.0
 ) -> dict[str, Tensor]:
-    r"""Importance of keeping still what another objective hardly moved: $\max(0, w_i) / (A_i + \xi\, \bar A_k)$.
+    r"""Importance of keeping still what another objective hardly moved: $\max(0, w_i) / (A_i + \xi M_k)$.
 
     With $w = 1$ it depends on the relative movement alone. With the path integral $w$ it is that of Zenke et al.
-    (arXiv:1703.04200) with a damping $\xi \bar A_k$ that has the scale of each tensor. Zero where nothing moved.
+    (arXiv:1703.04200) with a damping $\xi M_k$ that has the scale of each tensor. Zero where nothing moved.
 
     Args:
         moved: Accumulated squared displacement $A$ of the objective, by name, one value per element or per tensor.
         path: Its accumulated path integral $w$ (see `add_path_`), of the same shapes; None for $w = 1$.
-        damping: $\xi \ge 0$, a multiple of $\bar A_k$, the mean of $A$ over tensor k.
+        damping: $\xi \ge 0$, a multiple of $M_k$, the mean of $A$ over tensor k.
 
     Returns:
         Raw importance in float32, in units of $w / A$.

@@ -23,7 +23,7 @@ def add_path_(
     *,
     after_step: bool,
 ) -> None:
-    r"""Accumulate one side of an optimizer step, in place: $w \mathrel{+}= \pm g (\theta - \theta^*)$.
+    r"""Accumulate one side of an optimizer step, in place: $w \leftarrow w \pm g (\theta - \theta^*)$.
 
     Called with the same gradients before the step (plus) and after it (minus), the two add
     $-g (\theta_{t+1} - \theta_t)$ without a copy of the weights. Measured from $\theta^*$, the products have the size
