@@ -283,7 +283,7 @@ class HBATTrainer:
         run.commit_stage(stage, weights=trainable_parameters(self.model), **vars(result))
         self.state.global_step = run.state.global_step
         cost = run.state.costs[-1]
-        reporter.log(cost_entry(cost), run.state.global_step)
+        reporter.show(cost_entry(cost), run.state.global_step)
         reporter.progress.say(stage_line(stage, cost, self.state.log_history))
 
     def _try_stage(self, stage: Stage, run: Run, reporter: RunReporter) -> StageResult | None:

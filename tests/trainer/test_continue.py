@@ -326,5 +326,5 @@ def test_scores_on_other_rows_do_not_compare(first, tmp_path):
 def test_a_run_that_evaluates_nothing_reports_no_scores_as_its_own(first, tmp_path):
     run = second(tmp_path, first("full"), evaluation=None)
     result = run.train()
-    assert result.metrics == {}
+    assert not [name for name in result.metrics if name.startswith("eval_")]
     assert "| first, round 1: dpo |" in markdown_table(run.matrix)

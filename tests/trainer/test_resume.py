@@ -198,7 +198,7 @@ MANIFESTS = [
     ('{"format": 4, "finge', "holds no complete state .*cannot be read"),
     (
         json.dumps({"format": 99, "checksum": digest({"format": 99})}),
-        "has format 99; this version of hbat reads format 4",
+        "has format 99; this version of hbat reads format 5",
     ),
     ('{"format": 4, "epoch": 3}', "its checksum differs"),
     ("{}", "cannot be read"),

@@ -1,4 +1,4 @@
-"""What stages cost: the rows that a run's state keeps, as entries of the log, as metrics and in words."""
+"""What stages cost: the rows that a run's state keeps, as entries for reporters, as metrics and in words."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
@@ -19,7 +19,7 @@ def tokens_per_second(cost: Mapping[str, Any]) -> float | None:
 
 
 def cost_entry(cost: Mapping[str, Any]) -> dict[str, float]:
-    """Entries of the log: seconds, tokens per second, peak memory in GiB, and shares of the seconds."""
+    """Entries for reporters: seconds, tokens per second, peak memory in GiB, and shares of the seconds."""
     entry = {"seconds": cost["seconds"], "peak_gib": cost["peak_gib"]}
     if (rate := tokens_per_second(cost)) is not None:
         entry["tokens_per_second"] = rate

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +148,12 @@ class Progress:
         if self._file is None:
             return
         temporary = self._file.with_name(self._file.name + ".tmp")
-        with suppress(OSError):  # a full disk stops the run where something would be lost
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            values = {"doing": doing, "process": os.getpid(), "time": time.time(), **more}
+        values = {"doing": doing, "process": os.getpid(), "time": time.time(), **more}
+        try:
             temporary.write_text(json.dumps(values), encoding="utf-8")
             temporary.replace(self._file)
+        except OSError:  # a full disk stops the run where something would be lost
+            temporary.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Remove the bar, and the file: the state says what is done."""

@@ -119,7 +119,7 @@ def _shares(file: Path) -> dict[tuple[int, str], float]:
 def read_completions(folder: Path) -> list[dict[str, Any]]:
     """Read the completions of a run's folder; none if there are none."""
     try:
-        with (folder / COMPLETIONS_FILE).open(encoding="utf-8") as lines:  # `splitlines` also cuts at U+2028 and others
+        with (folder / COMPLETIONS_FILE).open(encoding="utf-8") as lines:  # `splitlines` cuts at more
             return [json.loads(line) for line in lines]
     except (OSError, ValueError):
         return []

@@ -77,8 +77,12 @@ class RunReporter:
 
     def log(self, entry: dict[str, Any], step: int) -> None:
         """Log numbers by name at a step of the whole run, and pass them to the reporters."""
-        self.state.global_step = step
         self.remember(entry, step)
+        self.show(entry, step)
+
+    def show(self, entry: dict[str, Any], step: int) -> None:
+        """Pass numbers that another run of the same would not repeat, such as times, to the reporters alone."""
+        self.state.global_step = step
         if self.state.is_world_process_zero:
             self._handler.on_log(self._args, self.state, self._control, dict(entry))
 
