@@ -20,7 +20,7 @@ _NEXT = """What to try next
   hbat front run.yaml                    the same averaging line for your run, and `--save` a point of it"""
 
 #: Quantile 0.975 of Student's t, by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
 
 @dataclass(frozen=True)
