@@ -34,6 +34,7 @@ from hbat.reports.log import load_log
 from hbat.reports.matrix import ForgettingMatrix
 from hbat.reports.page import try_report
 from hbat.reports.plots import draw_front
+from hbat.reports.record import forget_results
 from hbat.reports.reporter import RunReporter, mean_loss
 from hbat.reports.scores import RunScores
 from hbat.stages.builder import TrainerBuilder
@@ -256,6 +257,8 @@ class HBATTrainer:
             resume=resume, allow_changed=allow_changed, needs_initial=self._evaluator.needs_reference,
         )  # fmt: skip
         self.matrix.rows, self.state, self._moved_to = list(run.state.evaluations), TrainerState(), None
+        if is_main_process() and run.state.next_stage == run.state.first_stage and not self.matrix.end:
+            forget_results(self._folder.path)
         if run.was_resumed:
             run.load_weights(parameters)
             self.state = load_log(self._folder.path, run.state.global_step, run.state.log)

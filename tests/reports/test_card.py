@@ -87,3 +87,21 @@ def test_scores_stand_in_the_card_where_there_are_any(tmp_path):
     assert "Lower is better. The reference" in body
     _, body = card(tmp_path)
     assert "Scores" not in body
+
+
+def test_results_are_those_of_the_runs_end_each_under_its_objective(tmp_path):
+    data = ModelCard(card_text(tmp_path, found=matrix(*TWO_ROUNDS))).data
+    found = {result.dataset_config: (result.metric_type, result.metric_value) for result in data.eval_results}
+    end = TWO_ROUNDS[-1][1]
+    assert found == {name: ("loss", pytest.approx(end[name], abs=1e-4)) for name in ("sft", "dpo")}
+
+
+def test_a_run_without_scores_of_its_own_has_no_results(tmp_path):
+    earlier = matrix(*TWO_ROUNDS)
+    earlier.rows = [row | {"run": "earlier"} for row in earlier.rows]
+    assert ModelCard(card_text(tmp_path, found=earlier)).data.eval_results is None
+
+
+def card_text(folder, **options):
+    card(folder, **options)
+    return (folder / "README.md").read_text(encoding="utf-8")

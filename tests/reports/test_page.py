@@ -1,7 +1,9 @@
 """The pages that show a run, and several runs: what they say is what lies in the runs' folders."""
 
 import json
+import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import runs
 from transformers import TrainerCallback
 
 from hbat.cli.main import main
-from hbat.reports.comparison import differences, pareto
-from hbat.reports.page import settings, try_report
+from hbat.reports.comparison import differences, pareto, write_comparison
+from hbat.reports.page import score_rows, settings, try_report
 from hbat.reports.plots import curve
 from hbat.reports.record import RunRecord, read_completions
 from hbat.state.manifest import RunStateError
@@ -66,8 +68,10 @@ def page(file):
     read = Read(text)
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in read.addresses)  # nothing is loaded
     assert len(read.ids) == len({*read.ids})
-    own = {address[1:] for address in read.addresses if re.fullmatch("#[a-z]+(-[0-9]+)?", address)}
-    assert own == {*read.ids} or not own
+    links = {
+        address[1:] for address in read.addresses if re.fullmatch("#(?![mp][0-9a-f]{10})[a-z]+(-[0-9]+)?", address)
+    }
+    assert links == {*read.ids}
     return read
 
 
@@ -110,7 +114,7 @@ def test_the_page_of_a_run_says_what_its_files_say(folder):
         assert f"{value:+.4f}" in read
     assert "on the evaluation rows (4 sft, 4 dpo)" in read
     for row in read_completions(folder):
-        assert row["completion"].split() == [] or row["completion"].split()[0] in " ".join(read.text)
+        assert " ".join(row["completion"].split()) in read
     assert "1 plus <b>2</b>?" in read  # escaped
     assert "sft.learning_rate" in read
     assert "<held> & back" in read
@@ -118,8 +122,8 @@ def test_the_page_of_a_run_says_what_its_files_say(folder):
     assert state.versions["trl"] in read
     titles = [label.partition(":")[0] for label in read.drawn]
     assert titles == [
-        "Training", "Penalty against task", "Scores", "Trade-off", "Predicted and measured forgetting", "Cost",
-        "Importance",
+        "Training", "Penalty against task", "Scores over the stages", "Trade-off", "Predicted and measured forgetting",
+        "Time of the stages", "Importance",
     ]  # fmt: skip
 
 
@@ -140,7 +144,66 @@ def test_the_page_of_a_run_that_was_cut_off_shows_what_is_done(tmp_path, capsys)
     read = page(tmp_path / "report.html")
     assert "1 of 2 stages are done" in read
     assert "The run has no evaluation rows" in read
-    assert [label.partition(":")[0] for label in read.drawn] == ["Training", "Cost"]
+    assert [label.partition(":")[0] for label in read.drawn] == ["Training", "Time of the stages"]
+
+
+def test_a_run_on_a_lora_adapter_shows_the_modules_that_it_adapts(tmp_path):
+    runs.train(cases.lora_llama(), tmp_path, ewc={"strength": 0.5}, num_rounds=1)
+    for shares in RunRecord.read(tmp_path).importance().values():
+        assert not [module for _, module in shares if module.startswith("lora")]
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert min(shares.values()) >= 0
+
+
+def test_texts_without_scores_make_no_empty_tables(tmp_path, capsys):
+    run = runs.train(cases.tiny_llama(), tmp_path, sample_prompts=["1 plus 2?"], num_rounds=1, disable_tqdm=False)
+    run.save_model()
+    assert "Scores:" not in capsys.readouterr().err
+    assert not (tmp_path / "evaluation.png").exists()
+    read = page(tmp_path / "report.html")
+    assert "The run has no evaluation rows" in read
+    assert "Scores over the stages" not in [label.partition(":")[0] for label in read.drawn]
+    assert "Scores after each stage" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_run_that_starts_over_shows_nothing_of_the_one_before(tmp_path):
+    held_out = {"sft": cases.sft_rows(4, seed=5), "dpo": cases.preference_rows(4, seed=5)}
+    runs.train(cases.tiny_llama(), tmp_path, evaluation=held_out, sample_prompts=["old"], num_rounds=1).front([0, 1])
+    runs.train(cases.tiny_llama(), tmp_path, overwrite_output_dir=True, num_rounds=1)
+    record = RunRecord.read(tmp_path)
+    assert (record.front, record.completions, record.matrix.scored) == (None, [], [])
+
+
+def test_scores_on_other_rows_than_the_last_are_not_set_beside_these(folder):
+    record = RunRecord.read(folder)
+    record.matrix.rows[0]["data"]["sft"] = "other rows"
+    (_, first), *_ = score_rows(record.matrix)
+    assert first[0].text == "not evaluated"
+    assert first[1].text != "not evaluated"
+
+
+def test_names_that_mean_something_to_matplotlib_are_drawn_as_they_are(other, tmp_path):
+    for name in ("lr_$x^$_2", "_plain"):
+        shutil.copytree(other, tmp_path / name)
+    write_comparison([tmp_path / "lr_$x^$_2", tmp_path / "_plain"], tmp_path / "both.html")
+    text = (tmp_path / "both.html").read_text()
+    assert text.count("lr_$x^$_2") > 3
+    assert text.count("_plain</text>") == 3
+
+
+def test_numbers_that_are_none_do_not_end_a_curve():
+    log = [{"a": value, "step": step} for step, value in enumerate([1.0, math.inf, -math.inf, math.nan, 3.0])]
+    steps, values = curve(log, "a")
+    assert (steps[:2], values[:2]) == ([0.0, 4.0], [1.0, 3.0])
+
+
+def test_a_damaged_newest_state_leaves_the_one_before_it(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "hbat_state.json").write_text("{")
+    assert len(RunRecord.read(tmp_path / "run").stages_done) == 3
+    (tmp_path / "run" / "hbat_state.previous.json").unlink()
+    with pytest.raises(RunStateError, match="cannot be read"):
+        RunRecord.read(tmp_path / "run")
 
 
 def test_a_long_log_is_shown_as_means_that_are_few(tmp_path):
@@ -158,6 +221,8 @@ def test_a_page_that_cannot_be_written_is_a_warning(folder, caplog):
 
 
 def test_damaged_files_beside_the_state_leave_gaps_in_the_page(other, capsys):
+    (other / "front.json").write_text('{"rows": []}')
+    (other / "completions.jsonl").write_text('{"stage": 0}\n')
     for name in ("trainer_state.json", "evaluation.json"):
         whole = (other / name).read_text()
         (other / name).write_text(whole[: len(whole) // 2])
@@ -205,7 +270,8 @@ def test_runs_without_scores_cannot_be_compared(tmp_path, capsys):
     [
         ([[1.0, 2.0], [2.0, 1.0], [2.0, 2.0]], [True, True, False]),
         ([[1.0, 1.0], [1.0, 1.0]], [True, True]),
-        ([[1.0, None], [2.0, 2.0]], [False, True]),
+        ([[1.0, math.nan], [2.0, 2.0]], [False, True]),
+        ([[math.nan, math.nan], [1.0, 1.0]], [False, True]),
         ([[1.0, 2.0], [1.0, 3.0]], [True, False]),
     ],
 )
@@ -215,7 +281,7 @@ def test_a_run_is_marked_that_no_other_one_beats(scores, best):
 
 def test_settings_are_those_that_were_set_and_the_runs_own(folder):
     record = RunRecord.read(folder)
-    own, everything = settings(record), settings(record, defaults=True)
+    own, everything = settings(record), settings(record, everything=True)
     assert own.items() <= everything.items()
     assert own["run.num_rounds"] == "2"
     assert "ewc.strength" not in own

@@ -49,7 +49,6 @@ CASES = {
     "missing values": [(None, {}), ("sft", {"sft": 1.0}), ("dpo", {"dpo": 2.0}), ("sft", {})],
     "not a number": [("sft", {"sft": math.nan, "dpo": math.inf}), ("dpo", {"sft": 1.0, "dpo": 2.0})],
     "equal values": [("sft", {"sft": 1.0, "dpo": 1.0})] * 3,
-    "nothing": [],
 }
 
 

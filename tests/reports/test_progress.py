@@ -1,6 +1,7 @@
 """What a person sees of a run: bar, lines, `progress.json`."""
 
 import json
+import math
 import sys
 import types
 
@@ -104,6 +105,14 @@ def test_the_loss_is_smoothed_and_what_says_more_than_it_is_shown(clock):
     assert "loss 0.900" in str(at)
 
 
+def test_what_is_no_number_is_not_shown(clock):
+    at = StageProgress(PLAN[1], 0, 10)
+    for odd in ({"loss": "low"}, {"loss": math.nan}, {"loss": 1.0, "reward": [1.0], "ewc/penalty": math.inf}):
+        at.note(odd)
+    assert ", loss 1.000, " in str(at)
+    assert "reward" not in str(at)
+
+
 def test_tokens_per_second_are_those_between_two_entries(clock):
     at = StageProgress(PLAN[0], 0, 10)
     for tokens in (5000, 6000):
@@ -157,8 +166,14 @@ def test_the_log_has_shares_and_the_run_sums():
     assert entry["dpo/cost/seconds"] == 100.0
     assert (entry["dpo/cost/evaluation_share"], entry["dpo/cost/ewc_share"]) == (0.1, 0.01)
     metrics = run_metrics([{"stage": -1, "seconds": 20.0, "peak_gib": 1.0}, COST])
-    assert metrics == {"train_runtime": 120.0, "train_tokens_per_second": 40.0}
+    assert metrics == {"train_runtime": 120.0, "train_tokens_per_second": 50.0}
     assert run_metrics([]) == {"train_runtime": 0}
+    assert run_metrics([COST, COST | {"tokens": 0}])["train_tokens_per_second"] == 50.0
+
+
+def test_a_stage_that_was_resumed_says_which_steps_its_costs_are_about():
+    line = stage_line(PLAN[1], COST | {"resumed_at": 12}, [])
+    assert line.startswith("Round 1 of 2, dpo: 20 steps, from 12 on in 1:40")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0:00"), (59.6, "1:00"), (3700, "1:01:40"), (600, "10:00")])

@@ -82,7 +82,7 @@ def tracks(*sets):
 def test_a_number_takes_the_first_rows_of_every_evaluation_set_each_prompt_once():
     questions = [{"prompt": text} for text in ("a", "b", "c")]
     found = chosen_prompts(2, tracks(questions, None, [{"prompt": "b"}, {"prompt": "d"}], [{"text": "none"}]))
-    assert found == ["a", "b", "d"]
+    assert [each.prompt for each in found] == ["a", "b", "d"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,14 @@ def test_a_file_of_any_layout_gives_its_prompts(rows, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = chosen_prompts(str(file), [])
-    assert [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in found] == ["a", "b"]
+    asked = [each.prompt for each in found]
+    assert [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in asked] == ["a", "b"]
+
+
+def test_tools_and_options_of_a_row_go_to_the_chat_template():
+    row = {"prompt": "a", "tools": '[{"name": "look"}]', "chat_template_kwargs": {"enable_thinking": False}}
+    (asked,) = chosen_prompts(1, tracks([row]))
+    assert asked.options == {"enable_thinking": False, "tools": [{"name": "look"}]}
 
 
 @pytest.mark.parametrize(
@@ -106,6 +113,7 @@ def test_a_file_of_any_layout_gives_its_prompts(rows, tmp_path):
         (True, "must be a number of rows"),
         (-1, "sample_prompts"),
         (1.5, "must be a number of rows"),
+        ({}, "must be a number of rows"),
         (2, "there are no prompts"),  # and no evaluation rows
         ([""], "there are no prompts"),
         (["x" * 200], "fills the model's context of 128"),

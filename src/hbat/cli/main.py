@@ -182,9 +182,13 @@ def _clean(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
-def _status(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _run_folder(options: argparse.Namespace, words: Sequence[str]) -> Path:
     source = Path(options.config)
-    folder = source if source.is_dir() else Path(_prepare(options, words).config.output_dir)
+    return source if source.is_dir() else Path(_prepare(options, words).config.output_dir)
+
+
+def _status(options: argparse.Namespace, words: Sequence[str]) -> int:
+    folder = _run_folder(options, words)
     from hbat.cli.status import print_status  # noqa: PLC0415 - heavy
 
     print_status(folder)
@@ -192,8 +196,7 @@ def _status(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _report(options: argparse.Namespace, words: Sequence[str]) -> int:
-    source = Path(options.config)
-    folder = source if source.is_dir() else Path(_prepare(options, words).config.output_dir)
+    folder = _run_folder(options, words)
     from hbat.reports.page import write_report  # noqa: PLC0415 - heavy
 
     print(f"Report: {write_report(folder).absolute()}")

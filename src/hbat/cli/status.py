@@ -10,8 +10,7 @@ from rich.table import Table
 from hbat.reports.costs import duration, tokens_per_second
 from hbat.reports.progress import PROGRESS_FILE
 from hbat.reports.record import RunRecord
-from hbat.state.folder import RunFolder
-from hbat.state.manifest import RunStateError
+from hbat.state.lock import is_held
 
 
 def print_status(folder: Path) -> None:
@@ -51,12 +50,7 @@ def _table(record: RunRecord) -> Table:
 
 
 def _now(record: RunRecord) -> str:
-    try:
-        with RunFolder(record.folder).locked():
-            running = False
-    except RunStateError:
-        running = True
-    if running:
+    if is_held(record.folder):
         try:
             place = json.loads((record.folder / PROGRESS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -26,7 +26,7 @@ def print_result(trainer: HBATTrainer) -> None:
         return
     console, matrix = Console(soft_wrap=True), trainer.matrix
     folder = Path(trainer.args.output_dir).absolute()
-    if matrix.rows:
+    if matrix.scored:
         head, (*rows, transfer, forgetting) = table_rows(matrix)
         table = _table(*head)
         table.title = f"Objectives after each stage ({directions(matrix)})"

@@ -262,7 +262,8 @@ class HBATConfig:
 
     def _check_sample_prompts(self) -> None:
         given = self.sample_prompts
-        if isinstance(given, bool) or not isinstance(given, int | str | list | Mapping | None) or given in (0, "", []):
+        known = isinstance(given, int | str | Path | list | tuple | Mapping | None) and not isinstance(given, bool)
+        if not known or (given is not None and not given):
             raise ValueError(
                 f"`sample_prompts` is {shown(given)}; it must be a number of rows, a list of prompts or a file."
             )

@@ -9,8 +9,11 @@ from hbat.engines.sharded import is_sharded, whole_state
 from hbat.model.adapters import ADAPTER
 from hbat.state.files import storage_errors
 
-#: What only resuming the run needs.
-_PRIVATE = ["state/*", "stage-*", "runs/*", "hbat_state*.json", "trainer_state*.json", "hbat.lock", "*.tmp"]
+#: What only resuming the run needs, and what shows rows of the user's data or the whole configuration.
+_PRIVATE = [
+    "state/*", "stage-*", "runs/*", "hbat_state*.json", "trainer_state*.json", "hbat.lock", "*.tmp", "progress.json",
+    "completions.jsonl", "report.html",
+]  # fmt: skip
 
 
 def save(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -110,18 +110,19 @@ def write_model_card(
         moved=end_weight is not None,
         ewc="none" if config.ewc is None else json.dumps({k: v for k, v in vars(config.ewc).items() if v is not None}),
         better=better[:1].upper() + better[1:],
-        scores=markdown_table(matrix) if matrix.rows else "",
+        scores=markdown_table(matrix) if matrix.scored else "",
     )
     write_bytes(folder / "README.md", str(card).encode())
 
 
 def _results(matrix: ForgettingMatrix) -> list[EvalResult]:
     # Of the run's end, in the form of the Hub.
-    scores = matrix.rows[-1]["scores"] if matrix.rows else {}
+    scores = matrix.end
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type="held-out",
+            dataset_config=name,  # results are grouped by it
             dataset_name=f"evaluation rows of {name}",
             metric_type=metric,
             metric_value=round(scores[name][metric], 4),

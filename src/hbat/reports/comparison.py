@@ -1,5 +1,6 @@
 """The page that shows several runs side by side."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,13 @@ def render(records: Sequence[RunRecord]) -> str:
     """Write the page as HTML."""
     names = _names(records)
     first, *others = records
-    shared = [name for name in first.matrix.headline if all(name in other.matrix.headline for other in others)]
+    shared = [name for name in first.matrix.end if all(_same_measure(first, other, name) for other in others)]
     if not shared:
         raise ValueError("The runs have no objective in common that was evaluated, so there is nothing to compare.")
     columns = [
         (name, metric)
         for name, metric in score_columns(first.matrix)
-        if name in shared and all((name, metric) in score_columns(other.matrix) for other in others)
+        if name in shared and all(metric in other.matrix.end[name] for other in others)
     ]
     cells = [_column(records, name, metric) for name, metric in columns]
     best = pareto([[_headline(record, name) for name in shared] for record in records])
@@ -50,7 +51,11 @@ def render(records: Sequence[RunRecord]) -> str:
         differing=differing,
         columns=columns,
         scores=[
-            (f"{name}{' *' if best[index] else ''}", [column[index] for column in cells], duration(seconds[index]))
+            (
+                f"{name}{_unfinished(records[index])}{' *' if best[index] else ''}",
+                [column[index] for column in cells],
+                duration(seconds[index]),
+            )
             for index, name in enumerate(names)
         ],
         pictures=list(_pictures(records, names, shared)) if plots.can_draw() else [],
@@ -64,15 +69,26 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
     return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
 
 
+def _unfinished(record: RunRecord) -> str:
+    done, planned = len(record.stages_done), len(record.state.plan)
+    return "" if done == planned else f" ({done} of {planned} stages)"
+
+
+def _same_measure(one: RunRecord, other: RunRecord, name: str) -> bool:
+    return name in other.matrix.end and one.matrix.headline[name] == other.matrix.headline[name]
+
+
 def _last(record: RunRecord, name: str, metric: str) -> float | None:
-    value = record.matrix.rows[-1]["scores"].get(name, {}).get(metric) if record.matrix.rows else None
+    value = record.matrix.end.get(name, {}).get(metric)
     return None if value is None else float(value)
 
 
-def _headline(record: RunRecord, name: str) -> float | None:
+def _headline(record: RunRecord, name: str) -> float:
     """The headline score at the end, so signed that lower is better."""
     value = _last(record, name, record.matrix.headline[name])
-    return value if value is None or record.matrix.better_of(name) == "lower" else -value
+    if value is None:
+        return math.nan
+    return value if record.matrix.better_of(name) == "lower" else -value
 
 
 def _column(records: Sequence[RunRecord], name: str, metric: str) -> list[Cell]:
@@ -85,11 +101,14 @@ def _data(record: RunRecord, name: str) -> Any:
     return record.matrix.rows[-1].get("data", {}).get(name) if record.matrix.rows else None
 
 
-def pareto(scores: Sequence[Sequence[float | None]]) -> list[bool]:
-    """Which runs no other one beats: as good in every objective and better in one. Lower scores are better."""
-    whole = [None not in values for values in scores]
+def pareto(scores: Sequence[Sequence[float]]) -> list[bool]:
+    """Which runs no other one beats: as good in every objective and better in one.
 
-    def beats(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    Lower scores are better; a run with one that is no number is beaten.
+    """
+    whole = [all(map(math.isfinite, values)) for values in scores]
+
+    def beats(one: Sequence[float], other: Sequence[float]) -> bool:
         return all(a <= b for a, b in zip(one, other, strict=True)) and list(one) != list(other)
 
     return [
@@ -100,7 +119,7 @@ def pareto(scores: Sequence[Sequence[float | None]]) -> list[bool]:
 
 def differences(records: Sequence[RunRecord]) -> Iterator[tuple[str, list[str]]]:
     """Values of the configuration that are not the same in all runs."""
-    found = [settings(record, defaults=True) | _versions(record) for record in records]
+    found = [settings(record, everything=True) | _versions(record) for record in records]
     for key in dict.fromkeys(key for values in found for key in values):
         values = [each.get(key, "") for each in found]
         if len({*values}) > 1:

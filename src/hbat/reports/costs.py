@@ -12,10 +12,14 @@ from hbat.state.plan import Stage
 BESIDE = ("evaluation", "saving", "ewc")
 
 
-def tokens_per_second(cost: Mapping[str, Any]) -> float | None:
-    """Tokens per second of training, without evaluating and saving; None where the trainer counts none."""
-    seconds = cost["seconds"] - cost.get("evaluation", 0.0) - cost.get("saving", 0.0)
-    return cost["tokens"] / seconds if cost.get("tokens") and seconds > 0 else None
+def tokens_per_second(*costs: Mapping[str, Any]) -> float | None:
+    """Tokens per second of training in stages whose trainer counts them; None where none does.
+
+    Evaluating and saving are left out.
+    """
+    counted = [cost for cost in costs if cost.get("tokens")]
+    seconds = sum(cost["seconds"] - cost.get("evaluation", 0.0) - cost.get("saving", 0.0) for cost in counted)
+    return sum(cost["tokens"] for cost in counted) / seconds if seconds > 0 else None
 
 
 def cost_entry(cost: Mapping[str, Any]) -> dict[str, float]:
@@ -30,17 +34,15 @@ def cost_entry(cost: Mapping[str, Any]) -> dict[str, float]:
 def run_metrics(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Metrics of a whole run, named as transformers does those of a `train()`."""
     rows = list(costs)
-    stages = [cost for cost in rows if "objective" in cost]
-    seconds = sum(cost["seconds"] for cost in stages)
     metrics = {"train_runtime": round(sum(cost["seconds"] for cost in rows), 3)}
-    if seconds > 0:
-        metrics["train_tokens_per_second"] = round(sum(cost["tokens"] for cost in stages) / seconds, 3)
+    if (rate := tokens_per_second(*rows)) is not None:
+        metrics["train_tokens_per_second"] = round(rate, 3)
     return metrics
 
 
 def stage_line(stage: Stage, cost: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
     """Say in a line what a stage did: steps, time, speed, memory, and how strong its penalty was."""
-    parts = [f"{cost['steps']} steps in {duration(cost['seconds'])}"]
+    parts = [f"{steps_done(cost)} in {duration(cost['seconds'])}"]
     if (rate := tokens_per_second(cost)) is not None:
         parts.append(f"{tqdm.format_sizeof(rate)} tokens/s")
     parts.append(f"peak {cost['peak_gib']:.1f} GiB")
@@ -50,6 +52,12 @@ def stage_line(stage: Stage, cost: Mapping[str, Any], log: Sequence[Mapping[str,
     if ratios:
         parts.append(f"the penalty's gradient {fmean(ratios):.2f} of the task's")
     return f"Round {stage.round} of {stage.last_round}, {stage.objective}: {', '.join(parts)}."
+
+
+def steps_done(cost: Mapping[str, Any]) -> str:
+    """Say how many steps a stage took, and which of them its costs are about where it was resumed."""
+    resumed = cost.get("resumed_at")
+    return f"{cost['steps']} steps" if not resumed else f"{cost['steps']} steps, from {resumed} on"
 
 
 def duration(seconds: float) -> str:

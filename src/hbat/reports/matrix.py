@@ -46,10 +46,15 @@ class ScoreTable:
         """Which scores of an objective are better, `lower` or `higher`."""
         return self.better.get(objective, "lower")
 
-    def series(self, objective: str) -> list[float | None]:
-        """Headline score of an objective in each row, None where it was not evaluated."""
-        metric = self.headline[objective]
-        return [row["scores"].get(objective, {}).get(metric) for row in self.rows]
+    def series(self, objective: str, metric: str | None = None) -> list[float | None]:
+        """Score of an objective in each row, by default the headline's; None where it was not evaluated."""
+        chosen = metric or self.headline[objective]
+        return [row["scores"].get(objective, {}).get(chosen) for row in self.rows]
+
+    @property
+    def scored(self) -> list[str]:
+        """The objectives that were evaluated."""
+        return [name for name in self.headline if any(row["scores"].get(name) for row in self.rows)]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file: headline metrics, which of them are better, rows."""
@@ -84,14 +89,19 @@ class ForgettingMatrix(ScoreTable):
         """Whether a stage of this run, by its index, has its row; the start's is one less than the first's."""
         return any(row["stage"] == stage and "run" not in row for row in self.rows)
 
-    def series(self, objective: str) -> list[float | None]:
-        """Headline score of an objective in each row, None where it was not evaluated on the data of its last row."""
+    def series(self, objective: str, metric: str | None = None) -> list[float | None]:
+        """Score of an objective in each row; None where it was not evaluated on the data of its last row."""
         digests = [row.get("data", {}).get(objective) for row in self.rows]
         latest = next((digest for digest in reversed(digests) if digest is not None), None)
         return [
             value if digest == latest else None
-            for value, digest in zip(super().series(objective), digests, strict=True)
+            for value, digest in zip(super().series(objective, metric), digests, strict=True)
         ]
+
+    @property
+    def end(self) -> Mapping[str, Mapping[str, float]]:
+        """Scores of this run's last row; empty where all rows are of the runs that it continues."""
+        return self.rows[-1]["scores"] if self.rows and "run" not in self.rows[-1] else {}
 
     def backward_transfer(self) -> dict[str, float]:
         r"""What the stages after an objective's last own stage did to it.
@@ -171,7 +181,7 @@ class ForgettingMatrix(ScoreTable):
         }
 
     def last_line(self) -> str:
-        """Say in a line what the last row changed: each objective's headline score before and after."""
+        """Say in a line what the last row changed: each objective's headline score before and after; else nothing."""
         parts = []
         for name in self.headline:
             before, after = [None, *self.series(name)][-2:]
@@ -179,7 +189,7 @@ class ForgettingMatrix(ScoreTable):
                 change = f"{after:.4f}" if before is None else f"{before:.4f} -> {after:.4f}"
                 verdict = "" if before is None else (" better", " worse")[self._gain(name, before, after) < 0]
                 parts.append(f"{name} {self.headline[name]} {change}{verdict}")
-        return f"Scores: {', '.join(parts)}."
+        return f"Scores: {', '.join(parts)}." if parts else ""
 
     def lines(self) -> list[tuple[str, list[float | None]]]:
         """For each row a label, such as `round 1: sft` or `other-run, start`, and each objective's headline score."""

@@ -1,6 +1,5 @@
 """`report.html`: one page that shows a run. It loads nothing from anywhere."""
 
-import itertools
 import json
 import logging
 import math
@@ -13,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from hbat.reports import plots
-from hbat.reports.costs import BESIDE, duration, tokens_per_second
+from hbat.reports.costs import BESIDE, duration, steps_done, tokens_per_second
 from hbat.reports.matrix import ForgettingMatrix, directions
 from hbat.reports.record import RunRecord
 from hbat.state.files import write_bytes
@@ -84,7 +83,7 @@ def render(record: RunRecord) -> str:
         title=record.folder.resolve().name,
         sentence=sentence(record),
         unfinished=f"{done} of {planned} stages are done." if done < planned else "",
-        directions=directions(matrix) if matrix.headline else "",
+        directions=directions(matrix) if matrix.scored else "",
         evaluated=matrix.counts,
         scores=list(score_rows(matrix)),
         score_columns=score_columns(matrix),
@@ -121,7 +120,8 @@ def sentence(record: RunRecord) -> str:
 def score_columns(matrix: ForgettingMatrix) -> list[tuple[str, str]]:
     """Objective and metric of every column of scores: the headline of each, and what says more than it."""
     columns = []
-    for name, headline in matrix.headline.items():
+    for name in matrix.scored:
+        headline = matrix.headline[name]
         logged = {metric for row in matrix.rows for metric in row["scores"].get(name, {})}
         columns += [(name, metric) for metric in dict.fromkeys((headline, *_TELLING)) if metric in logged]
     return columns
@@ -135,7 +135,7 @@ def score_rows(matrix: ForgettingMatrix) -> Iterator[tuple[str, list[Cell]]]:
 
 
 def _cells(matrix: ForgettingMatrix, name: str, metric: str) -> list[Cell]:
-    values = [row["scores"].get(name, {}).get(metric) for row in matrix.rows]
+    values = matrix.series(name, metric)
     counts = [matrix.counts.get(name)] * len(values)
     return column(values, counts, metric, higher=is_higher_better(matrix, name, metric))
 
@@ -194,11 +194,13 @@ def pictures(record: RunRecord) -> Iterator[Picture]:
             "dominates.",
             plots.curves_figure(log, ratios, spans),
         )
-    if matrix.rows and matrix.headline:
+    if matrix.scored:
         yield picture(
-            "Scores", f"Every objective after every stage; {directions(matrix)}.", plots.score_figure(matrix)
+            "Scores over the stages",
+            f"Every objective after every stage; {directions(matrix)}.",
+            plots.score_figure(matrix),
         )
-    if len(matrix.headline) > 1 and matrix.rows:
+    if len(matrix.scored) > 1:
         labels = [label.replace("round ", "") for label, _ in matrix.lines()]
         caption = "Objective against objective: where the run was after each stage (grey)"
         caption += ", and the line between the last stage's start and end." if record.front else "."
@@ -217,12 +219,14 @@ def pictures(record: RunRecord) -> Iterator[Picture]:
             [record.costs[at.index] for at in done],
         )
         caption = "Seconds of every stage, without those of evaluations between stages."
-        yield picture("Cost", caption, plots.costs_figure(costs, labels))
+        yield picture("Time of the stages", caption, plots.costs_figure(costs, labels))
     if shares := record.importance():
+        source = (record.state.fingerprint["ewc"] or {}).get("source", "path")
+        what = {"path": "path integral", "fisher": "Fisher information"}.get(source, "importance")
         yield picture(
             "Importance",
-            "Where the parameters lie that an objective's later stages are kept from moving: share of its path "
-            "integral by layer and module.",
+            "In which layer and module the parameters lie that later stages of other objectives are kept from moving: "
+            f"share of an objective's {what}.",
             plots.importance_figure(shares),
         )
 
@@ -235,21 +239,16 @@ def picture(title: str, caption: str, figure: Any) -> Picture:
 def completions(record: RunRecord) -> list[dict[str, Any]]:
     """The completions of every prompt, by stage in order."""
     labels = {stage.index: f"round {stage.round}: {stage.objective}" for stage in record.state.plan}
-    found = []
-    for _, rows in itertools.groupby(
-        sorted(record.completions, key=lambda row: (json.dumps(row["prompt"]), row["stage"])),
-        key=lambda row: json.dumps(row["prompt"]),
-    ):
-        texts = list(rows)
-        found.append({
-            "prompt": _turns(texts[0]["prompt"]),
-            "texts": [
-                {"label": labels.get(row["stage"], "start"), "text": row["completion"],
-                 "note": f"{row['tokens']} tokens" + ("" if row["ended"] else ", cut off")}
-                for row in texts
-            ],
+    found: dict[str, dict[str, Any]] = {}
+    for row in record.completions:
+        prompt = found.setdefault(
+            json.dumps(row["prompt"], default=str), {"prompt": _turns(row["prompt"]), "texts": []}
+        )
+        note = f"{row['tokens']} tokens" + ("" if row["ended"] else ", cut off")
+        prompt["texts"].append({
+            "label": labels.get(row["stage"], "start"), "text": row["completion"], "note": note
         })  # fmt: skip
-    return found
+    return list(found.values())
 
 
 def _turns(prompt: Any) -> list[tuple[str, str]]:
@@ -264,22 +263,29 @@ def cost_rows(record: RunRecord) -> Iterator[list[str]]:
         if (cost := record.costs.get(stage.index)) is not None:
             rate = tokens_per_second(cost)
             yield [
-                f"round {stage.round}: {stage.objective}", f"{cost['steps']}", duration(cost["seconds"]),
+                f"round {stage.round}: {stage.objective}", steps_done(cost), duration(cost["seconds"]),
                 "not counted" if rate is None else f"{rate:,.0f}", f"{cost['peak_gib']:.2f}",
                 *(f"{100 * cost.get(what, 0.0) / max(cost['seconds'], 1e-9):.1f} %" for what in BESIDE),
             ]  # fmt: skip
 
 
-def settings(record: RunRecord, *, defaults: bool = False) -> dict[str, str]:
-    """What the run was configured with: its own values, and of the sections those that were set, or all of them."""
-    found = {}
+def settings(record: RunRecord, *, everything: bool = False) -> dict[str, str]:
+    """What the run was configured with: its own values, and of the sections those that were set.
+
+    Args:
+        record: The run.
+        everything: Also defaults, and what is recorded of data, model and tokenizer.
+    """
+    found: dict[str, str] = {}
     for section, values in record.state.fingerprint.items():
-        if section in ("data", "parameters", "tokenizer"):
+        if section in ("data", "parameters", "tokenizer") and not everything:
             continue
-        if not isinstance(values, dict):
-            found[section] = json.dumps(values)
-            continue
-        given = record.state.given.get(section, values)
-        for key in values if defaults else [key for key in values if key in given]:
-            found[f"{section}.{key}"] = values[key] if isinstance(values[key], str) else json.dumps(values[key])
+        given = values if everything else record.state.given.get(section, values)
+        found |= _flat(section, {key: values[key] for key in values if key in given} if values else values)
     return found
+
+
+def _flat(name: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        return {name: value if isinstance(value, str) else json.dumps(value)}
+    return {key: text for inner, own in value.items() for key, text in _flat(f"{name}.{inner}", own).items()}

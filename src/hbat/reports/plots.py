@@ -61,7 +61,9 @@ def as_svg(figure: "Figure") -> str:
     _, found, svg = text.getvalue().partition("<svg")
     sizes, end, drawing = svg.partition(">")
     sizes = re.sub(r' (width|height)="[^"]*"', "", sizes) + f' style="max-width: {figure.get_figwidth():.3g}in"'
-    return found + sizes + end + drawing.replace("#000000", "currentColor")
+    # Not the names of things that matplotlib counts in each picture anew.
+    drawing = re.sub(r' id="[A-Za-z.]+\d*_\d+"', "", drawing.replace("#000000", "currentColor"))
+    return found + sizes + end + drawing
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -70,18 +72,23 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(min(width, _WIDEST), height), layout="constrained")
 
 
+def _text(label: str) -> str:
+    """A label as it is: matplotlib reads mathematics between dollars, and hides what begins with an underscore."""
+    return re.sub("^_", "\u200b_", label.replace("$", r"\$"))
+
+
 def _style(axis: Any) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _label(table: ScoreTable, name: str) -> str:
-    return f"{name} {table.headline[name]}\n({table.better_of(name)} is better)"
+    return _text(f"{name} {table.headline[name]}\n({table.better_of(name)} is better)")
 
 
 def score_figure(matrix: ForgettingMatrix) -> "Figure":
     """Each objective's headline score over the stages, in the colour of the objective that a stage trained."""
-    names, labels = list(matrix.headline), [label for label, _ in matrix.lines()]
+    names, labels = matrix.scored, [label for label, _ in matrix.lines()]
     figure = _figure(3.2 + 0.6 * len(matrix.rows), 0.6 + 2.0 * len(names))
     axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for axis, name in zip(axes, names, strict=True):
@@ -92,7 +99,7 @@ def score_figure(matrix: ForgettingMatrix) -> "Figure":
             axis.scatter(index, value, color=_START if trained is None else colour(names, trained), zorder=2)
         axis.set_ylabel(_label(matrix, name), fontsize=9)
         _style(axis)
-    axes[-1].set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize=9)
+    axes[-1].set_xticks(range(len(labels)), list(map(_text, labels)), rotation=45, ha="right", fontsize=9)
     axes[0].set_title("After each stage, coloured\nby the objective that it trained", fontsize=9)
     return figure
 
@@ -104,12 +111,12 @@ def colour(names: Sequence[str], name: str) -> str:
 
 def trade_off_figure(table: ScoreTable, front: Front | None, labels: Sequence[str]) -> "Figure":
     """Headline scores of every two objectives against each other: a path through the rows, and the front if any."""
-    pairs = list(itertools.combinations(table.headline, 2))
+    pairs = list(itertools.combinations(table.scored, 2))
     figure = _figure(5.2 * len(pairs), 4.2)
     for axis, names in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
         if table is not front:
             _draw_line(axis, table, names, labels, color=_START)
-        if front is not None and set(names) <= set(front.headline):
+        if front is not None and set(names) <= set(front.scored):
             _draw_line(axis, front, names, [f"{point:g}" for point in front.points], color=COLOURS[0])
         axis.set(xlabel=_label(table, names[0]), ylabel=_label(table, names[1]))
         axis.margins(0.12)
@@ -124,7 +131,7 @@ def _draw_line(axis: Any, table: ScoreTable, names: Sequence[str], labels: Seque
     axis.plot(*scores, "o-", color=color)
     for label, x, y in zip(labels, *scores, strict=True):
         if math.isfinite(x) and math.isfinite(y):
-            axis.annotate(label, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
+            axis.annotate(_text(label), (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
 
 
 def ends_figure(
@@ -136,10 +143,10 @@ def ends_figure(
     for axis, names in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
         for index, ((matrix, front), label) in enumerate(zip(runs, labels, strict=True)):
             own = COLOURS[index % len(COLOURS)]
-            if front is not None and set(names) <= set(front.headline):
+            if front is not None and set(names) <= set(front.scored):
                 _draw_line(axis, front, names, [f"{point:g}" for point in front.points], color=own)
             ends = [[math.nan if value is None else value for value in matrix.series(name)[-1:]] for name in names]
-            axis.plot(*ends, "*", color=own, markersize=13, label=label)
+            axis.plot(*ends, "*", color=own, markersize=13, label=_text(label))
         axis.set(xlabel=_label(runs[0][0], names[0]), ylabel=_label(runs[0][0], names[1]))
         axis.margins(0.15)
         axis.legend(fontsize=8, frameon=False)
@@ -155,7 +162,7 @@ def curve(log: Sequence[Entry], key: str) -> tuple[list[float], list[float]]:
 
     Of a long log means of as many neighbours as a picture has no room to show apart.
     """
-    entries = [entry for entry in log if isinstance(entry.get(key), int | float)]
+    entries = [entry for entry in log if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])]
     size = math.ceil(len(entries) / _MOST_POINTS) or 1
     steps: list[float] = []
     values: list[float] = []
@@ -168,6 +175,12 @@ def curve(log: Sequence[Entry], key: str) -> tuple[list[float], list[float]]:
         steps.append(math.nan)
         values.append(math.nan)
     return steps, values
+
+
+def _draw_curve(axis: Any, log: Sequence[Entry], key: str, *, color: str, label: str | None = None) -> None:
+    steps, values = curve(log, key)
+    marker = "." if len(steps) < _MOST_POINTS // 10 else None  # a single point has no line
+    axis.plot(steps, values, color=color, marker=marker, label=label)
 
 
 def curves_figure(log: Sequence[Entry], keys: Sequence[str], stages: Sequence[tuple[str, float, float]]) -> "Figure":
@@ -183,8 +196,8 @@ def curves_figure(log: Sequence[Entry], keys: Sequence[str], stages: Sequence[tu
     for axis, key in zip(figure.subplots(len(keys), 1, sharex=True, squeeze=False)[:, 0], keys, strict=True):
         for name, first, last in stages:
             axis.axvspan(first, last, color=colour(names, name), alpha=0.12, linewidth=0)
-        axis.plot(*curve(log, key), color=colour(names, key.partition("/")[0]))
-        axis.set_ylabel(key.replace("/", "\n", 1), fontsize=9)
+        _draw_curve(axis, log, key, color=colour(names, key.partition("/")[0]))
+        axis.set_ylabel(_text(key.replace("/", "\n", 1)), fontsize=9)
         _style(axis)
     axis.set_xlabel("optimizer steps of the run")
     return figure
@@ -195,8 +208,8 @@ def overlay_figure(logs: Sequence[Sequence[Entry]], labels: Sequence[str], keys:
     figure = _figure(9.0, 0.6 + 2.0 * len(keys))
     for axis, key in zip(figure.subplots(len(keys), 1, squeeze=False)[:, 0], keys, strict=True):
         for index, (log, label) in enumerate(zip(logs, labels, strict=True)):
-            axis.plot(*curve(log, key), color=COLOURS[index % len(COLOURS)], label=label)
-        axis.set_ylabel(key, fontsize=9)
+            _draw_curve(axis, log, key, color=COLOURS[index % len(COLOURS)], label=_text(label))
+        axis.set_ylabel(_text(key), fontsize=9)
         axis.legend(fontsize=8, frameon=False)
         _style(axis)
     axis.set_xlabel("optimizer steps of the run")
@@ -212,7 +225,9 @@ def increases_figure(log: Sequence[Entry], objectives: Sequence[str]) -> "Figure
         keys = [f"{name}/ewc/{what}" for what in ("predicted", "measured")]
         found = [[entry[key] for key in keys] for entry in log if keys[1] in entry]
         if found:
-            axis.scatter(*zip(*found, strict=True), color=colour(objectives, name), label=f"after {name}", zorder=2)
+            axis.scatter(
+                *zip(*found, strict=True), color=colour(objectives, name), label=_text(f"after {name}"), zorder=2
+            )
             both += itertools.chain(*found)
     axis.plot([min(both), max(both)], [min(both), max(both)], "--", color="0.6", zorder=1)
     axis.set(xlabel="predicted increase of the other objectives' losses", ylabel="measured increase")
@@ -230,7 +245,7 @@ def costs_figure(costs: Sequence[Entry], labels: Sequence[str]) -> "Figure":
     for (what, seconds), own in zip(parts.items(), (COLOURS[0], COLOURS[5], COLOURS[4], COLOURS[1]), strict=True):
         axis.barh(range(len(costs)), seconds, left=left, label=what, color=own)
         left = [sum(both) for both in zip(left, seconds, strict=True)]
-    axis.set_yticks(range(len(costs)), labels, fontsize=9)
+    axis.set_yticks(range(len(costs)), list(map(_text, labels)), fontsize=9)
     axis.invert_yaxis()
     axis.set_xlabel("seconds")
     axis.legend(fontsize=8, frameon=False)
@@ -247,7 +262,7 @@ def importance_figure(shares: Mapping[str, Mapping[tuple[int, str], float]]) -> 
         image = axis.imshow(rows, aspect="auto", cmap="viridis", vmin=0)
         axis.set_xticks(range(len(modules)), modules, rotation=60, ha="right", fontsize=8)
         axis.set_yticks(range(len(layers)), ["other" if layer < 0 else layer for layer in layers], fontsize=8)
-        axis.set_title(f"importance of {name}, %", fontsize=9)
+        axis.set_title(_text(f"importance of {name}, %"), fontsize=9)
         axis.set_ylabel("layer")
         figure.colorbar(image, ax=axis)
     return figure

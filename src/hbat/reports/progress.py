@@ -2,10 +2,12 @@
 
 import builtins
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +61,16 @@ class StageProgress:
 
     def note(self, logs: Mapping[str, Any]) -> None:
         """Take what is shown out of an entry of the trainer's log."""
-        if (loss := logs.get("loss")) is None:
+        found = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
+        found = {key: value for key, value in found.items() if math.isfinite(value)}  # users' trainers log anything
+        if (loss := found.get("loss")) is None:
             return
         self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
         self._parts = [f"loss {self._loss:.3f}"]
-        self._parts += [f"{name} {float(logs[key]):.2f}" for key, name in _TELLING.items() if key in logs][:1]
-        if penalty := logs.get("ewc/penalty"):
+        self._parts += [f"{name} {found[key]:.2f}" for key, name in _TELLING.items() if key in found][:1]
+        if penalty := found.get("ewc/penalty"):
             self._parts.append(f"penalty {100 * penalty / (abs(loss) + penalty):.0f} %")
-        tokens, seconds = float(logs.get("num_tokens", 0)), self._seconds - self._seconds_at_tokens
+        tokens, seconds = found.get("num_tokens", 0.0), self._seconds - self._seconds_at_tokens
         if tokens and seconds > 0:
             if self._tokens:  # the first count may be from before a resume
                 self._parts.append(f"{tqdm.format_sizeof((tokens - self._tokens) / seconds)} tokens/s")
@@ -108,7 +112,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        if self._shows:
+        if self._shows and text:
             tqdm.write(text, file=sys.stderr)
 
     def stage_begins(self, at: StageProgress, *, before: int, later: Mapping[str, int]) -> None:
@@ -153,13 +157,15 @@ class Progress:
             temporary.write_text(json.dumps(values), encoding="utf-8")
             temporary.replace(self._file)
         except OSError:  # a full disk stops the run where something would be lost
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Remove the bar, and the file: the state says what is done."""
         self._bar.close()
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
+        with suppress(OSError):
+            if self._file is not None:
+                self._file.unlink(missing_ok=True)
 
 
 class EvaluationBar(TrainerCallback):

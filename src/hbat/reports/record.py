@@ -11,23 +11,21 @@ from typing import Any
 
 from safetensors import safe_open
 
-from hbat.reports.front import FRONT_FILE, Front
+from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
 from hbat.reports.log import LOG_FILE
 from hbat.reports.matrix import ForgettingMatrix
-from hbat.reports.scores import SCORES_FILE
+from hbat.reports.scores import PLOT_FILE, SCORES_FILE
 from hbat.state.folder import RunFolder
 from hbat.state.history import TENSORS
-from hbat.state.manifest import RunState, RunStateError
+from hbat.state.manifest import DamagedStateError, RunState, RunStateError
 from hbat.state.plan import Stage
 
 logger = logging.getLogger(__name__)
 
 COMPLETIONS_FILE = "completions.jsonl"
-#: Importance of larger files is not read for a picture.
-_MOST_BYTES = 4 * 2**30
 _LAYER = re.compile(r"\.(\d+)\.")
 #: Parts of a parameter's name that say nothing about its place.
-_SILENT = {"weight", "bias", "default", "base_layer"}
+_SILENT = re.compile(r"weight|bias|default|base_layer|lora_.*|\d+")
 
 
 @dataclass(frozen=True)
@@ -57,14 +55,13 @@ class RunRecord:
         Raises:
             RunStateError: If the folder holds no run.
         """
-        state = next(RunFolder(folder).states(), None)
-        if state is None:
-            raise RunStateError(f"{str(folder)!r} holds no run.")
-        scores, front = _read(folder / SCORES_FILE), _read(folder / FRONT_FILE)
+        state = _newest(folder)
+        scores = _read(folder / SCORES_FILE, headline=dict)
+        front = _read(folder / FRONT_FILE, headline=dict, rows=list, better=dict)
         return cls(
             folder=folder,
             state=state,
-            log=_read(folder / LOG_FILE).get("log_history", []),
+            log=_read(folder / LOG_FILE, log_history=list).get("log_history", []),
             matrix=ForgettingMatrix(
                 scores.get("headline", {}),
                 state.evaluations,
@@ -100,18 +97,32 @@ class RunRecord:
         for kind, name in self.state.files.items():
             what, _, objective = kind.partition("-")
             file = self.folder / TENSORS / name
-            if what == "importance" and file.is_file() and file.stat().st_size <= _MOST_BYTES:
+            if what == "importance" and file.is_file():
                 found[objective] = _shares(file)
         return found
 
 
+def _newest(folder: Path) -> RunState:
+    """The newest state that is whole, as a run would resume from it."""
+    damage: RunStateError | None = None
+    states = RunFolder(folder).states()
+    while True:
+        try:
+            return next(states)
+        except StopIteration:
+            raise damage or RunStateError(f"{str(folder)!r} holds no run.") from None
+        except DamagedStateError as error:
+            damage = damage or error
+
+
 def _shares(file: Path) -> dict[tuple[int, str], float]:
+    # Of what the penalty counts: no share is negative. One tensor is in memory at a time.
     sums: defaultdict[tuple[int, str], float] = defaultdict(float)
     with safe_open(file, "pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 - no mapping
-            layer = _LAYER.search(name)
-            module = [part for part in name.split(".") if part not in _SILENT and not part.isdigit()][-1]
-            sums[int(layer[1]) if layer else -1, module] += float(tensors.get_tensor(name).sum())
+            layer, parts = _LAYER.search(name), name.split(".")
+            module = next((part for part in reversed(parts) if not _SILENT.fullmatch(part)), name)
+            sums[int(layer[1]) if layer else -1, module] += float(tensors.get_tensor(name).clamp(min=0).sum())
     whole = sum(sums.values()) or 1.0
     return {place: value / whole for place, value in sums.items()}
 
@@ -120,13 +131,22 @@ def read_completions(folder: Path) -> list[dict[str, Any]]:
     """Read the completions of a run's folder; none if there are none."""
     try:
         with (folder / COMPLETIONS_FILE).open(encoding="utf-8") as lines:  # `splitlines` cuts at more
-            return [json.loads(line) for line in lines]
+            rows = [json.loads(line) for line in lines]
     except (OSError, ValueError):
         return []
+    return [row for row in rows if isinstance(row, dict) and row.keys() >= {"stage", "prompt", "completion"}]
 
 
-def _read(file: Path) -> Mapping[str, Any]:
+def forget_results(folder: Path) -> None:
+    """Remove what an earlier run has left in the folder beside its state, so that nothing shows it as this run's."""
+    for name in (SCORES_FILE, PLOT_FILE, FRONT_FILE, FRONT_PLOT_FILE, COMPLETIONS_FILE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _read(file: Path, **expected: type) -> Mapping[str, Any]:
+    """Read a JSON file's values; none if it is not there, or damaged, or has other ones."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or damaged: the page does without
+        values = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
+    return values if all(isinstance(values.get(key), kind) for key, kind in expected.items()) else {}

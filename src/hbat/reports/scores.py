@@ -51,10 +51,9 @@ class RunScores:
 
     def draw(self) -> None:
         """Draw the matrix, unless it is empty."""
-        if is_main_process() and self._matrix.rows:
+        if is_main_process() and self._matrix.scored:
             draw_matrix(self._matrix, self._folder / PLOT_FILE)
 
     def last(self) -> dict[str, float]:
         """Name the scores of this run's last row `eval_<objective>/<metric>`."""
-        rows = self._matrix.rows
-        return as_metrics(rows[-1]["scores"] if rows and "run" not in rows[-1] else {})
+        return as_metrics(self._matrix.end)

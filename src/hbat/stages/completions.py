@@ -3,7 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from hbat.config.fields import shown
 from hbat.config.hbat import HBATConfig
@@ -14,7 +16,7 @@ from hbat.engines.processes import is_main_process
 from hbat.engines.sharded import give_back, is_sharded
 from hbat.objectives.track import Track
 from hbat.ppo.rollouts.generation import CompletionSampler
-from hbat.ppo.rollouts.prompts import context_length, prompt_tokens
+from hbat.ppo.rollouts.prompts import completion_texts, context_length, prompt_tokens
 from hbat.reports.record import COMPLETIONS_FILE, read_completions
 from hbat.state.files import write_bytes
 
@@ -30,12 +32,21 @@ def prepare_completions(
     """Prepare what `sample_prompts` asks for; None if it is not set."""
     if config.sample_prompts is None:
         return None
-    prompts = chosen_prompts(config.sample_prompts, tracks)
-    return Completions(prompts, model, tokenizer, Path(config.output_dir), config.seed)
+    asked = chosen_prompts(config.sample_prompts, tracks)
+    args = next(iter(tracks)).args
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return Completions(asked, model, tokenizer, Path(config.output_dir), config.seed, dtype)
 
 
-def chosen_prompts(given: Any, tracks: Sequence[Track]) -> list[Any]:
-    """Prompts to complete, each once: given ones, or the first rows of every evaluation set.
+class Asked(NamedTuple):
+    """A prompt, and what the chat template takes beside it."""
+
+    prompt: Any
+    options: Mapping[str, Any]
+
+
+def chosen_prompts(given: Any, tracks: Sequence[Track]) -> list[Asked]:
+    """Prompts to complete, each once: given ones, or those of the first rows of every evaluation set.
 
     Args:
         given: `sample_prompts` of the configuration.
@@ -47,12 +58,13 @@ def chosen_prompts(given: Any, tracks: Sequence[Track]) -> list[Any]:
     """
     if isinstance(given, int):
         sets: list[Any] = [track.eval_dataset for track in tracks if track.eval_dataset is not None]
-        prompts = [prompt_of(row) for rows in sets for row in rows.select(range(min(given, len(rows))))]
-    elif isinstance(given, list):
-        prompts = given
+        rows = [row for rows in sets for row in rows.select(range(min(given, len(rows))))]
+    elif isinstance(given, list | tuple):
+        rows = [{"prompt": prompt} for prompt in given]
     else:
-        prompts = list(load_rows(given, name="`sample_prompts`", check=prompt_faults)[0].dataset["prompt"])
-    found = {json.dumps(prompt, default=str): prompt for prompt in prompts if prompt}
+        rows = list(load_rows(given, name="`sample_prompts`", check=prompt_faults)[0].dataset)
+    asked = [Asked(prompt_of(row), _template_options(row)) for row in rows]
+    found = {json.dumps(each, default=str): each for each in asked if each.prompt}
     if not found:
         raise ValueError(
             f"`sample_prompts` is {shown(given)}, but there are no prompts. Give a file or a list of them, or "
@@ -72,24 +84,40 @@ def prompt_of(row: Mapping[str, Any]) -> Any:
     return turns[: answer_start(turns)] if isinstance(turns, list) and turns else None
 
 
+def _template_options(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    tools = row.get("tools")
+    if isinstance(tools, str):  # as TRL takes them too
+        tools = json.loads(tools)
+    return {**(row.get("chat_template_kwargs") or {}), **({"tools": tools} if tools else {})}
+
+
 class Completions:
     """Completes the same prompts after every stage, with the same seed, and keeps the texts in `completions.jsonl`.
 
     Args:
-        prompts: Texts or conversations.
+        asked: The prompts.
         model: The model.
         tokenizer: Its tokenizer.
         folder: The run's folder.
         seed: Seed of the sampling.
+        dtype: In which the stages compute; None: that of the weights.
 
     Raises:
         ValueError: If a prompt cannot be tokenized, or leaves no room for a completion in the model's context.
     """
 
-    def __init__(self, prompts: Sequence[Any], model: Any, tokenizer: Any, folder: Path, seed: int) -> None:
-        self._prompts = prompts
-        self._tokens = [_tokens(number, prompt, tokenizer) for number, prompt in enumerate(prompts)]
-        self._model, self._tokenizer, self._seed = model, tokenizer, seed
+    def __init__(
+        self,
+        asked: Sequence[Asked],
+        model: Any,
+        tokenizer: Any,
+        folder: Path,
+        seed: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._asked = asked
+        self._tokens = [_tokens(number, each, tokenizer) for number, each in enumerate(asked)]
+        self._model, self._tokenizer, self._seed, self._dtype = model, tokenizer, seed, dtype
         self._file = folder / COMPLETIONS_FILE
         room = context_length(model.config)
         longest = max(map(len, self._tokens))
@@ -120,12 +148,13 @@ class Completions:
             sampling=_SAMPLING,
             batch_size=_BATCH_SIZE,
         )
-        found = sampler.sample(self._tokens, seed=self._seed)
+        with torch.autocast(self._model.device.type, self._dtype, enabled=self._dtype is not None):
+            found = sampler.sample(self._tokens, seed=self._seed)
         give_back(self._model)
-        texts = self._tokenizer.batch_decode(found.tokens, skip_special_tokens=True)
+        texts = completion_texts(self._tokenizer, self._tokens, found.tokens)
         rows = [
-            {**place, "prompt": prompt, "completion": text, "tokens": len(tokens), "ended": ended}
-            for prompt, text, tokens, ended in zip(self._prompts, texts, found.tokens, found.ended, strict=True)
+            {**place, "prompt": each.prompt, "completion": text, "tokens": len(tokens), "ended": ended}
+            for each, text, tokens, ended in zip(self._asked, texts, found.tokens, found.ended, strict=True)
         ]
         if not is_main_process():
             return []
@@ -135,11 +164,11 @@ class Completions:
         return rows
 
 
-def _tokens(number: int, prompt: Any, tokenizer: Any) -> list[int]:
+def _tokens(number: int, asked: Asked, tokenizer: Any) -> list[int]:
     try:
-        if tokens := prompt_tokens(prompt, tokenizer, {}):
+        if tokens := prompt_tokens(asked.prompt, tokenizer, asked.options):
             return tokens
         problem: object = "it is empty"
     except Exception as error:  # noqa: BLE001 - chat templates raise anything
         problem = error
-    raise ValueError(f"`sample_prompts`, prompt {number}: {problem}. It is {shown(prompt)}.")
+    raise ValueError(f"`sample_prompts`, prompt {number}: {problem}. It is {shown(asked.prompt)}.")

@@ -15,11 +15,12 @@ class StageCosts(TrainerCallback):
         clock: The run's clock, which is told the seconds of evaluating and saving inside the stage.
 
     Attributes:
-        tokens: Tokens that this process trained on, as the trainer counts them; 0 if it does not.
+        resumed_at: The step from which it was resumed, or 0.
+        tokens: Tokens since then as the trainer counts them, over all processes; 0 if it does not.
     """
 
     def __init__(self, clock: Clock) -> None:
-        self.tokens = 0
+        self.resumed_at = self.tokens = 0
         self._clock = clock
         self._tokens_before = 0
         self._mark = 0.0
@@ -30,7 +31,7 @@ class StageCosts(TrainerCallback):
         """Begin to count."""
         reset_peak_memory()
         # TRL's online trainers count on from a checkpoint, its others from 0.
-        self._tokens_before = int(state.num_input_tokens_seen)
+        self.resumed_at, self._tokens_before = state.global_step, int(state.num_input_tokens_seen)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -45,14 +45,14 @@ class StageResult:
         importance: What it leaves to its objective's importance; None without consolidation.
         moments: Optimizer moments for the objective's next stage; empty if they are reset.
         kept: State that the objective keeps for its next stage beside the model.
-        tokens: Tokens that this process trained on; 0 if the trainer does not count them.
+        counted: For its costs: `tokens`, and `resumed_at` if it was resumed inside.
     """
 
     steps: int
     importance: Record | None
     moments: Mapping[str, Tensor]
     kept: Mapping[str, Tensor]
-    tokens: int
+    counted: Mapping[str, int]
 
 
 class StageRunner:
@@ -154,7 +154,8 @@ class StageRunner:
             importance = measure(consolidation, self._model, anchor, integral, examples, stage=stage, seed=seed)
         for tensors in (importance or {}).values():
             require_finite_importance(tensors, stage)
-        return StageResult(steps, importance, carry.saved if carries else {}, kept, costs.tokens)
+        counted = {"tokens": costs.tokens} | ({"resumed_at": costs.resumed_at} if costs.resumed_at else {})
+        return StageResult(steps, importance, carry.saved if carries else {}, kept, counted)
 
     def _replay(self, stage: Stage, track: Track) -> Replay | None:
         if self._replayed is None or self._replayed.name == stage.objective:

@@ -1,6 +1,6 @@
 """What the time of a run is spent on."""
 
-import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -56,4 +56,9 @@ def peak_memory() -> float:
     """Peak of the memory that tensors took on the GPU, in GiB; without one, of the process since it began."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / _GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
+    if sys.platform == "win32":
+        return 0.0
+    import resource  # noqa: PLC0415 - Unix alone
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB

@@ -119,8 +119,8 @@ class RunFolder:
         return -1
 
     def states(self) -> Iterator[RunState]:
-        """Read the states on disk, newest first; raises `DamagedStateError` at a damaged manifest."""
-        return (decode(self._states.manifest(age)) for age in self._states.ages())
+        """Read the states on disk, newest first; raises `DamagedStateError` at a damaged manifest, and can go on."""
+        return map(decode, map(self._states.manifest, self._states.ages()))
 
     def require_whole(self, state: RunState, kind: str) -> None:
         """Raise `DamagedStateError` if the tensor file of a kind is not what was written."""

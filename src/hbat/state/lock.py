@@ -16,6 +16,7 @@ from hbat.state.manifest import RunStateError
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "hbat.lock"
+_PATIENCE = 0.5  # seconds
 #: What file systems without locks answer.
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -24,7 +25,8 @@ _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder, made if missing; raises `RunStateError` if another process holds it."""
     file = folder / LOCK_FILE
-    lock = FileLock(file, blocking=False, fallback_to_soft=False, on_acquired=_sign)
+    # `is_held` of another process may have it for a moment.
+    lock = FileLock(file, timeout=_PATIENCE, fallback_to_soft=False, on_acquired=_sign)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -44,6 +46,20 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds the lock, found out without writing anything."""
+    import fcntl  # noqa: PLC0415 - Unix alone
+
+    try:
+        with (folder / LOCK_FILE).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or the file system has none
+        return False
+    return False
 
 
 def _sign(descriptor: int) -> None:

@@ -38,7 +38,8 @@ class RunState:
         files: Names of the tensor files in `state/` by what they hold.
         checksums: Size and checksum of these files by name.
         costs: What stages and evaluations took, in order: `seconds` in all, and of them those of
-            `evaluation`, `saving` and `ewc`; `peak_gib`, and of a stage `objective`, `steps` and `tokens`.
+            `evaluation`, `saving` and `ewc`; `peak_gib`, and of a stage `objective`, `steps`, `tokens` and, if it was
+            resumed inside, `resumed_at`: all but `steps` are about what came after it.
         predicted: By how much the last stage raised the loss of each other objective, as its penalty predicts it.
         evaluations: Rows of the forgetting matrix so far.
         log: Number of entries of the log so far, and their checksum.

@@ -235,7 +235,7 @@ class Run:
         moments: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
         kept: Mapping[str, Tensor] | None = None,
-        tokens: int = 0,
+        counted: Mapping[str, int] | None = None,
     ) -> None:
         """Commit what a stage left the run's state on disk.
 
@@ -246,7 +246,7 @@ class Run:
             moments: Moments for its objective's next stage.
             weights: Trainable weights at its end.
             kept: What else its objective keeps for its next stage.
-            tokens: Tokens that this process trained on.
+            counted: More for its row of costs.
         """
         state, name = self.state, stage.objective
         written: dict[str, Mapping[str, Tensor]] = {f"optimizer-{name}": moments, f"kept-{name}": kept or {}}
@@ -264,7 +264,7 @@ class Run:
         state.next_stage = stage.index + 1
         state.global_step += steps
         state.objective_steps[name] = state.objective_steps.get(name, 0) + steps
-        self._count(stage.index, objective=name, steps=steps, tokens=tokens)
+        self._count(stage.index, objective=name, steps=steps, **(counted or {}))
         self._folder.commit(state)
         self._folder.remove_stage(stage.folder)
 
