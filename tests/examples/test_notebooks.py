@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import cases
@@ -54,15 +55,15 @@ def rows_like_tldr(folder):
 
 
 @pytest.mark.slow
-def test_the_notebook_for_a_t4_runs(tmp_path, monkeypatch, capsys):
+def test_the_notebook_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     cases.tiny_llama(tied=True).save_pretrained("model")
     cases.tiny_tokenizer().save_pretrained("model")
     rows_like_tldr(tmp_path)
     settings = {
-        "MODEL": "model", "SFT_ROWS": 8, "DPO_ROWS": 8, "HELD_OUT": 4, "ROUNDS": 1, "MAX_LENGTH": 64,
-        "USE_CPU": True, "OUTPUT": "run",
+        "MODEL": "absent", "SFT_ROWS": 8, "DPO_ROWS": 8, "HELD_OUT": 4, "MAX_LENGTH": 64, "USE_CPU": True,
+        "OUTPUT": "run", "CPU_MODEL": "model", "CPU_ROWS": 8, "CPU_HELD_OUT": 4, "CPU_MAX_LENGTH": 64,
         "SFT": {"path": "json", "data_files": "sft.jsonl", "split": "train"},
         "DPO": {"path": "json", "data_files": "dpo.jsonl", "split": "train"},
     }  # fmt: skip
@@ -76,4 +77,7 @@ def test_the_notebook_for_a_t4_runs(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("round 1: dpo") == 2
     assert printed.count("dpo loss 0.6931") == 2
+    assert printed.count("--- after dpo: Count") == 2  # each prompt once: both data sets have the same
+    assert re.search(r"^\d+ \d\.\d+$", printed, re.MULTILINE)  # the penalty's ratio
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run" / "report.html").exists()
