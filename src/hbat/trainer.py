@@ -129,20 +129,20 @@ class HBATTrainer:
         }
         tracks = list(self.tracks.values())
         self.state = TrainerState()
-        self.matrix = ForgettingMatrix(
-            {track.name: track.objective.metric for track in tracks},
-            better={track.name: "higher" if track.objective.greater_is_better else "lower" for track in tracks},
-            data={name: data_digest(rows) for name, rows in self.eval_dataset.items()},
-            counts={name: len(rows) for name, rows in self.eval_dataset.items()},
-        )
         self._folder = RunFolder(args.output_dir, writes=is_main_process(), keeps=args.keep_states)
-        self._scores = RunScores(self.matrix, self._folder)
         self._start = StageStart(self.model, needs_reference=needs_reference, engine=engine)
         builder = self._builder = TrainerBuilder(
             self.model, self.processing_class, self._start, engine, keep_adapter_dtype=args.keep_adapter_dtype
         )
         self._request = StopRequest()
         self._evaluator = Evaluator(tracks, builder, self._start, self._request, shows=not args.disable_tqdm)
+        self.matrix = ForgettingMatrix(
+            {track.name: track.objective.metric for track in tracks},
+            better={track.name: "higher" if track.objective.greater_is_better else "lower" for track in tracks},
+            counts=self._evaluator.counts,
+            data={name: data_digest(rows) for name, rows in self.eval_dataset.items()},
+        )
+        self._scores = RunScores(self.matrix, self._folder)
         self._stages = StageRunner(
             self.model, args, builder, self._start, engine, self._request,
             self.tracks["sft"] if args.replay_share > 0 else None,

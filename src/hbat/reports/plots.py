@@ -248,7 +248,7 @@ def costs_figure(costs: Sequence[Entry], labels: Sequence[str]) -> "Figure":
     axis.set_yticks(range(len(costs)), list(map(_text, labels)), fontsize=9)
     axis.invert_yaxis()
     axis.set_xlabel("seconds")
-    axis.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(parts), fontsize=8, frameon=False)
     _style(axis)
     return figure
 

@@ -22,7 +22,8 @@ PROGRESS_FILE = "progress.json"
 _FILE_EVERY = 2.0  # seconds
 _LINE_EVERY = 60.0  # seconds, where there is no bar
 _SMOOTHING = 0.8  # weight of the earlier losses in the one that is shown
-_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+#: What matters most comes first: a narrow terminal cuts the end off.
+_BAR = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}"
 #: What trainers log that says more than their loss: the first that one logs is shown, by this name.
 _TELLING = {"rewards/accuracies": "accuracy", "reward": "reward", "mean_token_accuracy": "token accuracy"}
 
@@ -76,8 +77,10 @@ class StageProgress:
                 self._parts.append(f"{tqdm.format_sizeof((tokens - self._tokens) / seconds)} tokens/s")
             self._tokens, self._seconds_at_tokens = tokens, self._seconds
 
-    def __str__(self) -> str:
-        return ", ".join([f"{self.done}/{self.steps}", *self._parts, f"{peak_memory():.1f} GiB"])
+    def shown(self, left: tuple[float, float] | None) -> str:
+        """Say how far the stage is, with the seconds that are left of it and of the run if they are known."""
+        times = [] if left is None else [f"{duration(left[0])} left, of the run {duration(left[1])}"]
+        return ", ".join([f"{self.done}/{self.steps}", *times, *self._parts, f"{peak_memory():.1f} GiB"])
 
 
 def _redraws() -> bool:
@@ -124,8 +127,8 @@ class Progress:
     def show(self, at: StageProgress) -> None:
         """Show how far the stage is."""
         now, ends = time.perf_counter(), at.done in {0, at.steps}
-        title, left = f"round {at.stage.round}/{at.stage.last_round} {at.stage.objective}", self._seconds_left(at)
-        shown = str(at) if left is None or ends else f"{at}, {duration(left[0])} left, of the run {duration(left[1])}"
+        title = f"round {at.stage.round}/{at.stage.last_round} {at.stage.objective}"
+        shown = at.shown(None if ends else self._seconds_left(at))
         self._bar.n = self._before + at.done
         self._bar.set_description_str(title, refresh=False)
         self._bar.set_postfix_str(shown, refresh=False)

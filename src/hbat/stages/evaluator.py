@@ -24,6 +24,9 @@ class Evaluator:
         start: Holder of the reference policy.
         request: Where signals are remembered.
         shows: Whether to show a progress bar.
+
+    Attributes:
+        counts: Number of evaluation rows that each objective's trainer keeps, once it was built.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Evaluator:
         self._start = start
         self._stop = StopAtPrediction(request)
         self._shows = shows
+        self.counts = {track.name: len(track.eval_dataset or ()) for track in self._tracks}
         self._reported: set[str] = set()
 
     @property
@@ -74,6 +78,8 @@ class Evaluator:
                     for_evaluation=True,
                 ) as trainer,
             ):
+                kept: Any = trainer.eval_dataset
+                self.counts[track.name] = len(kept)
                 if track.name not in self._reported:
                     report_dropped_rows(trainer, "eval", len(rows), track.name, "evaluation")
                     self._reported.add(track.name)
