@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from transformers import AutoModelForCausalLM
 
 import hbat
 import hbat.ewc
+from hbat.cli.demo.results import Outcome, Point, verdict
+from hbat.cli.demo.scoring import Scores
 from hbat.cli.run_file import from_values
 from hbat.cli.yaml import load_yaml
 from hbat.config.chain import name_of, named
@@ -216,3 +219,34 @@ def test_the_site_is_built_without_a_warning_and_its_search_finds_options(tmp_pa
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     assert '"end_weight":' in (tmp_path / "searchindex.js").read_text(encoding="utf-8")
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def demo(seed):
+    """Outcomes of a committed result of `hbat demo`."""
+    read = json.loads((ROOT / "docs" / "results" / f"demo-{seed}.json").read_text(encoding="utf-8"))
+    return [
+        Outcome(
+            method["name"],
+            [
+                [Point(at["end_weight"], Scores(**at["greedy"]), Scores(**at["sampled"])) for at in points]
+                for points in method["runs"]
+            ],
+        )
+        for method in read["methods"]
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_the_numbers_of_the_demo_are_those_of_its_committed_results(seed):
+    said = verdict(demo(seed))
+    gap, low, high = re.search(r"([+-][\d.]+) points, 95 % interval \[([+-][\d.]+), ([+-][\d.]+)\]", said).groups()
+    ours, theirs = re.findall(r"([\d.]+) %", said)[:2]
+    for text in (README, PAGES["docs/does-it-work.md"]):
+        assert f"{gap} points" in text or f"{gap} [" in text
+        assert f"[{low}, {high}]" in " ".join(text.split())
+    assert f"{float(ours):.0f}" in README
+    assert f"{ours} against {theirs}" in " ".join(PAGES["docs/does-it-work.md"].split())
+    assert f"**{ours}**" in PAGES["docs/does-it-work.md"] or seed > 0

@@ -197,6 +197,21 @@ def test_an_interrupted_run_resumes_to_the_same_weights(hbat, values, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_run_file_lies_in_the_runs_folder_as_it_was_run_without_secrets(hbat, values, tmp_path):
+    values |= {"env": {"HF_TOKEN": "secret"}, "objectives": ["sft"]}
+    values["sft"] |= {"hub_token": "secret", "eos_token": "</s>"}
+    values["datasets"].pop("dpo"), values["eval_datasets"].pop("dpo"), values.pop("dpo")
+    status, _, _ = hbat("train", "--sft.max_steps", "1", "--run_name", "mine")
+    assert status == 0
+    text = (tmp_path / "out" / "run.yaml").read_text()
+    assert "secret" not in text
+    values.pop("env")
+    values["sft"].pop("hub_token")
+    values["sft"]["max_steps"], values["run_name"] = 1, "mine"
+    assert yaml.safe_load(text) == values
+    assert "run.yaml, as it was run" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_an_adapter_is_trained_with_peft_and_trained_further_from_disk(hbat, values, tmp_path):
     values.update(eval_datasets=None, ewc=None, peft={"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]})
     status, out, _ = hbat("train", "--peft.lora_dropout", "1e-1")

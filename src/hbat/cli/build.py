@@ -2,20 +2,22 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainingArguments
 
 from hbat.cli.reward_functions import load_object, load_reward_functions
-from hbat.cli.run_file import RunFile
+from hbat.cli.run_file import RunFile, as_it_runs, parse_overrides
 from hbat.config.fields import build_section, not_an_option
 from hbat.data.sources import Rows, load_splits
 from hbat.engines.processes import is_main_process
 from hbat.engines.refusals import REFUSALS
 from hbat.model.load import is_adapter, shared_init_kwargs
 from hbat.objectives.built_in import resolve
+from hbat.reports.record import RUN_FILE
+from hbat.state.files import write_bytes
 from hbat.state.folder import RunFolder
 from hbat.state.manifest import RunStateError
 from hbat.trainer import HBATTrainer
@@ -122,6 +124,13 @@ def refuse_other_run(run: RunFile) -> None:
             f"`output_dir` {run.config.output_dir!r} already holds a run. Continue it with `--resume`, or set another "
             "folder with `--output_dir`."
         )
+
+
+def keep_run_file(path: str, words: Sequence[str], output_dir: str) -> None:
+    """Write the run file as it runs into the run's folder, on the main process, unless it lies there."""
+    file = Path(output_dir) / RUN_FILE
+    if is_main_process() and file.resolve() != Path(path).resolve():
+        write_bytes(file, as_it_runs(path, parse_overrides(words)).encode())
 
 
 def _load_tokenizer(run: RunFile) -> Any:

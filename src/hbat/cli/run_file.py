@@ -2,10 +2,13 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from hbat.cli.yaml import PlainYAMLError, load_yaml, read_yaml
 from hbat.config.chain import name_of, named
@@ -16,6 +19,8 @@ from hbat.config.section_fields import OBJECTIVES
 
 #: Keys that hold the fields of another configuration.
 SECTIONS = (*OBJECTIVES, "ewc")
+#: Keys of values that do not belong into a file that is passed on; `eos_token` and the like do.
+_SECRET = re.compile(r"(hub|hf|access|auth)_token$|api_key$|password$|secret$", re.IGNORECASE)
 _REQUIRED = ("model_name_or_path", "output_dir", "datasets")
 
 
@@ -178,6 +183,24 @@ def _wrong_keys(values: Mapping[str, Any], valid: Sequence[str], names: Sequence
         yield f"`datasets` is {shown(given)}; it must be a mapping. Set `datasets.{names[0]}` to this list."
     if any(hint(key, names) for key in flat):
         yield f"`hbat migrate {path}` makes a run file of one for TRL, LLaMA-Factory or axolotl."
+
+
+def as_it_runs(path: str | Path, overrides: Sequence[tuple[str, Any]]) -> str:
+    """Write a run file with the values that replace its own, to keep beside the run: without `env` and secrets."""
+    values = read_yaml(path)
+    for key, value in overrides:
+        _override(values, key, value)
+    values.pop("env", None)
+    text: str = yaml.safe_dump(_without_secrets(values), sort_keys=False, allow_unicode=True, width=1000)
+    return text
+
+
+def _without_secrets(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_without_secrets(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_secrets(value) for key, value in values.items() if not _SECRET.search(str(key))}
 
 
 def described_keys() -> list[tuple[str, "dataclasses.Field[Any]"]]:

@@ -12,7 +12,7 @@ from hbat.state.files import storage_errors
 #: What only resuming the run needs, and what shows rows of the user's data or the whole configuration.
 _PRIVATE = [
     "state/*", "stage-*", "runs/*", "hbat_state*.json", "trainer_state*.json", "hbat.lock", "*.tmp", "progress.json",
-    "completions.jsonl", "report.html",
+    "completions.jsonl", "report.html", "run.yaml",
 ]  # fmt: skip
 
 

@@ -95,6 +95,7 @@ def render(record: RunRecord) -> str:
         costs=list(cost_rows(record)),
         data=state.fingerprint.get("data", {}),
         values=settings(record),
+        run_file=record.run_file,
         versions=state.versions,
     )
 

@@ -23,6 +23,8 @@ from hbat.state.plan import Stage
 logger = logging.getLogger(__name__)
 
 COMPLETIONS_FILE = "completions.jsonl"
+#: The file of the command line that the run was made from.
+RUN_FILE = "run.yaml"
 _LAYER = re.compile(r"\.(\d+)\.")
 #: Parts of a parameter's name that say nothing about its place.
 _SILENT = re.compile(r"weight|bias|default|base_layer|lora_.*|\d+")
@@ -39,6 +41,7 @@ class RunRecord:
         matrix: The forgetting matrix; without scores, one without objectives.
         front: The front, if it was measured.
         completions: Rows of `completions.jsonl`.
+        run_file: Text of `run.yaml`; empty for a run that was started from Python.
     """
 
     folder: Path
@@ -47,6 +50,7 @@ class RunRecord:
     matrix: ForgettingMatrix
     front: Front | None
     completions: list[dict[str, Any]]
+    run_file: str
 
     @classmethod
     def read(cls, folder: Path) -> "RunRecord":
@@ -70,6 +74,7 @@ class RunRecord:
             ),
             front=Front(front["headline"], front["rows"], front["better"]) if front else None,
             completions=read_completions(folder),
+            run_file=_text(folder / RUN_FILE),
         )
 
     @property
@@ -141,6 +146,13 @@ def forget_results(folder: Path) -> None:
     """Remove what an earlier run has left in the folder beside its state, so that nothing shows it as this run's."""
     for name in (SCORES_FILE, PLOT_FILE, FRONT_FILE, FRONT_PLOT_FILE, COMPLETIONS_FILE):
         (folder / name).unlink(missing_ok=True)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def _read(file: Path, **expected: type) -> Mapping[str, Any]:
