@@ -246,6 +246,7 @@ class HBATTrainer:
             {track.name: track.train_dataset for track in tracks},
             trainable_parameters(self.model),
             self.model,
+            dropped={track.name: track.dropped for track in tracks},
             rewards=reward_names(track.objective for track in tracks),
             processing_class=self.processing_class,
         )

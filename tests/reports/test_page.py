@@ -10,6 +10,7 @@ from pathlib import Path
 import cases
 import pytest
 import runs
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from hbat.cli.main import main
@@ -153,6 +154,16 @@ def test_a_run_on_a_lora_adapter_shows_the_modules_that_it_adapts(tmp_path):
         assert not [module for _, module in shares if module.startswith("lora")]
         assert sum(shares.values()) == pytest.approx(1.0)
         assert min(shares.values()) >= 0
+
+
+def test_rows_that_were_dropped_are_counted(tmp_path):
+    faulty = Dataset.from_list([*cases.sft_rows(8), {"prompt": "1 plus 1?", "completion": ""}])
+    run = runs.build_run(
+        cases.tiny_llama(), tmp_path, data=runs.rows() | {"sft": faulty}, on_bad_rows="drop", num_rounds=1
+    )
+    run.train()
+    run.save_model()
+    assert "8 (completion, prompt); 1 more were faulty and dropped" in page(tmp_path / "report.html")
 
 
 def test_texts_without_scores_make_no_empty_tables(tmp_path, capsys):

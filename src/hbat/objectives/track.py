@@ -40,6 +40,7 @@ class Track:
         callbacks: The user's callbacks of its trainers.
         origins: By data set where its rows come from.
         shares: Share of the training rows of each round; None if all have equal ones.
+        dropped: Number of training rows that were dropped as faulty.
     """
 
     objective: Objective
@@ -49,6 +50,7 @@ class Track:
     callbacks: list[TrainerCallback] = field(default_factory=list)
     origins: Mapping[str, Origin] = field(default_factory=dict)
     shares: Sequence[float] | None = None
+    dropped: int = 0
 
     @property
     def name(self) -> str:
@@ -253,7 +255,8 @@ def _checked(track: Track, config: HBATConfig, check: RowCheck | None) -> Track:
     evaluation, origins = None, {"train_dataset": origin}
     if track.eval_dataset is not None:
         evaluation, origins["eval_dataset"] = kept(track.eval_dataset, "eval_dataset", 1, 1)
-    return replace(track, train_dataset=train, eval_dataset=evaluation, origins=origins)
+    dropped = track.dropped + len(track.train_dataset) - len(train)
+    return replace(track, train_dataset=train, eval_dataset=evaluation, origins=origins, dropped=dropped)
 
 
 def _refuse_media(track: Track) -> None:

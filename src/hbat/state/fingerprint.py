@@ -60,6 +60,7 @@ def fingerprint(
     model: Any = None,
     rewards: Mapping[str, Sequence[str]] | None = None,
     processing_class: Any = None,
+    dropped: Mapping[str, int] | None = None,
 ) -> Fingerprint:
     """Describe a run.
 
@@ -71,6 +72,7 @@ def fingerprint(
         model: The model, for the frozen weights under an adapter.
         rewards: Names of the reward functions by objective.
         processing_class: The tokenizer.
+        dropped: Number of faulty rows that are not among the training data.
 
     Returns:
         What two runs are compared by.
@@ -96,6 +98,7 @@ def fingerprint(
                 "rows": len(dataset),
                 "columns": sorted(dataset.column_names),
                 "content": data_digest(dataset),
+                "dropped": (dropped or {}).get(name, 0),
             }
             for name, dataset in datasets.items()
         },
