@@ -29,7 +29,7 @@ def read(folder, name, rank):
 
 
 def logged(log, key):
-    return [value for entry in log for name, value in entry.items() if name.endswith(f"/{key}")]
+    return [value for entry in log for name, value in entry.items() if f"/{name}".endswith(f"/{key}")]
 
 
 @pytest.mark.parametrize("name", qlora_runs.RUNS)
