@@ -19,6 +19,7 @@ from hbat.ewc.parameters import snapshot, trainable_parameters
 from hbat.model.chat_template import set_chat_template
 from hbat.model.load import (
     align_special_tokens,
+    described,
     load_model,
     load_tokenizer,
     make_trainable,
@@ -257,6 +258,7 @@ class HBATTrainer:
             self.args, self._folder, self._fingerprint(), parameters, continued=self.continued,
             resume=resume, allow_changed=allow_changed, needs_initial=self._evaluator.needs_reference,
         )  # fmt: skip
+        run.state.model = described(self.model)
         self.matrix.rows, self.state, self._moved_to = list(run.state.evaluations), TrainerState(), None
         if is_main_process() and run.state.next_stage == run.state.first_stage and not self.matrix.end:
             forget_results(self._folder.path)
@@ -288,7 +290,7 @@ class HBATTrainer:
         self.state.global_step = run.state.global_step
         cost = run.state.costs[-1]
         reporter.show(cost_entry(cost), run.state.global_step)
-        reporter.progress.say(stage_line(stage, cost, self.state.log_history))
+        reporter.progress.say(stage_line(stage, cost))
 
     def _try_stage(self, stage: Stage, run: Run, reporter: RunReporter) -> StageResult | None:
         # None: the stage was rolled back.
@@ -315,11 +317,13 @@ class HBATTrainer:
             return
         if not self.matrix.rows and self.eval_dataset:
             rows = " + ".join(f"{len(rows)} {name}" for name, rows in self.eval_dataset.items())
-            reporter.progress.say(f"Evaluating the model at the start: {rows} rows.")
+            more = "" if self._completions is None else f", and {self._completions.count} prompts to complete"
+            reporter.progress.say(f"Evaluating the model at the start: {rows} rows{more}.")
         reporter.progress.write("evaluating")
         with run.clock.timing("evaluation"):
             results = self.evaluate()
             if self._completions is not None:
+                reporter.progress.write(f"completing {self._completions.count} prompts")
                 reporter.table("completions", self._completions.take(run.place()), run.state.global_step)
         self._scores.take(results, run, reporter)
 

@@ -96,6 +96,17 @@ def test_results_are_those_of_the_runs_end_each_under_its_objective(tmp_path):
     assert found == {name: ("loss", pytest.approx(end[name], abs=1e-4)) for name in ("sft", "dpo")}
 
 
+def test_the_card_names_the_folder_that_it_lies_in(tmp_path):
+    config = HBATConfig(output_dir=str(tmp_path / "run"), num_rounds=1, ewc={"strength": 0.5})
+    (tmp_path / "averaged").mkdir()
+    write_model_card(tmp_path / "averaged", config, cases.tiny_llama(), matrix(), 0.5)
+    text = (tmp_path / "averaged" / "README.md").read_text(encoding="utf-8")
+    assert "# averaged\n" in text
+    assert text.count('.from_pretrained("averaged")') == 2
+    assert "sft, dpo follow each other." in text
+    assert '`{"strength": 0.5, "source": "path"}`' in text
+
+
 def test_a_run_without_scores_of_its_own_has_no_results(tmp_path):
     earlier = matrix(*TWO_ROUNDS)
     earlier.rows = [row | {"run": "earlier"} for row in earlier.rows]

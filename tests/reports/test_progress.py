@@ -153,8 +153,7 @@ def test_tokens_per_second_leave_evaluating_and_saving_out():
 
 
 def test_a_stage_says_in_a_line_what_it_cost_and_how_strong_its_penalty_was():
-    log = [{"dpo/ewc/grad_norm_ratio": value, "hbat/stage": stage} for value, stage in ((0.2, 1), (0.4, 1), (9.0, 3))]
-    assert stage_line(PLAN[1], COST, log) == (
+    assert stage_line(PLAN[1], COST | {"ewc_ratio": 0.3}) == (
         "Round 1 of 2, dpo: 20 steps in 1:40, 50.0 tokens/s, peak 2.5 GiB, 10 % evaluation, 10 % saving, 1 % ewc, "
         "the penalty's gradient 0.30 of the task's."
     )
@@ -171,7 +170,7 @@ def test_the_log_has_shares_and_the_run_sums():
 
 
 def test_a_stage_that_was_resumed_says_which_steps_its_costs_are_about():
-    line = stage_line(PLAN[1], COST | {"resumed_at": 12}, [])
+    line = stage_line(PLAN[1], COST | {"resumed_at": 12})
     assert line.startswith("Round 1 of 2, dpo: 20 steps, from 12 on in 1:40")
 
 

@@ -218,3 +218,20 @@ def test_the_saved_model_is_the_trained_one(case, tmp_path):
     assert runs.same(cases.weights(loaded), cases.weights(run.model))
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token == "<pad>"  # noqa: S105 - no password
     assert "hybrid alignment training" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_stage_shorter_than_its_logging_steps_leaves_its_last_step_in_the_log(tmp_path):
+    sections = {name: {"logging_steps": 10} for name in ("sft", "dpo")}
+    run = runs.build_run(cases.tiny_llama(), tmp_path, num_rounds=1, ewc={"strength": 0.5}, **sections)
+    result = run.train()
+    losses = [entry for entry in run.state.log_history if any(name.endswith("/loss") for name in entry)]
+    assert [entry["step"] for entry in losses] == [2, 4]
+    assert result.training_loss > 0
+    assert "dpo/ewc/grad_norm_ratio" in losses[1]
+
+
+def test_the_state_names_the_model_and_its_adapter(tmp_path):
+    model = cases.lora_llama()
+    model.config._name_or_path = "some/model"  # noqa: SLF001 - where transformers keeps it
+    runs.train(model, tmp_path, num_rounds=1)
+    assert json.loads((tmp_path / "hbat_state.json").read_text())["model"] == "some/model with LORA of rank 4"

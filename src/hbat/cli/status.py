@@ -59,5 +59,6 @@ def _now(record: RunRecord) -> str:
         return f"Now ({written}, process {place['process']}): {place['doing']}"
     planned, done = len(record.state.plan), len(record.stages_done)
     if done < planned:
-        return f"Interrupted: {planned - done} of {planned} stages are left. Resume with `hbat train --resume`."
+        left = f"{planned - done} of {planned} stages are left"
+        return f"Interrupted: {left}. Resume with `hbat train --config FILE --resume`."
     return "Finished."

@@ -103,7 +103,8 @@ def print_plan(trainer: HBATTrainer) -> None:
     parameters = list(trainer.model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     console.print(
-        f"{rounds} rounds of {', '.join(names)}: {len(stages)} stages, about {total} optimizer steps. "
+        f"{rounds} {'round' if rounds == 1 else 'rounds'} of {', '.join(names)}: {len(stages)} stages, "
+        f"about {total} optimizer steps. "
         f"{trainable:,} of {sum(parameter.numel() for parameter in parameters):,} parameters are trainable.\n"
         "The run can start: configuration, data and model are valid. Nothing was written.",
         highlight=False,

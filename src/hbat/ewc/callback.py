@@ -58,6 +58,8 @@ class EWCCallback(TrainerCallback):
         self.anchor = anchor
         self.strength = strength
         self.method = method
+        #: Mean of the ratio of the penalty's gradient norm to the task's in the last `train()`; None if not measured.
+        self.ratio: float | None = None
         #: Times what the penalty adds to every step.
         self.timing: Callable[[], AbstractContextManager[None]] = nullcontext
         self._trainer: Trainer | None = None
@@ -231,6 +233,7 @@ class EWCCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Warn if the penalty was dead or dominated, and release the trainer's tensors."""
+        self.ratio = self._log.mean
         self._log.judge(self.strength)
         self._detach()
 

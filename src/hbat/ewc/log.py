@@ -40,11 +40,16 @@ class PenaltyLog:
             self._ratios.append(ratio)
         return ratio
 
+    @property
+    def mean(self) -> float | None:
+        """Mean of the ratios that count; None without one."""
+        return sum(self._ratios) / len(self._ratios) if self._ratios else None
+
     def judge(self, strength: float) -> None:
         """Warn with `EWCWarning` if the penalty of this strength was dead or dominated."""
         if len(self._ratios) < _MEASURED_STEPS:
             return
-        mean = sum(self._ratios) / len(self._ratios)
+        mean = self.mean or 0.0
         if mean < _DEAD_RATIO:
             warnings.warn(
                 f"The EWC penalty did nothing: its gradient norm was {mean:.1e} of the task's on average. "
@@ -82,8 +87,8 @@ def unclipped_task_norm(measured: PenaltyStatistics, total_norm: float | None) -
 def is_logged(args: TrainingArguments, state: TrainerState) -> bool:
     """Whether the trainer will log the current step."""
     step = state.global_step + 1
-    if step == 1 and args.logging_first_step:
-        return True
+    if step == state.max_steps or (step == 1 and args.logging_first_step):
+        return args.logging_strategy != "no"
     return args.logging_strategy == "steps" and state.logging_steps > 0 and step % state.logging_steps == 0
 
 

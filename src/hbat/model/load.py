@@ -205,6 +205,17 @@ def align_special_tokens(model: Any, tokenizer: Any) -> None:
             setattr(config, name, [token, *ids] if keeps else token)
 
 
+def described(model: Any) -> str:
+    """Say in a few words which model this is, and which adapter is trained on it."""
+    name = str(getattr(model.config, "_name_or_path", "")) or "a model given in memory"
+    adapter = getattr(model, "peft_config", {}).get(ADAPTER)
+    if adapter is None:
+        return name
+    rank = getattr(adapter, "r", None)
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    return f"{name} with {kind}" + (f" of rank {rank}" if rank else "")
+
+
 def require_adapter_parameters(model: nn.Module) -> None:
     """Refuse a PeftModel whose reference policy would not be a copy of all that is trained, and of nothing else.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hbat.config.ewc import EWCConfig
 from hbat.config.hbat import HBATConfig
 from hbat.reports.matrix import ForgettingMatrix, directions, markdown_table
 from hbat.reports.scores import PLOT_FILE
@@ -22,7 +23,7 @@ _TEMPLATE = """---
 # {{ name }}
 
 Trained from `{{ origin }}` by hybrid alignment training ([HBAT](https://arxiv.org/abs/2406.15178)): the objectives
-{{ objectives }} alternate over {{ config.num_rounds }} rounds.
+{{ objectives }} {{ order }}.
 
 * elastic weight consolidation: `{{ ewc }}`
 * optimizer moments between stages: `{{ config.optimizer_state }}`
@@ -56,9 +57,7 @@ Licences of the base model and of the data hold for this model too.
 
 ## Versions
 
-{% for package, version in versions.items() %}
-* {{ package }} {{ version }}
-{% endfor %}
+{{ versions }}
 
 ## Citation
 
@@ -86,7 +85,7 @@ def write_model_card(
         matrix: Its scores.
         end_weight: The point of the last stage that the model was moved to after the run, if it was.
     """
-    base, name = getattr(model.config, "_name_or_path", ""), Path(config.output_dir).name
+    base, name = getattr(model.config, "_name_or_path", ""), folder.resolve().name
     on_hub, is_adapter = _is_hub_name(base), hasattr(model, "peft_config")
     better, results = directions(matrix), [] if end_weight is not None else _results(matrix)
     card = ModelCard.from_template(
@@ -102,17 +101,24 @@ def write_model_card(
         adapter=is_adapter,
         loader="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         plot=PLOT_FILE if (folder / PLOT_FILE).is_file() else "",
-        versions={package: version(package) for package in _PACKAGES},
+        versions=", ".join(f"{package} {version(package)}" for package in _PACKAGES),
         origin=(base if on_hub else re.split(r"[/\\]", base.rstrip("/\\"))[-1]) or "a model given in memory",
         objectives=", ".join(config.objective_names),
         config=config,
+        order="follow each other" if config.num_rounds == 1 else f"alternate over {config.num_rounds} rounds",
         end_weight=config.end_weight if end_weight is None else end_weight,
         moved=end_weight is not None,
-        ewc="none" if config.ewc is None else json.dumps({k: v for k, v in vars(config.ewc).items() if v is not None}),
+        ewc="none" if config.ewc is None else json.dumps(_own(config.ewc)),
         better=better[:1].upper() + better[1:],
         scores=markdown_table(matrix) if matrix.scored else "",
     )
-    write_bytes(folder / "README.md", str(card).encode())
+    write_bytes(folder / "README.md", f"{card}\n".encode())
+
+
+def _own(config: EWCConfig) -> dict[str, Any]:
+    # What says how the run was held back, and what is not a default.
+    values = vars(config).items()
+    return {key: value for key, value in values if key in ("source", "strength") or value != getattr(EWCConfig, key)}
 
 
 def _results(matrix: ForgettingMatrix) -> list[EvalResult]:

@@ -7,8 +7,17 @@ from typing import Any
 
 from hbat.reports import plots
 from hbat.reports.costs import duration
-from hbat.reports.matrix import directions
-from hbat.reports.page import Cell, Picture, column, is_higher_better, picture, score_columns, settings, template
+from hbat.reports.page import (
+    Cell,
+    Picture,
+    arrow,
+    column,
+    is_higher_better,
+    picture,
+    score_columns,
+    settings,
+    template,
+)
 from hbat.reports.record import RunRecord
 from hbat.state.files import write_bytes
 
@@ -47,9 +56,9 @@ def render(records: Sequence[RunRecord]) -> str:
     return template("compare.html").render(
         title="Comparison of " + ", ".join(names),
         names=names,
-        directions=directions(first.matrix).capitalize(),
+        evaluated={name: first.matrix.counts.get(name, "unknown") for name in shared},
         differing=differing,
-        columns=columns,
+        columns=[(*place, arrow(first.matrix, *place)) for place in columns],
         scores=[
             (
                 f"{name}{_unfinished(records[index])}{' *' if best[index] else ''}",

@@ -1,7 +1,6 @@
 """What stages cost: the rows that a run's state keeps, as entries for reporters, as metrics and in words."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -40,17 +39,15 @@ def run_metrics(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return metrics
 
 
-def stage_line(stage: Stage, cost: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
+def stage_line(stage: Stage, cost: Mapping[str, Any]) -> str:
     """Say in a line what a stage did: steps, time, speed, memory, and how strong its penalty was."""
     parts = [f"{steps_done(cost)} in {duration(cost['seconds'])}"]
     if (rate := tokens_per_second(cost)) is not None:
         parts.append(f"{tqdm.format_sizeof(rate)} tokens/s")
     parts.append(f"peak {cost['peak_gib']:.1f} GiB")
     parts += [f"{100 * cost[what] / cost['seconds']:.0f} % {what}" for what in BESIDE if cost.get(what)]
-    own = [entry for entry in log if entry.get("hbat/stage") == stage.index]
-    ratios = [entry[key] for entry in own if (key := f"{stage.objective}/ewc/grad_norm_ratio") in entry]
-    if ratios:
-        parts.append(f"the penalty's gradient {fmean(ratios):.2f} of the task's")
+    if (ratio := cost.get("ewc_ratio")) is not None:
+        parts.append(f"the penalty's gradient {ratio:.2f} of the task's")
     return f"Round {stage.round} of {stage.last_round}, {stage.objective}: {', '.join(parts)}."
 
 

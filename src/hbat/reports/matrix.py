@@ -13,6 +13,10 @@ _NOT_SCORES = (
 )  # fmt: skip
 
 
+#: Relative change of a score of which nothing is said: a few rows cannot tell it from none.
+_SAME = 0.005
+
+
 def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Take the scores out of the metrics of `Trainer.evaluate`: without the prefix `eval_`, without run times."""
     found = {key.removeprefix("eval_"): value for key, value in metrics.items()}
@@ -187,7 +191,9 @@ class ForgettingMatrix(ScoreTable):
             before, after = [None, *self.series(name)][-2:]
             if after is not None:
                 change = f"{after:.4f}" if before is None else f"{before:.4f} -> {after:.4f}"
-                verdict = "" if before is None else (" better", " worse")[self._gain(name, before, after) < 0]
+                verdict = ""
+                if before is not None and abs(after - before) > _SAME * abs(before):
+                    verdict = " worse" if self._gain(name, before, after) < 0 else " better"
                 parts.append(f"{name} {self.headline[name]} {change}{verdict}")
         return f"Scores: {', '.join(parts)}." if parts else ""
 

@@ -83,10 +83,9 @@ def render(record: RunRecord) -> str:
         title=record.folder.resolve().name,
         sentence=sentence(record),
         unfinished=f"{done} of {planned} stages are done." if done < planned else "",
-        directions=directions(matrix) if matrix.scored else "",
         evaluated=matrix.counts,
         scores=list(score_rows(matrix)),
-        score_columns=score_columns(matrix),
+        score_columns=[(*place, arrow(matrix, *place)) for place in score_columns(matrix)],
         transfer=_signed(matrix, matrix.backward_transfer()),
         forgetting=_signed(matrix, matrix.forgetting()),
         pictures=list(pictures(record)) if plots.can_draw() else [],
@@ -115,7 +114,13 @@ def sentence(record: RunRecord) -> str:
     parts = [f"{name} ({rows[name]['rows']} rows)" if name in rows else name for name in run["objectives"]]
     rounds = "one round" if run["num_rounds"] == 1 else f"{run['num_rounds']} rounds"
     held = "without a penalty" if ewc is None else f"held back by EWC ({ewc['source']}, strength {ewc['strength']:g})"
-    return f"{', then '.join(parts)}, in {rounds}, {held}."
+    model = record.state.model
+    return f"{f'{model}: ' if model else ''}{', then '.join(parts)}, in {rounds}, {held}."
+
+
+def arrow(matrix: ForgettingMatrix, name: str, metric: str) -> str:
+    """Say which scores of a column are better."""
+    return "\u2191" if is_higher_better(matrix, name, metric) else "\u2193"
 
 
 def score_columns(matrix: ForgettingMatrix) -> list[tuple[str, str]]:
@@ -137,6 +142,8 @@ def score_rows(matrix: ForgettingMatrix) -> Iterator[tuple[str, list[Cell]]]:
 
 def _cells(matrix: ForgettingMatrix, name: str, metric: str) -> list[Cell]:
     values = matrix.series(name, metric)
+    if metric.startswith("rewards/"):  # at its start a run is its own reference policy
+        values = [None if row["objective"] is None else value for row, value in zip(matrix.rows, values, strict=True)]
     counts = [matrix.counts.get(name)] * len(values)
     return column(values, counts, metric, higher=is_higher_better(matrix, name, metric))
 
@@ -259,15 +266,22 @@ def _turns(prompt: Any) -> list[tuple[str, str]]:
 
 
 def cost_rows(record: RunRecord) -> Iterator[list[str]]:
-    """Cells of the table of costs."""
-    for stage in record.stages_done:
-        if (cost := record.costs.get(stage.index)) is not None:
-            rate = tokens_per_second(cost)
-            yield [
-                f"round {stage.round}: {stage.objective}", steps_done(cost), duration(cost["seconds"]),
-                "not counted" if rate is None else f"{rate:,.0f}", f"{cost['peak_gib']:.2f}",
-                *(f"{100 * cost.get(what, 0.0) / max(cost['seconds'], 1e-9):.1f} %" for what in BESIDE),
-            ]  # fmt: skip
+    """Cells of the table of costs: stages, the evaluations after them, and their sum."""
+    labels = {stage.index: f"round {stage.round}: {stage.objective}" for stage in record.state.plan}
+    for cost in record.state.costs:
+        place, seconds = labels.get(cost["stage"], "the start"), cost["seconds"]
+        if "objective" not in cost:
+            yield [f"evaluation after {place}", "", duration(seconds), "", f"{cost['peak_gib']:.2f}", "", "", ""]
+            continue
+        rate = tokens_per_second(cost)
+        yield [
+            place, steps_done(cost), duration(seconds), "not counted" if rate is None else f"{rate:,.0f}",
+            f"{cost['peak_gib']:.2f}",
+            *(f"{100 * cost.get(what, 0.0) / max(seconds, 1e-9):.1f} %" for what in BESIDE),
+        ]  # fmt: skip
+    if record.state.costs:
+        whole = sum(cost["seconds"] for cost in record.state.costs)
+        yield ["all", "", duration(whole), "", "", "", "", ""]
 
 
 def settings(record: RunRecord, *, everything: bool = False) -> dict[str, str]:

@@ -231,7 +231,7 @@ def increases_figure(log: Sequence[Entry], objectives: Sequence[str]) -> "Figure
             both += itertools.chain(*found)
     axis.plot([min(both), max(both)], [min(both), max(both)], "--", color="0.6", zorder=1)
     axis.set(xlabel="predicted increase of the other objectives' losses", ylabel="measured increase")
-    axis.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     _style(axis)
     return figure
 

@@ -27,6 +27,17 @@ class TellPlace(TrainerCallback):
         state.hbat = dict(self._place)  # type: ignore[attr-defined]  # a dataclass without slots
 
 
+class LogLastStep(TrainerCallback):
+    """Logs the last step of a stage too: one shorter than `logging_steps` would leave no loss."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for it."""
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
+
+
 class HookLimit(TrainerCallback):
     """Keeps the hooks on the embeddings at the number of the first step.
 

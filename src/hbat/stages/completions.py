@@ -116,6 +116,7 @@ class Completions:
         dtype: torch.dtype | None = None,
     ) -> None:
         self._asked = asked
+        self.count = len(asked)
         self._tokens = [_tokens(number, each, tokenizer) for number, each in enumerate(asked)]
         self._model, self._tokenizer, self._seed, self._dtype = model, tokenizer, seed, dtype
         self._file = folder / COMPLETIONS_FILE

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_MESSAGE = "%s: saving at the end of the step, then ending. A second signal ends at once."
+_MESSAGE = "\n%s: saving at the end of the step, then ending. A second signal ends at once."
 _AT_ONCE = (
     b"\nhbat: ended at once, nothing more was saved. On disk are the start of the stage under way and its last "
     b"checkpoint, from where the run resumes.\n"

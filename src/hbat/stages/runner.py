@@ -16,7 +16,7 @@ from hbat.ewc.parameters import trainable_parameters
 from hbat.objectives.track import Track
 from hbat.reports.reporter import ForwardLogs, RunReporter
 from hbat.stages.builder import TrainerBuilder
-from hbat.stages.callbacks import HookLimit, KeepEpoch, TellPlace
+from hbat.stages.callbacks import HookLimit, KeepEpoch, LogLastStep, TellPlace
 from hbat.stages.checkpoints import SealCheckpoints, last_checkpoint, named_checkpoint
 from hbat.stages.costs import StageCosts
 from hbat.stages.dropped_rows import report_dropped_rows
@@ -45,14 +45,14 @@ class StageResult:
         importance: What it leaves to its objective's importance; None without consolidation.
         moments: Optimizer moments for the objective's next stage; empty if they are reset.
         kept: State that the objective keeps for its next stage beside the model.
-        counted: For its costs: `tokens`, and `resumed_at` if it was resumed inside.
+        counted: For its costs: `tokens`, `resumed_at` if it was resumed inside, `ewc_ratio` if it was measured.
     """
 
     steps: int
     importance: Record | None
     moments: Mapping[str, Tensor]
     kept: Mapping[str, Tensor]
-    counted: Mapping[str, int]
+    counted: Mapping[str, float]
 
 
 class StageRunner:
@@ -113,6 +113,7 @@ class StageRunner:
         stop = StopAtStep(self._request, saves=self._engine.resumes_inside_stage)
         own = [
             TellPlace(stage, run.state.global_step),
+            LogLastStep(),
             HookLimit(),
             KeepEpoch(),
             *track.callbacks,
@@ -136,7 +137,7 @@ class StageRunner:
             checkpoint = self._checkpoint(track, trainer, len(part), folder)
             if replay is not None:
                 replay.bind(trainer, self._engine)
-            path = self._prepare(trainer, track, stage, run, checkpoint)
+            penalty, path = self._prepare(trainer, track, stage, run, checkpoint)
             if kept:
                 objective.load_state_dict(trainer, kept)
             with storage_errors(folder), named_checkpoint(checkpoint):
@@ -154,8 +155,7 @@ class StageRunner:
             importance = measure(consolidation, self._model, anchor, integral, examples, stage=stage, seed=seed)
         for tensors in (importance or {}).values():
             require_finite_importance(tensors, stage)
-        counted = {"tokens": costs.tokens} | ({"resumed_at": costs.resumed_at} if costs.resumed_at else {})
-        return StageResult(steps, importance, carry.saved if carries else {}, kept, counted)
+        return StageResult(steps, importance, carry.saved if carries else {}, kept, _counted(costs, penalty))
 
     def _replay(self, stage: Stage, track: Track) -> Replay | None:
         if self._replayed is None or self._replayed.name == stage.objective:
@@ -165,7 +165,7 @@ class StageRunner:
 
     def _prepare(
         self, trainer: Trainer, track: Track, stage: Stage, run: Run, checkpoint: str | None
-    ) -> PathIntegral | None:
+    ) -> tuple[EWCCallback | None, PathIntegral | None]:
         precise = self._engine.keeps_precision(trainer)
         if precise:
             self._start.share_adapter()
@@ -177,9 +177,9 @@ class StageRunner:
             steps_before=run.state.objective_steps.get(stage.objective, 0),
             ahead=track.rows_ahead(stage.num_rounds, stage.part),
         )
-        path = self._consolidate(trainer, stage, run, checkpoint, precise=precise)
+        found = self._consolidate(trainer, stage, run, checkpoint, precise=precise)
         StopOnNonFinite(trainer, stage, self._engine)
-        return path
+        return found
 
     def _consolidate(
         self,
@@ -189,11 +189,11 @@ class StageRunner:
         checkpoint: str | None,
         *,
         precise: bool,
-    ) -> PathIntegral | None:
+    ) -> tuple[EWCCallback | None, PathIntegral | None]:
         consolidation, timing = run.consolidation, partial(run.clock.timing, "ewc")
         if not is_used(consolidation):
-            return None
-        config, importance = consolidation.config, None
+            return None, None
+        config, importance, penalty = consolidation.config, None, None
         if config.strength > 0:
             importance = consolidation.importance(stage, trainable_parameters(self._model))
         if importance is not None:
@@ -202,14 +202,23 @@ class StageRunner:
             penalty = EWCCallback(importance, anchor, strength=config.strength, method=config.method).bind(trainer)
             penalty.timing = timing
         if config.source != "path":
-            return None
-        return PathIntegral(trainer, self._engine, self._start.anchor, checkpoint, timing)
+            return penalty, None
+        return penalty, PathIntegral(trainer, self._engine, self._start.anchor, checkpoint, timing)
 
     def _checkpoint(self, track: Track, trainer: Trainer, rows: int, folder: Path) -> str | None:
         if not self._engine.resumes_inside_stage:
             return None
         can_resume_at = track.objective.can_resume_at
         return last_checkpoint(folder, trainer.args.max_steps, lambda step: can_resume_at(trainer.args, rows, step))
+
+
+def _counted(costs: StageCosts, penalty: EWCCallback | None) -> dict[str, float]:
+    counted: dict[str, float] = {"tokens": costs.tokens}
+    if costs.resumed_at:
+        counted["resumed_at"] = costs.resumed_at
+    if penalty is not None and penalty.ratio is not None:
+        counted["ewc_ratio"] = round(penalty.ratio, 4)
+    return counted
 
 
 def _evaluates(track: Track) -> bool:

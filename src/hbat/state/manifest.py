@@ -29,6 +29,7 @@ class RunState:
         fingerprint: What the run trains on what: the values of its `Fingerprint`.
         given: Names of these values that the user has set, by section; all others are defaults.
         versions: Versions of the libraries that last wrote the run.
+        model: Name of the model that it trains, with its adapter.
         first_stage: Index of the run's first stage: 0, or where the run that it continues ended.
         rounds_before: Number of rounds of the runs that the run continues.
         next_stage: Index of the stage that trains next; that of the last one plus 1 once the run is finished.
@@ -50,6 +51,7 @@ class RunState:
     fingerprint: dict[str, Any]
     given: dict[str, list[str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    model: str = ""
     first_stage: int = 0
     rounds_before: int = 0
     next_stage: int = 0

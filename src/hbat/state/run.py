@@ -235,7 +235,7 @@ class Run:
         moments: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
         kept: Mapping[str, Tensor] | None = None,
-        counted: Mapping[str, int] | None = None,
+        counted: Mapping[str, float] | None = None,
     ) -> None:
         """Commit what a stage left the run's state on disk.
 
