@@ -669,7 +669,7 @@ def test_a_migrated_run_is_ready_to_train(migrated, folder, capsys):
     }
     migrated(**files)
     assert main(["validate", "--config", "run.yaml"]) == 0, capsys.readouterr().err
-    assert "1 rounds of sft, dpo: 2 stages" in capsys.readouterr().out
+    assert "1 round of sft, dpo: 2 stages" in capsys.readouterr().out
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
