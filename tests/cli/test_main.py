@@ -374,6 +374,7 @@ def test_files_of_other_layouts_and_a_trainer_by_name_are_trained_on(hbat, value
         "rows": 9,
         "columns": ["completion", "prompt"],
         "content": "",
+        "dropped": 0,
     }
     assert described["run"]["objectives"] == ["sft", "dpo", "more"]
 

@@ -130,7 +130,8 @@ def watch(event, args):
 sys.addaudithook(watch)
 import hbat
 for each in pkgutil.walk_packages(hbat.__path__, "hbat."):
-    if not each.name.endswith(("__main__", "trl_ppo.trainer")):  # the latter imports what TRL 1.13 has not
+    # The latter two import what TRL 1.13 has not any more, and 1.12 not yet.
+    if not each.name.endswith(("__main__", "trl_ppo.trainer", "distillation")):
         importlib.import_module(each.name)
 from hbat.cli.main import main
 assert main(["train", "--config", sys.argv[1]]) == 0

@@ -20,7 +20,7 @@ from hbat.config.section_fields import OBJECTIVES
 #: Keys that hold the fields of another configuration.
 SECTIONS = (*OBJECTIVES, "ewc")
 #: Keys of values that do not belong into a file that is passed on; `eos_token` and the like do.
-_SECRET = re.compile(r"(hub|hf|access|auth)_token$|api_key$|password$|secret$", re.IGNORECASE)
+_SECRET = re.compile(r"^token$|(hub|hf|access|auth)_token$|api_key$|password$|secret$", re.IGNORECASE)
 _REQUIRED = ("model_name_or_path", "output_dir", "datasets")
 
 
