@@ -438,7 +438,8 @@ class HBATTrainer:
         folder = Path(output_dir or self.args.output_dir)
         save(folder, self.model, self.processing_class)
         if is_main_process():
-            write_model_card(folder, self.args, self.model, self.matrix, self._moved_to)
+            lines = [str(track) for track in self.tracks.values()]
+            write_model_card(folder, self.args, self.model, self.matrix, self._moved_to, lines)
             if folder.resolve() == self._folder.path.resolve() and self._folder.holds_run():
                 try_report(folder)
 

@@ -217,6 +217,7 @@ def test_the_saved_model_is_the_trained_one(case, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert runs.same(cases.weights(loaded), cases.weights(run.model))
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token == "<pad>"  # noqa: S105 - no password
+    assert "* sft: 8 rows, 2 steps a stage, learning rate 0.1\n" in (tmp_path / "saved" / "README.md").read_text()
     assert "hybrid alignment training" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
 
 

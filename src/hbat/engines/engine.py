@@ -15,6 +15,8 @@ from hbat.engines.sharded import shared_as
 
 #: What `Objective.engines` can name; `ddp` stands for one process, too.
 ALL_ENGINES = ("ddp", "fsdp2", "deepspeed")
+#: Fields of `TrainingArguments` that say where the weights are, not what is trained.
+PLACEMENT_FIELDS = ("fsdp_config",)
 
 
 class Trained(Protocol):

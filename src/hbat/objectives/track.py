@@ -57,6 +57,11 @@ class Track:
         """Name of the objective."""
         return self.objective.name
 
+    def __str__(self) -> str:
+        rows, args = len(self.train_dataset), self.args
+        length = f"{args.max_steps} steps a stage" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        return f"{self.name}: {rows:,} rows, {length}, learning rate {args.learning_rate:g}"
+
     @property
     def engines(self) -> Collection[str]:
         """Engines that the objective was tested with."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ _TEMPLATE = """---
 Trained from `{{ origin }}` by hybrid alignment training ([HBAT](https://arxiv.org/abs/2406.15178)): the objectives
 {{ objectives }} {{ order }}.
 
+{% for line in trained %}
+* {{ line }}
+{% endfor %}
 * elastic weight consolidation: `{{ ewc }}`
 * optimizer moments between stages: `{{ config.optimizer_state }}`
 * learning-rate schedule: `{{ config.lr_schedule }}`; end_weight: `{{ end_weight }}`
@@ -74,7 +78,12 @@ Licences of the base model and of the data hold for this model too.
 
 
 def write_model_card(
-    folder: Path, config: HBATConfig, model: Any, matrix: ForgettingMatrix, end_weight: float | None = None
+    folder: Path,
+    config: HBATConfig,
+    model: Any,
+    matrix: ForgettingMatrix,
+    end_weight: float | None = None,
+    trained: Sequence[str] = (),
 ) -> None:
     """Write the model card, `README.md`.
 
@@ -84,6 +93,7 @@ def write_model_card(
         model: The model.
         matrix: Its scores.
         end_weight: The point of the last stage that the model was moved to after the run, if it was.
+        trained: A line for each objective: what it was trained on, and how.
     """
     base, name = getattr(model.config, "_name_or_path", ""), folder.resolve().name
     on_hub, is_adapter = _is_hub_name(base), hasattr(model, "peft_config")
@@ -98,6 +108,7 @@ def write_model_card(
         ),
         template_str=_TEMPLATE,
         name=name,
+        trained=trained,
         adapter=is_adapter,
         loader="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         plot=PLOT_FILE if (folder / PLOT_FILE).is_file() else "",

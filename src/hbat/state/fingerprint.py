@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from hbat.config.hbat import HBATConfig
 from hbat.data.digest import data_digest
+from hbat.engines.engine import PLACEMENT_FIELDS
 from hbat.engines.processes import process_count
 from hbat.engines.sharded import whole_of
 from hbat.ewc.parameters import canonical_name
@@ -24,12 +25,12 @@ _LIBRARIES = ("hbat-trl", "trl", "transformers", "accelerate", "peft", "datasets
 _SAMPLED_VALUES = 64
 
 #: Fields of a trainer's configuration that say where and how much is logged, saved or evaluated and how rows reach the
-#: device, not what is trained; and the options of FSDP, which say where the weights are.
+#: device, not what is trained.
 _INCIDENTAL = {
     "batch_eval_metrics", "dataloader_multiprocessing_context", "dataloader_num_workers",
     "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "disable_tqdm", "do_eval",
-    "fsdp_config", "local_rank", "output_dir", "per_device_eval_batch_size", "project", "push_to_hub", "report_to",
-    "run_name", "torch_empty_cache_steps",
+    "local_rank", "output_dir", "per_device_eval_batch_size", "project", "push_to_hub", "report_to",
+    "run_name", "torch_empty_cache_steps", *PLACEMENT_FIELDS,
 }  # fmt: skip
 _INCIDENTAL_PREFIXES = ("eval_", "hub_", "include_", "log_", "logging_", "save_", "trackio_")
 #: `to_dict` masks every field that ends in `_token` as a secret. These are none, and decide what is trained.
