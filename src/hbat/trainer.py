@@ -30,7 +30,8 @@ from hbat.objectives.rewards import reward_names
 from hbat.objectives.track import Track, build_tracks, fit, one_chat_template
 from hbat.reports.card import write_model_card
 from hbat.reports.costs import cost_entry, run_metrics, stage_line
-from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
+from hbat.reports.files import FRONT_FILE, FRONT_PLOT_FILE
+from hbat.reports.front import Front
 from hbat.reports.log import load_log
 from hbat.reports.matrix import ForgettingMatrix
 from hbat.reports.page import try_report

@@ -6,7 +6,8 @@ import pytest
 from faults import every_damage
 from transformers import TrainerState
 
-from hbat.reports.log import LOG_FILE, load_log, save_log
+from hbat.reports.files import LOG_FILE
+from hbat.reports.log import load_log, save_log
 
 ENTRIES = [{"sft/loss": 0.1 * step, "step": step} for step in range(6)]
 

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -297,6 +299,15 @@ def test_settings_are_those_that_were_set_and_the_runs_own(folder):
     assert own["run.num_rounds"] == "2"
     assert "ewc.strength" not in own
     assert everything["ewc.strength"] == "0.5"
+
+
+def test_what_only_reads_a_run_imports_no_library_that_trains(folder):
+    program = "import sys; from hbat.cli.main import main; main(sys.argv[1:]); print(*sys.modules)"
+    for command in ("status", "report"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, command, str(folder)], capture_output=True, text=True, check=True
+        )
+        assert not {"transformers", "trl", "peft", "datasets", "accelerate"} & {*done.stdout.split()}
 
 
 # --- hbat status -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 
 from hbat.reports import progress
 from hbat.reports.costs import cost_entry, duration, run_metrics, stage_line, tokens_per_second
-from hbat.reports.progress import PROGRESS_FILE, EvaluationBar, Progress, StageProgress
+from hbat.reports.files import PROGRESS_FILE
+from hbat.reports.progress import EvaluationBar, Progress, StageProgress
 from hbat.state.plan import plan
 
 PLAN = plan(2, ["sft", "dpo"])

@@ -9,7 +9,8 @@ import runs
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from hbat.reports.record import COMPLETIONS_FILE, read_completions
+from hbat.reports.files import COMPLETIONS_FILE
+from hbat.reports.record import read_completions
 from hbat.stages.completions import chosen_prompts, prompt_of
 
 ASKED = ["2 plus 2?", [{"role": "user", "content": "3 plus 3?"}]]

@@ -16,7 +16,7 @@ from hbat.engines.processes import is_main_process
 from hbat.engines.refusals import REFUSALS
 from hbat.model.load import is_adapter, shared_init_kwargs
 from hbat.objectives.built_in import resolve
-from hbat.reports.record import RUN_FILE
+from hbat.reports.files import RUN_FILE
 from hbat.state.files import write_bytes
 from hbat.state.folder import RunFolder
 from hbat.state.manifest import RunStateError

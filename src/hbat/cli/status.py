@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hbat.reports.costs import duration, tokens_per_second
-from hbat.reports.progress import PROGRESS_FILE
+from hbat.reports.files import PROGRESS_FILE
 from hbat.reports.record import RunRecord
 from hbat.state.lock import is_held
 

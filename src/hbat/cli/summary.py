@@ -10,11 +10,10 @@ from rich.text import Text
 
 from hbat.engines.processes import is_main_process
 from hbat.model.merge import Merged
-from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
+from hbat.reports.files import FRONT_FILE, FRONT_PLOT_FILE, REPORT_FILE, SCORES_FILE
+from hbat.reports.front import Front
 from hbat.reports.matrix import directions, table_rows
-from hbat.reports.page import REPORT_FILE
 from hbat.reports.plots import can_draw
-from hbat.reports.scores import SCORES_FILE
 from hbat.state.folder import RunFolder
 from hbat.state.plan import plan
 from hbat.trainer import HBATTrainer

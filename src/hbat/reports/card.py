@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hbat.config.ewc import EWCConfig
 from hbat.config.hbat import HBATConfig
+from hbat.reports.files import PLOT_FILE
 from hbat.reports.matrix import ForgettingMatrix, directions, markdown_table
-from hbat.reports.scores import PLOT_FILE
 from hbat.state.files import write_bytes
 
 _PACKAGES = ("hbat-trl", "trl", "transformers", "torch", "datasets")

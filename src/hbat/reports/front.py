@@ -5,9 +5,6 @@ from typing import Any
 
 from hbat.reports.matrix import ScoreTable
 
-FRONT_FILE = "front.json"
-FRONT_PLOT_FILE = "front.png"
-
 
 class Front(ScoreTable):
     """Scores of every objective at points `start + end_weight * (end - start)` of a run's last stage.

@@ -10,11 +10,10 @@ from typing import Any
 from transformers import TrainerState
 
 from hbat.engines.processes import is_main_process
+from hbat.reports.files import LOG_FILE
 from hbat.state.files import digest, write_json
 
 logger = logging.getLogger(__name__)
-
-LOG_FILE = "trainer_state.json"
 
 
 def save_log(folder: Path, state: TrainerState) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from markupsafe import Markup
 
 from hbat.reports import plots
 from hbat.reports.costs import BESIDE, duration, steps_done, tokens_per_second
+from hbat.reports.files import REPORT_FILE
 from hbat.reports.matrix import ForgettingMatrix, directions
 from hbat.reports.record import RunRecord
 from hbat.state.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE = "report.html"
 #: Scores beside the headline that say what a loss does not.
 _TELLING = ("rewards/accuracies", "rewards/margins")
 #: Curves beside the losses, the first that an objective logs.

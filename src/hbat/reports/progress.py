@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hbat.reports.costs import duration
+from hbat.reports.files import PROGRESS_FILE
 from hbat.state.clock import peak_memory
 from hbat.state.plan import Stage
 
-PROGRESS_FILE = "progress.json"
 _FILE_EVERY = 2.0  # seconds
 _LINE_EVERY = 60.0  # seconds, where there is no bar
 _SMOOTHING = 0.8  # weight of the earlier losses in the one that is shown

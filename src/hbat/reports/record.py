@@ -11,10 +11,17 @@ from typing import Any
 
 from safetensors import safe_open
 
-from hbat.reports.front import FRONT_FILE, FRONT_PLOT_FILE, Front
-from hbat.reports.log import LOG_FILE
+from hbat.reports.files import (
+    COMPLETIONS_FILE,
+    FRONT_FILE,
+    FRONT_PLOT_FILE,
+    LOG_FILE,
+    PLOT_FILE,
+    RUN_FILE,
+    SCORES_FILE,
+)
+from hbat.reports.front import Front
 from hbat.reports.matrix import ForgettingMatrix
-from hbat.reports.scores import PLOT_FILE, SCORES_FILE
 from hbat.state.folder import RunFolder
 from hbat.state.history import TENSORS
 from hbat.state.manifest import DamagedStateError, RunState, RunStateError
@@ -22,9 +29,6 @@ from hbat.state.plan import Stage
 
 logger = logging.getLogger(__name__)
 
-COMPLETIONS_FILE = "completions.jsonl"
-#: The file of the command line that the run was made from.
-RUN_FILE = "run.yaml"
 _LAYER = re.compile(r"\.(\d+)\.")
 #: Parts of a parameter's name that say nothing about its place.
 _SILENT = re.compile(r"weight|bias|default|base_layer|lora_.*|\d+")

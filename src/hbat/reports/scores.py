@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 
 from hbat.engines.processes import is_main_process
+from hbat.reports.files import PLOT_FILE, SCORES_FILE
 from hbat.reports.matrix import ForgettingMatrix, as_metrics
 from hbat.reports.plots import draw_matrix
 from hbat.reports.reporter import RunReporter
 from hbat.state.files import write_json
 from hbat.state.folder import RunFolder
 from hbat.state.run import Run
-
-SCORES_FILE = "evaluation.json"
-PLOT_FILE = "evaluation.png"
 
 
 class RunScores:

@@ -17,7 +17,8 @@ from hbat.engines.sharded import give_back, is_sharded
 from hbat.objectives.track import Track
 from hbat.ppo.rollouts.generation import CompletionSampler
 from hbat.ppo.rollouts.prompts import completion_texts, context_length, prompt_tokens
-from hbat.reports.record import COMPLETIONS_FILE, read_completions
+from hbat.reports.files import COMPLETIONS_FILE
+from hbat.reports.record import read_completions
 from hbat.state.files import write_bytes
 
 _NEW_TOKENS = 128
