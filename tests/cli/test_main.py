@@ -209,6 +209,8 @@ def test_the_run_file_lies_in_the_runs_folder_as_it_was_run_without_secrets(hbat
     values["sft"].pop("hub_token")
     values["sft"]["max_steps"], values["run_name"] = 1, "mine"
     assert yaml.safe_load(text) == values
+    assert hbat("train", "--resume", "--sft.learning_rate", "7")[0] == 2  # another run than the one on disk
+    assert (tmp_path / "out" / "run.yaml").read_text() == text
     assert "run.yaml, as it was run" in (tmp_path / "out" / "report.html").read_text()
 
 

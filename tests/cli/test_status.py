@@ -24,7 +24,7 @@ def train(tmp_path, monkeypatch, capsys):
 
         def build(_):
             fail("build")()
-            return types.SimpleNamespace(train=fail("train"), save_model=fail("save"))
+            return types.SimpleNamespace(train=fail("train"), save_model=fail("save"), add_callback=fail("callback"))
 
         monkeypatch.setattr(assembly, "build_trainer", build)
         file = tmp_path / "run.yaml"

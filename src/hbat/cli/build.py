@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, TrainingArguments
 
 from hbat.cli.reward_functions import load_object, load_reward_functions
 from hbat.cli.run_file import RunFile, as_it_runs, parse_overrides
@@ -126,11 +126,23 @@ def refuse_other_run(run: RunFile) -> None:
         )
 
 
-def keep_run_file(path: str, words: Sequence[str], output_dir: str) -> None:
-    """Write the run file as it runs into the run's folder, on the main process, unless it lies there."""
-    file = Path(output_dir) / RUN_FILE
-    if is_main_process() and file.resolve() != Path(path).resolve():
-        write_bytes(file, as_it_runs(path, parse_overrides(words)).encode())
+class KeepRunFile(TrainerCallback):
+    """Writes the run file as it runs into the run's folder, once a stage trains: a run that is refused leaves no file.
+
+    Args:
+        path: The run file.
+        words: What replaces its values, as on the command line.
+    """
+
+    def __init__(self, path: str, words: Sequence[str]) -> None:
+        self._path = Path(path).resolve()
+        self._text = as_it_runs(path, parse_overrides(words))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write it, unless it lies there itself."""
+        file = Path(str(args.output_dir)).parent / RUN_FILE  # beside the stage's folder
+        if is_main_process() and file.resolve() != self._path:
+            write_bytes(file, self._text.encode())
 
 
 def _load_tokenizer(run: RunFile) -> Any:

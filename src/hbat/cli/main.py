@@ -85,7 +85,7 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
         import transformers  # noqa: PLC0415 - heavy
 
-        from hbat.cli.build import build_trainer, keep_run_file, refuse_other_run  # noqa: PLC0415 - heavy
+        from hbat.cli.build import KeepRunFile, build_trainer, refuse_other_run  # noqa: PLC0415 - heavy
         from hbat.cli.hub import check_upload, upload_run  # noqa: PLC0415 - heavy
         from hbat.cli.summary import end_processes, print_result  # noqa: PLC0415 - heavy
 
@@ -94,7 +94,7 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
         check_upload(run)
         trainer = build_trainer(run)
         transformers.logging.disable_progress_bar()  # of every file of every checkpoint
-        keep_run_file(options.config, words, run.config.output_dir)
+        trainer.add_callback(KeepRunFile(options.config, words))
         try:
             trainer.train(resume_from_checkpoint=options.resume, allow_changed=allowed)
             trainer.save_model()

@@ -130,7 +130,7 @@ def differences(records: Sequence[RunRecord]) -> Iterator[tuple[str, list[str]]]
     """Values of the configuration that are not the same in all runs."""
     found = [settings(record, everything=True) | _versions(record) for record in records]
     for key in dict.fromkeys(key for values in found for key in values):
-        values = [each.get(key, "") for each in found]
+        values = [own.get(key, "") for own in found]
         if len({*values}) > 1:
             yield key, values
 

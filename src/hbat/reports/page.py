@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 #: Scores beside the headline that say what a loss does not.
 _TELLING = ("rewards/accuracies", "rewards/margins")
-#: Curves beside the losses, the first that an objective logs.
+#: Curves beside the losses, where an objective logs them.
 _CURVES = ("rewards/accuracies", "reward")
 
 
@@ -172,7 +173,7 @@ def column(values: Sequence[float | None], counts: Sequence[int | None], metric:
 
 def _half_interval(share: float, count: int) -> float:
     """Half of Wilson's 95 % interval of a share of so many rows."""
-    z = 1.96  # quantile 0.975 of the normal distribution
+    z = NormalDist().inv_cdf(0.975)
     return z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
 
 
@@ -198,8 +199,8 @@ def pictures(record: RunRecord) -> Iterator[Picture]:
     if spans and ratios:
         yield picture(
             "Penalty against task",
-            "Norm of the penalty's gradient over the task's. Far below 0.1 the penalty does nothing, above 3 it "
-            "dominates.",
+            "Norm of the penalty's gradient over the task's. With a mean below 0.02 the penalty does nothing, above 3 "
+            "it leaves nothing else.",
             plots.curves_figure(log, ratios, spans),
         )
     if matrix.scored:

@@ -30,6 +30,8 @@ from hbat.state.plan import Stage
 logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"\.(\d+)\.")
+#: Keys of a row of completions.
+_COMPLETION = {"stage", "prompt", "completion", "tokens", "ended"}
 #: Parts of a parameter's name that say nothing about its place.
 _SILENT = re.compile(r"weight|bias|default|base_layer|lora_.*|\d+")
 
@@ -143,7 +145,7 @@ def read_completions(folder: Path) -> list[dict[str, Any]]:
             rows = [json.loads(line) for line in lines]
     except (OSError, ValueError):
         return []
-    return [row for row in rows if isinstance(row, dict) and row.keys() >= {"stage", "prompt", "completion"}]
+    return [row for row in rows if isinstance(row, dict) and row.keys() >= _COMPLETION]
 
 
 def forget_results(folder: Path) -> None:

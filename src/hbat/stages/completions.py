@@ -65,7 +65,7 @@ def chosen_prompts(given: Any, tracks: Sequence[Track]) -> list[Asked]:
     else:
         rows = list(load_rows(given, name="`sample_prompts`", check=prompt_faults)[0].dataset)
     asked = [Asked(prompt_of(row), _template_options(row)) for row in rows]
-    found = {json.dumps(each, default=str): each for each in asked if each.prompt}
+    found = {json.dumps(ask, default=str): ask for ask in asked if ask.prompt}
     if not found:
         raise ValueError(
             f"`sample_prompts` is {shown(given)}, but there are no prompts. Give a file or a list of them, or "
@@ -118,7 +118,7 @@ class Completions:
     ) -> None:
         self._asked = asked
         self.count = len(asked)
-        self._tokens = [_tokens(number, each, tokenizer) for number, each in enumerate(asked)]
+        self._tokens = [_tokens(number, ask, tokenizer) for number, ask in enumerate(asked)]
         self._model, self._tokenizer, self._seed, self._dtype = model, tokenizer, seed, dtype
         self._file = folder / COMPLETIONS_FILE
         room = context_length(model.config)
@@ -155,8 +155,8 @@ class Completions:
         give_back(self._model)
         texts = completion_texts(self._tokenizer, self._tokens, found.tokens)
         rows = [
-            {**place, "prompt": each.prompt, "completion": text, "tokens": len(tokens), "ended": ended}
-            for each, text, tokens, ended in zip(self._asked, texts, found.tokens, found.ended, strict=True)
+            {**place, "prompt": ask.prompt, "completion": text, "tokens": len(tokens), "ended": ended}
+            for ask, text, tokens, ended in zip(self._asked, texts, found.tokens, found.ended, strict=True)
         ]
         if not is_main_process():
             return []

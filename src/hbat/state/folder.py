@@ -119,7 +119,7 @@ class RunFolder:
         return -1
 
     def states(self) -> Iterator[RunState]:
-        """Read the states on disk, newest first; raises `DamagedStateError` at a damaged manifest, and can go on."""
+        """Read the states on disk, newest first; `DamagedStateError` at a damaged one ends nothing."""
         return map(decode, map(self._states.manifest, self._states.ages()))
 
     def require_whole(self, state: RunState, kind: str) -> None:

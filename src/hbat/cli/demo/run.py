@@ -89,7 +89,7 @@ def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind =
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot = draw_trade_off(outcomes, output_dir / "trade-off.png")
     if quick:
-        print("Too few steps and rows to learn anything: this shows that everything runs, and no more.")  # noqa: T201
+        print("Too few steps and rows to learn anything: this shows that everything runs, and no more.")  # noqa: T201 - output
     print_results(outcomes, seconds=seconds, files=[file, *([plot] if plot else []), output_dir / "hbat"])
     return 0
 
