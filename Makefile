@@ -41,9 +41,9 @@ quick-tests: $(VENV)/.installed
 test: check
 	$(BIN)/$(PYTEST)
 
-# With the slow ones, and those of DeepSpeed.
+# With the slow ones, and those of DeepSpeed and lm-eval.
 test-all: check
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed,eval]"
 	$(BIN)/$(PYTEST) -m ""
 
 check: $(VENV)/.installed

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hbat.cli.eval_file import EvalFile
 from hbat.cli.run_file import RunFile
+from hbat.config.evaluation import JudgeConfig
 from hbat.config.ewc import EWCConfig
 from hbat.config.hbat import HBATConfig
 from hbat.ppo.config import PPOConfig
@@ -31,6 +33,10 @@ def page() -> str:
         *_table("ewc", "Fields of `hbat.EWCConfig`.", dataclasses.fields(EWCConfig)),
         "## sft, dpo, kto, grpo, rloo\n",
         "Any field of `trl.SFTConfig`, `trl.DPOConfig`, `trl.KTOConfig`, `trl.GRPOConfig` and `trl.RLOOConfig`.\n",
+        *_table(
+            "evaluation", "Fields of `hbat.EvalConfig`, and options of `hbat eval`.", dataclasses.fields(EvalFile)
+        ),
+        *_table("judge", "Section of `evaluation`.", dataclasses.fields(JudgeConfig)),
         *_table("ppo", "Fields of `hbat.PPOConfig`, besides those of `TrainingArguments`.", _own(PPOConfig)),
     ])
 

@@ -30,6 +30,7 @@ ORDER = [
     "model",
     "reports",
     "ppo",
+    "evaluation",
     "objectives",
     "stages",
     "trainer",
@@ -123,7 +124,7 @@ def test_every_patch_on_a_trainer_stands_in_one_file(name):
 
 def test_only_the_faces_come_in_by_the_front_door():
     through_door = {name for name in FILES if DOOR in own(name)}
-    assert through_door <= {"cli/main.py"}  # the version
+    assert through_door <= {"cli/main.py", "cli/options.py"}  # errors, the version
 
 
 def test_nothing_imports_in_a_circle():
@@ -180,6 +181,14 @@ def test_a_file_is_named_for_what_it_owns(name):
 @each_file
 def test_a_file_begins_by_saying_what_it_owns(name):
     assert ast.get_docstring(TREES[name])
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith("/__init__.py")])
+def test_a_wing_says_what_each_of_its_files_does(name):
+    said = ast.get_docstring(TREES[name])
+    folder = (SOURCE / name).parent
+    files = {file.stem for file in folder.iterdir() if file.suffix == ".py" or (file / DOOR).is_file()} - {"__init__"}
+    assert not [file for file in sorted(files) if not re.search(rf"`{file}/?`", said)]
 
 
 def _calls(name):

@@ -25,10 +25,12 @@ import hbat
 import hbat.ewc
 from hbat.cli.demo.results import Outcome, Point, verdict
 from hbat.cli.demo.scoring import Scores
+from hbat.cli.eval_file import EvalFile
 from hbat.cli.run_file import from_values
 from hbat.cli.yaml import load_yaml
 from hbat.config.chain import name_of, named
 from hbat.config.ewc import EWCConfig
+from hbat.config.fields import build_section
 from hbat.model.adapters import refuse_adapters
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +149,9 @@ def test_the_adapter_that_is_split_off_the_base_is_loaded_as_the_same_model(tmp_
 def test_every_option_that_is_named_exists(name):
     for block in blocks("yaml", TEXTS[name]):
         values = load_yaml(block)
+        if block.startswith("# eval.yaml"):
+            build_section("", EvalFile, values)
+            continue
         data = {name_of(entry): "rows.jsonl" for entry in named(values.get("objectives", ["sft", "dpo"]))}
         given = values | {"datasets": data | values.get("datasets", {})}
         from_values({"model_name_or_path": "model", "output_dir": "run"} | given, name)

@@ -1,3 +1,4 @@
+from hbat.config.evaluation import EvalConfig as EvalConfig
 from hbat.config.ewc import EWCConfig as EWCConfig
 from hbat.config.hbat import HBATConfig as HBATConfig
 from hbat.data.load import DatasetError as DatasetError

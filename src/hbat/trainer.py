@@ -40,11 +40,11 @@ from hbat.reports.record import forget_results
 from hbat.reports.reporter import RunReporter, mean_loss
 from hbat.reports.scores import RunScores
 from hbat.stages.builder import TrainerBuilder
-from hbat.stages.completions import prepare_completions
 from hbat.stages.evaluator import Evaluator
 from hbat.stages.guard import cheap_garbage_collection
 from hbat.stages.interruption import StopRequest
 from hbat.stages.lengths import RowLengths, measure_rows
+from hbat.stages.measurements import Measurements, add_columns
 from hbat.stages.nonfinite import with_advice
 from hbat.stages.rehearsal import rehearse
 from hbat.stages.runner import StageResult, StageRunner
@@ -149,7 +149,7 @@ class HBATTrainer:
             self.model, args, builder, self._start, engine, self._request,
             self.tracks["sft"] if args.replay_share > 0 else None,
         )  # fmt: skip
-        self._completions = prepare_completions(args, tracks, self.model, self.processing_class)
+        self._measurements = Measurements(args, tracks, self.model, self.processing_class)
         self._run: Run | None = None
         self._moved_to: float | None = None
         self._start.take()
@@ -261,6 +261,7 @@ class HBATTrainer:
         )  # fmt: skip
         run.state.model = described(self.model)
         self.matrix.rows, self.state, self._moved_to = list(run.state.evaluations), TrainerState(), None
+        add_columns(self.matrix, [row["scores"] for row in self.matrix.rows])
         if is_main_process() and run.state.next_stage == run.state.first_stage and not self.matrix.end:
             forget_results(self._folder.path)
         if run.was_resumed:
@@ -314,18 +315,16 @@ class HBATTrainer:
             return None
 
     def _evaluate_if_due(self, run: Run, reporter: RunReporter) -> None:
-        if not (self._evaluator.has_rows or self._completions) or not self._scores.are_due(run):
+        if not (self._evaluator.has_rows or self._measurements.are_due(run)) or not self._scores.are_due(run):
             return
-        if not self.matrix.rows and self.eval_dataset:
-            rows = " + ".join(f"{len(rows)} {name}" for name, rows in self.eval_dataset.items())
-            more = "" if self._completions is None else f", and {self._completions.count} prompts to complete"
-            reporter.progress.say(f"Evaluating the model at the start: {rows} rows{more}.")
+        if not self.matrix.rows:
+            rows = [f"{len(rows)} rows of {name}" for name, rows in self.eval_dataset.items()]
+            reporter.progress.say(f"Evaluating the model at the start: {', '.join(rows + self._measurements.work)}.")
         reporter.progress.write("evaluating")
         with run.clock.timing("evaluation"):
             results = self.evaluate()
-            if self._completions is not None:
-                reporter.progress.write(f"completing {self._completions.count} prompts")
-                reporter.table("completions", self._completions.take(run.place()), run.state.global_step)
+            if self._measurements.are_due(run):
+                results |= self._measurements.take(run, reporter, self.matrix)
         self._scores.take(results, run, reporter)
 
     def _steps_from(self, run: Run, first: int) -> Counter[str]:

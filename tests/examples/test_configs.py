@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import cases
+import judge_server
 import pytest
 import yaml
 
@@ -17,7 +18,9 @@ from hbat.cli.run_file import parse
 ROOT = Path(__file__).resolve().parents[2]
 #: Of `trl reward`, which `test_scripts.py` trains with.
 OF_TRL = {"reward_cpu"}
-CONFIGS = sorted(file for file in (ROOT / "examples" / "configs").glob("*.yaml") if file.stem not in OF_TRL)
+FILES = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+EVALUATIONS = [file for file in FILES if file.stem.endswith("_eval")]
+CONFIGS = [file for file in FILES if file.stem not in OF_TRL and file not in EVALUATIONS]
 LAUNCHERS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
 #: What trains and launches in `make test`.
 QUICK = {"summarisation_05b_lora", "ddp"}
@@ -119,6 +122,22 @@ def test_a_file_for_data_of_the_hub_trains_a_step_of_every_objective(file, model
     assert stages["next_stage"] == len(run.config.objective_names)
     saved = {path.name for path in (tmp_path / "run").glob("*.safetensors")}
     assert saved == {"adapter_model.safetensors" if run.peft else "model.safetensors"}
+
+
+@pytest.mark.parametrize("file", EVALUATIONS, ids=lambda file: file.stem)
+def test_a_file_of_an_evaluation_measures_with_a_judge(file, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", judge_server.KEY)
+    written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    options = {key: stand_in(written[key], tmp_path) for key in ("prompts", "pairs")}
+    options |= {"output_dir": tmp_path / "out", "max_new_tokens": 4, "limit": 2, "temperatures": "[0,1]", "samples": 2}
+    with judge_server.judge() as server:
+        options["judge.base_url"] = server.url
+        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        assert main(["eval", str(model), "--config", str(file), *words]) == 0
+    scores = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"][model.name]
+    kinds = [f"{name}@{temperature}" for temperature in (0, 1) for name in ("completions", "rouge", "win_rate")]
+    assert set(scores) == {*kinds, "pairs"}
+    assert scores["win_rate@1"]["pairs"] == 4
 
 
 def _yaml(value):

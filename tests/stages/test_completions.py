@@ -9,9 +9,10 @@ import runs
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from hbat.evaluation.rows import asked
 from hbat.reports.files import COMPLETIONS_FILE
 from hbat.reports.record import read_completions
-from hbat.stages.completions import chosen_prompts, prompt_of
+from hbat.stages.completions import chosen_prompts
 
 ASKED = ["2 plus 2?", [{"role": "user", "content": "3 plus 3?"}]]
 EVALUATION = {"sft": cases.sft_rows(4, seed=5), "dpo": cases.preference_rows(4, seed=5)}
@@ -73,7 +74,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("row", "prompt"), ROWS)
 def test_the_prompt_of_a_row_is_what_comes_before_its_answer(row, prompt):
-    assert prompt_of(row) == prompt
+    assert asked(row).prompt == prompt
 
 
 def tracks(*sets):
@@ -117,7 +118,7 @@ def test_tools_and_options_of_a_row_go_to_the_chat_template():
         ({}, "must be a number of rows"),
         (2, "there are no prompts"),  # and no evaluation rows
         ([""], "there are no prompts"),
-        (["x" * 200], "fills the model's context of 128"),
+        (["x" * 200], "200 tokens and 1 for the completion do not fit the model's context of 128"),
         ([[{"content": "no role"}]], "prompt 0"),
         ("absent.jsonl", "absent.jsonl"),
     ],

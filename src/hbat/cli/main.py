@@ -2,32 +2,26 @@
 
 import argparse
 import contextlib
-import dataclasses
+import logging
 import math
 import sys
-import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import hbat
+from hbat.cli.eval_file import parse_eval
 from hbat.cli.init import first_run
-from hbat.cli.run_file import SECTIONS, RunFile, described_keys, parse, parse_overrides
-from hbat.config.ewc import EWCConfig
+from hbat.cli.options import make_parser
+from hbat.cli.run_file import RunFile, parse, parse_overrides
 from hbat.config.section_fields import OBJECTIVES
 
 _USER_ERRORS = (ValueError, TypeError, KeyError, OSError, NotImplementedError, ImportError)
-_OWN_OPTIONS = ("config", "resume", "allow_changed", "points", "save", "dtype", "traceback", "help")
+_OWN_OPTIONS = ("config", "resume", "allow_changed", "points", "save", "dtype", "set", "traceback", "help")
 
 
 class _TrainingError(Exception):
     """Wraps an error of training, where a ValueError is no longer about what the user wrote."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. See `{self.prog} --help`.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,10 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: After `--help` and `--version`.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # 0.49 warns of kernels for CPUs wherever it is imported
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        options, rest = _parser().parse_known_args(words)
-        return int(options.run(options, rest))
+        options, rest = make_parser().parse_known_args(words)
+        return _COMMANDS[options.command](options, rest)
     except KeyboardInterrupt:
         hint = "; continue with `--resume`" if words[0] == "train" else ""
         print(f"hbat: interrupted{hint}", file=sys.stderr)
@@ -269,6 +264,24 @@ def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
     return run(options.output_dir, options.seed, options.quick, options.preference)
 
 
+def _eval(options: argparse.Namespace, words: Sequence[str]) -> int:
+    config = parse_eval(options.config, parse_overrides(words))
+    with contextlib.redirect_stdout(sys.stderr):
+        from hbat.cli.evaluate import evaluate, print_evaluation  # noqa: PLC0415 - heavy
+
+        scores = evaluate(options.models, config)
+    print_evaluation(scores, config)
+    return 0
+
+
+def _sweep(options: argparse.Namespace, words: Sequence[str]) -> int:
+    from hbat.cli.sweep import print_sweep, sweep  # noqa: PLC0415 - heavy
+
+    run = _prepare(options, words)
+    print_sweep(sweep(options.config, run, options.axes, words), Path(run.config.output_dir))
+    return 0
+
+
 def _refuse(command: str, words: Sequence[str]) -> None:
     if words:
         raise ValueError(f"`{words[0]}` is not an option. See `hbat {command} --help`.")
@@ -280,160 +293,8 @@ def _prepare(options: argparse.Namespace, words: Sequence[str]) -> RunFile:
     return run
 
 
-# --- options and their help ------------------------------------------------------------------------------------------
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="hbat", allow_abbrev=False, description="Hybrid alignment training: alternate SFT and preference stages."
-    )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(
-        title="commands",
-        required=True,
-        metavar="{init,migrate,validate,train,status,report,compare,front,merge,clean,env,demo}",
-    )
-    _add_beginnings(commands)
-    train = _run_command(commands, "train", _train, "train a run described by a YAML file")
-    train.add_argument("--resume", action="store_true", help="continue the interrupted run in `output_dir`")
-    train.add_argument(
-        "--allow-changed",
-        default="",
-        metavar="NAMES",
-        help="values that may differ from the run that resumes, comma-separated: `sft.learning_rate,ewc.`",
-    )
-    _run_command(commands, "validate", _validate, "check configuration, data and model without training")
-    _add_readers(commands)
-    what = "score the models between the start and the end of a finished run's last stage, and save one"
-    front = _run_command(commands, "front", _front, what, file="RUN")
-    front.add_argument(
-        "--points",
-        default="0,0.25,0.5,0.75,1",
-        metavar="NUMBERS",
-        help="values of `end_weight` to evaluate: 0 is the stage's start, 1 its end (default: %(default)s)",
-    )
-    front.add_argument(
-        "--save", nargs=2, metavar=("POINT", "DIR"), help="save the model or adapter at a point into a new folder"
-    )
-    what = "merge the adapter of a run into its base model, for vLLM or llama.cpp; RUN may be an adapter's folder"
-    merged = _run_command(commands, "merge", _merge, what, file="RUN DIR")
-    merged.add_argument("folder", metavar="DIR", help="new or empty folder for model and tokenizer")
-    merged.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="dtype of the merged weights (default: the base model's)",
-    )
-    what = "remove what a finished run keeps beside its model to be continued or averaged"
-    _run_command(commands, "clean", _clean, what, file="RUN")
-    what = "print versions, devices and settings, for a bug report"
-    env = commands.add_parser("env", allow_abbrev=False, help=what, description=_sentence(what))
-    env.add_argument("--traceback", action="store_true", help="print the traceback of an error")
-    env.set_defaults(run=_env)
-    what = "compare HBAT and two-stage training on a small model, on the CPU"
-    demo = commands.add_parser("demo", allow_abbrev=False, help=what, description=_sentence(what))
-    demo.add_argument(
-        "--preference", choices=("dpo", "ppo"), default="dpo", help="preference objective (default: %(default)s)"
-    )
-    demo.add_argument("--output-dir", type=Path, default="demo-output", help="output folder (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="random seed of data and weights (default: %(default)s)")
-    demo.add_argument("--quick", action="store_true", help="train too little to learn, to check that everything runs")
-    demo.add_argument("--traceback", action="store_true", help="print the traceback of an error")
-    demo.set_defaults(run=_demo)
-    return parser
-
-
-def _add_beginnings(commands: Any) -> None:
-    """The commands that write a run file."""
-    what = "write a first run file"
-    init = commands.add_parser("init", allow_abbrev=False, help=what, description=_sentence(what))
-    init.add_argument("--model", required=True, help="model: name on the Hub or local folder")
-    for name in OBJECTIVES:
-        init.add_argument(f"--{name}", nargs="+", metavar="DATA", help=f"training data of `{name}`: names or files")
-    init.add_argument("--lora", action="store_true", help="train a LoRA adapter")
-    init.add_argument("--output", type=Path, metavar="FILE", help="a new file to write (default: standard output)")
-    what = "make one run file of those for `trl sft`, `trl dpo`, ..., LLaMA-Factory or axolotl"
-    migrate = commands.add_parser("migrate", allow_abbrev=False, help=what, description=_sentence(what))
-    migrate.add_argument(
-        "files",
-        nargs="+",
-        metavar="[OBJECTIVE=]FILE",
-        help="YAML files in the order in which they train, with the objective where its name does not say it",
-    )
-    for command, run in ((init, _init), (migrate, _migrate)):
-        command.add_argument("--traceback", action="store_true", help="print the traceback of an error")
-        command.set_defaults(run=run)
-
-
-def _add_readers(commands: Any) -> None:
-    """The commands that read what runs have left."""
-    what = "print how far a run is, also while it trains; RUN may be its folder"
-    _run_command(commands, "status", _status, what, file="RUN")
-    what = "write `report.html` of a run, also of one that was cut off; RUN may be its folder"
-    _run_command(commands, "report", _report, what, file="RUN")
-    what = "write a page that shows several runs side by side"
-    compare = commands.add_parser("compare", allow_abbrev=False, help=what, description=_sentence(what))
-    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run files or folders of runs")
-    compare.add_argument(
-        "--output", type=Path, default="comparison.html", metavar="FILE", help="the page (default: %(default)s)"
-    )
-    compare.add_argument("--traceback", action="store_true", help="print the traceback of an error")
-    compare.set_defaults(run=_compare)
-
-
-def _run_command(
-    commands: Any, name: str, run: Any, what: str, *, file: str = "--config run.yaml"
-) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        allow_abbrev=False,
-        help=what,
-        usage=f"hbat {name} {file} [options] [--KEY VALUE ...]",
-        description=_sentence(what),
-        epilog=_keys_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    if file.startswith("--"):
-        command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
-    else:
-        command.add_argument("config", metavar="RUN", help="YAML file of the run")
-        command.add_argument(
-            "--config", action="store_true", dest="_", help=argparse.SUPPRESS
-        )  # as before other files
-    command.add_argument("--traceback", action="store_true", help="print the traceback of an error")
-    command.set_defaults(run=run)
-    return command
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        try:
-            version = hbat.__version__
-        except ImportError:  # a source tree that is not installed
-            version = "(not installed)"
-        parser.exit(message=f"hbat {version}\n")
-
-
-def _keys_help() -> str:
-    return "\n".join([
-        "Every key of the file is also an option and takes precedence over the file: `--num_rounds 2`,",
-        "`--sft.learning_rate=1e-5`, `--objectives [sft,dpo]`, `--datasets.dpo pairs.jsonl.gz`, `--ewc null`.",
-        "Values are YAML; a key without a value is true.",
-        "\nkeys:",
-        *(_entry(name, field) for name, field in described_keys() if name not in SECTIONS),
-        "\nsections:",
-        "  sft.KEY, dpo.KEY, kto.KEY, grpo.KEY, rloo.KEY",
-        "        Any field of trl.SFTConfig, trl.DPOConfig, trl.KTOConfig, trl.GRPOConfig or trl.RLOOConfig.",
-        "  ppo.KEY\n        Any field of hbat.PPOConfig.",
-        "  ewc\n        null: plain alternation without EWC.",
-        *(_entry(f"ewc.{field.name}", field) for field in dataclasses.fields(EWCConfig)),
-    ])
-
-
-def _entry(name: str, field: "dataclasses.Field[Any]") -> str:
-    default = "" if field.default is dataclasses.MISSING or field.default is None else f" (default: {field.default})"
-    text = textwrap.fill(f"{field.metadata['help']}{default}", 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    return f"  {name}\n{text}"
+_COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
+    "init": _init, "migrate": _migrate, "validate": _validate, "train": _train, "status": _status, "report": _report,
+    "compare": _compare, "front": _front, "merge": _merge, "eval": _eval, "sweep": _sweep, "clean": _clean,
+    "env": _env, "demo": _demo,
+}  # fmt: skip

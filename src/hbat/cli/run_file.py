@@ -129,7 +129,7 @@ def from_values(
     wrong = [key for key, _ in overrides if key.split(".")[0] not in valid]
     for key, value in overrides:
         if key not in wrong:
-            _override(values, key, value)
+            override(values, key, value)
     names = _names(values)
     _take_sections(values)
     problems = [not_an_option(key.split(".")[0], [*valid, *options], names, shown_as=f"--{key}") for key in wrong]
@@ -189,7 +189,7 @@ def as_it_runs(path: str | Path, overrides: Sequence[tuple[str, Any]]) -> str:
     """Write a run file with the values that replace its own, to keep beside the run: without `env` and secrets."""
     values = read_yaml(path)
     for key, value in overrides:
-        _override(values, key, value)
+        override(values, key, value)
     values.pop("env", None)
     text: str = yaml.safe_dump(_without_secrets(values), sort_keys=False, allow_unicode=True, width=1000)
     return text
@@ -244,7 +244,8 @@ def _value(key: str, text: str) -> Any:
         raise ValueError(f"`--{key}` is {shown(text)}, which is not YAML ({problem}). Put it in quotes.") from None
 
 
-def _override(values: dict[str, Any], key: str, value: Any) -> None:
+def override(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value by its dotted key, making sections that are not there; TypeError where one is no mapping."""
     *path, last = key.split(".")
     section = values
     for depth, name in enumerate(path, start=1):

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from hbat.config.chain import name_of, named, require_rounds, shares_of
+from hbat.config.evaluation import EvalConfig
 from hbat.config.ewc import EWCConfig
 from hbat.config.fields import at_home, build_section, check_choice, check_number, check_whole, nearest, shown
 from hbat.config.section_fields import OBJECTIVES
+
+T = TypeVar("T")
 
 OptimizerState = Literal["reset", "carry"]
 LRSchedule = Literal["stage", "run", "decay"]
@@ -170,6 +173,13 @@ class HBATConfig:
             "a file of them. At most 128 new tokens at temperature 0.75."
         },
     )
+    evaluation: Any = field(
+        default=None,
+        metadata={
+            "help": "What the run measures beside its objectives' own evaluation, as a mapping or an `EvalConfig`: "
+            "completions and their ROUGE or win rate, likelihoods, tasks of lm-eval. One process only."
+        },
+    )
     report_to: Any = field(
         default="none",
         metadata={
@@ -230,10 +240,18 @@ class HBATConfig:
         for name in self.objective_names:
             check_choice("lr_schedule", self.lr_schedule_of(name), LRSchedule)
         check_number("end_weight", self.end_weight, 0, 1)
-        if isinstance(self.ewc, Mapping):
-            self.ewc = build_section("ewc", EWCConfig, self.ewc)
-        if not isinstance(self.ewc, EWCConfig | None):
-            raise TypeError(f"`ewc` is a {type(self.ewc).__name__}; it must be a mapping, an `EWCConfig` or null.")
+        self.ewc = self._own_section("ewc", EWCConfig)
+        self.evaluation = self._own_section("evaluation", EvalConfig)
+
+    def _own_section(self, name: str, config_class: type[T]) -> T | None:
+        value = getattr(self, name)
+        if isinstance(value, Mapping):
+            return build_section(name, config_class, value)
+        if not isinstance(value, config_class | None):
+            raise TypeError(
+                f"`{name}` is a {type(value).__name__}; it must be a mapping, an `{config_class.__name__}` or null."
+            )
+        return value
 
     def _check_continue_from(self) -> None:
         if not isinstance(self.continue_from, str) or not self.continue_from:

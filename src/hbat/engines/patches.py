@@ -1,7 +1,8 @@
 """Every patch on a trainer of TRL or transformers, with its version, its undo, and when it can go.
 
-Each function shadows one method of one object and returns what takes the shadow away again. They can be undone in any
-order. Tested with TRL 1.0-1.16, transformers 4.57-5.24, accelerate 1.10-1.15, PEFT 0.18-0.21 and DeepSpeed 0.19.
+Each function shadows one method of one object and returns what takes the shadow away again; `given_reference` shadows
+a function within a block. They can be undone in any order. Tested with TRL 1.0-1.16, transformers 4.57-5.24,
+accelerate 1.10-1.15, PEFT 0.18-0.21 and DeepSpeed 0.19.
 """
 
 import sys

@@ -6,6 +6,9 @@ The public functions need torch alone and load on first use:
   `normalize_to_stage`, `normalize`, `effective_tensors`
 * penalty: `ewc_penalty`, `add_penalty_gradient_`, `proximal_step_`
 * parameters: `trainable_parameters`, `snapshot`
+
+Of the files `importance`, `fisher` and `path` make importance, `penalty` uses it, by the `kernels` of both;
+`parameters` names what is trained. `callback` acts within a `Trainer`, `log` says how it went.
 """
 
 import importlib

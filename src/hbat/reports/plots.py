@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hbat.reports.costs import BESIDE
 from hbat.reports.front import Front
-from hbat.reports.matrix import ForgettingMatrix, ScoreTable
+from hbat.reports.matrix import Better, ForgettingMatrix, ScoreTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -266,3 +266,93 @@ def importance_figure(shares: Mapping[str, Mapping[tuple[int, str], float]]) -> 
         axis.set_ylabel("layer")
         figure.colorbar(image, ax=axis)
     return figure
+
+
+def draw_models(
+    models: Mapping[str, Mapping[str, Mapping[str, float]]],
+    headlines: Mapping[str, tuple[str, Better]],
+    file: Path,
+) -> None:
+    """Draw the headline of every measurement of several models into a PNG file, with its interval where it has one.
+
+    A measurement at several temperatures, `rouge@0.5` and so on, is a curve over them for each model.
+
+    Args:
+        models: Scores by model, measurement and metric.
+        headlines: Metric that stands for each measurement, and which of its values are better.
+        file: The file.
+    """
+    if not _can_draw(file):
+        return
+    names = list(dict.fromkeys(name.partition("@")[0] for name in headlines))
+    figure = _figure(1.6 + 3.0 * len(names), 3.4)
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        points = [key for key in headlines if key.partition("@")[0] == name]
+        metric, better = headlines[points[0]]
+        for number, (label, scores) in enumerate(models.items()):
+            own = [key for key in points if key in scores]
+            places = [float(key.partition("@")[2] or number) for key in own]
+            values = [scores[key].get(metric, math.nan) for key in own]
+            ends = [
+                [
+                    abs(scores[key].get(f"{metric}_{end}", value) - value)
+                    for key, value in zip(own, values, strict=True)
+                ]
+                for end in ("low", "high")
+            ]
+            axis.errorbar(
+                places,
+                values,
+                yerr=ends,
+                fmt="o-",
+                capsize=3,
+                color=COLOURS[number % len(COLOURS)],
+                label=_text(label),
+            )
+        axis.set_ylabel(f"{_text(name)} {_text(metric)}\n({better} is better)", fontsize=9)
+        if "@" in points[0]:
+            axis.set_xlabel("temperature")
+            axis.legend(fontsize=8)
+        else:
+            axis.set_xticks(range(len(models)), list(map(_text, models)), rotation=30, ha="right", fontsize=8)
+            axis.margins(0.15)
+        _style(axis)
+    figure.savefig(file, dpi=120)
+
+
+def draw_sweep(points: Sequence[tuple[Sequence[Any], ForgettingMatrix]], keys: Sequence[str], file: Path) -> None:
+    """Draw each objective's headline score at the end of the runs of a sweep into a PNG file.
+
+    Over two keys as a heat map, over one as a curve; over more, only the first two would be seen, so nothing is drawn.
+
+    Args:
+        points: Values of the keys, and scores, of each run.
+        keys: The keys.
+        file: The file.
+    """
+    names = points[0][1].scored
+    if len(keys) > 2 or not names or not _can_draw(file):  # noqa: PLR2004 - a picture has two dimensions
+        return
+    figure = _figure(1.0 + 4.0 * len(names), 3.6)
+    axes = [list(dict.fromkeys(map(str, column))) for column in zip(*(values for values, _ in points), strict=True)]
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        metric = points[0][1].headline[name]
+        found = {tuple(map(str, values)): matrix.end.get(name, {}).get(metric, math.nan) for values, matrix in points}
+        axis.set_title(_label(points[0][1], name), fontsize=9)
+        axis.set_xlabel(_text(keys[-1]))
+        axis.set_xticks(range(len(axes[-1])), list(map(_text, axes[-1])))
+        if len(keys) == 1:
+            axis.plot([found[value,] for value in axes[0]], "o-", color=COLOURS[0])
+            _style(axis)
+            continue
+        grid = [[found[row, column] for column in axes[1]] for row in axes[0]]
+        higher = points[0][1].better_of(name) == "higher"
+        axis.imshow(grid, cmap="viridis" if higher else "viridis_r", aspect="auto")
+        axis.set_ylabel(_text(keys[0]))
+        axis.set_yticks(range(len(axes[0])), list(map(_text, axes[0])))
+        for row, values in enumerate(grid):
+            for column, value in enumerate(values):
+                axis.text(
+                    column, row, f"{value:.3f}", ha="center", va="center", fontsize=9, backgroundcolor="#ffffffb0"
+                )
+    figure.savefig(file, dpi=120)

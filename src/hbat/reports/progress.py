@@ -154,6 +154,7 @@ class Progress:
         self._written = time.perf_counter()
         if self._file is None:
             return
+        # Not by `state.files`: it comes every few seconds, and is worth no waiting for the disk.
         temporary = self._file.with_name(self._file.name + ".tmp")
         values = {"doing": doing, "process": os.getpid(), "time": time.time(), **more}
         try:

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from safetensors import safe_open
 
 from hbat.reports.files import (
     COMPLETIONS_FILE,
+    EVAL_FOLDER,
     FRONT_FILE,
     FRONT_PLOT_FILE,
     LOG_FILE,
@@ -89,6 +91,11 @@ class RunRecord:
         return [stage for stage in self.state.plan if stage.index < self.state.next_stage]
 
     @property
+    def is_finished(self) -> bool:
+        """Whether all stages are done."""
+        return len(self.stages_done) == len(self.state.plan)
+
+    @property
     def costs(self) -> dict[int, dict[str, Any]]:
         """Costs of the stages that are done, by index."""
         return {cost["stage"]: cost for cost in self.state.costs if "objective" in cost}
@@ -152,6 +159,7 @@ def forget_results(folder: Path) -> None:
     """Remove what an earlier run has left in the folder beside its state, so that nothing shows it as this run's."""
     for name in (SCORES_FILE, PLOT_FILE, FRONT_FILE, FRONT_PLOT_FILE, COMPLETIONS_FILE):
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / EVAL_FOLDER, ignore_errors=True)
 
 
 def _text(file: Path) -> str:

@@ -3,20 +3,21 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from hbat.config.fields import shown
 from hbat.config.hbat import HBATConfig
-from hbat.data.formats import prompt_faults, shared_beginning
+from hbat.data.formats import prompt_faults
 from hbat.data.sources import load_rows
-from hbat.data.turns import answer_start
 from hbat.engines.processes import is_main_process
 from hbat.engines.sharded import give_back, is_sharded
+from hbat.evaluation.completions import prompt_ids
+from hbat.evaluation.rows import Asked, asked
 from hbat.objectives.track import Track
 from hbat.ppo.rollouts.generation import CompletionSampler
-from hbat.ppo.rollouts.prompts import completion_texts, context_length, prompt_tokens
+from hbat.ppo.rollouts.prompts import completion_texts, context_length
 from hbat.reports.files import COMPLETIONS_FILE
 from hbat.reports.record import read_completions
 from hbat.state.files import write_bytes
@@ -33,17 +34,14 @@ def prepare_completions(
     """Prepare what `sample_prompts` asks for; None if it is not set."""
     if config.sample_prompts is None:
         return None
-    asked = chosen_prompts(config.sample_prompts, tracks)
+    found = chosen_prompts(config.sample_prompts, tracks)
+    return Completions(found, model, tokenizer, Path(config.output_dir), config.seed, compute_dtype(tracks))
+
+
+def compute_dtype(tracks: Sequence[Track]) -> torch.dtype | None:
+    """In which dtype the stages compute; None: that of the weights."""
     args = next(iter(tracks)).args
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    return Completions(asked, model, tokenizer, Path(config.output_dir), config.seed, dtype)
-
-
-class Asked(NamedTuple):
-    """A prompt, and what the chat template takes beside it."""
-
-    prompt: Any
-    options: Mapping[str, Any]
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def chosen_prompts(given: Any, tracks: Sequence[Track]) -> list[Asked]:
@@ -64,8 +62,8 @@ def chosen_prompts(given: Any, tracks: Sequence[Track]) -> list[Asked]:
         rows = [{"prompt": prompt} for prompt in given]
     else:
         rows = list(load_rows(given, name="`sample_prompts`", check=prompt_faults)[0].dataset)
-    asked = [Asked(prompt_of(row), _template_options(row)) for row in rows]
-    found = {json.dumps(ask, default=str): ask for ask in asked if ask.prompt}
+    prompts = [asked(row)._replace(reference=None) for row in rows]
+    found = {json.dumps(ask, default=str): ask for ask in prompts if ask.prompt}
     if not found:
         raise ValueError(
             f"`sample_prompts` is {shown(given)}, but there are no prompts. Give a file or a list of them, or "
@@ -74,29 +72,11 @@ def chosen_prompts(given: Any, tracks: Sequence[Track]) -> list[Asked]:
     return list(found.values())
 
 
-def prompt_of(row: Mapping[str, Any]) -> Any:
-    """Prompt of a row in one of TRL's formats, a text or messages; None for a text without one."""
-    if row.get("prompt"):
-        return row["prompt"]
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return chosen[: shared_beginning(chosen, rejected)]
-    turns = row.get("messages") or chosen
-    return turns[: answer_start(turns)] if isinstance(turns, list) and turns else None
-
-
-def _template_options(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    tools = row.get("tools")
-    if isinstance(tools, str):  # as TRL takes them too
-        tools = json.loads(tools)
-    return {**(row.get("chat_template_kwargs") or {}), **({"tools": tools} if tools else {})}
-
-
 class Completions:
     """Completes the same prompts after every stage, with the same seed, and keeps the texts in `completions.jsonl`.
 
     Args:
-        asked: The prompts.
+        prompts: The prompts.
         model: The model.
         tokenizer: Its tokenizer.
         folder: The run's folder.
@@ -109,25 +89,19 @@ class Completions:
 
     def __init__(
         self,
-        asked: Sequence[Asked],
+        prompts: Sequence[Asked],
         model: Any,
         tokenizer: Any,
         folder: Path,
         seed: int,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._asked = asked
-        self.count = len(asked)
-        self._tokens = [_tokens(number, ask, tokenizer) for number, ask in enumerate(asked)]
+        self._asked = prompts
+        self.count = len(prompts)
+        self._tokens = prompt_ids(prompts, model, tokenizer, name="`sample_prompts`", new_tokens=1)
         self._model, self._tokenizer, self._seed, self._dtype = model, tokenizer, seed, dtype
         self._file = folder / COMPLETIONS_FILE
-        room = context_length(model.config)
-        longest = max(map(len, self._tokens))
-        if room is not None and longest >= room:
-            raise ValueError(
-                f"`sample_prompts` has a prompt of {longest} tokens, which fills the model's context of {room}. "
-                "Shorten it."
-            )
+        room, longest = context_length(model.config), max(map(len, self._tokens))
         self._new_tokens = _NEW_TOKENS if room is None else min(_NEW_TOKENS, room - longest)
 
     def take(self, place: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -164,13 +138,3 @@ class Completions:
         lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in (*earlier, *rows)]
         write_bytes(self._file, "".join(lines).encode())
         return rows
-
-
-def _tokens(number: int, asked: Asked, tokenizer: Any) -> list[int]:
-    try:
-        if tokens := prompt_tokens(asked.prompt, tokenizer, asked.options):
-            return tokens
-        problem: object = "it is empty"
-    except Exception as error:  # noqa: BLE001 - chat templates raise anything
-        problem = error
-    raise ValueError(f"`sample_prompts`, prompt {number}: {problem}. It is {shown(asked.prompt)}.")

@@ -1,1 +1,4 @@
-"""PPO with TRL's own trainer, which TRL below 1.13 has."""
+"""TRL's own PPO as an objective.
+
+`objective`: the contract. `trainer`: its trainer. `models`: its four models.
+"""

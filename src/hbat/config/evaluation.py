@@ -1,0 +1,161 @@
+"""Options of an evaluation of models, with their help texts and checks."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hbat.config.fields import at_home, build_section, check_choice, check_number, check_whole, shown
+
+After = Literal["stage", "round", "end"]
+
+
+@dataclass(kw_only=True)
+class JudgeConfig:
+    """Who compares completions with others, and how. Each field is described by its `help`."""
+
+    reward_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sequence classification model by name on the Hub or local folder: it prefers the completion with "
+            "the higher score, and needs no endpoint."
+        },
+    )
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model of an OpenAI-compatible endpoint, which is asked twice for every pair: in both orders."
+        },
+    )
+    base_url: str | None = field(
+        default=None,
+        metadata={"help": "Address of the endpoint, such as `http://localhost:8000/v1`. Default: OpenAI's."},
+    )
+    api_key_env: str = field(
+        default="OPENAI_API_KEY",
+        metadata={"help": "Environment variable with the endpoint's key, which is written nowhere."},
+    )
+    template: str = field(
+        default="dialogue",
+        metadata={
+            "help": "Question to the endpoint: `summarization`, `dialogue`, or a text file with `{prompt}`, `{first}` "
+            "and `{second}` that asks for a last line `Preferred: A`, `B` or `tie`."
+        },
+    )
+    against: str = field(
+        default="reference",
+        metadata={
+            "help": "What the completions are compared with: the `reference` of each prompt's row, or the folder of "
+            "another model's evaluation with the same prompts and temperatures."
+        },
+    )
+    options: dict[str, Any] = field(
+        default_factory=lambda: {"temperature": 0, "max_tokens": 256},
+        metadata={
+            "help": "Further fields of each request. Some models take `max_completion_tokens` and no `temperature`."
+        },
+    )
+    parallel: int = field(default=4, metadata={"help": "Number of requests to the endpoint at a time."})
+    max_retries: int = field(
+        default=5,
+        metadata={
+            "help": "Number of times a request is repeated, with exponential backoff, after a timeout, a lost "
+            "connection, a status of 408, 409, 429 or 500 and above, or an answer that was cut off."
+        },
+    )
+    timeout: float = field(default=60.0, metadata={"help": "Seconds to wait for an answer."})
+
+    def __post_init__(self) -> None:
+        if (self.reward_model is None) == (self.model is None):
+            raise ValueError(
+                "`judge` needs either a `reward_model`, or the `model` of an endpoint (with its `base_url`)."
+            )
+        self.reward_model, self.template = at_home(self.reward_model), at_home(self.template)
+        self.against = at_home(self.against)
+        for name, low in (("parallel", 1), ("max_retries", 0)):
+            check_whole(name, getattr(self, name), low)
+        check_number("timeout", self.timeout, 0)
+        if self.model is not None and self.base_url is None and self.api_key_env not in os.environ:
+            raise ValueError(
+                f"`judge` asks OpenAI, but the environment has no {self.api_key_env}. Set it, or the `base_url` of "
+                "another endpoint."
+            )
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """What an evaluation measures. Each field is described by its `help`."""
+
+    prompts: Any = field(
+        default=None,
+        metadata={
+            "help": "Held-out rows whose prompts are completed, as `datasets` names data. The row's `completion`, "
+            "`chosen` or last answer is its reference, with which ROUGE compares (package rouge-score)."
+        },
+    )
+    temperatures: list[float] = field(
+        default_factory=lambda: [0.0], metadata={"help": "Sampling temperatures; 0, the default, decodes greedily."}
+    )
+    samples: int = field(
+        default=1, metadata={"help": "Completions of each prompt at every temperature above 0; the paper takes 3."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Maximum number of tokens of a completion."})
+    batch_size: int = field(
+        default=8, metadata={"help": "Sequences in memory at a time, when completing and when scoring."}
+    )
+    pairs: Any = field(
+        default=None,
+        metadata={"help": "Rows of preference data: how often the model finds `chosen` likelier, and by how much."},
+    )
+    texts: Any = field(
+        default=None,
+        metadata={
+            "help": "Plain texts: their cross-entropy, whose drift over a run shows what was forgotten. A file of "
+            "paragraphs (.txt, .gz), or rows with a `text`."
+        },
+    )
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks of lm-eval by name, or YAML files of tasks of your own, which work offline (extra `eval`)."
+        },
+    )
+    limit: int | None = field(default=None, metadata={"help": "Number of rows that are taken of each set and task."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens after which `pairs` and `texts` are cut."})
+    judge: Any = field(
+        default=None,
+        metadata={"help": "Who compares the completions with others, as a mapping; `null` compares none."},
+    )
+    seed: int = field(default=42, metadata={"help": "Random seed of sampling and of bootstrap intervals."})
+    after: After = field(
+        default="stage",
+        metadata={
+            "help": "When a run is measured: at the start and after every `stage` or `round`, or at the `end` alone."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "batch_size", "max_length"):
+            check_whole(name, getattr(self, name), 1)
+        check_whole("seed", self.seed, 0)
+        check_choice("after", self.after, After)
+        if self.limit is not None:
+            check_whole("limit", self.limit, 1)
+        if not self.temperatures or len(set(self.temperatures)) != len(self.temperatures):
+            raise ValueError(f"`temperatures` is {shown(self.temperatures)}; it must be a list of different numbers.")
+        for temperature in self.temperatures:
+            check_number("temperatures", temperature, 0)
+        sources = ("prompts", "pairs", "texts", "tasks")
+        for name in sources:
+            setattr(self, name, at_home(getattr(self, name)))
+        if all(getattr(self, name) is None for name in sources):
+            raise ValueError("Nothing is measured: give `prompts`, `pairs`, `texts` or `tasks`.")
+        self._check_judge()
+
+    def _check_judge(self) -> None:
+        if isinstance(self.judge, Mapping):
+            self.judge = build_section("judge", JudgeConfig, self.judge)
+        if not isinstance(self.judge, JudgeConfig | None):
+            raise TypeError(f"`judge` is a {type(self.judge).__name__}; it must be a mapping or null.")
+        if self.judge is not None and self.prompts is None:
+            raise ValueError("`judge` compares completions: give `prompts`.")

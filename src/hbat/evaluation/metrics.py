@@ -1,0 +1,103 @@
+"""Counts and comparisons of texts, and the means of their values with intervals."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+#: Length of the phrases whose repetition counts.
+_PHRASE = 4
+_RESAMPLES = 1000
+
+
+def distinct(texts: Sequence[str], length: int) -> float:
+    r"""Share of phrases of `length` words that are different: $|\{p\}| / n$ over all texts together.
+
+    distinct-n of Li et al. (arXiv:1510.03055), with words separated by white space. It falls with the number of texts,
+    so only sets of one size compare. 0 if no text has a phrase.
+    """
+    phrases = [phrase for text in texts for phrase in _phrases(text, length)]
+    return len(set(phrases)) / len(phrases) if phrases else 0.0
+
+
+def repetition(text: str) -> float:
+    r"""Share of a text's phrases of four words that stand in it before: $1 - |\{p\}| / n$; 0 if it is shorter."""
+    phrases = _phrases(text, _PHRASE)
+    return 1.0 - len(set(phrases)) / len(phrases) if phrases else 0.0
+
+
+def _phrases(text: str, length: int) -> list[tuple[str, ...]]:
+    words = text.split()
+    return [tuple(words[at : at + length]) for at in range(len(words) - length + 1)]
+
+
+def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L of each text: F1 with Porter's stemmer, by rouge-score.
+
+    Raises:
+        ImportError: If rouge-score is missing.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - an optional extra
+    except ImportError as error:
+        raise ImportError("ROUGE requires rouge-score. Install it with `pip install 'hbat-trl[eval]'`.") from error
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer: Any = RougeScorer(kinds, use_stemmer=True)
+    found = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
+    return {kind: [scores[kind].fmeasure for scores in found] for kind in kinds}
+
+
+def interval(
+    values: Sequence[float], groups: Sequence[Any], seed: int = 0, weights: Sequence[float] | None = None
+) -> tuple[float, float]:
+    r"""95 % bootstrap interval of $\sum v / \sum w$, by percentiles of 1,000 draws.
+
+    Args:
+        values: The values v.
+        groups: What each belongs to, such as its prompt: groups are drawn whole, as their values are not independent.
+        seed: Seed of the draws.
+        weights: w; by default 1 each, which makes it the mean.
+
+    Returns:
+        Lower and upper end.
+    """
+    _, places = np.unique(np.asarray(groups), return_inverse=True)
+    sums, counts = np.bincount(places, values), np.bincount(places, weights)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(_RESAMPLES, len(sums)))
+    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def of_completions(
+    rows: Sequence[Mapping[str, Any]], references: Sequence[str | None], seed: int
+) -> dict[str, dict[str, float]]:
+    """Measure completions of one temperature.
+
+    Args:
+        rows: Rows of a file of completions.
+        references: The reference of each prompt, by its number; None where there is none.
+        seed: Seed of the intervals.
+
+    Returns:
+        Scores by metric: `completions` (mean `tokens`, share that `ended`, mean `repetition`, `distinct_2`), and
+        `rouge` where there are references, with the ends of the interval of `rougeL`.
+    """
+    texts = [str(row["text"]) for row in rows]
+    scores = {
+        "completions": {
+            "ended": fmean(bool(row["ended"]) for row in rows),
+            "tokens": fmean(row["tokens"] for row in rows),
+            "repetition": fmean(map(repetition, texts)),
+            "distinct_2": distinct(texts, 2),
+        }
+    }
+    judged = [row for row in rows if references[row["prompt"]]]
+    if judged:
+        found = rouge([row["text"] for row in judged], [str(references[row["prompt"]]) for row in judged])
+        low, high = interval(found["rougeL"], [row["prompt"] for row in judged], seed)
+        scores["rouge"] = {kind: fmean(values) for kind, values in found.items()} | {
+            "rougeL_low": low,
+            "rougeL_high": high,
+        }
+    return scores

@@ -1,0 +1,121 @@
+"""Held-out rows: prompts with their references, preference pairs, plain texts."""
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from trl.data_utils import extract_prompt
+
+from hbat.data.check import check_dataset
+from hbat.data.faults import MISSING_COLUMN
+from hbat.data.formats import preference_faults, prompt_faults, sft_faults, shared_beginning
+from hbat.data.load import DatasetError
+from hbat.data.sources import Rows, load_rows
+from hbat.data.turns import answer_start
+
+
+class Asked(NamedTuple):
+    """A prompt, what the chat template takes beside it, and the answer that its row has."""
+
+    prompt: Any
+    options: Mapping[str, Any]
+    reference: str | None = None
+
+
+def asked(row: Mapping[str, Any]) -> Asked:
+    """Take the prompt of a row in one of TRL's formats, a text or messages; None for a text without one."""
+    tools = row.get("tools")
+    if isinstance(tools, str):  # as TRL takes them too
+        tools = json.loads(tools)
+    options = {**(row.get("chat_template_kwargs") or {}), **({"tools": tools} if tools else {})}
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if row.get("prompt"):
+        answer = row.get("completion", chosen)
+        return Asked(row["prompt"], options, _text(answer))
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        start = shared_beginning(chosen, rejected)
+        return Asked(chosen[:start], options, _text(chosen[start:]))
+    turns = row.get("messages") or chosen
+    if not isinstance(turns, list) or not turns:
+        return Asked(None, options)
+    start = answer_start(turns)
+    return Asked(turns[:start], options, _text(turns[start:]))
+
+
+def _text(answer: Any) -> str | None:
+    if isinstance(answer, str | None):
+        return answer
+    return "\n".join(str(turn["content"]) for turn in answer if turn.get("content")) or None
+
+
+def load_asked(source: Any, limit: int | None) -> list[Asked]:
+    """Load prompts with their references.
+
+    Args:
+        source: Rows as `hbat.data.sources.load_rows` takes them: with prompts alone, for SFT, or preferences.
+        limit: Number of rows that are taken; None for all.
+
+    Raises:
+        DatasetError: If they cannot be read, or a row has no prompt.
+    """
+    dataset = _checked(source, "`prompts`", limit)
+    found = [asked(row) for row in dataset]
+    for number, ask in enumerate(found):
+        if not ask.prompt:
+            raise DatasetError(f"`prompts`, row {number}: it has no prompt. Give rows with prompts.")
+    return found
+
+
+def _checked(source: Any, name: str, limit: int | None) -> Dataset:
+    for check in (preference_faults, sft_faults):
+        try:
+            rows, _ = load_rows(source, name=name, check=check)
+        except DatasetError:  # in no layout of this kind, or it cannot be read, which the last one says
+            continue
+        first = rows.dataset[0] if len(rows.dataset) else {}
+        if all(fault.kind != MISSING_COLUMN for fault in check(first)):
+            return _kept(rows, name, check, limit)
+    return _kept(load_rows(source, name=name, check=prompt_faults)[0], name, prompt_faults, limit)
+
+
+def _kept(rows: Rows, name: str, check: Any, limit: int | None) -> Dataset:
+    dataset, _ = check_dataset(rows.dataset, name=name, faults=check, origin=rows.origin)
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def load_pairs(source: Any, limit: int | None) -> list[dict[str, Any]]:
+    """Load preference pairs, each with its prompt. Arguments and errors as in `load_asked`."""
+    rows, _ = load_rows(source, name="`pairs`", check=preference_faults)
+    return [
+        dict(row) if row.get("prompt") else extract_prompt(row)
+        for row in _kept(rows, "`pairs`", preference_faults, limit)
+    ]
+
+
+def load_texts(source: Any, limit: int | None) -> list[str]:
+    """Load plain texts: a file with one in every line that is not empty, or rows with a `text`.
+
+    Raises:
+        DatasetError: If they cannot be read, or there are none.
+    """
+    if isinstance(source, str | Path) and str(source).endswith((".txt", ".txt.gz")):
+        try:
+            texts = [line.strip() for line in _lines(Path(source)) if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DatasetError(f"`texts` {str(source)!r} cannot be read: {error}") from error
+    else:
+        dataset = load_rows(source, name="`texts`", check=None)[0].dataset
+        if "text" not in dataset.column_names:
+            raise DatasetError(f"`texts` has the columns {dataset.column_names}; it needs `text`.")
+        texts = [text for text in dataset["text"] if text and text.strip()]
+    if not texts:
+        raise DatasetError("`texts` has no texts.")
+    return texts[:limit]
+
+
+def _lines(file: Path) -> Iterator[str]:
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        yield from lines

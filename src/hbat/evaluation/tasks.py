@@ -1,0 +1,88 @@
+"""Tasks of lm-eval (EleutherAI's harness) on the model that is there."""
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from hbat.config.fields import nearest
+
+#: Metrics by which a task is known, the first one that it has.
+_HEADLINES = ("exact_match", "acc", "acc_norm", "f1", "bleu", "word_perplexity")
+
+
+class Tasks:
+    """Tasks by name or YAML file, loaded once.
+
+    Args:
+        names: Names of tasks, or files.
+        limit: Number of documents of each; None for all.
+        batch_size: Sequences of a forward pass.
+
+    Raises:
+        ImportError: If lm-eval is missing.
+        ValueError: If a task is unknown, or its data cannot be loaded.
+    """
+
+    def __init__(self, names: Sequence[str], limit: int | None, batch_size: int) -> None:
+        try:
+            from lm_eval.tasks import TaskManager  # noqa: PLC0415 - an optional extra, and slow
+        except ImportError as error:
+            raise ImportError("`tasks` requires lm-eval. Install it with `pip install 'hbat-trl[eval]'`.") from error
+        self._names, self._limit, self._batch_size = list(names), limit, batch_size
+        self._manager: Any = TaskManager()
+        for name in names:
+            try:
+                self._manager.load([name])
+            except Exception as error:  # a task may raise anything while it is read
+                hint = nearest(name, self._manager.all_tasks)
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise ValueError(f"`tasks` names {name!r}, which cannot be loaded: {reason}.{hint}") from error
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
+        """Score a model: by task its metrics, those of a filter as `metric_filter`, and standard errors."""
+        from lm_eval import simple_evaluate  # noqa: PLC0415
+        from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
+
+        was_training = model.training
+        with _undisturbed(), torch.no_grad():
+            wrapped = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=self._batch_size)
+            found: Any = simple_evaluate(
+                wrapped, tasks=self._names, limit=self._limit, task_manager=self._manager, log_samples=False
+            )
+        model.train(was_training)
+        return {name: _plain(values) for name, values in found["results"].items()}
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    # lm-eval seeds everything, and tells of each step.
+    log, drawn, of_numpy = logging.getLogger("lm_eval"), random.getstate(), np.random.get_state()  # noqa: NPY002
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        log.setLevel(level)
+        random.setstate(drawn)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def _plain(values: Any) -> dict[str, float]:
+    scores = {}
+    for key, value in values.items():
+        metric, _, chosen = key.partition(",")
+        if isinstance(value, int | float) and not isinstance(value, bool) and chosen:
+            scores[metric if chosen == "none" else f"{metric}_{chosen}"] = float(value)
+    return scores
+
+
+def headline_of(scores: Sequence[str]) -> str:
+    """The metric by which a task is known."""
+    known = [name for start in _HEADLINES for name in scores if name == start or name.startswith(f"{start}_")]
+    return next((name for name in known if "stderr" not in name), next(iter(scores)))

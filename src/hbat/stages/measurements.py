@@ -1,0 +1,88 @@
+"""What a run measures beside its objectives' own evaluation: `sample_prompts` and `evaluation`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hbat.config.hbat import HBATConfig
+from hbat.engines.processes import process_count
+from hbat.evaluation.suite import Scores, Suite, headline
+from hbat.objectives.track import Track
+from hbat.reports.files import EVAL_FOLDER
+from hbat.reports.matrix import ForgettingMatrix
+from hbat.reports.reporter import RunReporter
+from hbat.stages.completions import compute_dtype, prepare_completions
+from hbat.state.run import Run
+
+
+class Measurements:
+    """Completes and measures with the model of a run as it is; the files of `evaluation` have a folder for each stage.
+
+    Args:
+        config: The run's configuration.
+        tracks: The tracks of the run.
+        model: The model.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        DatasetError: If rows cannot be read.
+        NotImplementedError: With `evaluation` in several processes.
+        ValueError: If prompts, a task or a judge cannot be used.
+    """
+
+    def __init__(self, config: HBATConfig, tracks: Sequence[Track], model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer, self._dtype = model, tokenizer, compute_dtype(tracks)
+        self._completions = prepare_completions(config, tracks, model, tokenizer)
+        self._config = config.evaluation
+        if self._config is None:
+            return
+        if process_count() > 1:
+            raise NotImplementedError(
+                f"`evaluation` measures in one process, and this run has {process_count()}. Remove it, and measure "
+                "the run's model afterwards with `hbat eval`."
+            )
+        self._suite, self._folder = Suite(self._config), Path(config.output_dir) / EVAL_FOLDER
+
+    @property
+    def work(self) -> list[str]:
+        """What there is to do at a point of the run, in words."""
+        prompts = [] if self._completions is None else [f"{self._completions.count} prompts to complete"]
+        counts = self._suite.counts if self._config is not None else {}
+        return prompts + [f"{count} rows of `evaluation.{name}`" for name, count in counts.items()]
+
+    def are_due(self, run: Run) -> bool:
+        """Whether there is something to do at this point of the run."""
+        return self._completions is not None or self._measures(run)
+
+    def _measures(self, run: Run) -> bool:
+        if self._config is None:
+            return False
+        stage, after = run.state.next_stage - 1, self._config.after
+        ends = {planned.round: planned.index for planned in run.plan}  # the last stage of each round
+        due = {"stage": True, "round": stage < run.state.first_stage or stage in ends.values()}
+        return due.get(after, stage == max(ends.values()))
+
+    def take(self, run: Run, reporter: RunReporter, matrix: ForgettingMatrix) -> Scores:
+        """Complete and measure, with a column of the matrix for each measurement."""
+        place, scores = run.place(), Scores()
+        if self._completions is not None:
+            reporter.progress.write(f"completing {self._completions.count} prompts")
+            reporter.table("completions", self._completions.take(place), run.state.global_step)
+        if self._measures(run):
+            reporter.progress.write("measuring what `evaluation` names")
+            folder = self._folder / f"stage-{place['stage']}"
+            folder.mkdir(parents=True, exist_ok=True)
+            with torch.autocast(self._model.device.type, self._dtype, enabled=self._dtype is not None):
+                scores = self._suite.measure(self._model, self._tokenizer, folder, identity=place["stage"])
+            add_columns(matrix, [scores])
+        return scores
+
+
+def add_columns(matrix: ForgettingMatrix, scores: Iterable[Mapping[str, Mapping[str, float]]]) -> None:
+    """Give the matrix a column for each measurement of its rows that is none of an objective."""
+    for name, values in (pair for row in scores for pair in row.items()):
+        if name not in matrix.headline:
+            metric, better = headline(name, values)
+            matrix.headline, matrix.better = {**matrix.headline, name: metric}, {**matrix.better, name: better}

@@ -1,0 +1,98 @@
+"""`hbat eval`: models, adapters and runs side by side."""
+
+import json
+
+import cases
+import pytest
+import runs
+
+from hbat.cli.main import main
+
+ROWS = [{"prompt": f"{number} plus 1 is", "completion": f" {number + 1}"} for number in range(3)]
+
+
+def hbat(*words):
+    return main([str(word) for word in words])
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "eval.yaml").write_text("prompts: prompts.jsonl\nmax_new_tokens: 4\ntexts: texts.txt\n")
+    (tmp_path / "texts.txt").write_text("one line\nanother line\n")
+    for seed, name in enumerate(["base", "other"]):
+        cases.tiny_llama(seed).save_pretrained(tmp_path / name)
+        cases.tiny_tokenizer().save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_models_are_measured_side_by_side(files, capsys):
+    assert hbat("eval", "base", "other", "--config", "eval.yaml") == 0
+    found = json.loads((files / "evaluation" / "evaluation.json").read_text())
+    assert found["counts"] == {"completions": 3, "texts": 2}
+    assert list(found["models"]) == ["base", "other"]
+    assert found["models"]["base"]["texts"]["loss"] != found["models"]["other"]["texts"]["loss"]
+    printed = capsys.readouterr().out
+    assert "3 prompts, 2 texts, 95 % intervals" in printed
+    assert "rouge rougeL (higher is better)" in printed
+    assert (files / "evaluation" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert len((files / "evaluation" / "base" / "completions.jsonl").read_text().splitlines()) == 3
+
+
+def test_options_of_the_command_line_come_before_those_of_the_file(files, capsys):
+    assert (
+        hbat("eval", "base", "--config", "eval.yaml", "--temperatures", "[0,1.5]", "--samples=2", "--texts", "null")
+        == 0
+    )
+    found = json.loads((files / "evaluation" / "evaluation.json").read_text())["models"]["base"]
+    assert set(found) == {"completions@0", "completions@1.5", "rouge@0", "rouge@1.5"}
+    assert len((files / "evaluation" / "base" / "completions.jsonl").read_text().splitlines()) == 3 + 6
+
+
+def test_an_adapter_is_measured_on_its_base(files):
+    model = cases.lora_llama()
+    model.get_base_model().save_pretrained(files / "below")
+    cases.tiny_tokenizer().save_pretrained(files / "below")
+    model.peft_config["default"].base_model_name_or_path = str(files / "below")
+    model.save_pretrained(files / "adapter")
+    assert hbat("eval", "below", "adapter", "--texts", "texts.txt") == 0
+    found = json.loads((files / "evaluation" / "evaluation.json").read_text())["models"]
+    assert found["below"]["texts"]["loss"] != found["adapter"]["texts"]["loss"]
+
+
+def test_a_run_is_measured_by_its_folder_once_it_has_saved_a_model(files, capsys):
+    run = runs.train(cases.tiny_llama(), files / "run", num_rounds=1)
+    assert hbat("eval", "run", "--texts", "texts.txt") == 2
+    assert "has saved no model yet" in capsys.readouterr().err
+    run.save_model()
+    assert hbat("eval", "run", "--texts", "texts.txt") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["base"], "Nothing is measured"),
+        (["absent", "--texts", "texts.txt"], "'absent' cannot be loaded"),
+        (["base", "base", "--texts", "texts.txt"], "named twice"),
+        (["base", "--text", "texts.txt"], "`--text` is not an option. Did you mean `texts`?"),
+        (["base", "--config", "none.yaml"], "none.yaml"),
+        (
+            ["base", "--config", "eval.yaml", "--judge.model", "m", "--judge.api_key_env", "HBAT_UNSET"],
+            "has no HBAT_UNSET",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(files, capsys, words, message):
+    assert hbat("eval", *words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hbat: error")]
+    assert message in line
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(files):
+    for name in ("a", "b"):
+        (files / name).mkdir()
+        cases.tiny_llama().save_pretrained(files / name / "model")
+        cases.tiny_tokenizer().save_pretrained(files / name / "model")
+    assert hbat("eval", "a/model", "b/model", "--texts", "texts.txt") == 0
+    assert set(json.loads((files / "evaluation" / "evaluation.json").read_text())["models"]) == {"a-model", "b-model"}

@@ -1,0 +1,71 @@
+"""Tasks of lm-eval from local files: the same as lm-eval by hand."""
+
+import json
+import random
+
+import cases
+import pytest
+import torch
+
+from hbat.config.evaluation import EvalConfig
+from hbat.evaluation.suite import Suite, headline
+from hbat.evaluation.tasks import headline_of
+
+lm_eval = pytest.importorskip("lm_eval")
+
+TASK = """
+task: hbat_sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["4", "5", "6"]
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture
+def task(tmp_path):
+    rows = [{"question": f"{number} plus 2 is ", "answer": number % 3} for number in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sums.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
+    return str(tmp_path / "sums.yaml")
+
+
+@pytest.mark.filterwarnings("ignore")  # lm-eval's own
+def test_a_task_of_ones_own_scores_as_by_hand_and_disturbs_nothing(tmp_path, task):
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = cases.tiny_llama().train(), cases.tiny_tokenizer()
+    suite = Suite(EvalConfig(tasks=[task], batch_size=2))
+    before = torch.random.get_rng_state(), random.getstate()
+    scores = suite.measure(model, tokenizer, tmp_path, identity="a")
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    by_hand = lm_eval.simple_evaluate(HFLM(model.eval(), tokenizer=tokenizer, batch_size=1), tasks=[task])
+    expected = by_hand["results"]["hbat_sums"]
+    assert scores["hbat_sums"]["acc"] == expected["acc,none"]
+    assert scores["hbat_sums"]["acc_stderr"] == pytest.approx(expected["acc_stderr,none"])
+    assert headline("hbat_sums", scores["hbat_sums"]) == ("acc", "higher")
+    assert Suite(EvalConfig(tasks=[task], limit=3)).measure(model, tokenizer, tmp_path, identity="a")["hbat_sums"][
+        "acc"
+    ] in {0, 1 / 3, 2 / 3, 1}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_unknown_task_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"`tasks` names 'arc_esay', which cannot be loaded.*Did you mean `arc_easy`"):
+        Suite(EvalConfig(tasks=["arc_esay"]))
+    with pytest.raises(ValueError, match="absent"):
+        Suite(EvalConfig(tasks=[str(tmp_path / "absent.yaml")]))
+
+
+def test_a_task_is_known_by_its_exact_match_or_accuracy():
+    assert headline_of(["exact_match_stderr_strict", "exact_match_strict", "acc"]) == "exact_match_strict"
+    assert headline_of(["acc_stderr", "acc", "acc_norm"]) == "acc"
+    assert headline_of(["bleu_acc", "other"]) == "bleu_acc"
+    assert headline_of(["other"]) == "other"
