@@ -439,7 +439,8 @@ class HBATTrainer:
         save(folder, self.model, self.processing_class)
         if is_main_process():
             lines = [str(track) for track in self.tracks.values()]
-            write_model_card(folder, self.args, self.model, self.matrix, self._moved_to, lines)
+            sources = list(dict.fromkeys(source for track in self.tracks.values() for source in track.sources))
+            write_model_card(folder, self.args, self.model, self.matrix, self._moved_to, lines, sources)
             if folder.resolve() == self._folder.path.resolve() and self._folder.holds_run():
                 try_report(folder)
 

@@ -263,3 +263,13 @@ def test_rows_to_evaluate_on_are_given_once(files):
         load_splits(
             {"path": files[0], "eval_split": 0.5}, files[1], names=(NAME, "`eval_datasets.sft`"), check=sft_faults
         )
+
+
+def test_the_names_of_files_are_known_without_their_folders(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "x", "completion": "y"}\n')
+    source = [str(tmp_path / "a.jsonl"), {"path": [str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")]}]
+    rows, _ = load_rows(source, name="rows", check=sft_faults)
+    assert rows.origin.sources == ["a.jsonl", "b.jsonl, a.jsonl"]
+    in_memory, _ = load_rows(rows.dataset, name="rows", check=sft_faults)
+    assert in_memory.origin.sources == []

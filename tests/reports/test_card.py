@@ -13,9 +13,9 @@ from hbat.reports.card import write_model_card
 from hbat.reports.matrix import markdown_table
 
 
-def card(folder, model=None, found=None, **options):
+def card(folder, model=None, found=None, sources=(), **options):
     config = HBATConfig(output_dir=str(folder), **options)
-    write_model_card(folder, config, model or cases.tiny_llama(), found or matrix())
+    write_model_card(folder, config, model or cases.tiny_llama(), found or matrix(), sources=sources)
     text = (folder / "README.md").read_text(encoding="utf-8")
     start, front, body = text.split("---\n", 2)
     assert start == ""
@@ -46,6 +46,22 @@ def test_a_folder_is_no_base_model_for_the_hub(name, tmp_path, monkeypatch):
     assert "base_model" not in card(tmp_path, named(name))[0]
     (tmp_path / "models" / "llama").mkdir(parents=True)
     assert "base_model" not in card(tmp_path, named("models/llama"))[0]
+
+
+def test_the_card_names_data_of_the_hub_and_no_files(tmp_path):
+    front, _ = card(tmp_path, sources=["trl-lib/tldr", "pairs.jsonl", "imdb", "rows.jsonl.gz"])
+    assert front["datasets"] == ["trl-lib/tldr", "imdb"]
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [("---\nlicense: apache-2.0\n---\nA model.", "apache-2.0"), ("A model.", None), ("---\nlicense: [\n---\n", None)],
+)
+def test_the_card_has_the_licence_that_the_base_models_card_names(tmp_path, text, licence):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text(text)
+    assert card(tmp_path, named(str(tmp_path / "base")))[0].get("license") == licence
+    assert "license" not in card(tmp_path, named("some/model-that-is-not-cached"))[0]
 
 
 def test_an_adapter_belongs_to_peft_and_names_its_base(tmp_path):

@@ -19,11 +19,13 @@ class Part:
         name: The file or data set, for messages; empty if there is but one.
         rows: All of its rows as they were found.
         conversion: What made rows of TRL's formats out of them, if anything.
+        source: The name of the file, or of the data set on the Hub; empty for rows that were given in memory.
     """
 
     name: str
     rows: Dataset
     conversion: Conversion | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Origin:
     number: Any
 
     @classmethod
-    def of(cls, rows: Dataset, name: str = "", conversion: Conversion | None = None) -> "Origin":
+    def of(cls, rows: Dataset, name: str = "", conversion: Conversion | None = None, source: str = "") -> "Origin":
         """The origin of all rows of one source."""
-        return cls((Part(name, rows, conversion),), np.zeros(len(rows), np.int32), np.arange(len(rows)))
+        return cls((Part(name, rows, conversion, source),), np.zeros(len(rows), np.int32), np.arange(len(rows)))
 
     @classmethod
     def joined(cls, origins: Sequence["Origin"]) -> "Origin":
@@ -60,6 +62,11 @@ class Origin:
         """The origin of some of the rows."""
         chosen = np.asarray(indices, dtype=np.int64)
         return replace(self, part=self.part[chosen], number=self.number[chosen])
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the files and data sets, each once."""
+        return list(dict.fromkeys(part.source for part in self.parts if part.source))
 
     def where(self, index: int) -> str:
         """Name a row, such as `row 7` or `row 7 of pairs.jsonl`."""

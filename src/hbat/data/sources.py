@@ -134,6 +134,15 @@ def _title(part: Mapping[str, Any], index: int) -> str:
     return Path(path).name if Path(path).suffix else str(path)
 
 
+def _source(path: Any) -> str:
+    """The name of a source for others: paths of folders are private."""
+    if isinstance(path, list | tuple):
+        return ", ".join(map(_source, path))
+    if not isinstance(path, str | Path):
+        return ""
+    return Path(path).name if Path(path).exists() else str(path)
+
+
 def _part(given: Mapping[str, Any], name: str, title: str, check: RowCheck | None) -> _Part:
     label = f"{name}, {title}" if title else name
     keys = (*SOURCE_KEYS, *_PART_KEYS)
@@ -156,7 +165,9 @@ def _part(given: Mapping[str, Any], name: str, title: str, check: RowCheck | Non
     require_layout(label, given.get("layout"), given.get("roles"))
     dataset = _renamed(dataset, given.get("columns"), label)
     conversion = _conversion(dataset, given, label, check)
-    rows = _chosen(Rows(dataset, Origin.of(dataset, title, conversion)), given, label)
+    rows = _chosen(
+        Rows(dataset, Origin.of(dataset, title, conversion, _source(path or given.get("data_files")))), given, label
+    )
     weight = given.get("weight")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0):
         raise DatasetError(f"{label}: `weight` is {shown(weight)}; it must be a number above 0.")

@@ -60,7 +60,13 @@ class Track:
     def __str__(self) -> str:
         rows, args = len(self.train_dataset), self.args
         length = f"{args.max_steps} steps a stage" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-        return f"{self.name}: {rows:,} rows, {length}, learning rate {args.learning_rate:g}"
+        named = f" of {', '.join(self.sources)}" if self.sources else ""
+        return f"{self.name}: {rows:,} rows{named}, {length}, learning rate {args.learning_rate:g}"
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the files or data sets on the Hub that the training rows come from."""
+        return self.origins["train_dataset"].sources if "train_dataset" in self.origins else []
 
     @property
     def engines(self) -> Collection[str]:

@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from hbat.config.ewc import EWCConfig
 from hbat.config.hbat import HBATConfig
@@ -84,6 +85,7 @@ def write_model_card(
     matrix: ForgettingMatrix,
     end_weight: float | None = None,
     trained: Sequence[str] = (),
+    sources: Sequence[str] = (),
 ) -> None:
     """Write the model card, `README.md`.
 
@@ -94,6 +96,7 @@ def write_model_card(
         matrix: Its scores.
         end_weight: The point of the last stage that the model was moved to after the run, if it was.
         trained: A line for each objective: what it was trained on, and how.
+        sources: Names of the data that it was trained on; the Hub gets those of its own.
     """
     base, name = getattr(model.config, "_name_or_path", ""), folder.resolve().name
     on_hub, is_adapter = _is_hub_name(base), hasattr(model, "peft_config")
@@ -101,6 +104,8 @@ def write_model_card(
     card = ModelCard.from_template(
         ModelCardData(
             base_model=base if on_hub else None,
+            license=_licence(base),
+            datasets=[source for source in sources if _is_hub_name(source) and not Path(source).suffix] or None,
             library_name="peft" if is_adapter else "transformers",
             tags=["hbat", "trl", *config.objective_names, *(["peft"] if is_adapter else [])],
             model_name=name if results else None,
@@ -147,6 +152,16 @@ def _results(matrix: ForgettingMatrix) -> list[EvalResult]:
         for name, metric in matrix.headline.items()
         if metric in scores.get(name, {})
     ]
+
+
+def _licence(base: str) -> str | None:
+    """The licence that the base model's own card names, if the card is on this machine."""
+    found = try_to_load_from_cache(base, "README.md") if _is_hub_name(base) else Path(base, "README.md")
+    try:
+        licence = ModelCard.load(Path(str(found))).data.license if found else None
+    except (OSError, ValueError, yaml.YAMLError):  # there is none, or not in this form
+        return None
+    return licence if isinstance(licence, str) else None
 
 
 def _is_hub_name(name: str) -> bool:
