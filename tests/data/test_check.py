@@ -139,6 +139,15 @@ def test_a_pair_that_reverses_an_earlier_one_names_it():
     assert check(Dataset.from_list(rows), on_bad_rows="drop")["prompt"][:] == [f"Question {n}" for n in range(5)]
 
 
+def test_the_first_faulty_row_is_named_also_if_it_is_a_reversed_pair():
+    rows = [
+        *pairs(),
+        {"prompt": "Question 3", "chosen": "Bad 3", "rejected": "Good 3"},
+        {"prompt": "", "chosen": "a", "rejected": "b"},
+    ]
+    assert f"{NAME}, row 5, field `chosen`: row 3 is the same pair" in refusal(Dataset.from_list(rows))
+
+
 def test_a_repeated_pair_is_no_reversal():
     assert len(check(Dataset.from_list(pairs() + pairs()))) == 10
 
