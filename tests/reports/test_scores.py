@@ -67,11 +67,26 @@ def test_scores_are_due_once_at_the_start_and_once_after_every_stage(run, report
     assert run.state.log["entries"] == 3
 
 
+def consolidated(folder):
+    config = HBATConfig(output_dir=str(folder), disable_tqdm=True)
+    run = Run.start(config, RunFolder(folder), Fingerprint({}, {}, {}), {"a": torch.zeros(2)})
+    return run, {"a": torch.tensor([0.25, 0.75])}, {"a": torch.tensor([1.0, 3.0])}
+
+
+def test_an_objective_that_was_not_evaluated_before_has_no_increase(reporter, scores, tmp_path):
+    run, path, moved = consolidated(tmp_path)
+    for stage in STAGES:
+        scores.take({"dpo": {"loss": 1.0}}, run, reporter)
+        left = {"displacement": moved, "importance": path}
+        run.commit_stage(stage, steps=2, importance=left, moments={}, weights={"a": torch.ones(2)})
+    assert run.state.predicted
+    scores.take({"sft": {"loss": 4.0}, "dpo": {"loss": 1.0}}, run, reporter)
+    assert "dpo/ewc/measured" not in reporter.state.log_history[-1]
+
+
 def test_the_increase_that_was_predicted_is_logged_beside_the_measured_one(reporter, scores, tmp_path):
-    config = HBATConfig(output_dir=str(tmp_path), disable_tqdm=True)
-    run = Run.start(config, RunFolder(tmp_path), Fingerprint({}, {}, {}), {"a": torch.zeros(2)})
+    run, path, moved = consolidated(tmp_path)
     scores.take({"sft": {"loss": 5.0}, "dpo": {"loss": 2.0}}, run, reporter)
-    path, moved = {"a": torch.tensor([0.25, 0.75])}, {"a": torch.tensor([1.0, 3.0])}
     for stage, share, loss in ((STAGES[0], 1.0, 4.0), (STAGES[1], 0.25, 4.5)):  # the second goes half as far
         left = {"displacement": {"a": share * moved["a"]}, "importance": path}
         run.commit_stage(stage, steps=2, importance=left, moments={}, weights={"a": torch.ones(2)})

@@ -192,7 +192,7 @@ def test_a_trainer_that_fails_leaves_the_precision_in_the_environment(monkeypatc
 
 
 def test_a_copy_computes_with_its_own_weights():
-    model = cases.tiny_llama()
+    model = cases.tiny_llama().train()
     plain = model.forward
     model.forward = types.MethodType(lambda _, *args, **kwargs: plain(*args, **kwargs), model)
     copied = unpatched_copy(model)
