@@ -1,5 +1,6 @@
 """Counts in texts, by hand; ROUGE as rouge-score has it; intervals against a slow version."""
 
+import logging
 import math
 import random
 
@@ -26,7 +27,9 @@ def test_repetition_is_the_share_of_phrases_of_four_words_that_stood_before(text
 
 def test_rouge_is_that_of_rouge_score_and_of_a_count_by_hand():
     texts, references = ["the cat sat", "no match here", "running dogs"], ["the cat lay down", "x y", "dog runs"]
+    handlers = list(logging.root.handlers)
     found = rouge(texts, references)
+    assert logging.root.handlers == handlers
     by_hand = {"rouge1": 2 * 2 / 7, "rouge2": 2 * 1 / 5, "rougeL": 2 * 2 / 7}
     assert {kind: values[0] for kind, values in found.items()} == pytest.approx(by_hand)
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)

@@ -40,10 +40,12 @@ def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, list[flo
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - an optional extra
+        from rouge_score.tokenizers import DefaultTokenizer  # noqa: PLC0415
     except ImportError as error:
         raise ImportError("ROUGE requires rouge-score. Install it with `pip install 'hbat-trl[eval]'`.") from error
     kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer: Any = RougeScorer(kinds, use_stemmer=True)
+    # Without a tokenizer it logs that it takes this one, by a package that gives the root logger a handler.
+    scorer: Any = RougeScorer(kinds, tokenizer=DefaultTokenizer(use_stemmer=True))
     found = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
     return {kind: [scores[kind].fmeasure for scores in found] for kind in kinds}
 
