@@ -44,7 +44,7 @@ from hbat.stages.evaluator import Evaluator
 from hbat.stages.guard import cheap_garbage_collection
 from hbat.stages.interruption import StopRequest
 from hbat.stages.lengths import RowLengths, measure_rows
-from hbat.stages.measurements import Measurements, add_columns
+from hbat.stages.measurements import Measurements
 from hbat.stages.nonfinite import with_advice
 from hbat.stages.rehearsal import rehearse
 from hbat.stages.runner import StageResult, StageRunner
@@ -260,8 +260,8 @@ class HBATTrainer:
             resume=resume, allow_changed=allow_changed, needs_initial=self._evaluator.needs_reference,
         )  # fmt: skip
         run.state.model = described(self.model)
-        self.matrix.rows, self.state, self._moved_to = list(run.state.evaluations), TrainerState(), None
-        add_columns(self.matrix, [row["scores"] for row in self.matrix.rows])
+        self.matrix.take_rows(run.state.evaluations)
+        self.state, self._moved_to = TrainerState(), None
         if is_main_process() and run.state.next_stage == run.state.first_stage and not self.matrix.end:
             forget_results(self._folder.path)
         if run.was_resumed:
@@ -421,7 +421,8 @@ class HBATTrainer:
 
     def _last_stage(self) -> LastStage:
         last = LastStage.read(self._folder, self._fingerprint())
-        self._run, self.matrix.rows = Run(self.args, self._folder, last.state), list(last.state.evaluations)
+        self._run = Run(self.args, self._folder, last.state)
+        self.matrix.take_rows(last.state.evaluations)
         return last
 
     def save_model(self, output_dir: str | None = None) -> None:

@@ -1,12 +1,17 @@
 """`hbat eval`: models, adapters and runs side by side."""
 
 import json
+import subprocess
+import sys
+import time
 
 import cases
+import judge_server
 import pytest
 import runs
 
 from hbat.cli.main import main
+from hbat.state.lock import locked
 
 ROWS = [{"prompt": f"{number} plus 1 is", "completion": f" {number + 1}"} for number in range(3)]
 
@@ -64,7 +69,7 @@ def test_an_adapter_is_measured_on_its_base(files):
 def test_a_run_is_measured_by_its_folder_once_it_has_saved_a_model(files, capsys):
     run = runs.train(cases.tiny_llama(), files / "run", num_rounds=1)
     assert hbat("eval", "run", "--texts", "texts.txt") == 2
-    assert "has saved no model yet" in capsys.readouterr().err
+    assert "holds neither a model nor an adapter" in capsys.readouterr().err
     run.save_model()
     assert hbat("eval", "run", "--texts", "texts.txt") == 0
 
@@ -76,6 +81,9 @@ def test_a_run_is_measured_by_its_folder_once_it_has_saved_a_model(files, capsys
         (["absent", "--texts", "texts.txt"], "'absent' cannot be loaded"),
         (["base", "base", "--texts", "texts.txt"], "named twice"),
         (["base", "--text", "texts.txt"], "`--text` is not an option. Did you mean `texts`?"),
+        (["--texts", "texts.txt", "base"], "takes the models first"),
+        (["never.yaml", "--texts", "texts.txt"], "holds neither a model nor an adapter"),
+        (["base", "--texts", "texts.txt", "--output_dir", "held"], "holds a run, with scores of its own"),
         (["base", "--config", "none.yaml"], "none.yaml"),
         (
             ["base", "--config", "eval.yaml", "--judge.model", "m", "--judge.api_key_env", "HBAT_UNSET"],
@@ -84,6 +92,10 @@ def test_a_run_is_measured_by_its_folder_once_it_has_saved_a_model(files, capsys
     ],
 )
 def test_what_cannot_be_measured_is_one_line(files, capsys, words, message):
+    (files / "never.yaml").write_text("model_name_or_path: x\noutput_dir: never\ndatasets: {sft: a, dpo: b}\n")
+    (files / "never").mkdir()
+    (files / "held").mkdir()
+    (files / "held" / "hbat_state.json").write_text("{}")
     assert hbat("eval", *words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hbat: error")]
     assert message in line
@@ -96,3 +108,52 @@ def test_models_of_one_name_are_told_apart_by_their_folders(files):
         cases.tiny_tokenizer().save_pretrained(files / name / "model")
     assert hbat("eval", "a/model", "b/model", "--texts", "texts.txt") == 0
     assert set(json.loads((files / "evaluation" / "evaluation.json").read_text())["models"]) == {"a-model", "b-model"}
+
+
+def test_other_models_of_the_same_evaluation_join_those_before(files):
+    for words in (["base"], ["other"]):
+        assert hbat("eval", *words, "--texts", "texts.txt") == 0
+    assert list(json.loads((files / "evaluation" / "evaluation.json").read_text())["models"]) == ["base", "other"]
+    assert hbat("eval", "base", "--texts", "texts.txt", "--max_length", 5) == 0  # another one
+    assert list(json.loads((files / "evaluation" / "evaluation.json").read_text())["models"]) == ["base"]
+
+
+def test_other_weights_and_dtypes_are_other_models(files, capsys):
+    words = ["eval", "base", "--prompts", "prompts.jsonl", "--max_new_tokens", 4]
+    assert hbat(*words) == 0
+    assert hbat(*words, "--model_init_kwargs.dtype", "bfloat16") == 2
+    assert "another `model`" in capsys.readouterr().err
+    cases.tiny_llama(5).save_pretrained(files / "base")
+    assert hbat(*words) == 2
+    assert "another `model`" in capsys.readouterr().err
+
+
+def test_the_folder_where_one_is_can_be_named(files, monkeypatch, capsys):
+    (files / "lora[x]").mkdir()
+    cases.tiny_llama().save_pretrained(files / "lora[x]")
+    cases.tiny_tokenizer().save_pretrained(files / "lora[x]")
+    monkeypatch.chdir(files / "lora[x]")
+    assert hbat("eval", ".", "--texts", "../texts.txt", "--output_dir", "../out") == 0
+    assert "lora[x]" in capsys.readouterr().out
+
+
+def test_two_processes_do_not_measure_in_one_folder(files, capsys):
+    with locked(files / "evaluation"):
+        assert hbat("eval", "base", "--texts", "texts.txt") == 2
+    assert "Another process" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_killed_goes_on_without_a_question_asked_twice(files):
+    with judge_server.judge(judge_server.biased, faults=["slow"] * 2) as server:
+        words = ["--prompts", "prompts.jsonl", "--max_new_tokens", "4", "--judge.model", "m", "--judge.parallel", "1"]
+        command = [sys.executable, "-m", "hbat", "eval", "base", *words, "--judge.base_url", server.url]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            while len(server.asked) < 3:
+                time.sleep(0.01)
+            process.kill()
+        kept = len((files / "evaluation" / "base" / "judgments.jsonl").read_text().splitlines())
+        before = server.asked[:kept]
+        assert kept >= 2
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert [server.asked.count(question) for question in before] == [1] * kept

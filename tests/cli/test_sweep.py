@@ -1,11 +1,18 @@
 """`hbat sweep`: every combination in a folder of its own, once."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import run_files
 
+from hbat.cli import run_file
+from hbat.cli import sweep as sweeps
 from hbat.cli.main import main
+from hbat.state.lock import is_held
 
 
 @pytest.fixture
@@ -35,6 +42,8 @@ def test_every_combination_trains_once_and_has_its_scores(tmp_path, file, capfd)
         assert (folder / "model.safetensors").is_file()
     assert "sft loss" in capfd.readouterr().out
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert sweep(file, *axes, "--sft.learning_rate", "0.5") == 1  # the folders hold other runs
+    assert "learning_rate" in capfd.readouterr().err
     trained = {name: (folder / "model.safetensors").stat().st_mtime_ns for name, folder in folders.items()}
     assert sweep(file, *axes) == 0
     assert trained == {name: (folder / "model.safetensors").stat().st_mtime_ns for name, folder in folders.items()}
@@ -42,7 +51,7 @@ def test_every_combination_trains_once_and_has_its_scores(tmp_path, file, capfd)
 
 def test_a_run_that_fails_ends_the_sweep_with_its_folder(tmp_path, file, capfd):
     assert sweep(file, "--set", "sft.learning_rate=1e30") == 1
-    assert "sft.learning_rate=1e30 failed" in capfd.readouterr().err
+    assert "sft.learning_rate=1e+30 failed" in capfd.readouterr().err
     assert not (tmp_path / "out" / "sweep.json").exists()
 
 
@@ -51,6 +60,8 @@ def test_a_run_that_fails_ends_the_sweep_with_its_folder(tmp_path, file, capfd):
     [
         (["--set", "num_rounds"], "write a key and its values"),
         (["--set", "num_rounds="], "write a key and its values"),
+        (["--set", "num_rounds=[1"], "write a key and its values"),
+        (["--set", "run_name=a/b,a_b"], "share the folder"),
         (["--set", "num_rounds=1,0"], "`num_rounds` is 0"),
         (["--set", "num_ronds=1,2"], "Did you mean `num_rounds`"),
         (["--set", "num_rounds=1", "--set", "num_rounds=2"], "names a key twice"),
@@ -61,3 +72,29 @@ def test_values_that_cannot_run_are_refused_before_the_first_run(tmp_path, file,
     assert sweep(file, *words) == 2
     assert message in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_values_of_any_kind_reach_the_run_as_they_are_written(tmp_path, file, monkeypatch):
+    given = []
+    monkeypatch.setattr(sweeps, "_train", lambda _, folder, options: given.append((folder.name, options)))
+    axes = ["--set", "run_name=2026-01-31", "--set", "sft.save_strategy=no", "--set", "peft={r: 2}"]
+    assert sweep(file, *axes) == 2  # as nothing was trained
+    ((name, options),) = given
+    assert name == "run_name=2026-01-31,sft.save_strategy=no,peft=__r___2_"
+    run = run_file.parse(file, run_file.parse_overrides(options))
+    assert (run.config.run_name, run.config.sft["save_strategy"], run.peft) == ("2026-01-31", "no", {"r": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_stopped_leaves_a_run_that_resumes(tmp_path, file, number):
+    words = ["--set", "ewc.strength=0.5", "--sft.max_steps", "100000", "--sft.save_steps", "100000"]
+    command = [sys.executable, "-m", "hbat", "sweep", str(file), *words]
+    folder = tmp_path / "out" / "ewc.strength=0.5"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while "sft: " not in (folder / "progress.json").read_text() if (folder / "progress.json").exists() else True:
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(60) == 130
+    assert not is_held(folder)  # nothing trains any more
+    assert list(folder.glob("stage-*/checkpoint-*/hbat_checksums.json"))

@@ -54,6 +54,28 @@ def test_a_file_that_was_cut_off_continues_to_the_same_rows(tmp_path, share):
     file.write_bytes(content[: int(len(content) * share)])
     torch.manual_seed(99)  # the state of the process has no part in it
     assert complete(tmp_path, **options) == whole
+    assert sorted(file.read_bytes().splitlines()) == sorted(content.splitlines())
+
+
+def test_a_file_of_another_model_is_read_without_its_cut_off_line_and_left_as_it_is(tmp_path):
+    file = tmp_path / "other.jsonl"
+    file.write_text('{"a": 1}\n{"b": ')
+    assert read_rows(file) == [{"a": 1}]
+    assert file.read_text() == '{"a": 1}\n{"b": '
+    file.write_text('{"a": 1}\n[]\nx\n')
+    with pytest.raises(ValueError, match=r"other\.jsonl, line 3"):
+        read_rows(file)
+
+
+def test_a_seed_gives_other_samples_and_a_whole_number_the_same_as_its_float(tmp_path):
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    first, same, other = (
+        complete(folder, temperatures=[temperature], seed=seed)
+        for folder, temperature, seed in zip(folders, (1, 1.0, 1.0), (1, 1, 2), strict=True)
+    )
+    assert first == same != other
 
 
 def test_more_temperatures_leave_the_completions_that_are_there(tmp_path):

@@ -1,5 +1,9 @@
 """Judges: a real HTTP server that fails and prefers in known ways, and reward models."""
 
+import re
+import time
+import traceback
+
 import cases
 import judge_server
 import pytest
@@ -9,6 +13,7 @@ from judge_server import KEY, judge
 
 from hbat.config.evaluation import JudgeConfig
 from hbat.evaluation import endpoint
+from hbat.evaluation.endpoint import JudgeError
 from hbat.evaluation.judges import TEMPLATES, Pair, RewardJudge, make_judge, read_verdict
 from hbat.ppo.rewards.model import RewardModel
 
@@ -26,8 +31,8 @@ def _quick_and_with_a_key(monkeypatch):
 
 
 def asked(server, folder, pairs=PAIRS, **options):
-    config = JudgeConfig(model="judge", base_url=server.url, **options)
-    return make_judge(config).judge(pairs, folder / "judgments.jsonl")
+    config = JudgeConfig(model="judge", base_url=server.url, api_key_env="OPENAI_API_KEY", **options)
+    return make_judge(config, batch_size=2).judge(pairs, folder / "judgments.jsonl")
 
 
 def test_a_completion_wins_if_both_orders_prefer_it(tmp_path):
@@ -90,19 +95,93 @@ def test_answers_that_were_written_down_before_a_kill_are_not_asked_for_again(tm
 def test_a_judge_that_is_down_ends_the_evaluation(tmp_path):
     with (
         judge(faults=[500] * 100) as server,
-        pytest.raises(ConnectionError, match=r"none of the first 4 questions .status 500"),
+        pytest.raises(JudgeError, match=r"no answer to 6 questions .* .status 500"),
     ):
         asked(server, tmp_path, max_retries=1)
-    with pytest.raises(ConnectionError, match="APIConnectionError"):
+    with pytest.raises(JudgeError, match="APIConnectionError"):
         asked(server, tmp_path, max_retries=0)  # nothing listens any more
+
+
+def test_a_judge_that_goes_down_in_the_middle_ends_the_evaluation_with_its_answers_kept(tmp_path):
+    pairs = [Pair(number, "?", "a" * (number + 1), "") for number in range(10)]
+    with judge(faults=[None] * 4 + [500] * 100) as server:
+        with pytest.raises(JudgeError, match="no answer to 8 questions in a row"):
+            asked(server, tmp_path, pairs, max_retries=0, parallel=1)
+        server.faults.clear()
+        asked(server, tmp_path, pairs)
+    assert [server.asked.count(question) for question in server.asked[:4]] == [1, 1, 1, 1]
+    assert len((tmp_path / "judgments.jsonl").read_text().splitlines()) == 20
+
+
+def test_a_retry_waits_as_long_as_the_endpoint_asks(tmp_path):
+    with judge(faults=["wait"]) as server:
+        start = time.monotonic()
+        asked(server, tmp_path, PAIRS[:1], parallel=1)
+    assert 1.0 <= time.monotonic() - start < 10.0
+
+
+def test_equal_texts_are_a_tie_and_equal_questions_are_asked_once(tmp_path):
+    pairs = [Pair(0, "?", "same", "same"), Pair(1, "?", "longer", "long"), Pair(1, "?", "longer", "long")]
+    with judge() as server:
+        verdicts = asked(server, tmp_path, pairs)
+    assert (verdicts.points, len(server.asked), verdicts.tokens) == ([0.5, 1.0, 1.0], 2, 20)
+    assert (verdicts.agreement, verdicts.first) == (1.0, 0.5)
+
+
+def test_options_are_sent_with_every_request(tmp_path):
+    with judge() as server:
+        asked(server, tmp_path, PAIRS[:1], options={"top_k": 1, "max_completion_tokens": 9})
+    assert [(body["top_k"], body["max_completion_tokens"]) for body in server.bodies] == [(1, 9)] * 2
+    assert not any("max_tokens" in body for body in server.bodies)
+
+
+def test_several_questions_are_asked_at_a_time(tmp_path):
+    pairs = [Pair(number, "?", "a" * (number + 1), "") for number in range(4)]
+    with judge(faults=["slow"] * 8) as server:
+        start = time.monotonic()
+        asked(server, tmp_path, pairs, parallel=8)
+    assert time.monotonic() - start < 4.0  # one after the other they take eight seconds
+
+
+def test_another_endpoint_gets_no_key_unless_it_is_named(tmp_path):
+    with judge() as server:
+        config = JudgeConfig(model="judge", base_url=server.url)
+        make_judge(config, batch_size=2).judge(PAIRS, tmp_path / "judgments.jsonl")
+    assert server.keys == {"Bearer none"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"api_key_env": "sk-0123"}, "`judge.api_key_env` is no name of an environment variable"),
+        ({"base_url": "http://me:secret@localhost/v1"}, "`judge.base_url` has a user name or password"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_refused_without_showing_it(options, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        JudgeConfig(model="judge", **options)
+    assert not re.search("sk-0123|secret", str(raised.value))
+
+
+def test_openai_needs_a_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    with pytest.raises(ValueError, match="no OPENAI_API_KEY"):
+        make_judge(JudgeConfig(model="judge"), batch_size=2)
+
+
+def test_an_answer_with_half_a_character_is_kept(tmp_path):
+    with judge(lambda question: "\ud83d Preferred: A") as server:
+        first, second = (asked(server, tmp_path) for _ in range(2))
+    assert first == second
+    assert len(server.asked) == 6
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
 def test_a_refusal_ends_the_evaluation_without_showing_the_key(tmp_path, status):
-    with judge(faults=[status] * 10) as server, pytest.raises(ValueError, match=f"status {status}") as raised:
+    with judge(faults=[status] * 10) as server, pytest.raises(JudgeError, match=f"status {status}") as raised:
         asked(server, tmp_path)
     assert "OPENAI_API_KEY" in str(raised.value)
-    assert KEY not in str(raised.value)
+    assert KEY not in "".join(traceback.format_exception(raised.value))
     assert server.keys == {f"Bearer {KEY}"}
     assert not any(KEY in file.read_text() for file in tmp_path.iterdir())
 
@@ -120,7 +199,12 @@ def test_the_answers_of_one_judge_are_not_those_of_another(tmp_path):
         ("Preferred: A", "A"),
         ("... **Preferred**: B.", "B"),
         ('Preferred: "tie"', "tie"),
-        ("preferred: a", "A"),
+        ("PREFERRED: A", "A"),
+        ("Preferred: Answer B", "B"),
+        ("Preferred: Summary A.", "A"),
+        ("Answer B is preferred. A is too long.", None),
+        ("I preferred a shorter text; so B it is", None),
+        ("Preferred: Tie", "tie"),
         ("Preferred: A\nNo. Preferred: B", "B"),
         ("Preferred: Answer", None),
         ("A", None),
@@ -170,3 +254,4 @@ def test_a_reward_model_prefers_the_higher_score(tmp_path):
     other = reward([pair.prompt for pair in PAIRS], [pair.other for pair in PAIRS])
     assert verdicts.points == [*torch.where(own > other, 1.0, 0.0).tolist(), 0.5]
     assert verdicts.agreement is None
+    assert RewardJudge(reward).judge([], tmp_path / "unused").points == []

@@ -66,3 +66,17 @@ def test_completions_without_a_reference_get_no_rouge():
     assert scores["completions"] == {"ended": 0.5, "tokens": 3.0, "repetition": 0.0, "distinct_2": 1.0}
     assert scores["rouge"]["rougeL"] == scores["rouge"]["rougeL_low"] == 1.0
     assert "rouge" not in of_completions(rows, [None, ""], seed=0)
+
+
+def test_rouge_leaves_out_references_without_a_letter_that_it_knows():
+    rows = [
+        {"prompt": n, "text": text, "tokens": 1, "ended": True} for n, text in enumerate(["a", "\u043c\u0438\u0440"])
+    ]
+    assert of_completions(rows, ["a", "\u043c\u0438\u0440"], seed=0)["rouge"]["rouge1"] == 1.0
+    assert "rouge" not in of_completions(rows[1:], [None, "\u043c\u0438\u0440"], seed=0)
+
+
+def test_the_interval_of_rouge_draws_prompts_with_all_their_samples():
+    rows = [{"prompt": n % 8, "text": "a" if n % 8 < 4 else "b", "tokens": 1, "ended": True} for n in range(80)]
+    scores = of_completions(rows, ["a"] * 8, seed=0)["rouge"]
+    assert scores["rougeL_high"] - scores["rougeL_low"] > 0.5  # of 80 independent ones 0.22

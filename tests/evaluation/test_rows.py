@@ -6,7 +6,7 @@ import json
 import pytest
 
 from hbat.data.load import DatasetError
-from hbat.evaluation.rows import Asked, load_asked, load_pairs, load_texts
+from hbat.evaluation.rows import Asked, asked, load_asked, load_pairs, load_texts
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -26,6 +26,8 @@ def written(folder, *rows):
         ({"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [TURNS[1] | {"content": "No"}]}, TURNS[:1], "Hello"),
         ({"chosen": "Hi: yes", "rejected": "Hi: no"}, "Hi: ", "yes"),
         ({"prompt": "Hi"}, "Hi", None),
+        ({"prompt": "Hi", "completion": "No", "label": False}, "Hi", None),
+        ({"prompt": "Hi", "completion": "Yes", "label": True}, "Hi", "Yes"),
         ({"prompt": "Hi", "answer": "12"}, TURNS[:1], "12"),
         ({"instruction": "Hi", "input": "", "output": "Hello"}, TURNS[:1], "Hello"),
     ],
@@ -35,6 +37,30 @@ def test_a_row_in_any_layout_gives_its_prompt_and_reference(tmp_path, row, promp
     if isinstance(prompt, list) and isinstance(found.prompt, str):  # Alpaca's rows become texts or messages
         prompt = prompt[0]["content"]
     assert (found.prompt, found.reference) == (prompt, reference)
+
+
+def test_results_of_tools_are_no_part_of_a_reference(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {}}}], "content": ""}
+    turns = [TURNS[0], call, {"role": "tool", "content": "4"}, {"role": "assistant", "content": "It is 4"}]
+    assert asked({"messages": turns}).reference == "It is 4"
+
+
+def test_bad_rows_are_dropped_if_that_is_asked_for(tmp_path):
+    rows = written(
+        tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d", "chosen": "e", "rejected": "e"}
+    )
+    with pytest.raises(DatasetError, match=r"`pairs`, row 1.*on_bad_rows: drop"):
+        load_pairs(rows, None)
+    assert [pair["prompt"] for pair in load_pairs(rows, None, "drop")] == ["a"]
+    assert [pair["prompt"] for pair in load_pairs(rows, 1)] == ["a"]  # what is not taken is not looked at
+    assert [ask.prompt for ask in load_asked(rows, None)] == ["a", "d"]  # two equal answers are a good prompt
+
+
+def test_a_pair_keeps_what_its_template_takes(tmp_path):
+    other = [TURNS[0], {"role": "assistant", "content": "No"}]
+    row = {"chosen": TURNS, "rejected": other, "chat_template_kwargs": {"thinking": False}}
+    (pair,) = load_pairs(written(tmp_path, row), None)
+    assert (pair["prompt"], pair["chat_template_kwargs"]) == (TURNS[:1], {"thinking": False})
 
 
 def test_tools_go_to_the_chat_template(tmp_path):
@@ -53,10 +79,9 @@ def test_a_limit_takes_the_first_rows(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "only a text"}], "`prompts`, row 0: it has no prompt"),
+        ([{"text": "only a text"}], "`prompts`, row 0, field `prompt`: it has no prompt"),
         ([{"prompt": "Hi"}, {"prompt": ""}], "`prompts`.*row 1"),
         ([{"number": 1}], "`prompts`.*prompt"),
-        ([{"prompt": "Hi", "completion": "a"}, {"prompt": "Ho", "completion": None}], "`prompts`.*row 1"),
     ],
 )
 def test_rows_that_ask_nothing_are_refused_by_their_number(tmp_path, rows, message):
@@ -88,6 +113,10 @@ def test_texts_are_the_lines_of_a_file_or_the_column_of_rows(tmp_path):
     assert load_texts(written(tmp_path, {"text": "four"}, {"text": " "}, {"text": "five"}), 1) == ["four"]
     with pytest.raises(DatasetError, match=r"has the columns \['prompt'\]; it needs `text`"):
         load_texts(written(tmp_path, {"prompt": "x"}), None)
+    assert load_texts(written(tmp_path, {"text": "six"}, {"text": None}), None) == ["six"]
+    (tmp_path / "d.txt.gz").write_bytes((tmp_path / "b.txt.gz").read_bytes()[:-6])
+    with pytest.raises(DatasetError, match=r"d\.txt\.gz"):
+        load_texts(tmp_path / "d.txt.gz", None)
     (tmp_path / "c.txt").write_text("\n\n")
     with pytest.raises(DatasetError, match="no texts"):
         load_texts(tmp_path / "c.txt", None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hbat.config.evaluation import EvalConfig
-from hbat.evaluation.suite import Suite, headline
+from hbat.evaluation.suite import Suite
 from hbat.evaluation.tasks import headline_of
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -50,15 +50,39 @@ def test_a_task_of_ones_own_scores_as_by_hand_and_disturbs_nothing(tmp_path, tas
     expected = by_hand["results"]["hbat_sums"]
     assert scores["hbat_sums"]["acc"] == expected["acc,none"]
     assert scores["hbat_sums"]["acc_stderr"] == pytest.approx(expected["acc_stderr,none"])
-    assert headline("hbat_sums", scores["hbat_sums"]) == ("acc", "higher")
-    assert Suite(EvalConfig(tasks=[task], limit=3)).measure(model, tokenizer, tmp_path, identity="a")["hbat_sums"][
-        "acc"
-    ] in {0, 1 / 3, 2 / 3, 1}
+    assert suite.headline("hbat_sums", scores["hbat_sums"]) == ("acc", "higher")
+    three = Suite(EvalConfig(tasks=[task], limit=3)).measure(model, tokenizer, tmp_path, identity="a")["hbat_sums"]
+    limited = lm_eval.simple_evaluate(HFLM(model.eval(), tokenizer=tokenizer, batch_size=1), tasks=[task], limit=3)
+    assert three["acc"] == limited["results"]["hbat_sums"]["acc,none"]
+    assert three["acc_stderr"] != scores["hbat_sums"]["acc_stderr"]
+
+
+PERPLEXITY = """
+task: hbat_words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list:
+  - metric: word_perplexity
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_perplexity_is_better_when_it_is_lower(tmp_path, task):
+    (tmp_path / "words.yaml").write_text(PERPLEXITY.format(file=tmp_path / "rows.jsonl"))
+    suite = Suite(EvalConfig(tasks=[str(tmp_path / "words.yaml")]))
+    scores = suite.measure(cases.tiny_llama(), cases.tiny_tokenizer(), tmp_path, identity="a")
+    assert suite.headline("hbat_words", scores["hbat_words"]) == ("word_perplexity", "lower")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_unknown_task_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"`tasks` names 'arc_esay', which cannot be loaded.*Did you mean `arc_easy`"):
+    with pytest.raises(
+        ValueError, match=r"`tasks` is \['arc_esay'\], which cannot be loaded.*Did you mean `arc_easy`"
+    ):
         Suite(EvalConfig(tasks=["arc_esay"]))
     with pytest.raises(ValueError, match="absent"):
         Suite(EvalConfig(tasks=[str(tmp_path / "absent.yaml")]))

@@ -8,6 +8,7 @@ import runs
 from transformers import TrainerCallback
 
 from hbat.config.hbat import HBATConfig
+from hbat.evaluation.completions import read_rows
 from hbat.reports.record import RunRecord
 from hbat.stages.measurements import Measurements
 from hbat.trainer import HBATTrainer
@@ -26,10 +27,17 @@ class Cut(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def build(folder, evaluation, callbacks=None, **options):
+def build(folder, evaluation, callbacks=None, *, evaluation_rows=False, **options):
     config = runs.config(folder, **options)
     config = HBATConfig(**{**vars(config), "evaluation": evaluation})
-    return HBATTrainer(cases.tiny_llama(), config, runs.rows(), None, cases.tiny_tokenizer(), callbacks=callbacks)
+    return HBATTrainer(
+        cases.tiny_llama(),
+        config,
+        runs.rows(),
+        runs.rows() if evaluation_rows else None,
+        cases.tiny_tokenizer(),
+        callbacks=callbacks,
+    )
 
 
 def measured(prompts, **options):
@@ -77,6 +85,32 @@ def test_a_run_that_is_resumed_has_the_scores_of_one_that_was_not_cut_off(tmp_pa
     again = build(tmp_path / "cut", measured(prompts))
     again.train(resume_from_checkpoint=True)  # nothing is left
     assert again.matrix.as_dict() == whole.matrix.as_dict()
+
+
+def test_a_run_that_continues_another_with_fewer_objectives_gets_no_column_of_them(tmp_path, prompts):
+    first = build(tmp_path / "first", measured(prompts), evaluation_rows=True, num_rounds=1)
+    first.train()
+    config = runs.config(tmp_path / "second", continue_from=str(tmp_path / "first"), objectives=["sft"], num_rounds=1)
+    data = {"sft": runs.rows()["sft"]}
+    second = HBATTrainer(cases.tiny_llama(), config, data, processing_class=cases.tiny_tokenizer())
+    second.train()
+    assert list(second.matrix.headline) == ["sft", "completions", "rouge"]
+
+
+def test_a_prompt_that_does_not_fit_is_refused_at_construction(tmp_path, prompts):
+    with pytest.raises(ValueError, match="do not fit the model's context"):
+        build(tmp_path / "run", measured(prompts, max_new_tokens=128, after="end"))
+
+
+def test_a_stage_that_is_trained_again_is_completed_again(tmp_path, prompts):
+    build(tmp_path / "run", measured(prompts), num_rounds=1).train()
+    before = read_rows(tmp_path / "run" / "evaluation" / "stage-1" / "completions.jsonl")
+    newest = max((tmp_path / "run" / "state").glob("weights*"), key=lambda file: file.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:-1])  # the run goes back to the state before
+    run = build(tmp_path / "run", measured(prompts), num_rounds=1, dpo={"learning_rate": 0.5})
+    run.train(resume_from_checkpoint=True, allow_changed=["dpo.learning_rate"])
+    after = read_rows(tmp_path / "run" / "evaluation" / "stage-1" / "completions.jsonl")
+    assert [row["text"] for row in after] != [row["text"] for row in before]
 
 
 def test_a_run_that_starts_over_forgets_the_completions_before(tmp_path, prompts):

@@ -28,7 +28,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, answer, faults):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer, self.faults, self.lock = answer, list(faults), threading.Lock()
-        self.asked, self.keys = [], set()
+        self.asked, self.bodies, self.keys = [], [], set()
 
     def handle_error(self, *_):
         """Clients go away in the middle: that is what is tested."""
@@ -37,9 +37,11 @@ class Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server = self.server
-        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][0]["content"]
         with server.lock:
             server.asked.append(question)
+            server.bodies.append(body)
             server.keys.add(self.headers["Authorization"])
             fault = server.faults.pop(0) if server.faults else None
         if isinstance(fault, int):
@@ -47,6 +49,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "slow":
             time.sleep(1.0)
             self._send(200, self._completion(question))
+        elif fault == "wait":
+            self._send(429, {"error": {"message": "later"}}, retry_after=1)
         elif fault == "cut":
             self._send(200, self._completion(question), cut=20)
         elif fault == "nonsense":
@@ -64,11 +68,13 @@ class _Handler(BaseHTTPRequestHandler):
             "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
         }  # fmt: skip
 
-    def _send(self, status, values, cut=0):
+    def _send(self, status, values, cut=0, retry_after=None):
         body = (values if isinstance(values, str) else json.dumps(values)).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        if retry_after is not None:
+            self.send_header("Retry-After", str(retry_after))
         self.end_headers()
         self.wfile.write(body[: len(body) - cut])
         if cut:

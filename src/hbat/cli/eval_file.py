@@ -7,12 +7,12 @@ from typing import Any
 
 from hbat.cli.run_file import override
 from hbat.cli.yaml import read_yaml
-from hbat.config.evaluation import EvalConfig
+from hbat.config.evaluation import Measured
 from hbat.config.fields import at_home, build_section, not_an_option
 
 
 @dataclass(kw_only=True)
-class EvalFile(EvalConfig):
+class EvalFile(Measured):
     """What `hbat eval` measures, and where it writes. Every field has its help text."""
 
     output_dir: str = field(

@@ -1,56 +1,85 @@
 """`hbat eval`: measures models one after the other, and shows their scores side by side."""
 
+import dataclasses
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hbat.cli.eval_file import EvalFile
 from hbat.cli.run_file import parse
-from hbat.evaluation.suite import Scores, Suite, headline
+from hbat.engines.processes import process_count
+from hbat.evaluation.suite import Scores, Suite
 from hbat.model.load import is_adapter, load_language_model, load_tokenizer
-from hbat.reports.files import EVAL_FILE, EVAL_PLOT_FILE
+from hbat.reports.files import COMPLETIONS_FILE, PLOT_FILE, SCORES_FILE
+from hbat.reports.matrix import Better
 from hbat.reports.plots import draw_models
-from hbat.state.files import checksum, write_json
+from hbat.state.files import checksum, digest, write_json
 from hbat.state.folder import RunFolder
+from hbat.state.lock import locked
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _COUNTED = {"completions": "prompts"}
-#: Endings of a metric's interval and standard error.
+#: Endings of the bounds of a metric's interval.
 _BOUNDS = ("_low", "_high")
 
 
-def evaluate(models: Sequence[str], config: EvalFile) -> dict[str, Scores]:
-    """Measure models and write `evaluation.json` and `evaluation.png`; those that are measured already are read.
+def evaluate(models: Sequence[str], config: EvalFile) -> Callable[[], None]:
+    """Measure models and write `evaluation.json` and `evaluation.png`, beside those of the same evaluation before.
 
     Args:
         models: Names on the Hub, folders of models, adapters or runs, or run files.
         config: What is measured.
 
     Returns:
-        Scores by model.
+        What prints the scores.
 
     Raises:
         ValueError: If a model cannot be loaded or measured.
+        RunStateError: If another process measures in the folder.
     """
-    sources = [_source(model) for model in models]
-    folder, suite, found = Path(config.output_dir), Suite(config), dict[str, Scores]()
-    for label, source in zip(_labels(sources), sources, strict=True):
-        found[label] = _measured(source, suite, config, folder / label)
-        counts = suite.counts
-        write_json(folder / EVAL_FILE, {"models": found, "counts": counts})
-    draw_models(
-        found,
-        {name: headline(name, scores) for one in found.values() for name, scores in one.items()},
-        folder / EVAL_PLOT_FILE,
-    )
-    return found
+    if process_count() > 1:
+        raise ValueError("`hbat eval` measures in one process. Start it without `torchrun` or `accelerate launch`.")
+    sources, folder = [_source(model) for model in models], Path(config.output_dir)
+    labels = _labels(sources)
+    if RunFolder(folder).holds_run():
+        raise ValueError(
+            f"`output_dir` {config.output_dir!r} holds a run, with scores of its own. Name another folder."
+        )
+    suite = Suite(config)
+    with locked(folder):
+        found = _before(folder, config)
+        for label, source in zip(labels, sources, strict=True):
+            found[label] = _measured(source, suite, config, folder / label)
+            write_json(folder / SCORES_FILE, {"models": found, "counts": suite.counts, "settings": _settings(config)})
+        columns = {name: suite.headline(name, scores) for one in found.values() for name, scores in one.items()}
+        draw_models(found, columns, folder / PLOT_FILE)
+    return partial(print_evaluation, found, columns, suite.counts, folder)
+
+
+def _settings(config: EvalFile) -> str:
+    return digest({
+        **dataclasses.asdict(config),
+        "output_dir": "",
+        "model_init_kwargs": repr(config.model_init_kwargs),
+    })
+
+
+def _before(folder: Path, config: EvalFile) -> dict[str, Scores]:
+    """The models that the same evaluation has measured already."""
+    try:
+        values = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
+        return dict(values["models"]) if values["settings"] == _settings(config) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _source(given: str) -> str:
@@ -60,30 +89,34 @@ def _source(given: str) -> str:
         path = Path(parse(path).config.output_dir)
     elif not path.is_dir():
         return given
-    if RunFolder(path).holds_run() and not is_adapter(path) and not (path / "config.json").is_file():
-        raise ValueError(f"The run in {str(path)!r} has saved no model yet. Finish it with `hbat train --resume`.")
+    if not is_adapter(path) and not (path / "config.json").is_file():
+        raise ValueError(
+            f"The folder {str(path)!r} holds neither a model nor an adapter. A run has one once it is finished (`hbat "
+            "train --resume`)."
+        )
     return str(path)
 
 
 def _labels(sources: Sequence[str]) -> list[str]:
     """Names for models: the last part of each path, or as much of it as tells them apart."""
-    for parts in range(1, 1 + max(len(Path(source).parts) for source in sources)):
-        labels = ["-".join(Path(source).parts[-parts:]) for source in sources]
+    paths = [Path(source).resolve() if Path(source).is_dir() else Path(source) for source in sources]
+    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
+        labels = ["-".join(path.parts[-parts:]).strip("/.-") or "model" for path in paths]
         if len(set(labels)) == len(labels):
-            return [label.strip("/.-") or "model" for label in labels]
+            return labels
     raise ValueError(f"A model is named twice: {', '.join(sources)}.")
 
 
 def _measured(source: str, suite: Suite, config: EvalFile, folder: Path) -> Scores:
     try:
         model = load_language_model(source, {"dtype": "auto", **(config.model_init_kwargs or {})})
-        tokenizer = load_tokenizer(None, model, origin=source)
+        tokenizer = load_tokenizer(None, model, config, origin=source)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{source!r} cannot be loaded as a language model: {error}") from error
     if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
         model.to(PartialState().default_device)
-    folder.mkdir(parents=True, exist_ok=True)
-    scores = suite.measure(model.eval(), tokenizer, folder, identity=_identity(source, model))
+    identity = [_identity(source, model), repr(config.model_init_kwargs)]
+    scores = suite.measure(model.eval(), tokenizer, folder, identity=identity)
     del model
     gc.collect()  # a model's modules refer to one another
     if torch.cuda.is_available():
@@ -92,39 +125,50 @@ def _measured(source: str, suite: Suite, config: EvalFile, folder: Path) -> Scor
 
 
 def _identity(source: str, model: Any) -> dict[str, Any]:
-    """What tells a model from others: the checksums of its weights, or its commit on the Hub."""
-    files = sorted(file for pattern in _WEIGHTS for file in Path(source).glob(pattern) if file.is_file())
-    if files:
-        return {file.name: checksum(file) for file in files}
-    return {"name": source, "commit": getattr(model.config, "_commit_hash", None)}
+    """What tells a model from others, with the base of an adapter: checksums of weights, or commits on the Hub."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys([source, str(model.config._name_or_path)]):  # noqa: SLF001 - the base, no public name
+        files = sorted(file for pattern in _WEIGHTS for file in Path(name).glob(pattern) if file.is_file())
+        commit = getattr(model.config, "_commit_hash", None)
+        found[Path(name).name] = {file.name: checksum(file) for file in files} or [name, commit]
+    return found
 
 
-def print_evaluation(found: Mapping[str, Scores], config: EvalFile) -> None:
-    """Print a table of all scores, a column for each model, and the paths of the results."""
-    console, folder = Console(soft_wrap=True), Path(config.output_dir).absolute()
-    counts = json.loads((folder / EVAL_FILE).read_text(encoding="utf-8"))["counts"]
+def print_evaluation(
+    found: Mapping[str, Scores],
+    columns: Mapping[str, tuple[str, Better]],
+    counts: Mapping[str, int],
+    folder: Path,
+) -> None:
+    """Print a table of all scores, a column for each model, and the paths of the results.
+
+    Args:
+        found: Scores by model.
+        columns: Metric that stands for each measurement, and which of its values are better.
+        counts: Number of rows of each measurement.
+        folder: Folder of the results.
+    """
+    console = Console(soft_wrap=True)
     rows = [f"{count} {_COUNTED.get(name, name)}" for name, count in counts.items()]
     table = Table(title=", ".join([*rows, "95 % intervals"]), title_justify="left")
     table.add_column("")
     for label in found:
-        table.add_column(label, justify="right")
-    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
-    for name in names:
-        metrics = {metric: value for scores in found.values() for metric, value in scores.get(name, {}).items()}
-        main, better = headline(name, metrics)
+        table.add_column(escape(label), justify="right")
+    for name, (main, better) in columns.items():
+        metrics = dict.fromkeys(metric for scores in found.values() for metric in scores.get(name, {}))
         for metric in sorted(metrics, key=lambda metric: metric != main):
             if metric.endswith(_BOUNDS):
                 continue
-            arrow = {"higher": " (higher is better)", "lower": " (lower is better)"}[better] if metric == main else ""
+            direction = f" ({better} is better)" if metric == main else ""
             cells = [_cell(scores.get(name, {}), metric) for scores in found.values()]
-            table.add_row(f"{name} {metric}{arrow}", *cells, style=None if metric == main else "dim")
+            table.add_row(escape(f"{name} {metric}{direction}"), *cells, style=None if metric == main else "dim")
         table.add_section()
     console.print(table)
-    console.print(f"Scores:      {folder / EVAL_FILE}", highlight=False)
-    if (folder / EVAL_PLOT_FILE).is_file():
-        console.print(f"Plot:        {folder / EVAL_PLOT_FILE}", highlight=False)
-    if config.prompts is not None:
-        console.print(f"Completions: {folder}/MODEL/completions.jsonl", highlight=False)
+    console.print(f"Scores:      {(folder / SCORES_FILE).absolute()}", highlight=False, markup=False)
+    if (folder / PLOT_FILE).is_file():
+        console.print(f"Plot:        {(folder / PLOT_FILE).absolute()}", highlight=False, markup=False)
+    if "completions" in counts:
+        console.print(f"Completions: {folder.absolute()}/MODEL/{COMPLETIONS_FILE}", highlight=False, markup=False)
 
 
 def _cell(scores: Mapping[str, float], metric: str) -> str:

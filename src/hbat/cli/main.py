@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         options, rest = make_parser().parse_known_args(words)
+        options.argv = words
         return _COMMANDS[options.command](options, rest)
     except KeyboardInterrupt:
         hint = "; continue with `--resume`" if words[0] == "train" else ""
@@ -265,12 +266,14 @@ def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _eval(options: argparse.Namespace, words: Sequence[str]) -> int:
+    if options.argv[1].startswith("-"):
+        raise ValueError("`hbat eval` takes the models first: `hbat eval MODEL --config eval.yaml`.")
     config = parse_eval(options.config, parse_overrides(words))
     with contextlib.redirect_stdout(sys.stderr):
-        from hbat.cli.evaluate import evaluate, print_evaluation  # noqa: PLC0415 - heavy
+        from hbat.cli.evaluate import evaluate  # noqa: PLC0415 - heavy
 
-        scores = evaluate(options.models, config)
-    print_evaluation(scores, config)
+        print_scores = evaluate(options.models, config)
+    print_scores()
     return 0
 
 

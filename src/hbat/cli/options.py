@@ -205,7 +205,7 @@ def _eval_keys_help() -> str:
         "Every key of the file is also an option and takes precedence over the file: `--prompts held-out.jsonl`,",
         "`--temperatures [0,0.75]`, `--judge.reward_model my/reward-model`. Values are YAML.",
         "\nkeys:",
-        *(_entry(field.name, field) for field in dataclasses.fields(EvalFile) if field.name not in {"judge", "after"}),
+        *(_entry(field.name, field) for field in dataclasses.fields(EvalFile) if field.name != "judge"),
         *(_entry(f"judge.{field.name}", field) for field in dataclasses.fields(JudgeConfig)),
     ])
 

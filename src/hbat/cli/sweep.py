@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from hbat.cli.run_file import RunFile, parse, parse_overrides
+from hbat.cli.run_file import RunFile, as_it_runs, parse, parse_overrides
+from hbat.cli.yaml import PlainYAMLError, load_yaml
 from hbat.model.load import is_adapter
 from hbat.reports.files import SWEEP_FILE, SWEEP_PLOT_FILE
 from hbat.reports.matrix import ForgettingMatrix, directions
@@ -25,10 +28,9 @@ from hbat.state.folder import RunFolder
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep: its values by key, its folder, and its scores at the end."""
+    """One run of a sweep: its values by key, and its scores at the end."""
 
     values: dict[str, Any]
-    folder: Path
     matrix: ForgettingMatrix
 
 
@@ -48,26 +50,31 @@ def sweep(file: str, run: RunFile, axes: Sequence[str], words: Sequence[str]) ->
     keys, columns = zip(*map(_axis, axes), strict=True)
     if len(set(keys)) < len(keys):
         raise ValueError(f"`--set` names a key twice: {', '.join(keys)}.")
-    whole = Path(run.config.output_dir)
-    jobs = []
+    whole, jobs = Path(run.config.output_dir), {}
     for values in itertools.product(*columns):
         own = dict(zip(keys, values, strict=True))
-        folder = whole / ",".join(f"{key}={_text(value)}" for key, value in own.items()).replace("/", "_")
-        options = [*words, *(f"--{key}={_text(value)}" for key, value in own.items()), f"--output_dir={folder}"]
+        name = re.sub(r"[^\w.=,+-]", "_", ",".join(f"{key}={_text(value)}" for key, value in own.items()))
+        if name in jobs:
+            raise ValueError(f"`--set` has values that share the folder {name!r}. Leave one of them out.")
+        given = {**own, "output_dir": str(whole / name)}
+        options = [*words, *(f"--{key}={json.dumps(value)}" for key, value in given.items())]
         parse(file, parse_overrides(options))  # all of them before the first one trains
-        jobs.append((own, folder, options))
+        jobs[name] = own, options
     points = []
-    for number, (own, folder, options) in enumerate(jobs, start=1):
-        Console(stderr=True).print(f"{number} of {len(jobs)}: {folder.name}", highlight=False)
-        _train(file, folder, options)
-        points.append(Point(own, folder, RunRecord.read(folder).matrix))
+    for number, (name, (own, options)) in enumerate(jobs.items(), start=1):
+        Console(stderr=True).print(f"{number} of {len(jobs)}: {name}", highlight=False, markup=False)
+        _train(file, whole / name, options)
+        points.append(Point(own, RunRecord.read(whole / name).matrix))
     _write(whole, keys, points)
     return points
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:
     key, equals, values = text.partition("=")
-    found = yaml.safe_load(f"[{values}]") if equals else None
+    try:
+        found = load_yaml(f"[{values}]") if equals else None
+    except PlainYAMLError:
+        found = None
     if not key or not found:
         raise ValueError(f"`--set` is {text!r}; write a key and its values, as `--set num_rounds=1,2,4`.")
     return key.replace("-", "_"), found
@@ -78,14 +85,38 @@ def _text(value: Any) -> str:
 
 
 def _train(file: str, folder: Path, options: Sequence[str]) -> None:
-    saved = is_adapter(folder) or (folder / "config.json").is_file()
-    if saved and RunFolder(folder).holds_run() and RunRecord.read(folder).is_finished:
+    if _is_done(file, folder, options):
         return
     command = [sys.executable, "-m", "hbat", "train", "--config", file, "--resume", *options]
-    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:  # noqa: S603 - this program
+    # In a session of its own, so that a signal comes from here alone, and once: the run then ends with a checkpoint.
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:  # noqa: S603
+        received: list[int] = []
+
+        def forward(number: int, _: Any) -> None:
+            received.append(number)
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
+    if status:
         raise RuntimeError(
             f"The run in {folder} failed; see above. The same command goes on with it, once that is mended."
         )
+
+
+def _is_done(file: str, folder: Path, options: Sequence[str]) -> bool:
+    """Whether the folder holds this very run, finished and with its model."""
+    saved = is_adapter(folder) or (folder / "config.json").is_file()
+    if not saved or not RunFolder(folder).holds_run():
+        return False
+    record = RunRecord.read(folder)
+    return record.is_finished and record.run_file == as_it_runs(file, parse_overrides([*options]))
 
 
 def _write(folder: Path, keys: Sequence[str], points: Sequence[Point]) -> None:
@@ -105,8 +136,8 @@ def print_sweep(points: Sequence[Point], folder: Path) -> None:
     for point in points:
         ends = [point.matrix.end.get(name, {}).get(metric) for name, metric in point.matrix.headline.items()]
         cells = ("" if value is None else f"{value:.4f}" for value in ends)
-        table.add_row(*map(_text, point.values.values()), *cells)
+        table.add_row(*(escape(_text(value)) for value in point.values.values()), *cells)
     console.print(table)
     for label, name in (("Scores", SWEEP_FILE), ("Plot", SWEEP_PLOT_FILE)):
         if (folder / name).is_file():
-            console.print(f"{label + ':':8}{(folder / name).absolute()}", highlight=False)
+            console.print(f"{label + ':':8}{(folder / name).absolute()}", highlight=False, markup=False)

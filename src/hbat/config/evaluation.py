@@ -1,13 +1,15 @@
 """Options of an evaluation of models, with their help texts and checks."""
 
-import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from hbat.config.fields import at_home, build_section, check_choice, check_number, check_whole, shown
 
 After = Literal["stage", "round", "end"]
+OnBadRows = Literal["raise", "drop"]
 
 
 @dataclass(kw_only=True)
@@ -31,9 +33,12 @@ class JudgeConfig:
         default=None,
         metadata={"help": "Address of the endpoint, such as `http://localhost:8000/v1`. Default: OpenAI's."},
     )
-    api_key_env: str = field(
-        default="OPENAI_API_KEY",
-        metadata={"help": "Environment variable with the endpoint's key, which is written nowhere."},
+    api_key_env: str | None = field(
+        default=None,
+        metadata={
+            "help": "Environment variable with the endpoint's key, which is written nowhere. Default: OPENAI_API_KEY "
+            "for OpenAI, and no key for another `base_url`."
+        },
     )
     template: str = field(
         default="dialogue",
@@ -52,15 +57,16 @@ class JudgeConfig:
     options: dict[str, Any] = field(
         default_factory=lambda: {"temperature": 0, "max_tokens": 256},
         metadata={
-            "help": "Further fields of each request. Some models take `max_completion_tokens` and no `temperature`."
+            "help": "Further fields of each request's body. Some models take `max_completion_tokens` and no "
+            "`temperature`."
         },
     )
     parallel: int = field(default=4, metadata={"help": "Number of requests to the endpoint at a time."})
     max_retries: int = field(
         default=5,
         metadata={
-            "help": "Number of times a request is repeated, with exponential backoff, after a timeout, a lost "
-            "connection, a status of 408, 409, 429 or 500 and above, or an answer that was cut off."
+            "help": "Number of times a request is repeated, with exponential backoff or as the endpoint asks, after a "
+            "timeout, a lost connection, a status of 408, 409, 429 or 500 and above, or a body that cannot be read."
         },
     )
     timeout: float = field(default=60.0, metadata={"help": "Seconds to wait for an answer."})
@@ -75,15 +81,14 @@ class JudgeConfig:
         for name, low in (("parallel", 1), ("max_retries", 0)):
             check_whole(name, getattr(self, name), low)
         check_number("timeout", self.timeout, 0)
-        if self.model is not None and self.base_url is None and self.api_key_env not in os.environ:
-            raise ValueError(
-                f"`judge` asks OpenAI, but the environment has no {self.api_key_env}. Set it, or the `base_url` of "
-                "another endpoint."
-            )
+        if self.api_key_env is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError("`judge.api_key_env` is no name of an environment variable. Put the key into a variable.")
+        if urlsplit(self.base_url or "").username is not None:
+            raise ValueError("`judge.base_url` has a user name or password in it. Put a key into `judge.api_key_env`.")
 
 
 @dataclass(kw_only=True)
-class EvalConfig:
+class Measured:
     """What an evaluation measures. Each field is described by its `help`."""
 
     prompts: Any = field(
@@ -110,8 +115,8 @@ class EvalConfig:
     texts: Any = field(
         default=None,
         metadata={
-            "help": "Plain texts: their cross-entropy, whose drift over a run shows what was forgotten. A file of "
-            "paragraphs (.txt, .gz), or rows with a `text`."
+            "help": "Plain texts: their cross-entropy, whose drift over a run shows what was forgotten. A file with a "
+            "text in every line (.txt, .txt.gz), or rows with a `text`."
         },
     )
     tasks: list[str] | None = field(
@@ -121,34 +126,41 @@ class EvalConfig:
         },
     )
     limit: int | None = field(default=None, metadata={"help": "Number of rows that are taken of each set and task."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens after which `pairs` and `texts` are cut."})
+    max_length: int = field(
+        default=1024,
+        metadata={
+            "help": "Maximum number of tokens of `pairs`, which lose the beginning of their prompts, and of `texts`, "
+            "which lose their ends. At most the model's context."
+        },
+    )
+    on_bad_rows: OnBadRows = field(
+        default="raise",
+        metadata={
+            "help": "What to do with rows that cannot be used, as in training: `raise` an error, or `drop` them."
+        },
+    )
     judge: Any = field(
         default=None,
         metadata={"help": "Who compares the completions with others, as a mapping; `null` compares none."},
     )
     seed: int = field(default=42, metadata={"help": "Random seed of sampling and of bootstrap intervals."})
-    after: After = field(
-        default="stage",
-        metadata={
-            "help": "When a run is measured: at the start and after every `stage` or `round`, or at the `end` alone."
-        },
-    )
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "batch_size", "max_length"):
-            check_whole(name, getattr(self, name), 1)
+        for name, low in (("samples", 1), ("max_new_tokens", 1), ("batch_size", 1), ("max_length", 2)):
+            check_whole(name, getattr(self, name), low)
         check_whole("seed", self.seed, 0)
-        check_choice("after", self.after, After)
+        check_choice("on_bad_rows", self.on_bad_rows, OnBadRows)
         if self.limit is not None:
             check_whole("limit", self.limit, 1)
         if not self.temperatures or len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"`temperatures` is {shown(self.temperatures)}; it must be a list of different numbers.")
         for temperature in self.temperatures:
             check_number("temperatures", temperature, 0)
+        self.temperatures = [float(temperature) for temperature in self.temperatures]  # which seed what they sample
         sources = ("prompts", "pairs", "texts", "tasks")
         for name in sources:
             setattr(self, name, at_home(getattr(self, name)))
-        if all(getattr(self, name) is None for name in sources):
+        if not any(getattr(self, name) for name in sources):
             raise ValueError("Nothing is measured: give `prompts`, `pairs`, `texts` or `tasks`.")
         self._check_judge()
 
@@ -159,3 +171,19 @@ class EvalConfig:
             raise TypeError(f"`judge` is a {type(self.judge).__name__}; it must be a mapping or null.")
         if self.judge is not None and self.prompts is None:
             raise ValueError("`judge` compares completions: give `prompts`.")
+
+
+@dataclass(kw_only=True)
+class EvalConfig(Measured):
+    """What a run measures, and when. Each field is described by its `help`."""
+
+    after: After = field(
+        default="stage",
+        metadata={
+            "help": "When the run is measured: at the start and after every `stage` or `round`, or at the `end`."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("after", self.after, After)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hbat.config.chain import name_of, named, require_rounds, shares_of
-from hbat.config.evaluation import EvalConfig
+from hbat.config.evaluation import EvalConfig, OnBadRows
 from hbat.config.ewc import EWCConfig
 from hbat.config.fields import at_home, build_section, check_choice, check_number, check_whole, nearest, shown
 from hbat.config.section_fields import OBJECTIVES
@@ -15,7 +15,6 @@ T = TypeVar("T")
 
 OptimizerState = Literal["reset", "carry"]
 LRSchedule = Literal["stage", "run", "decay"]
-OnBadRows = Literal["raise", "drop"]
 OnNaN = Literal["stop", "rollback"]
 PPOBackend = Literal["hbat", "trl"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import xxhash
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+from hbat.config.evaluation import OnBadRows
 from hbat.config.fields import nearest
-from hbat.config.hbat import OnBadRows
 from hbat.data.faults import MISSING_COLUMN, Fault, RowCheck
 from hbat.data.formats import FIELDS, preference_faults
 from hbat.data.layouts import advice, kind_of

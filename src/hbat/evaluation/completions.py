@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from hbat.config.evaluation import EvalConfig
+from hbat.config.evaluation import Measured
 from hbat.config.fields import shown
 from hbat.evaluation.rows import Asked
 from hbat.ppo.rollouts.generation import CompletionSampler
@@ -67,7 +67,7 @@ class CompletionFile:
         asked: The prompts.
     """
 
-    def __init__(self, file: Path, config: EvalConfig, asked: Sequence[Asked]) -> None:
+    def __init__(self, file: Path, config: Measured, asked: Sequence[Asked]) -> None:
         self._file = file
         self._config = config
         self._asked = asked
@@ -80,7 +80,7 @@ class CompletionFile:
             range(len(ids)), key=lambda number: -len(ids[number])
         )  # the longest first: memory shows at once
         batches = [order[at : at + size] for at in range(0, len(order), size)]
-        known = {(row["temperature"], row["sample"], row["prompt"]): row for row in read_rows(self._file)}
+        known = {(row["temperature"], row["sample"], row["prompt"]): row for row in own_rows(self._file)}
         samples = [
             (temperature, sample)
             for temperature in self._config.temperatures
@@ -95,11 +95,11 @@ class CompletionFile:
         with self._file.open("a", encoding="utf-8") as lines:
             for job in tqdm(left, desc="Completing prompts", unit="batch", disable=None, leave=False):
                 prompts = batches[job[-1]]
-                for prompt, row in zip(
-                    prompts, self._rows(model, tokenizer, [ids[prompt] for prompt in prompts], *job), strict=True
-                ):
-                    known[*job[:2], prompt] = {"prompt": prompt} | row
-                    lines.write(json.dumps(known[*job[:2], prompt], ensure_ascii=False) + "\n")
+                rows = self._rows(model, tokenizer, [ids[prompt] for prompt in prompts], *job)
+                for prompt, row in zip(prompts, rows, strict=True):
+                    if (*job[:2], prompt) not in known:  # of a batch that was cut off
+                        known[*job[:2], prompt] = {"prompt": prompt} | row
+                        lines.write(json.dumps(known[*job[:2], prompt], ensure_ascii=False) + "\n")
                 lines.flush()
                 os.fsync(lines.fileno())
         return [known[*which, prompt] for which in samples for prompt in range(len(ids))]
@@ -118,13 +118,30 @@ class CompletionFile:
         ]
 
 
+def own_rows(file: Path) -> list[Row]:
+    """Read a JSONL file to go on with; a last line that was cut off is taken out of it."""
+    rows, whole = _read(file)
+    if file.exists() and whole < file.stat().st_size:
+        os.truncate(file, whole)
+    return rows
+
+
 def read_rows(file: Path) -> list[Row]:
-    """Read a JSONL file; a last line that was cut off is taken out of the file."""
+    """Read the whole lines of a JSONL file; none if it is not there."""
+    return _read(file)[0]
+
+
+def _read(file: Path) -> tuple[list[Row], int]:
     try:
         content = file.read_bytes()
     except FileNotFoundError:
-        return []
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(file, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+        return [], 0
+    whole, rows = content.rfind(b"\n") + 1, []
+    for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{file}, line {number} is no JSON object: {error}. Remove the line, or the file."
+            ) from error
+    return rows, whole

@@ -3,18 +3,20 @@
 import json
 import os
 import re
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from hbat.config.evaluation import JudgeConfig
-from hbat.evaluation.completions import read_rows
-from hbat.evaluation.endpoint import Endpoint
+from hbat.evaluation.completions import own_rows
+from hbat.evaluation.endpoint import Endpoint, JudgeError
 from hbat.evaluation.metrics import interval
 from hbat.ppo.rewards.model import RewardModel, load_reward_model, load_reward_tokenizer
 from hbat.ppo.rollouts.prompts import as_completions
@@ -49,9 +51,9 @@ Answer B:
 Compare the two in one sentence. Then end with one line, either "Preferred: A", "Preferred: B" or "Preferred: tie".""",
 }
 _FIELDS = ("{prompt}", "{first}", "{second}")
-#: Questions without a single answer, after which the judge counts as down.
-_MOST_FAILURES = 4
-_VERDICT = re.compile(r"preferred\W*(A|B|tie)\b", re.IGNORECASE)
+#: Questions in a row without an answer, after which the judge counts as down.
+_MOST_FAILURES = 8
+_VERDICT = re.compile(r"(?i:preferred)\W*?:\W*(?i:(?:answer|summary|text)\s+)?(A|B|(?i:tie))\b")
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,14 @@ class Verdicts:
         return found | {name: value for name, value in extra.items() if value is not None}
 
 
-def make_judge(config: JudgeConfig) -> "Judge":
+def make_judge(config: JudgeConfig, batch_size: int) -> "Judge":
     """Make the judge that is configured; ValueError, ImportError or OSError if it cannot be."""
     if config.reward_model is not None:
         model = load_reward_model(config.reward_model)
         tokenizer = load_reward_tokenizer(model, config.reward_model)
-        return RewardJudge(RewardModel(model, tokenizer, name=config.reward_model, max_batch_size=8))
+        reward = RewardModel(model, tokenizer, name=config.reward_model, max_batch_size=batch_size)
+        reward.to(PartialState().default_device)
+        return RewardJudge(reward)
     return EndpointJudge(config)
 
 
@@ -112,25 +116,31 @@ class RewardJudge:
     def __init__(self, model: RewardModel) -> None:
         self._model = model
 
+    def check(self, prompts: Sequence[Any]) -> None:
+        """Refuse prompts that it cannot read, before anything is completed (ValueError)."""
+        if any(not isinstance(prompt, str) for prompt in prompts):
+            self._model.require_template()
+
     def judge(self, pairs: Sequence[Pair], file: Path) -> Verdicts:
         """Judge pairs; the scores are quick to compute, and are not kept."""
-        rows = [{"prompt": pair.prompt} for pair in pairs]
+        if not pairs:
+            return Verdicts([])
         prompts = [pair.prompt for pair in pairs]
-        own, other = (
-            self._model(prompts, as_completions(texts, rows))
-            for texts in ([pair.own for pair in pairs], [pair.other for pair in pairs])
-        )
-        return Verdicts([
-            (float(left > right) + float(left >= right)) / 2
-            for left, right in zip(own.tolist(), other.tolist(), strict=True)
-        ])
+        rows = [{"prompt": prompt} for prompt in prompts]
+        with torch.autocast(PartialState().default_device.type, enabled=False):  # a run's own precision is its own
+            own, other = (
+                self._model(prompts, as_completions(texts, rows)).tolist()
+                for texts in ([pair.own for pair in pairs], [pair.other for pair in pairs])
+            )
+        return Verdicts([(1 + (left > right) - (left < right)) / 2 for left, right in zip(own, other, strict=True)])
 
 
 class EndpointJudge:
     """Asks a model behind an OpenAI-compatible endpoint, about each pair in both orders.
 
-    A completion wins if both answers prefer it; if they differ, it is a tie. Answers are kept in a file by the content
-    of their question, so that none is asked for twice, also after the process was killed.
+    A completion wins if both answers prefer it; if they differ, it is a tie. Equal texts are a tie without a question.
+    Answers are kept in a file by the content of their question, so that none is asked for twice, also after the
+    process was killed.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -138,26 +148,27 @@ class EndpointJudge:
         self._endpoint = Endpoint(config)
         self._parallel = config.parallel
 
-    def judge(self, pairs: Sequence[Pair], file: Path) -> Verdicts:
-        """Judge pairs, with the answers of earlier calls in `file`."""
-        known = {row["key"]: row for row in read_rows(file)}
-        questions = [self._questions(pair) for pair in pairs]
-        missing = {key: text for both in questions for key, text in both if key not in known}
-        self._ask(missing, known, file)
-        answers = [tuple(known.get(key, {}) for key, _ in both) for both in questions]
-        return _counted(
-            [(first.get("verdict"), second.get("verdict")) for first, second in answers],
-            sum(row.get("tokens", 0) for both in answers for row in both),
-        )
+    def check(self, prompts: Sequence[Any]) -> None:
+        """Nothing: any prompt can be shown."""
 
-    def _questions(self, pair: Pair) -> list[tuple[str, str]]:
-        prompt = (
-            pair.prompt
-            if isinstance(pair.prompt, str)
-            else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in pair.prompt)
-        )
-        texts = [self._fill(prompt, *order) for order in ((pair.own, pair.other), (pair.other, pair.own))]
-        return [(self._endpoint.key_of(text), text) for text in texts]
+    def judge(self, pairs: Sequence[Pair], file: Path) -> Verdicts:
+        """Judge pairs, with the answers of earlier calls in `file`.
+
+        Raises:
+            JudgeError: If it does not answer, or refuses to.
+        """
+        known = {row["key"]: row for row in own_rows(file)}
+        questions = [() if pair.own == pair.other else self._questions(pair) for pair in pairs]
+        wanted = dict(question for both in questions for question in both)
+        self._ask({key: text for key, text in wanted.items() if key not in known}, known, file)
+        verdicts = {key: read_verdict(row["answer"]) for key, row in known.items()}
+        tokens = sum(known[key]["tokens"] for key in wanted if key in known)
+        return _counted([[verdicts.get(key) for key, _ in both] for both in questions], tokens)
+
+    def _questions(self, pair: Pair) -> tuple[tuple[str, str], tuple[str, str]]:
+        prompt = pair.prompt if isinstance(pair.prompt, str) else _conversation(pair.prompt)
+        first, second = self._fill(prompt, pair.own, pair.other), self._fill(prompt, pair.other, pair.own)
+        return (self._endpoint.key_of(first), first), (self._endpoint.key_of(second), second)
 
     def _fill(self, prompt: str, first: str, second: str) -> str:
         # In one pass: a text may hold the name of a field.
@@ -165,35 +176,31 @@ class EndpointJudge:
         return re.sub("|".join(map(re.escape, _FIELDS)), lambda found: values[found[0]], self._template)
 
     def _ask(self, missing: Mapping[str, str], known: dict[str, Any], file: Path) -> None:
-        lock, failures = threading.Lock(), 0
+        stop, failures = Event(), 0
 
-        def ask(question: tuple[str, str]) -> None:
-            nonlocal failures
-            key, text = question
-            row = {"key": key, **self._endpoint.ask(text)}
-            with lock:
-                known[key] = row
-                if "error" in row:
-                    failures += 1
-                    if failures == len(known) and failures >= _MOST_FAILURES:
-                        raise ConnectionError(
-                            f"`judge` answered none of the first {failures} questions ({row['error']}). Check that it "
-                            "runs, and `judge.base_url`; what is written down so far is kept."
-                        )
-                    return
-                row["verdict"] = read_verdict(row["answer"])
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())
+        def ask(question: tuple[str, str]) -> dict[str, Any]:
+            return {"key": question[0], **self._endpoint.ask(question[1], stop)}
 
         with file.open("a", encoding="utf-8") as lines, ThreadPoolExecutor(self._parallel) as pool:
-            answers = pool.map(ask, missing.items())
+            jobs = [pool.submit(ask, question) for question in missing.items()]
+            bar = tqdm(as_completed(jobs), total=len(jobs), desc="Asking the judge", disable=None, leave=False)
             try:
-                for _ in tqdm(answers, total=len(missing), desc="Asking the judge", disable=None, leave=False):
-                    pass
-            except BaseException:
+                for job in bar:
+                    row = job.result()
+                    failures = failures + 1 if "error" in row else 0
+                    if failures == _MOST_FAILURES or (failures == len(missing) and not known):
+                        raise JudgeError(
+                            f"`judge` gave no answer to {failures} questions in a row ({row['error']}). Check that it "
+                            "runs, and `judge.base_url`. Its answers so far are kept."
+                        )
+                    if not failures:
+                        known[row["key"]] = row
+                        lines.write(json.dumps(row) + "\n")  # in ASCII: half of a surrogate pair stays what it is
+                        lines.flush()
+                        os.fsync(lines.fileno())
+            finally:
+                stop.set()
                 pool.shutdown(cancel_futures=True)
-                raise
 
 
 Judge = RewardJudge | EndpointJudge
@@ -202,22 +209,25 @@ Judge = RewardJudge | EndpointJudge
 def read_verdict(answer: str) -> str | None:
     """Read `A`, `B` or `tie` from the last "Preferred: ..." of an answer; None if it has none."""
     found = _VERDICT.findall(answer)
-    return None if not found else found[-1].lower() if len(found[-1]) > 1 else found[-1].upper()
+    return (found[-1] if found[-1] in {"A", "B"} else "tie") if found else None
 
 
-def _counted(answers: Sequence[tuple[str | None, str | None]], tokens: int) -> Verdicts:
-    # The own completion is A in the first question, and B in the second.
-    both = [(first, second) for first, second in answers if first is not None and second is not None]
-    points: list[float | None] = [
-        None if None in pair else 1.0 if pair == ("A", "B") else 0.0 if pair == ("B", "A") else 0.5 for pair in answers
-    ]
-    preferences = [verdict for pair in answers for verdict in pair if verdict in {"A", "B"}]
-    agreeing = sum(pair in {("A", "B"), ("B", "A"), ("tie", "tie")} for pair in both)
+def _conversation(turns: Sequence[Mapping[str, Any]]) -> str:
+    return "\n\n".join(f"{turn.get('role')}: {turn['content']}" for turn in turns if turn.get("content"))
+
+
+def _counted(answers: Sequence[Sequence[str | None]], tokens: int) -> Verdicts:
+    # The own completion is A in the first question and B in the second; equal texts have no question.
+    decided: dict[Any, float] = {("A", "B"): 1.0, ("B", "A"): 0.0}
+    points = [None if None in both else decided.get(tuple(both), 0.5) for both in answers]
+    whole = [both for both in answers if both and None not in both]
+    preferences = [verdict for both in answers for verdict in both if verdict in {"A", "B"}]
+    agreeing = sum(sorted(filter(None, both)) == ["A", "B"] or list(both) == ["tie", "tie"] for both in whole)
     return Verdicts(
         points,
-        agreement=agreeing / len(both) if both else None,
+        agreement=agreeing / len(whole) if whole else None,
         first=preferences.count("A") / len(preferences) if preferences else None,
-        failed=sum(verdict is None for pair in answers for verdict in pair),
+        failed=sum(verdict is None for both in answers for verdict in both),
         tokens=tokens,
     )
 

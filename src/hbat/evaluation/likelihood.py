@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from hbat.evaluation.metrics import interval
 from hbat.evaluation.rows import asked
 from hbat.ppo.networks.token_model import TokenModel
-from hbat.ppo.rollouts.prompts import pad_left, prompt_tokens
+from hbat.ppo.rollouts.prompts import context_length, prompt_tokens
 
 
 class Sequences(NamedTuple):
@@ -41,16 +41,16 @@ def log_likelihoods(model: Any, tokenizer: Any, sequences: Sequence[Sequences], 
     for start in tqdm(range(0, len(order), batch_size), desc="Scoring texts", unit="batch", disable=None, leave=False):
         numbers = order[start : start + batch_size]
         own = [sequences[number] for number in numbers]
-        ids, mask = pad_left([sequence.prompt for sequence in own], pad, model.device)
-        targets = [torch.tensor(sequence.target) for sequence in own]
-        after = pad_sequence(targets, batch_first=True, padding_value=pad).to(model.device)
-        scored = pad_sequence([torch.ones_like(target) for target in targets], batch_first=True).to(model.device)
+        ids, mask, scored = (
+            pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=padding).to(model.device)
+            for rows, padding in (
+                ([[*prompt, *target] for prompt, target in own], pad),
+                ([[1] * len(prompt + target) for prompt, target in own], 0),
+                ([[0] * len(prompt) + [1] * len(target) for prompt, target in own], 0),
+            )
+        )
         log_probs, _, _ = view.statistics(
-            torch.cat([ids, after], 1),
-            torch.cat([mask, scored], 1),
-            after.shape[1],
-            temperature=1.0,
-            with_entropy=False,
+            ids, mask, ids.shape[1] - 1, temperature=1.0, with_entropy=False, scored=scored
         )
         for number, value in zip(numbers, log_probs.double().sum(1).tolist(), strict=True):
             found[number] = value
@@ -63,13 +63,14 @@ def of_pairs(
 ) -> dict[str, float]:
     """How often a model finds the chosen answer likelier than the rejected one, and by how many nats.
 
-    Tokenized as by TRL's `DPOTrainer`. The likelihood is the model's own, of whole answers, without a reference
-    policy: unlike the accuracy of a DPO stage it compares models of any origin, and favors short answers.
+    Tokenized as by TRL's `DPOTrainer`, but for a second end token after one that the tokenizer adds. The likelihood
+    is the model's own, of whole answers, without a reference policy: unlike the accuracy of a DPO stage it compares
+    models of any origin, and favors short answers.
 
     Returns:
         `accuracy` with the ends of its interval and `margin` (mean difference); and both of the means per token.
     """
-    sequences = [sequence for pair in pairs for sequence in _answers(pair, tokenizer, max_length)]
+    sequences = pair_sequences(pairs, tokenizer, room(model, max_length))
     values = log_likelihoods(model, tokenizer, sequences, batch_size)
     counts = [max(len(sequence.target), 1) for sequence in sequences]
     margins = [chosen - rejected for chosen, rejected in zip(values[::2], values[1::2], strict=True)]
@@ -86,6 +87,27 @@ def of_pairs(
     }
 
 
+def room(model: Any, max_length: int) -> int:
+    """Tokens that a sequence may have: no more than the model's context."""
+    context = context_length(model.config)
+    return max_length if context is None else min(max_length, context)
+
+
+def pair_sequences(pairs: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int) -> list[Sequences]:
+    """Tokenize pairs: the chosen and the rejected answer of each, in turn.
+
+    Raises:
+        ValueError: If one cannot be tokenized, as without a chat template.
+    """
+    found = []
+    for number, pair in enumerate(pairs):
+        try:
+            found += _answers(pair, tokenizer, max_length)
+        except Exception as error:  # chat templates raise anything
+            raise ValueError(f"`pairs`, row {number}: {error}") from error
+    return found
+
+
 def _answers(pair: Mapping[str, Any], tokenizer: Any, max_length: int) -> list[Sequences]:
     ask = asked(pair)
     begun, sides = prompt_tokens(ask.prompt, tokenizer, ask.options), [pair["chosen"], pair["rejected"]]
@@ -99,7 +121,10 @@ def _answers(pair: Mapping[str, Any], tokenizer: Any, max_length: int) -> list[S
     # An answer begins where the tokens part, which is before the prompt's end where they merge across it.
     start = max(min(_shared(begun, whole) for whole in wholes), 1)
     targets = [whole[start:][: max_length - 1] for whole in wholes]
-    return [Sequences(wholes[0][:start][len(target) - max_length :], target) for target in targets]
+    return [
+        Sequences(whole[:start][len(target) - max_length :], target)
+        for whole, target in zip(wholes, targets, strict=True)
+    ]
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:
@@ -125,9 +150,10 @@ def of_texts(
     """
     sequences = []
     for text in texts:
-        ids = tokenizer(text)["input_ids"][:max_length]
+        ids = tokenizer(text, verbose=False)["input_ids"]
         if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
             ids = [tokenizer.bos_token_id, *ids]
+        ids = ids[: room(model, max_length)]
         if len(ids) > 1:
             sequences.append(Sequences(ids[:1], ids[1:]))
     if not sequences:

@@ -1,5 +1,6 @@
 """Counts and comparisons of texts, and the means of their values with intervals."""
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -66,8 +67,11 @@ def interval(
     """
     _, places = np.unique(np.asarray(groups), return_inverse=True)
     sums, counts = np.bincount(places, values), np.bincount(places, weights)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(_RESAMPLES, len(sums)))
-    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
+    generator, means = np.random.default_rng(seed), []
+    for _ in range(_RESAMPLES):
+        drawn = generator.integers(len(sums), size=len(sums))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -83,7 +87,8 @@ def of_completions(
 
     Returns:
         Scores by metric: `completions` (mean `tokens`, share that `ended`, mean `repetition`, `distinct_2`), and
-        `rouge` where there are references, with the ends of the interval of `rougeL`.
+        `rouge` of those whose references have letters from a to z or digits, with the ends of the interval of
+        `rougeL`.
     """
     texts = [str(row["text"]) for row in rows]
     scores = {
@@ -94,7 +99,8 @@ def of_completions(
             "distinct_2": distinct(texts, 2),
         }
     }
-    judged = [row for row in rows if references[row["prompt"]]]
+    # rouge-score knows the letters a to z and digits alone.
+    judged = [row for row in rows if re.search("[a-z0-9]", str(references[row["prompt"]] or "").lower())]
     if judged:
         found = rouge([row["text"] for row in judged], [str(references[row["prompt"]]) for row in judged])
         low, high = interval(found["rougeL"], [row["prompt"] for row in judged], seed)

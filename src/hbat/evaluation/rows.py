@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from trl.data_utils import extract_prompt
 
+from hbat.config.evaluation import OnBadRows
 from hbat.data.check import check_dataset
-from hbat.data.faults import MISSING_COLUMN
+from hbat.data.faults import MISSING_COLUMN, Fault, RowCheck
 from hbat.data.formats import preference_faults, prompt_faults, sft_faults, shared_beginning
 from hbat.data.load import DatasetError
 from hbat.data.sources import Rows, load_rows
@@ -33,7 +34,7 @@ def asked(row: Mapping[str, Any]) -> Asked:
     options = {**(row.get("chat_template_kwargs") or {}), **({"tools": tools} if tools else {})}
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if row.get("prompt"):
-        answer = row.get("completion", chosen)
+        answer = row.get("completion", chosen) if row.get("label") is not False else None  # of KTO: not wanted
         return Asked(row["prompt"], options, _text(answer))
     if isinstance(chosen, str) and isinstance(rejected, str):
         start = shared_beginning(chosen, rejected)
@@ -48,28 +49,27 @@ def asked(row: Mapping[str, Any]) -> Asked:
 def _text(answer: Any) -> str | None:
     if isinstance(answer, str | None):
         return answer
-    return "\n".join(str(turn["content"]) for turn in answer if turn.get("content")) or None
+    own = [turn for turn in answer if turn.get("role", "assistant") == "assistant"]  # no results of tools
+    return "\n".join(str(turn["content"]) for turn in own if turn.get("content")) or None
 
 
-def load_asked(source: Any, limit: int | None) -> list[Asked]:
+def load_asked(source: Any, limit: int | None, on_bad_rows: OnBadRows = "raise") -> list[Asked]:
     """Load prompts with their references.
 
     Args:
         source: Rows as `hbat.data.sources.load_rows` takes them: with prompts alone, for SFT, or preferences.
         limit: Number of rows that are taken; None for all.
+        on_bad_rows: What to do with rows without a prompt, or with a faulty one.
 
     Raises:
-        DatasetError: If they cannot be read, or a row has no prompt.
+        DatasetError: If they cannot be read, or a row is faulty.
     """
-    dataset = _checked(source, "`prompts`", limit)
-    found = [asked(row) for row in dataset]
-    for number, ask in enumerate(found):
-        if not ask.prompt:
-            raise DatasetError(f"`prompts`, row {number}: it has no prompt. Give rows with prompts.")
-    return found
+    rows = _loaded(source, "`prompts`")
+    return [asked(row) for row in _kept(rows, "`prompts`", _ask_faults, limit, on_bad_rows)]
 
 
-def _checked(source: Any, name: str, limit: int | None) -> Dataset:
+def _loaded(source: Any, name: str) -> Rows:
+    """Rows of any kind that has prompts."""
     for check in (preference_faults, sft_faults):
         try:
             rows, _ = load_rows(source, name=name, check=check)
@@ -77,22 +77,28 @@ def _checked(source: Any, name: str, limit: int | None) -> Dataset:
             continue
         first = rows.dataset[0] if len(rows.dataset) else {}
         if all(fault.kind != MISSING_COLUMN for fault in check(first)):
-            return _kept(rows, name, check, limit)
-    return _kept(load_rows(source, name=name, check=prompt_faults)[0], name, prompt_faults, limit)
+            return rows
+    return load_rows(source, name=name, check=prompt_faults)[0]
 
 
-def _kept(rows: Rows, name: str, check: Any, limit: int | None) -> Dataset:
-    dataset, _ = check_dataset(rows.dataset, name=name, faults=check, origin=rows.origin)
-    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+def _ask_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
+    prompt = asked(row).prompt
+    if prompt:
+        yield from prompt_faults({"prompt": prompt})
+    else:
+        yield Fault("no prompt", "prompt", "it has no prompt")
 
 
-def load_pairs(source: Any, limit: int | None) -> list[dict[str, Any]]:
+def _kept(rows: Rows, name: str, check: RowCheck, limit: int | None, on_bad_rows: OnBadRows) -> Dataset:
+    taken = rows if limit is None else rows.select(range(min(limit, len(rows.dataset))))
+    return check_dataset(taken.dataset, name=name, faults=check, on_bad_rows=on_bad_rows, origin=taken.origin)[0]
+
+
+def load_pairs(source: Any, limit: int | None, on_bad_rows: OnBadRows = "raise") -> list[dict[str, Any]]:
     """Load preference pairs, each with its prompt. Arguments and errors as in `load_asked`."""
     rows, _ = load_rows(source, name="`pairs`", check=preference_faults)
-    return [
-        dict(row) if row.get("prompt") else extract_prompt(row)
-        for row in _kept(rows, "`pairs`", preference_faults, limit)
-    ]
+    kept = _kept(rows, "`pairs`", preference_faults, limit, on_bad_rows)
+    return [dict(row) if row.get("prompt") else {**row, **extract_prompt(row)} for row in kept]
 
 
 def load_texts(source: Any, limit: int | None) -> list[str]:
@@ -104,13 +110,13 @@ def load_texts(source: Any, limit: int | None) -> list[str]:
     if isinstance(source, str | Path) and str(source).endswith((".txt", ".txt.gz")):
         try:
             texts = [line.strip() for line in _lines(Path(source)) if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, UnicodeDecodeError) as error:
             raise DatasetError(f"`texts` {str(source)!r} cannot be read: {error}") from error
     else:
         dataset = load_rows(source, name="`texts`", check=None)[0].dataset
         if "text" not in dataset.column_names:
             raise DatasetError(f"`texts` has the columns {dataset.column_names}; it needs `text`.")
-        texts = [text for text in dataset["text"] if text and text.strip()]
+        texts = [text for text in dataset["text"] if isinstance(text, str) and text.strip()]
     if not texts:
         raise DatasetError("`texts` has no texts.")
     return texts[:limit]

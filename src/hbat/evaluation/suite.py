@@ -1,25 +1,28 @@
 """Everything that an evaluation measures of one model, with its files in one folder."""
 
+import importlib.util
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hbat.config.evaluation import EvalConfig
-from hbat.evaluation.completions import CompletionFile, Row, read_rows
+from hbat.config.evaluation import Measured
+from hbat.evaluation.completions import CompletionFile, Row, prompt_ids, read_rows
+from hbat.evaluation.endpoint import JudgeError
 from hbat.evaluation.judges import Pair, make_judge
-from hbat.evaluation.likelihood import of_pairs, of_texts
+from hbat.evaluation.likelihood import of_pairs, of_texts, pair_sequences, room
 from hbat.evaluation.metrics import of_completions
 from hbat.evaluation.rows import load_asked, load_pairs, load_texts
 from hbat.evaluation.tasks import Tasks, headline_of
+from hbat.reports.files import COMPLETIONS_FILE, JUDGMENTS_FILE, SETTINGS_FILE
 from hbat.reports.matrix import Better
 from hbat.state.files import digest, write_json
 
-COMPLETIONS = "completions.jsonl"
-JUDGMENTS = "judgments.jsonl"
-SETTINGS = "settings.json"
+logger = logging.getLogger(__name__)
+
 #: The metric by which each measurement is known, and which values of it are better.
-HEADLINES: Mapping[str, tuple[str, Better]] = {
+_HEADLINES: Mapping[str, tuple[str, Better]] = {
     "completions": ("ended", "higher"),
     "rouge": ("rougeL", "higher"),
     "win_rate": ("win_rate", "higher"),
@@ -37,6 +40,8 @@ class Suite:
 
     Args:
         config: What is measured.
+        in_run: Whether it belongs to a run, which goes on without a judge that fails, and makes completions anew that
+            are not those of the model as it is.
 
     Raises:
         DatasetError: If rows cannot be read.
@@ -44,25 +49,60 @@ class Suite:
         ImportError: If a package is missing.
     """
 
-    def __init__(self, config: EvalConfig) -> None:
-        self._config = config
-        self._asked = [] if config.prompts is None else load_asked(config.prompts, config.limit)
+    def __init__(self, config: Measured, *, in_run: bool = False) -> None:
+        self._config, self._in_run = config, in_run
+        limit, on_bad_rows = config.limit, config.on_bad_rows
+        self._asked = [] if config.prompts is None else load_asked(config.prompts, limit, on_bad_rows)
         self._references = [ask.reference for ask in self._asked]
-        self._pairs = [] if config.pairs is None else load_pairs(config.pairs, config.limit)
-        self._texts = [] if config.texts is None else load_texts(config.texts, config.limit)
-        self._tasks = None if config.tasks is None else Tasks(config.tasks, config.limit, config.batch_size)
-        self._judge = None if config.judge is None else make_judge(config.judge)
-        if config.judge is not None and config.judge.against == "reference" and not any(self._references):
-            raise ValueError(
-                "`judge` compares with references, but the rows of `prompts` have none. Give rows with a "
-                "`completion`, or in `judge.against` the folder of another model's evaluation."
-            )
+        if any(self._references) and importlib.util.find_spec("rouge_score") is None:
+            raise ImportError("ROUGE requires rouge-score. Install it with `pip install 'hbat-trl[eval]'`.")
+        self._pairs = [] if config.pairs is None else load_pairs(config.pairs, limit, on_bad_rows)
+        self._texts = [] if config.texts is None else load_texts(config.texts, limit)
+        self._tasks = None if not config.tasks else Tasks(config.tasks, limit, config.batch_size)
+        self._judge = None if config.judge is None else make_judge(config.judge, config.batch_size)
+        if self._judge is not None:
+            self._judge.check([ask.prompt for ask in self._asked])
+            if config.judge.against == "reference" and not any(self._references):
+                raise ValueError(
+                    "`judge` compares with references, but the rows of `prompts` have none. Give rows with a "
+                    "`completion`, or in `judge.against` the folder of another model's evaluation."
+                )
 
     @property
     def counts(self) -> dict[str, int]:
         """Number of rows of each measurement."""
         sizes = {"completions": len(self._asked), "pairs": len(self._pairs), "texts": len(self._texts)}
         return {name: size for name, size in sizes.items() if size}
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Digest of the rows of each measurement: scores of others do not compare."""
+        prompts = digest(self._asked)
+        own = dict.fromkeys(("completions", "rouge", "win_rate"), prompts)
+        return own | {
+            "pairs": digest([list(map(str, pair.values())) for pair in self._pairs]),
+            "texts": digest(self._texts),
+        }
+
+    def headline(self, name: str, scores: Mapping[str, float]) -> tuple[str, Better]:
+        """The metric by which a measurement is known, and which values of it are better."""
+        if (known := _HEADLINES.get(name.partition("@")[0])) is not None:
+            return known
+        metric = headline_of(list(scores))
+        return metric, "lower" if self._tasks is not None and self._tasks.is_lower_better(name, metric) else "higher"
+
+    def check(self, model: Any, tokenizer: Any) -> None:
+        """Refuse rows that do not fit a model, before anything is measured.
+
+        Raises:
+            ValueError: If a row cannot be tokenized, or a prompt leaves no room for a completion.
+        """
+        self._prompt_ids(model, tokenizer)
+        pair_sequences(self._pairs, tokenizer, room(model, self._config.max_length))
+
+    def _prompt_ids(self, model: Any, tokenizer: Any) -> list[list[int]]:
+        new = self._config.max_new_tokens
+        return prompt_ids(self._asked, model, tokenizer, name="`prompts`", new_tokens=new) if self._asked else []
 
     def measure(self, model: Any, tokenizer: Any, folder: Path, *, identity: Any) -> Scores:
         """Measure a model.
@@ -77,15 +117,18 @@ class Suite:
             Scores by measurement and metric; of several temperatures each with its own, as `rouge@0.5`.
 
         Raises:
-            ValueError: If the folder holds completions of another model or of other settings.
-            ConnectionError: If the judge does not answer.
+            ValueError: If rows do not fit the model, or the folder holds completions of another one or of other
+                settings.
+            JudgeError: If the judge does not answer.
         """
+        self.check(model, tokenizer)
         config, scores = self._config, Scores()
         common = {"batch_size": config.batch_size, "max_length": config.max_length, "seed": config.seed}
         if self._asked:
-            self._claim(folder, identity)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._claim(folder, {"model": identity, "tokens": digest(self._prompt_ids(model, tokenizer))})
             self._require_others(folder)
-            rows = CompletionFile(folder / COMPLETIONS, config, self._asked).complete(model, tokenizer)
+            rows = CompletionFile(folder / COMPLETIONS_FILE, config, self._asked).complete(model, tokenizer)
             scores |= self._of_completions(rows, folder)
         if self._pairs:
             scores["pairs"] = of_pairs(model, tokenizer, self._pairs, **common)
@@ -95,19 +138,20 @@ class Suite:
             scores |= self._tasks(model, tokenizer)
         return scores
 
-    def _claim(self, folder: Path, identity: Any) -> None:
-        now = {name: getattr(self._config, name) for name in _SETTINGS}
-        now |= {"prompts": digest(self._asked), "model": identity}
-        file = folder / SETTINGS
-        if not file.exists():
-            write_json(file, now)
-            return
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if changed := [name for name in now if before.get(name) != json.loads(json.dumps(now[name]))]:
-            raise ValueError(
-                f"{folder} holds completions that were made with another `{'`, `'.join(changed)}`. Remove the folder, "
-                "or set another `output_dir`."
-            )
+    def _claim(self, folder: Path, own: Mapping[str, Any]) -> None:
+        """Write down what the folder's completions are of; they are no others."""
+        now = {name: getattr(self._config, name) for name in _SETTINGS} | {"prompts": digest(self._asked), **own}
+        file = folder / SETTINGS_FILE
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        if before is not None and before != json.loads(json.dumps(now)):
+            if not self._in_run:
+                changed = "`, `".join(name for name in now if before.get(name) != json.loads(json.dumps(now[name])))
+                raise ValueError(
+                    f"{folder} holds completions that were made with another `{changed}`. Remove the folder, or set "
+                    "another `output_dir`."
+                )
+            (folder / COMPLETIONS_FILE).unlink(missing_ok=True)
+        write_json(file, now)
 
     def _of_completions(self, rows: Sequence[Row], folder: Path) -> Scores:
         scores = Scores()
@@ -115,43 +159,49 @@ class Suite:
             own = [row for row in rows if row["temperature"] == temperature]
             found = of_completions(own, self._references, self._config.seed)
             if self._judge is not None:
-                pairs = self._compared(own)
-                found["win_rate"] = self._judge.judge(pairs, folder / JUDGMENTS).scores(pairs, self._config.seed)
+                found |= self._judged(own, folder)
             several = len(self._config.temperatures) > 1
             scores |= {f"{name}@{temperature:g}" if several else name: values for name, values in found.items()}
         return scores
 
-    def _compared(self, rows: Sequence[Row]) -> list[Pair]:
+    def _judged(self, rows: Sequence[Row], folder: Path) -> Scores:
         others = self._others()
-        return [
+        pairs = [
             Pair(row["prompt"], self._asked[row["prompt"]].prompt, row["text"], str(other))
             for row in rows
             if (other := others(row)) is not None
         ]
+        if not pairs:
+            raise ValueError(
+                f"`judge.against` {self._config.judge.against!r} has no completions at temperature "
+                f"{rows[0]['temperature']:g}. Complete them there first."
+            )
+        try:
+            verdicts = self._judge.judge(pairs, folder / JUDGMENTS_FILE) if self._judge is not None else None
+        except JudgeError as error:
+            if not self._in_run:
+                raise
+            logger.warning("%s The run goes on without a win rate.", error)
+            return {}
+        return {} if verdicts is None else {"win_rate": verdicts.scores(pairs, self._config.seed)}
 
     def _require_others(self, folder: Path) -> None:
         """Refuse a folder in `judge.against` that holds other prompts; a model may be compared with itself."""
         against = "reference" if self._judge is None else self._config.judge.against
         if against == "reference" or Path(against).resolve() == folder.resolve():
             return
-        settings = Path(against) / SETTINGS
+        settings = Path(against) / SETTINGS_FILE
         known = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         if known.get("prompts") != digest(self._asked):
             raise ValueError(
                 f"`judge.against` is {against!r}, which holds no evaluation of the same prompts. Give `reference`, or "
-                f"a folder with {COMPLETIONS} of them."
+                f"a folder with {COMPLETIONS_FILE} of them."
             )
 
     def _others(self) -> Callable[[Row], str | None]:
         against = self._config.judge.against
         if against == "reference":
             return lambda row: self._references[row["prompt"]]
-        rows = read_rows(Path(against) / COMPLETIONS)
+        rows = read_rows(Path(against) / COMPLETIONS_FILE)
         texts = {(row["temperature"], row["sample"], row["prompt"]): row["text"] for row in rows}
         return lambda row: texts.get((row["temperature"], row["sample"], row["prompt"]))
-
-
-def headline(name: str, scores: Mapping[str, float]) -> tuple[str, Better]:
-    """The metric by which a measurement is known, and which values of it are better."""
-    known = HEADLINES.get(name.partition("@")[0])
-    return known or (headline_of(list(scores)), "higher")

@@ -13,6 +13,8 @@ from hbat.config.fields import nearest
 
 #: Metrics by which a task is known, the first one that it has.
 _HEADLINES = ("exact_match", "acc", "acc_norm", "f1", "bleu", "word_perplexity")
+#: Of the draws of few-shot examples, as lm-eval's own default.
+_SEED = 1234
 
 
 class Tasks:
@@ -22,6 +24,9 @@ class Tasks:
         names: Names of tasks, or files.
         limit: Number of documents of each; None for all.
         batch_size: Sequences of a forward pass.
+
+    Attributes:
+        lower: Metrics of which lower values are better.
 
     Raises:
         ImportError: If lm-eval is missing.
@@ -33,34 +38,44 @@ class Tasks:
             from lm_eval.tasks import TaskManager  # noqa: PLC0415 - an optional extra, and slow
         except ImportError as error:
             raise ImportError("`tasks` requires lm-eval. Install it with `pip install 'hbat-trl[eval]'`.") from error
-        self._names, self._limit, self._batch_size = list(names), limit, batch_size
-        self._manager: Any = TaskManager()
-        for name in names:
+        self._limit, self._batch_size = limit, batch_size
+        self.lower: set[tuple[str, str]] = set()
+        with _quiet():
+            manager: Any = TaskManager()
             try:
-                self._manager.load([name])
+                self._loaded = manager.load(list(names))
             except Exception as error:  # a task may raise anything while it is read
-                hint = nearest(name, self._manager.all_tasks)
+                hints = [f" {name!r}:{hint}" for name in names if (hint := nearest(name, manager.all_tasks))]
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
-                raise ValueError(f"`tasks` names {name!r}, which cannot be loaded: {reason}.{hint}") from error
+                unknown = "" if all(name in manager.all_tasks for name in names) else "".join(hints)
+                raise ValueError(f"`tasks` is {list(names)}, which cannot be loaded: {reason}.{unknown}") from error
+        for task in self._loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(_SEED)
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
         """Score a model: by task its metrics, those of a filter as `metric_filter`, and standard errors."""
-        from lm_eval import simple_evaluate  # noqa: PLC0415
+        from lm_eval import evaluate  # noqa: PLC0415
         from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
         was_training = model.training
-        with _undisturbed(), torch.no_grad():
+        with _quiet(), torch.no_grad():
             wrapped = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=self._batch_size)
-            found: Any = simple_evaluate(
-                wrapped, tasks=self._names, limit=self._limit, task_manager=self._manager, log_samples=False
-            )
+            found: Any = evaluate(wrapped, self._loaded, limit=self._limit, log_samples=False)
         model.train(was_training)
+        for name, metrics in found.get("higher_is_better", {}).items():
+            self.lower |= {(name, metric) for metric, higher in metrics.items() if higher is False}
         return {name: _plain(values) for name, values in found["results"].items()}
+
+    def is_lower_better(self, name: str, metric: str) -> bool:
+        """Whether lower values of a task's metric are better, as the task says."""
+        return any(name == task and metric.startswith(lower) for task, lower in self.lower)
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    # lm-eval seeds everything, and tells of each step.
+def _quiet() -> Iterator[None]:
+    # lm-eval tells of each step, and draws from global states.
     log, drawn, of_numpy = logging.getLogger("lm_eval"), random.getstate(), np.random.get_state()  # noqa: NPY002
     level = log.level
     log.setLevel(logging.ERROR)
@@ -85,4 +100,4 @@ def _plain(values: Any) -> dict[str, float]:
 def headline_of(scores: Sequence[str]) -> str:
     """The metric by which a task is known."""
     known = [name for start in _HEADLINES for name in scores if name == start or name.startswith(f"{start}_")]
-    return next((name for name in known if "stderr" not in name), next(iter(scores)))
+    return next((name for name in known if "stderr" not in name), next(iter(scores), "acc"))

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -115,7 +115,11 @@ def is_adapter(name: Any) -> bool:
     return isinstance(name, str | Path) and (Path(name) / _ADAPTER_FILE).is_file()
 
 
-def shared_init_kwargs(config: HBATConfig) -> dict[str, Any]:
+class _Loads(Protocol):
+    model_init_kwargs: dict[str, Any] | None
+
+
+def shared_init_kwargs(config: _Loads) -> dict[str, Any]:
     """Part of `model_init_kwargs` that the model's configuration and tokenizer need as well."""
     given = {**_NO_REMOTE_CODE, **(config.model_init_kwargs or {})}
     return {key: given[key] for key in _SHARED_INIT_KWARGS if key in given}
@@ -155,7 +159,7 @@ def damage_named(name: str | Path, called: str) -> Iterator[None]:
         ) from error
 
 
-def load_tokenizer(processing_class: Any, model: Any, config: HBATConfig | None = None, origin: Any = None) -> Any:
+def load_tokenizer(processing_class: Any, model: Any, config: _Loads | None = None, origin: Any = None) -> Any:
     """Return the given tokenizer, or load the model's own, with a padding token.
 
     Args:

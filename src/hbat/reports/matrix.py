@@ -1,7 +1,7 @@
 """The forgetting matrix: what every objective scores after every stage, what it says, and how it reads as a table."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,13 +69,16 @@ class ScoreTable:
         }
 
 
+@dataclass
 class ForgettingMatrix(ScoreTable):
     """Scores of every objective at the start of a run and after every stage.
 
     A row is `{"stage": index, "round": n, "objective": name, "scores": {objective: {metric: value}}}`; the row of the
     start has the index before the first stage's, -1, and objective None. Rows of runs that this one continues have
-    `"run": name of its folder` as well.
+    `"run": name of its folder` as well, and rows with measurements of `evaluation` their columns, as `"measured"`.
     """
+
+    measured: dict[str, list[Any]] = field(default_factory=dict)
 
     def add(self, *, stage: int, round_number: int, objective: str | None, scores: Mapping[str, Any]) -> None:
         """Append the scores after a stage.
@@ -87,7 +90,8 @@ class ForgettingMatrix(ScoreTable):
             scores: Scores by objective and metric.
         """
         row = {"stage": stage, "round": round_number, "objective": objective, "scores": dict(scores)}
-        self.rows.append(row | {"data": dict(self.data)})
+        measured = {name: column for name, column in self.measured.items() if name in scores}
+        self.rows.append(row | {"data": dict(self.data)} | ({"measured": measured} if measured else {}))
 
     def has(self, stage: int) -> bool:
         """Whether a stage of this run, by its index, has its row; the start's is one less than the first's."""
@@ -101,6 +105,26 @@ class ForgettingMatrix(ScoreTable):
             value if digest == latest else None
             for value, digest in zip(super().series(objective, metric), digests, strict=True)
         ]
+
+    def add_column(self, name: str, metric: str, better: Better, data: str = "") -> None:
+        """Give a measurement that is none of an objective a column.
+
+        Args:
+            name: Its name in the scores of rows.
+            metric: Its metric that stands for it.
+            better: Which values of it are better.
+            data: Digest of its rows.
+        """
+        self.headline = {**self.headline, name: metric}
+        self.better, self.data = {**self.better, name: better}, {**self.data, name: data}
+        self.measured[name] = [metric, better, data]
+
+    def take_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take the rows of a run that resumes or is continued, with the columns of what was measured."""
+        self.rows = list(map(dict, rows))
+        for row in self.rows:
+            for name, column in row.get("measured", {}).items():
+                self.add_column(name, *column)
 
     @property
     def end(self) -> Mapping[str, Mapping[str, float]]:

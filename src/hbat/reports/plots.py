@@ -268,6 +268,12 @@ def importance_figure(shares: Mapping[str, Mapping[tuple[int, str], float]]) -> 
     return figure
 
 
+def _at(name: str) -> tuple[str, float | None]:
+    """A measurement and its temperature, if its name has one."""
+    start, _, end = name.rpartition("@")
+    return (start, float(end)) if start and re.fullmatch(r"[\d.e+-]+", end) else (name, None)
+
+
 def draw_models(
     models: Mapping[str, Mapping[str, Mapping[str, float]]],
     headlines: Mapping[str, tuple[str, Better]],
@@ -284,14 +290,19 @@ def draw_models(
     """
     if not _can_draw(file):
         return
-    names = list(dict.fromkeys(name.partition("@")[0] for name in headlines))
-    figure = _figure(1.6 + 3.0 * len(names), 3.4)
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        points = [key for key in headlines if key.partition("@")[0] == name]
+    names = list(dict.fromkeys(_at(name)[0] for name in headlines))
+    columns = min(len(names), 4)
+    rows = -(-len(names) // columns)
+    figure = _figure(1.6 + 3.0 * columns, 0.4 + 3.0 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes, names, strict=False):
+        points = [key for key in headlines if _at(key)[0] == name]
         metric, better = headlines[points[0]]
         for number, (label, scores) in enumerate(models.items()):
             own = [key for key in points if key in scores]
-            places = [float(key.partition("@")[2] or number) for key in own]
+            places = [number if _at(key)[1] is None else _at(key)[1] for key in own]
             values = [scores[key].get(metric, math.nan) for key in own]
             ends = [
                 [
@@ -310,7 +321,7 @@ def draw_models(
                 label=_text(label),
             )
         axis.set_ylabel(f"{_text(name)} {_text(metric)}\n({better} is better)", fontsize=9)
-        if "@" in points[0]:
+        if _at(points[0])[1] is not None:
             axis.set_xlabel("temperature")
             axis.legend(fontsize=8)
         else:

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -159,7 +158,8 @@ def forget_results(folder: Path) -> None:
     """Remove what an earlier run has left in the folder beside its state, so that nothing shows it as this run's."""
     for name in (SCORES_FILE, PLOT_FILE, FRONT_FILE, FRONT_PLOT_FILE, COMPLETIONS_FILE):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / EVAL_FOLDER, ignore_errors=True)
+    for stage in (folder / EVAL_FOLDER).glob("stage-*"):  # not what a judge was paid for
+        (stage / COMPLETIONS_FILE).unlink(missing_ok=True)
 
 
 def _text(file: Path) -> str:

@@ -1,6 +1,6 @@
 """What a run measures beside its objectives' own evaluation: `sample_prompts` and `evaluation`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 
 from hbat.config.hbat import HBATConfig
 from hbat.engines.processes import process_count
-from hbat.evaluation.suite import Scores, Suite, headline
+from hbat.evaluation.suite import Scores, Suite
 from hbat.objectives.track import Track
 from hbat.reports.files import EVAL_FOLDER
 from hbat.reports.matrix import ForgettingMatrix
@@ -43,7 +43,8 @@ class Measurements:
                 f"`evaluation` measures in one process, and this run has {process_count()}. Remove it, and measure "
                 "the run's model afterwards with `hbat eval`."
             )
-        self._suite, self._folder = Suite(self._config), Path(config.output_dir) / EVAL_FOLDER
+        self._suite, self._folder = Suite(self._config, in_run=True), Path(config.output_dir) / EVAL_FOLDER
+        self._suite.check(model, tokenizer)
 
     @property
     def work(self) -> list[str]:
@@ -72,17 +73,12 @@ class Measurements:
             reporter.table("completions", self._completions.take(place), run.state.global_step)
         if self._measures(run):
             reporter.progress.write("measuring what `evaluation` names")
+            # The checksums of the weights on disk: a stage that is trained again gives others.
+            identity = [place["stage"], run.state.checksums]
             folder = self._folder / f"stage-{place['stage']}"
-            folder.mkdir(parents=True, exist_ok=True)
             with torch.autocast(self._model.device.type, self._dtype, enabled=self._dtype is not None):
-                scores = self._suite.measure(self._model, self._tokenizer, folder, identity=place["stage"])
-            add_columns(matrix, [scores])
+                scores = self._suite.measure(self._model, self._tokenizer, folder, identity=identity)
+            data = self._suite.data
+            for name, values in scores.items():
+                matrix.add_column(name, *self._suite.headline(name, values), data.get(name.partition("@")[0], ""))
         return scores
-
-
-def add_columns(matrix: ForgettingMatrix, scores: Iterable[Mapping[str, Mapping[str, float]]]) -> None:
-    """Give the matrix a column for each measurement of its rows that is none of an objective."""
-    for name, values in (pair for row in scores for pair in row.items()):
-        if name not in matrix.headline:
-            metric, better = headline(name, values)
-            matrix.headline, matrix.better = {**matrix.headline, name: metric}, {**matrix.better, name: better}

@@ -84,7 +84,10 @@ class TokenModel:
         self.vocabulary: int = self._head.weight.shape[0]
         self.width: int = self._head.weight.shape[1]
         self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
-        self._splits = self.trunk is not self._causal
+        # The base of an adapter that learns a prompt knows nothing of the prompt.
+        adapters = getattr(model, "peft_config", {}).values()
+        self._learns_prompt = any(adapter.is_prompt_learning for adapter in adapters)
+        self._splits = self.trunk is not self._causal and not self._learns_prompt
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, tokens: int, trunk: Any = None) -> Tensor:
         """Hidden states before each of the last `tokens`, shape `[rows, tokens, width]`, or of another `trunk`."""
@@ -93,13 +96,20 @@ class TokenModel:
         return hidden
 
     def statistics(
-        self, input_ids: Tensor, attention_mask: Tensor, tokens: int, *, temperature: float, with_entropy: bool = True
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        tokens: int,
+        *,
+        temperature: float,
+        with_entropy: bool = True,
+        scored: Tensor | None = None,  # the tokens that count, of the mask's shape; by default all in it
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute what PPO needs of the last `tokens` of each row: of completions, padded on the right.
 
         Returns:
-            Log-probabilities of the tokens and entropies in nats, float32, shape `[rows, tokens]`, 0 on padding; and
-            the hidden states before the tokens, shape `[rows, tokens, width]`.
+            Log-probabilities of the tokens and entropies in nats, float32, shape `[rows, tokens]`, 0 on padding and
+            on what does not count; and the hidden states before the tokens, shape `[rows, tokens, width]`.
         """
         if self._splits:
             states = hidden = self.hidden_states(input_ids, attention_mask, tokens)
@@ -108,7 +118,7 @@ class TokenModel:
             output = self.model(**self._arguments(input_ids, attention_mask), output_hidden_states=True)
             hidden, states = output.hidden_states[-1][:, -tokens - 1 : -1], output.logits[:, -tokens - 1 : -1]
             head = nn.Identity()
-        mask = attention_mask[:, -tokens:].bool()
+        mask = (attention_mask if scored is None else scored)[:, -tokens:].bool()
         found = token_statistics(
             states[mask].unsqueeze(0),  # the head is not called on padding
             input_ids[:, -tokens:][mask].unsqueeze(0),
@@ -140,7 +150,7 @@ class TokenModel:
 
     def _arguments(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if self._takes_positions:
+        if self._takes_positions and not self._learns_prompt:  # PEFT counts them itself
             arguments["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
         return arguments
 
