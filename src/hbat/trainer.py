@@ -319,7 +319,9 @@ class HBATTrainer:
             return
         if not self.matrix.rows:
             rows = [f"{len(rows)} rows of {name}" for name, rows in self.eval_dataset.items()]
-            reporter.progress.say(f"Evaluating the model at the start: {', '.join(rows + self._measurements.work)}.")
+            reporter.progress.say(
+                f"Evaluating the model at the start: {', '.join(rows + self._measurements.work(run))}."
+            )
         reporter.progress.write("evaluating")
         with run.clock.timing("evaluation"):
             results = self.evaluate()

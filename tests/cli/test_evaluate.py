@@ -85,6 +85,8 @@ def test_a_run_is_measured_by_its_folder_once_it_has_saved_a_model(files, capsys
         (["never.yaml", "--texts", "texts.txt"], "holds neither a model nor an adapter"),
         (["base", "--texts", "texts.txt", "--output_dir", "held"], "holds a run, with scores of its own"),
         (["base", "--config", "none.yaml"], "none.yaml"),
+        (["base", "--config", "never.yaml"], "never.yaml is a run file"),
+        (["eval.yaml", "--texts", "texts.txt"], "eval.yaml is no run file"),
         (
             ["base", "--config", "eval.yaml", "--judge.model", "m", "--judge.api_key_env", "HBAT_UNSET"],
             "has no HBAT_UNSET",
@@ -110,12 +112,18 @@ def test_models_of_one_name_are_told_apart_by_their_folders(files):
     assert set(json.loads((files / "evaluation" / "evaluation.json").read_text())["models"]) == {"a-model", "b-model"}
 
 
-def test_other_models_of_the_same_evaluation_join_those_before(files):
-    for words in (["base"], ["other"]):
-        assert hbat("eval", *words, "--texts", "texts.txt") == 0
-    assert list(json.loads((files / "evaluation" / "evaluation.json").read_text())["models"]) == ["base", "other"]
-    assert hbat("eval", "base", "--texts", "texts.txt", "--max_length", 5) == 0  # another one
-    assert list(json.loads((files / "evaluation" / "evaluation.json").read_text())["models"]) == ["base"]
+def test_other_models_and_measurements_join_those_before(files):
+    def models(*words):
+        assert hbat("eval", *words) == 0
+        found = json.loads((files / "evaluation" / "evaluation.json").read_text())["models"]
+        return {label: set(scores) for label, scores in found.items()}
+
+    assert models("base", "--texts", "texts.txt") == {"base": {"texts"}}
+    assert models("other", "--texts", "texts.txt") == {"base": {"texts"}, "other": {"texts"}}
+    words = ["--prompts", "prompts.jsonl", "--max_new_tokens", 4]
+    assert models("base", *words) == {"base": {"texts", "completions", "rouge"}, "other": {"texts"}}
+    # Scores of other texts do not stand beside those of these.
+    assert models("base", "--texts", "texts.txt", "--max_length", 5) == {"base": {"texts", "completions", "rouge"}}
 
 
 def test_other_weights_and_dtypes_are_other_models(files, capsys):
@@ -152,7 +160,7 @@ def test_an_evaluation_that_is_killed_goes_on_without_a_question_asked_twice(fil
             while len(server.asked) < 3:
                 time.sleep(0.01)
             process.kill()
-        kept = len((files / "evaluation" / "base" / "judgments.jsonl").read_text().splitlines())
+        kept = len((files / "evaluation" / "judgments.jsonl").read_text().splitlines())
         before = server.asked[:kept]
         assert kept >= 2
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -74,6 +74,11 @@ def test_values_that_cannot_run_are_refused_before_the_first_run(tmp_path, file,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sweep_without_scores_is_refused(tmp_path, file, capfd):
+    assert main(["sweep", str(file), "--set", "num_rounds=1,2"]) == 2
+    assert "give the run `eval_datasets`" in capfd.readouterr().err
+
+
 def test_values_of_any_kind_reach_the_run_as_they_are_written(tmp_path, file, monkeypatch):
     given = []
     monkeypatch.setattr(sweeps, "_train", lambda _, folder, options: given.append((folder.name, options)))
@@ -89,6 +94,7 @@ def test_values_of_any_kind_reach_the_run_as_they_are_written(tmp_path, file, mo
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_sweep_that_is_stopped_leaves_a_run_that_resumes(tmp_path, file, number):
     words = ["--set", "ewc.strength=0.5", "--sft.max_steps", "100000", "--sft.save_steps", "100000"]
+    words += ["--eval_datasets.sft", str(file.parent / "sft.jsonl")]
     command = [sys.executable, "-m", "hbat", "sweep", str(file), *words]
     folder = tmp_path / "out" / "ewc.strength=0.5"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

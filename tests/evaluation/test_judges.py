@@ -59,7 +59,7 @@ def test_a_request_is_repeated_until_there_is_an_answer(tmp_path, fault):
     assert len(server.asked) == 8
 
 
-def test_an_answer_without_a_verdict_is_counted_and_not_asked_for_again(tmp_path):
+def test_an_answer_without_a_verdict_is_counted_and_told_of_and_not_asked_for_again(tmp_path, caplog):
     with judge(
         lambda question: "I cannot say." if "Say a lot" in question else judge_server.longest(question)
     ) as server:
@@ -67,6 +67,7 @@ def test_an_answer_without_a_verdict_is_counted_and_not_asked_for_again(tmp_path
     assert (first.points, first.failed, first.agreement) == ([None, 0.0, 0.5], 2, 1.0)
     assert second == first
     assert len(server.asked) == 6
+    assert "no verdict in 2 of 6 answers; one of them: 'I cannot say.'" in caplog.text
     assert first.scores(PAIRS, 0)["win_rate"] == 0.25
 
 

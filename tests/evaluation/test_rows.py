@@ -26,6 +26,7 @@ def written(folder, *rows):
         ({"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [TURNS[1] | {"content": "No"}]}, TURNS[:1], "Hello"),
         ({"chosen": "Hi: yes", "rejected": "Hi: no"}, "Hi: ", "yes"),
         ({"prompt": "Hi"}, "Hi", None),
+        ({"prompt": "Hi", "reference": "Hello"}, "Hi", "Hello"),
         ({"prompt": "Hi", "completion": "No", "label": False}, "Hi", None),
         ({"prompt": "Hi", "completion": "Yes", "label": True}, "Hi", "Yes"),
         ({"prompt": "Hi", "answer": "12"}, TURNS[:1], "12"),

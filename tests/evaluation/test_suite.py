@@ -60,7 +60,6 @@ def test_a_biased_judge_shows_in_the_scores(tmp_path, prompts):
     [
         ({"max_new_tokens": 5}, "max_new_tokens"),
         ({"seed": 1}, "seed"),
-        ({"batch_size": 3}, "batch_size"),
         ({"limit": 2}, "prompts"),
     ],
 )
@@ -149,6 +148,19 @@ def test_a_judge_needs_completions_at_the_same_temperatures(tmp_path, prompts):
     own = {"model": "judge", "base_url": "http://127.0.0.1:1", "against": str(tmp_path / "first")}
     with pytest.raises(ValueError, match="has no completions at temperature 1"):
         measure(tmp_path / "a", EvalConfig(prompts=prompts, max_new_tokens=4, temperatures=[1], judge=own))
+
+
+def test_models_of_one_folder_share_the_answers_of_their_judge(tmp_path, prompts):
+    with judge() as server:
+        config = EvalConfig(prompts=prompts, max_new_tokens=4, judge={"model": "judge", "base_url": server.url})
+        first = measure(tmp_path / "a", config)
+        assert measure(tmp_path / "b", config) == first
+    assert len(server.asked) == len(set(server.asked)) > 0
+
+
+def test_plain_texts_for_a_chat_model_are_told_of(tmp_path, prompts, caplog):
+    measure(tmp_path / "a", EvalConfig(prompts=prompts, max_new_tokens=4))
+    assert "without the tokenizer's chat template" in caplog.text
 
 
 def test_what_is_missing_is_refused_before_anything_is_completed(tmp_path, prompts):

@@ -39,6 +39,8 @@ def parse_eval(path: str | None, overrides: Sequence[tuple[str, Any]]) -> EvalFi
         TypeError: If a value has the wrong type.
     """
     values = {} if path is None else read_yaml(path)
+    if "model_name_or_path" in values:
+        raise ValueError(f"{path} is a run file, whose model is measured by `hbat eval {path} --config eval.yaml`.")
     valid = [field.name for field in dataclasses.fields(EvalFile)]
     if wrong := [key for key, _ in overrides if key.split(".")[0] not in valid]:
         raise ValueError(" ".join(not_an_option(key, [*valid, "config"], shown_as=f"--{key}") for key in wrong))

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,14 @@ from rich.table import Table
 
 from hbat.cli.eval_file import EvalFile
 from hbat.cli.run_file import parse
+from hbat.cli.yaml import read_yaml
 from hbat.engines.processes import process_count
 from hbat.evaluation.suite import Scores, Suite
 from hbat.model.load import is_adapter, load_language_model, load_tokenizer
 from hbat.reports.files import COMPLETIONS_FILE, PLOT_FILE, SCORES_FILE
 from hbat.reports.matrix import Better
 from hbat.reports.plots import draw_models
-from hbat.state.files import checksum, digest, write_json
+from hbat.state.files import checksum, write_json
 from hbat.state.folder import RunFolder
 from hbat.state.lock import locked
 
@@ -56,36 +58,43 @@ def evaluate(models: Sequence[str], config: EvalFile) -> Callable[[], None]:
         )
     suite = Suite(config)
     with locked(folder):
-        found = _before(folder, config)
-        for label, source in zip(labels, sources, strict=True):
-            found[label] = _measured(source, suite, config, folder / label)
-            write_json(folder / SCORES_FILE, {"models": found, "counts": suite.counts, "settings": _settings(config)})
+        found, data = _before(folder, suite)
+        work = ", ".join(f"{count} {_COUNTED.get(name, name)}" for name, count in suite.counts.items())
+        for number, (label, source) in enumerate(zip(labels, sources, strict=True), start=1):
+            print(f"{number} of {len(labels)}: {source} ({work or 'tasks'})", file=sys.stderr)
+            found[label] = found.get(label, {}) | _measured(source, suite, config, folder / label)
+            values = {"models": found, "counts": suite.counts, "config": _plain(config), "data": data}
+            write_json(folder / SCORES_FILE, values)
         columns = {name: suite.headline(name, scores) for one in found.values() for name, scores in one.items()}
         draw_models(found, columns, folder / PLOT_FILE)
     return partial(print_evaluation, found, columns, suite.counts, folder)
 
 
-def _settings(config: EvalFile) -> str:
-    return digest({
-        **dataclasses.asdict(config),
-        "output_dir": "",
-        "model_init_kwargs": repr(config.model_init_kwargs),
-    })
+def _plain(config: EvalFile) -> Any:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def _before(folder: Path, config: EvalFile) -> dict[str, Scores]:
-    """The models that the same evaluation has measured already."""
+def _before(folder: Path, suite: Suite) -> tuple[dict[str, Scores], dict[str, str]]:
+    """Scores that are in the folder already, but for those of other rows or settings; and what all are made of."""
     try:
         values = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
-        return dict(values["models"]) if values["settings"] == _settings(config) else {}
+        data, models = dict(values["data"]), dict(values["models"])
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return {}, suite.data
+    other = {name for name, own in suite.data.items() if data.get(name) != own}
+    kept = {
+        label: {name: own for name, own in scores.items() if name.partition("@")[0] not in other}
+        for label, scores in models.items()
+    }
+    return {label: scores for label, scores in kept.items() if scores}, data | suite.data
 
 
 def _source(given: str) -> str:
     """The name or folder of a model that the user names, also by its run."""
     path = Path(given).expanduser()
     if path.suffix in {".yaml", ".yml"}:
+        if "model_name_or_path" not in read_yaml(path):
+            raise ValueError(f"{given} is no run file. What is measured belongs after `--config`.")
         path = Path(parse(path).config.output_dir)
     elif not path.is_dir():
         return given

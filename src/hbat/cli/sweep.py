@@ -50,6 +50,10 @@ def sweep(file: str, run: RunFile, axes: Sequence[str], words: Sequence[str]) ->
     keys, columns = zip(*map(_axis, axes), strict=True)
     if len(set(keys)) < len(keys):
         raise ValueError(f"`--set` names a key twice: {', '.join(keys)}.")
+    if not (run.eval_datasets or run.config.evaluation or "eval_split" in repr(run.datasets)):
+        raise ValueError(
+            "A sweep compares scores: give the run `eval_datasets`, an `eval_split` of its data, or `evaluation`."
+        )
     whole, jobs = Path(run.config.output_dir), {}
     for values in itertools.product(*columns):
         own = dict(zip(keys, values, strict=True))

@@ -96,7 +96,8 @@ def build_section(
         if problem.startswith(f"`{prefix}"):
             raise ValueError(problem) from error
         culprit = None if f"`{prefix}" in problem else _culprit(config_class, converted)
-        raise ValueError(f"`{prefix}{culprit}`: {problem}" if culprit else f"`{section}`: {problem}") from error
+        place = f"{prefix}{culprit}" if culprit else section
+        raise ValueError(f"`{place}`: {problem}" if place else problem) from error
 
 
 def _type_hints(config_class: type) -> dict[str, Any]:

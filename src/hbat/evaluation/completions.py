@@ -57,9 +57,9 @@ def _tokens(number: int, ask: Asked, tokenizer: Any, name: str) -> list[int]:
 class CompletionFile:
     """The completions of one model, a row for each prompt, temperature and sample.
 
-    A row has `prompt` (its number), `temperature`, `sample`, `text`, `tokens`, `ended` (by an end token or a stop
-    string). Batches are of prompts of similar length and always the same ones, each with a seed of its own, so that a
-    file that was cut off continues to the same rows as one that was not.
+    A row has `prompt` (its number), `asked` and `reference` (of the prompt's row), `temperature`, `sample`, `text`,
+    `tokens`, `ended` (by an end token or a stop string). Batches are of prompts of similar length and always the same
+    ones, each with a seed of its own, so that a file that was cut off continues to the same rows as one that was not.
 
     Args:
         file: The file.
@@ -98,7 +98,9 @@ class CompletionFile:
                 rows = self._rows(model, tokenizer, [ids[prompt] for prompt in prompts], *job)
                 for prompt, row in zip(prompts, rows, strict=True):
                     if (*job[:2], prompt) not in known:  # of a batch that was cut off
-                        known[*job[:2], prompt] = {"prompt": prompt} | row
+                        ask = self._asked[prompt]
+                        named = {"prompt": prompt, "asked": ask.prompt, "reference": ask.reference}
+                        known[*job[:2], prompt] = named | row
                         lines.write(json.dumps(known[*job[:2], prompt], ensure_ascii=False) + "\n")
                 lines.flush()
                 os.fsync(lines.fileno())

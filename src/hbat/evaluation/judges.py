@@ -1,6 +1,7 @@
 """Pairwise comparison of completions by a judge: who wins how often, in both orders where the order can matter."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,14 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from hbat.config.evaluation import JudgeConfig
+from hbat.config.fields import shown
 from hbat.evaluation.completions import own_rows
 from hbat.evaluation.endpoint import Endpoint, JudgeError
 from hbat.evaluation.metrics import interval
 from hbat.ppo.rewards.model import RewardModel, load_reward_model, load_reward_tokenizer
 from hbat.ppo.rollouts.prompts import as_completions
+
+logger = logging.getLogger(__name__)
 
 #: In the form of the paper's Figure 4, in words of our own: the question, both texts, and one line to read.
 TEMPLATES = {
@@ -74,6 +78,7 @@ class Verdicts:
         points: By pair 1 for a win, 0.5 for a tie, 0 for a loss; None where an answer could not be read.
         agreement: Share of the pairs with two answers whose two orders agree; None if the order cannot matter.
         first: Share of the preferences that went to the completion shown first, 0.5 without a bias; or None.
+        answers: Number of questions.
         failed: Number of answers that could not be read, or that never came.
         tokens: Tokens of questions and answers, as the endpoint counts them.
     """
@@ -81,13 +86,14 @@ class Verdicts:
     points: list[float | None]
     agreement: float | None = None
     first: float | None = None
+    answers: int = 0
     failed: int = 0
     tokens: int = 0
 
     def scores(self, pairs: Sequence[Pair], seed: int) -> dict[str, float]:
         """Win rate (ties count half) with the ends of its interval, shares of wins, ties and losses, and the rest."""
         read = [(point, pair.number) for point, pair in zip(self.points, pairs, strict=True) if point is not None]
-        found: dict[str, float] = {"failed": self.failed, "pairs": len(pairs)}
+        found: dict[str, float] = {"pairs": len(pairs)}
         if read:
             points = [point for point, _ in read]
             low, high = interval(points, [number for _, number in read], seed)
@@ -95,7 +101,9 @@ class Verdicts:
             found |= {
                 name: points.count(point) / len(points) for name, point in (("win", 1.0), ("tie", 0.5), ("loss", 0.0))
             }
-        extra = {"agreement": self.agreement, "first": self.first, "tokens": self.tokens or None}
+        if self.answers:
+            found |= {"answers": self.answers, "failed": self.failed, "tokens": self.tokens}
+        extra = {"agreement": self.agreement, "first": self.first}
         return found | {name: value for name, value in extra.items() if value is not None}
 
 
@@ -163,6 +171,11 @@ class EndpointJudge:
         self._ask({key: text for key, text in wanted.items() if key not in known}, known, file)
         verdicts = {key: read_verdict(row["answer"]) for key, row in known.items()}
         tokens = sum(known[key]["tokens"] for key in wanted if key in known)
+        if unread := [key for key in wanted if key in known and verdicts[key] is None]:
+            logger.warning(
+                "`judge` gave no verdict in %d of %d answers; one of them: %s",
+                len(unread), len(wanted), shown(known[unread[0]]["answer"]),
+            )  # fmt: skip
         return _counted([[verdicts.get(key) for key, _ in both] for both in questions], tokens)
 
     def _questions(self, pair: Pair) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -179,7 +192,7 @@ class EndpointJudge:
         stop, failures = Event(), 0
 
         def ask(question: tuple[str, str]) -> dict[str, Any]:
-            return {"key": question[0], **self._endpoint.ask(question[1], stop)}
+            return {"key": question[0], "question": question[1], **self._endpoint.ask(question[1], stop)}
 
         with file.open("a", encoding="utf-8") as lines, ThreadPoolExecutor(self._parallel) as pool:
             jobs = [pool.submit(ask, question) for question in missing.items()]
@@ -227,6 +240,7 @@ def _counted(answers: Sequence[Sequence[str | None]], tokens: int) -> Verdicts:
         points,
         agreement=agreeing / len(whole) if whole else None,
         first=preferences.count("A") / len(preferences) if preferences else None,
+        answers=sum(map(len, answers)),
         failed=sum(verdict is None for both in answers for verdict in both),
         tokens=tokens,
     )

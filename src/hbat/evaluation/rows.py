@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +36,9 @@ def asked(row: Mapping[str, Any]) -> Asked:
     options = {**(row.get("chat_template_kwargs") or {}), **({"tools": tools} if tools else {})}
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if row.get("prompt"):
-        answer = row.get("completion", chosen) if row.get("label") is not False else None  # of KTO: not wanted
+        answer = (
+            row.get("completion", row.get("reference", chosen)) if row.get("label") is not False else None
+        )  # of KTO: not wanted
         return Asked(row["prompt"], options, _text(answer))
     if isinstance(chosen, str) and isinstance(rejected, str):
         start = shared_beginning(chosen, rejected)
@@ -70,15 +74,20 @@ def load_asked(source: Any, limit: int | None, on_bad_rows: OnBadRows = "raise")
 
 def _loaded(source: Any, name: str) -> Rows:
     """Rows of any kind that has prompts."""
-    for check in (preference_faults, sft_faults):
-        try:
-            rows, _ = load_rows(source, name=name, check=check)
-        except DatasetError:  # in no layout of this kind, or it cannot be read, which the last one says
-            continue
-        first = rows.dataset[0] if len(rows.dataset) else {}
-        if all(fault.kind != MISSING_COLUMN for fault in check(first)):
-            return rows
-    return load_rows(source, name=name, check=prompt_faults)[0]
+    return load_rows(source, name=name, check=_kind(source, name))[0]
+
+
+def _kind(source: Any, name: str) -> RowCheck:
+    logging.disable(logging.INFO)  # which layout it would be
+    try:
+        for check in (preference_faults, sft_faults):
+            with suppress(DatasetError):  # in no layout of this kind, or it cannot be read, which is said later
+                dataset = load_rows(source, name=name, check=check)[0].dataset
+                if all(fault.kind != MISSING_COLUMN for fault in check(dataset[0] if len(dataset) else {})):
+                    return check
+    finally:
+        logging.disable(logging.NOTSET)
+    return prompt_faults
 
 
 def _ask_faults(row: Mapping[str, Any]) -> Iterator[Fault]:

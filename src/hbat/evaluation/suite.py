@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _HEADLINES: Mapping[str, tuple[str, Better]] = {
     "texts": ("loss", "lower"),
 }
 #: Settings that completions depend on; temperatures and samples are in their rows.
-_SETTINGS = ("max_new_tokens", "batch_size", "seed")
+_SETTINGS = ("max_new_tokens", "seed")
 
 Scores = dict[str, dict[str, float]]
 
@@ -76,12 +77,18 @@ class Suite:
 
     @property
     def data(self) -> dict[str, str]:
-        """Digest of the rows of each measurement: scores of others do not compare."""
-        prompts = digest(self._asked)
-        own = dict.fromkeys(("completions", "rouge", "win_rate"), prompts)
-        return own | {
-            "pairs": digest([list(map(str, pair.values())) for pair in self._pairs]),
-            "texts": digest(self._texts),
+        """Digest of what each measurement is made of: scores of others do not compare."""
+        config = self._config
+        completed = [self._asked, *(getattr(config, name) for name in _SETTINGS)]
+        judged = [*completed, None if config.judge is None else asdict(config.judge)]
+        made_of: dict[str, Any] = dict.fromkeys(("completions", "rouge"), completed) | {"win_rate": judged}
+        made_of["pairs"] = [[list(map(str, pair.values())) for pair in self._pairs], config.max_length]
+        made_of["texts"] = [self._texts, config.max_length]
+        sources = {"pairs": self._pairs, "texts": self._texts, "win_rate": self._judge}
+        return {
+            name: digest(json.loads(json.dumps(parts, default=str)))
+            for name, parts in made_of.items()
+            if sources.get(name, self._asked)
         }
 
     def headline(self, name: str, scores: Mapping[str, float]) -> tuple[str, Better]:
@@ -98,6 +105,11 @@ class Suite:
             ValueError: If a row cannot be tokenized, or a prompt leaves no room for a completion.
         """
         self._prompt_ids(model, tokenizer)
+        if getattr(tokenizer, "chat_template", None) and any(isinstance(ask.prompt, str) for ask in self._asked):
+            logger.warning(
+                "`prompts` are plain texts, which are completed as they are, without the tokenizer's chat template. "
+                "For a chat model give them as messages, or as instructions in the layout of Alpaca."
+            )
         pair_sequences(self._pairs, tokenizer, room(model, self._config.max_length))
 
     def _prompt_ids(self, model: Any, tokenizer: Any) -> list[list[int]]:
@@ -177,7 +189,8 @@ class Suite:
                 f"{rows[0]['temperature']:g}. Complete them there first."
             )
         try:
-            verdicts = self._judge.judge(pairs, folder / JUDGMENTS_FILE) if self._judge is not None else None
+            # Beside the folders of all models, so that the same question is paid for once.
+            verdicts = self._judge.judge(pairs, folder.parent / JUDGMENTS_FILE) if self._judge is not None else None
         except JudgeError as error:
             if not self._in_run:
                 raise

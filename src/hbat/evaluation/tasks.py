@@ -45,10 +45,10 @@ class Tasks:
             try:
                 self._loaded = manager.load(list(names))
             except Exception as error:  # a task may raise anything while it is read
-                hints = [f" {name!r}:{hint}" for name in names if (hint := nearest(name, manager.all_tasks))]
+                unknown = [name for name in names if name not in manager.all_tasks]
+                hints = "".join(nearest(name, manager.all_tasks) for name in unknown)
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
-                unknown = "" if all(name in manager.all_tasks for name in names) else "".join(hints)
-                raise ValueError(f"`tasks` is {list(names)}, which cannot be loaded: {reason}.{unknown}") from error
+                raise ValueError(f"`tasks` is {list(names)}, which cannot be loaded: {reason}.{hints}") from error
         for task in self._loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)

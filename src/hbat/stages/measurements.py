@@ -46,11 +46,10 @@ class Measurements:
         self._suite, self._folder = Suite(self._config, in_run=True), Path(config.output_dir) / EVAL_FOLDER
         self._suite.check(model, tokenizer)
 
-    @property
-    def work(self) -> list[str]:
-        """What there is to do at a point of the run, in words."""
+    def work(self, run: Run) -> list[str]:
+        """What there is to do at this point of the run, in words."""
         prompts = [] if self._completions is None else [f"{self._completions.count} prompts to complete"]
-        counts = self._suite.counts if self._config is not None else {}
+        counts = self._suite.counts if self._measures(run) else {}
         return prompts + [f"{count} rows of `evaluation.{name}`" for name, count in counts.items()]
 
     def are_due(self, run: Run) -> bool:
