@@ -2,6 +2,7 @@ from hbat.config.evaluation import EvalConfig as EvalConfig
 from hbat.config.ewc import EWCConfig as EWCConfig
 from hbat.config.hbat import HBATConfig as HBATConfig
 from hbat.data.load import DatasetError as DatasetError
+from hbat.evaluation.endpoint import JudgeError as JudgeError
 from hbat.ewc.callback import EWCCallback as EWCCallback
 from hbat.ewc.log import EWCWarning as EWCWarning
 from hbat.model.load import PrecisionWarning as PrecisionWarning
