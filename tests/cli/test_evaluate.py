@@ -136,6 +136,18 @@ def test_other_weights_and_dtypes_are_other_models(files, capsys):
     assert "another `model`" in capsys.readouterr().err
 
 
+def test_two_adapters_whose_base_has_their_name_are_told_apart(files, capsys):
+    for seed, folder in enumerate(["one", "two"]):
+        model = cases.lora_llama(seed)
+        model.peft_config["default"].base_model_name_or_path = str(files / "base")
+        (files / folder).mkdir()
+        model.save_pretrained(files / folder / "base")
+    words = ["--prompts", "prompts.jsonl", "--max_new_tokens", 4]
+    assert hbat("eval", "one/base", *words) == 0
+    assert hbat("eval", "two/base", *words) == 2
+    assert "another `model`" in capsys.readouterr().err
+
+
 def test_the_folder_where_one_is_can_be_named(files, monkeypatch, capsys):
     (files / "lora[x]").mkdir()
     cases.tiny_llama().save_pretrained(files / "lora[x]")

@@ -121,7 +121,7 @@ def test_a_judge_that_fails_costs_a_run_its_win_rate_alone(tmp_path, prompts, ca
         suite = Suite(config, in_run=True)
         scores = suite.measure(cases.tiny_llama(), cases.tiny_tokenizer(), tmp_path / "a", identity="a")
         assert set(scores) == {"completions", "rouge"}
-        assert "The run goes on without a win rate." in caplog.text
+        assert "The run continues without a win rate." in caplog.text
         with pytest.raises(JudgeError, match="status 401"):
             measure(tmp_path / "b", config)
 

@@ -17,7 +17,7 @@ class EvalFile(Measured):
 
     output_dir: str = field(
         default="evaluation",
-        metadata={"help": "Folder for scores, picture and, in a folder for each model, completions and judgments."},
+        metadata={"help": "Folder for scores, picture and judgments, and in a folder for each model its completions."},
     )
     model_init_kwargs: dict[str, Any] | None = field(
         default=None,

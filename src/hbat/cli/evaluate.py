@@ -58,14 +58,14 @@ def evaluate(models: Sequence[str], config: EvalFile) -> Callable[[], None]:
         )
     suite = Suite(config)
     with locked(folder):
-        found, data = _before(folder, suite)
+        found, data, columns = _before(folder, suite)
         work = ", ".join(f"{count} {_COUNTED.get(name, name)}" for name, count in suite.counts.items())
         for number, (label, source) in enumerate(zip(labels, sources, strict=True), start=1):
             print(f"{number} of {len(labels)}: {source} ({work or 'tasks'})", file=sys.stderr)
             found[label] = found.get(label, {}) | _measured(source, suite, config, folder / label)
-            values = {"models": found, "counts": suite.counts, "config": _plain(config), "data": data}
-            write_json(folder / SCORES_FILE, values)
-        columns = {name: suite.headline(name, scores) for one in found.values() for name, scores in one.items()}
+            columns |= {name: suite.headline(name, own) for name, own in found[label].items() if name not in columns}
+            values = {"models": found, "counts": suite.counts, "config": _plain(config)}
+            write_json(folder / SCORES_FILE, values | {"data": data, "columns": columns})
         draw_models(found, columns, folder / PLOT_FILE)
     return partial(print_evaluation, found, columns, suite.counts, folder)
 
@@ -74,19 +74,25 @@ def _plain(config: EvalFile) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def _before(folder: Path, suite: Suite) -> tuple[dict[str, Scores], dict[str, str]]:
-    """Scores that are in the folder already, but for those of other rows or settings; and what all are made of."""
+_Before = tuple[dict[str, Scores], dict[str, str], dict[str, tuple[str, Better]]]
+
+
+def _before(folder: Path, suite: Suite) -> _Before:
+    """Scores in the folder, but for those of other rows or settings; what all are made of; their columns."""
     try:
         values = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
-        data, models = dict(values["data"]), dict(values["models"])
+        data, models, columns = (dict(values[key]) for key in ("data", "models", "columns"))
     except (OSError, ValueError, KeyError, TypeError):
-        return {}, suite.data
+        return {}, suite.data, {}
     other = {name for name, own in suite.data.items() if data.get(name) != own}
     kept = {
         label: {name: own for name, own in scores.items() if name.partition("@")[0] not in other}
         for label, scores in models.items()
     }
-    return {label: scores for label, scores in kept.items() if scores}, data | suite.data
+    found = {label: scores for label, scores in kept.items() if scores}
+    shown = {name for scores in found.values() for name in scores}
+    known = {name: (metric, better) for name, (metric, better) in columns.items() if name in shown}
+    return found, data | suite.data, known
 
 
 def _source(given: str) -> str:
@@ -133,13 +139,13 @@ def _measured(source: str, suite: Suite, config: EvalFile, folder: Path) -> Scor
     return scores
 
 
-def _identity(source: str, model: Any) -> dict[str, Any]:
+def _identity(source: str, model: Any) -> list[Any]:
     """What tells a model from others, with the base of an adapter: checksums of weights, or commits on the Hub."""
-    found: dict[str, Any] = {}
+    found: list[Any] = []
     for name in dict.fromkeys([source, str(model.config._name_or_path)]):  # noqa: SLF001 - the base, no public name
         files = sorted(file for pattern in _WEIGHTS for file in Path(name).glob(pattern) if file.is_file())
         commit = getattr(model.config, "_commit_hash", None)
-        found[Path(name).name] = {file.name: checksum(file) for file in files} or [name, commit]
+        found.append({file.name: checksum(file) for file in files} or [name, commit])
     return found
 
 

@@ -110,7 +110,7 @@ def _train(file: str, folder: Path, options: Sequence[str]) -> None:
         raise KeyboardInterrupt
     if status:
         raise RuntimeError(
-            f"The run in {folder} failed; see above. The same command goes on with it, once that is mended."
+            f"The run in {folder} failed; see above. The same command continues it, once that is mended."
         )
 
 

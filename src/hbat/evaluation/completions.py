@@ -121,7 +121,7 @@ class CompletionFile:
 
 
 def own_rows(file: Path) -> list[Row]:
-    """Read a JSONL file to go on with; a last line that was cut off is taken out of it."""
+    """Read a JSONL file that is continued; a last line that was cut off is taken out of it."""
     rows, whole = _read(file)
     if file.exists() and whole < file.stat().st_size:
         os.truncate(file, whole)

@@ -41,8 +41,8 @@ class Suite:
 
     Args:
         config: What is measured.
-        in_run: Whether it belongs to a run, which goes on without a judge that fails, and makes completions anew that
-            are not those of the model as it is.
+        in_run: Whether it belongs to a run, which continues without a judge that fails, and makes completions anew
+            that are not those of the model as it is.
 
     Raises:
         DatasetError: If rows cannot be read.
@@ -85,11 +85,9 @@ class Suite:
         made_of["pairs"] = [[list(map(str, pair.values())) for pair in self._pairs], config.max_length]
         made_of["texts"] = [self._texts, config.max_length]
         sources = {"pairs": self._pairs, "texts": self._texts, "win_rate": self._judge}
-        return {
-            name: digest(json.loads(json.dumps(parts, default=str)))
-            for name, parts in made_of.items()
-            if sources.get(name, self._asked)
-        }
+        made_of = {name: parts for name, parts in made_of.items() if sources.get(name, self._asked)}
+        made_of |= dict.fromkeys(() if self._tasks is None else self._tasks.names, config.limit)
+        return {name: digest(json.loads(json.dumps(parts, default=str))) for name, parts in made_of.items()}
 
     def headline(self, name: str, scores: Mapping[str, float]) -> tuple[str, Better]:
         """The metric by which a measurement is known, and which values of it are better."""
@@ -194,7 +192,7 @@ class Suite:
         except JudgeError as error:
             if not self._in_run:
                 raise
-            logger.warning("%s The run goes on without a win rate.", error)
+            logger.warning("%s The run continues without a win rate.", error)
             return {}
         return {} if verdicts is None else {"win_rate": verdicts.scores(pairs, self._config.seed)}
 

@@ -26,6 +26,7 @@ class Tasks:
         batch_size: Sequences of a forward pass.
 
     Attributes:
+        names: Names of the tasks, and of their groups.
         lower: Metrics of which lower values are better.
 
     Raises:
@@ -49,6 +50,7 @@ class Tasks:
                 hints = "".join(nearest(name, manager.all_tasks) for name in unknown)
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise ValueError(f"`tasks` is {list(names)}, which cannot be loaded: {reason}.{hints}") from error
+        self.names = [*self._loaded["tasks"], *self._loaded["groups"]]
         for task in self._loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
