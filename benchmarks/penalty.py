@@ -26,8 +26,8 @@ VARIANTS = ("closed form, per tensor", "closed form, per element", "path, per el
 BYTES = dict(zip(VARIANTS, (16, 20, 44, 16), strict=True))
 
 
-def prepare(variant: str) -> tuple[dict, dict, dict]:
-    """Parameters with gradients, their anchor and their importance, by name."""
+def prepare(variant: str) -> tuple[dict, dict, dict, dict]:
+    """Parameters with gradients, their anchor, their importance and room for copies of the gradients, by name."""
     parameters = trainable_parameters(llama(640, 12, vocabulary=32000))
     anchor = snapshot(parameters)
     with torch.no_grad():
@@ -36,17 +36,18 @@ def prepare(variant: str) -> tuple[dict, dict, dict]:
             parameter.grad = torch.zeros_like(parameter)
     per_element = variant.endswith("element")
     importance = {name: torch.rand(value.shape if per_element else ()) for name, value in parameters.items()}
-    return parameters, anchor, importance
+    return parameters, anchor, importance, {}
 
 
-def step(variant: str, parameters: dict, anchor: dict, importance: dict) -> None:
+def step(variant: str, parameters: dict, anchor: dict, importance: dict, copies: dict) -> None:
     """Add the penalty's gradient once."""
     if variant.startswith("closed"):
         add_penalty_gradient_(parameters, anchor, importance, strength=STRENGTH)
     elif variant.startswith("path"):
-        gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            copies.setdefault(name, torch.empty_like(parameter)).copy_(parameter.grad)
         for after_step in (False, True):
-            add_path_(importance, parameters, anchor, gradients, after_step=after_step)
+            add_path_(importance, parameters, anchor, copies, after_step=after_step)
     else:
         loss = 0
         for name, parameter in parameters.items():

@@ -53,6 +53,7 @@ class PathIntegral(TrainerCallback):
         self._anchor: Mapping[str, Tensor] = {}
         self._path: Mapping[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
         trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(
@@ -84,9 +85,19 @@ class PathIntegral(TrainerCallback):
         # scale is divided out; where it has overflowed, the step is skipped and contributes nothing.
         scaler = self._trainer.accelerator.scaler
         for name, gradient in self._local.gradients().items():
-            own = gradient.detach().clone() if scaler is None else gradient.detach() / scaler.get_scale()
-            self._gradients[name] = own if scaler is None else own.nan_to_num_(0.0, 0.0, 0.0)
+            if scaler is None:
+                self._gradients[name] = self._copy(name, gradient.detach())
+            else:
+                self._gradients[name] = (gradient.detach() / scaler.get_scale()).nan_to_num_(0.0, 0.0, 0.0)
         self._add(after_step=False)
+
+    def _copy(self, name: str, gradient: Tensor) -> Tensor:
+        # On a CPU a first write to new memory costs more than the copy itself; of a GPU, torch keeps freed memory.
+        if gradient.device.type != "cpu":
+            return gradient.clone()
+        if name not in self._kept:
+            self._kept[name] = torch.empty_like(gradient)
+        return self._kept[name].copy_(gradient)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,4 +125,4 @@ class PathIntegral(TrainerCallback):
     ) -> None:
         """Keep the total, and release the trainer's tensors."""
         self.total = {name: tensor.cpu() for name, tensor in self._local.restored(self._path).items()}
-        self._local, self._path, self._anchor = Local({}), {}, {}
+        self._local, self._path, self._anchor, self._kept = Local({}), {}, {}, {}
