@@ -93,6 +93,20 @@ def test_answers_that_were_written_down_before_a_kill_are_not_asked_for_again(tm
     assert sorted(file.read_bytes().splitlines()) == sorted(lines.splitlines())
 
 
+def test_an_answer_is_written_down_before_the_next_question(tmp_path, monkeypatch):
+    file, behind = tmp_path / "judgments.jsonl", []
+    monkeypatch.setattr("os.fsync", lambda _: time.sleep(0.01))  # a slow disk
+
+    def answer(question):
+        behind.append(len(behind) - len(file.read_bytes().splitlines()))
+        return judge_server.biased(question)
+
+    with judge(answer) as server:
+        asked(server, tmp_path, [Pair(number, "?", "a" * (number + 1), "") for number in range(20)], parallel=2)
+    assert len(behind) == 40
+    assert max(behind) < 2
+
+
 def test_a_judge_that_is_down_ends_the_evaluation(tmp_path):
     with (
         judge(faults=[500] * 100) as server,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -189,10 +189,16 @@ class EndpointJudge:
         return re.sub("|".join(map(re.escape, _FIELDS)), lambda found: values[found[0]], self._template)
 
     def _ask(self, missing: Mapping[str, str], known: dict[str, Any], file: Path) -> None:
-        stop, failures = Event(), 0
+        stop, writing, failures = Event(), Lock(), 0
 
         def ask(question: tuple[str, str]) -> dict[str, Any]:
-            return {"key": question[0], "question": question[1], **self._endpoint.ask(question[1], stop)}
+            row = {"key": question[0], "question": question[1], **self._endpoint.ask(question[1], stop)}
+            if "error" not in row:
+                with writing:  # before the next question: a killed process loses only those that are on their way
+                    lines.write(json.dumps(row) + "\n")  # in ASCII: half of a surrogate pair stays what it is
+                    lines.flush()
+                    os.fsync(lines.fileno())
+            return row
 
         with file.open("a", encoding="utf-8") as lines, ThreadPoolExecutor(self._parallel) as pool:
             jobs = [pool.submit(ask, question) for question in missing.items()]
@@ -208,9 +214,6 @@ class EndpointJudge:
                         )
                     if not failures:
                         known[row["key"]] = row
-                        lines.write(json.dumps(row) + "\n")  # in ASCII: half of a surrogate pair stays what it is
-                        lines.flush()
-                        os.fsync(lines.fileno())
             finally:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
