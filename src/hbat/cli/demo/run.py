@@ -60,12 +60,8 @@ def _short(rate: float) -> str:
     return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
-def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind = "dpo") -> int:
-    """Pretrain a base model, train it with each method on several seeds, print and save the scores.
-
-    Returns:
-        The exit status.
-    """
+def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind = "dpo") -> None:
+    """Pretrain a base model, train it with each method on several seeds, print and save the scores."""
     start = time.perf_counter()
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' and TRL's, about their next release
     transformers.logging.set_verbosity_error()
@@ -91,7 +87,6 @@ def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind =
     if quick:
         print("Too few steps and rows to learn anything: this shows that everything runs, and no more.")  # noqa: T201 - output
     print_results(outcomes, seconds=seconds, files=[file, *([plot] if plot else []), output_dir / "hbat"])
-    return 0
 
 
 class _Comparison:
