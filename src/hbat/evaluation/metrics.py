@@ -1,5 +1,6 @@
 """Counts and comparisons of texts, and the means of their values with intervals."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -75,6 +76,15 @@ def interval(
     return float(low), float(high)
 
 
+def estimate(
+    name: str, values: Sequence[float], groups: Sequence[Any], seed: int, weights: Sequence[float] | None = None
+) -> dict[str, float]:
+    """Scores of a mean, as `interval` takes it: itself by its name, and the ends as `<name>_low` and `<name>_high`."""
+    low, high = interval(values, groups, seed, weights)
+    mean = math.fsum(values) / (len(values) if weights is None else sum(weights))
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
 def of_completions(
     rows: Sequence[Mapping[str, Any]], references: Sequence[str | None], seed: int
 ) -> dict[str, dict[str, float]]:
@@ -103,9 +113,7 @@ def of_completions(
     judged = [row for row in rows if re.search("[a-z0-9]", str(references[row["prompt"]] or "").lower())]
     if judged:
         found = rouge([row["text"] for row in judged], [str(references[row["prompt"]]) for row in judged])
-        low, high = interval(found["rougeL"], [row["prompt"] for row in judged], seed)
-        scores["rouge"] = {kind: fmean(values) for kind, values in found.items()} | {
-            "rougeL_low": low,
-            "rougeL_high": high,
-        }
+        groups = [row["prompt"] for row in judged]
+        scores["rouge"] = {kind: fmean(values) for kind, values in found.items()}
+        scores["rouge"] |= estimate("rougeL", found["rougeL"], groups, seed)
     return scores
