@@ -153,11 +153,12 @@ class Suite:
     def _claim(self, folder: Path, own: Mapping[str, Any]) -> None:
         """Write down what the folder's completions are of; they are no others."""
         now = {name: getattr(self._config, name) for name in _SETTINGS} | {"prompts": digest(self._asked), **own}
+        now = json.loads(json.dumps(now))  # as it is read back
         file = folder / SETTINGS_FILE
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        if before is not None and before != json.loads(json.dumps(now)):
+        if before is not None and before != now:
             if not self._in_run:
-                changed = "`, `".join(name for name in now if before.get(name) != json.loads(json.dumps(now[name])))
+                changed = "`, `".join(name for name in now if before.get(name) != now[name])
                 raise ValueError(
                     f"{folder} holds completions that were made with another `{changed}`. Remove the folder, or set "
                     "another `output_dir`."
