@@ -12,7 +12,7 @@ from hbat.engines.processes import is_main_process
 from hbat.model.merge import Merged
 from hbat.reports.files import FRONT_FILE, FRONT_PLOT_FILE, REPORT_FILE, SCORES_FILE
 from hbat.reports.front import Front
-from hbat.reports.matrix import directions, table_rows
+from hbat.reports.matrix import directions, headline_cells, headline_columns, table_rows
 from hbat.reports.plots import can_draw
 from hbat.state.folder import RunFolder
 from hbat.state.plan import plan
@@ -51,10 +51,10 @@ def print_front(trainer: HBATTrainer, front: Front, saved: Path | None) -> None:
     if not is_main_process():
         return
     console, folder = Console(soft_wrap=True), Path(trainer.args.output_dir).absolute()
-    table = _table("end_weight", *(f"{name} {metric}" for name, metric in front.headline.items()))
+    table = _table("end_weight", *headline_columns(front))
     table.title = f"From the start (0) to the end (1) of the last stage ({directions(front)})"
-    for point, *values in zip(front.points, *map(front.series, front.headline), strict=True):
-        table.add_row(f"{point:g}", *("" if value is None else f"{value:.4f}" for value in values))
+    for row in front.rows:
+        table.add_row(f"{row['end_weight']:g}", *headline_cells(front, row["scores"]))
     console.print(table)
     console.print(f"Scores: {folder / FRONT_FILE}", highlight=False)
     if can_draw():
