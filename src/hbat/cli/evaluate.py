@@ -155,14 +155,7 @@ def print_evaluation(
     counts: Mapping[str, int],
     folder: Path,
 ) -> None:
-    """Print a table of all scores, a column for each model, and the paths of the results.
-
-    Args:
-        found: Scores by model.
-        columns: Metric that stands for each measurement, and which of its values are better.
-        counts: Number of rows of each measurement.
-        folder: Folder of the results.
-    """
+    """Print a table of all scores, a column for each model, and the paths of the results."""
     console = Console(soft_wrap=True)
     rows = [f"{count} {_COUNTED.get(name, name)}" for name, count in counts.items()]
     table = Table(title=", ".join([*rows, "95 % intervals"]), title_justify="left")

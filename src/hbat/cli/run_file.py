@@ -210,13 +210,7 @@ def described_keys() -> list[tuple[str, "dataclasses.Field[Any]"]]:
 
 
 def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
-    """Parse `--key value`, `--key=value` and `--key` (true), with dots into sections.
-
-    Args:
-        words: Arguments of the command line.
-
-    Returns:
-        Keys and values in order.
+    """Parse `--key value`, `--key=value` and `--key` (true), with dots into sections, to keys and values in order.
 
     Raises:
         ValueError: If an argument has no key before it, or a value is not YAML.

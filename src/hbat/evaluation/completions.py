@@ -19,14 +19,7 @@ Row = dict[str, Any]
 
 
 def prompt_ids(asked: Sequence[Asked], model: Any, tokenizer: Any, *, name: str, new_tokens: int) -> list[list[int]]:
-    """Tokenize prompts.
-
-    Args:
-        asked: The prompts.
-        model: The model that completes them.
-        tokenizer: Its tokenizer.
-        name: How the user knows them, for messages.
-        new_tokens: Tokens that a completion may have.
+    """Tokenize prompts that leave room for `new_tokens`; messages call them `name`.
 
     Raises:
         ValueError: If a prompt cannot be tokenized, or leaves no room for a completion in the model's context.
@@ -57,22 +50,11 @@ def _tokens(number: int, ask: Asked, tokenizer: Any, name: str) -> list[int]:
 def complete(
     file: Path, config: Measured, asked: Sequence[Asked], ids: Sequence[list[int]], model: Any, tokenizer: Any
 ) -> list[Row]:
-    """Complete prompts into a JSONL file: a row for each prompt, temperature and sample that it does not have yet.
+    """Write the completions that a JSONL file lacks; returns all rows in order of temperature, sample and prompt.
 
     A row has `prompt` (its number), `asked` and `reference` (of the prompt's row), `temperature`, `sample`, `text`,
     `tokens`, `ended` (by an end token or a stop string). Batches are of prompts of similar length and always the same
     ones, each with a seed of its own, so that a file that was cut off continues to the same rows as one that was not.
-
-    Args:
-        file: The file.
-        config: What is measured.
-        asked: The prompts.
-        ids: Their tokens, as from `prompt_ids`.
-        model: The model.
-        tokenizer: Its tokenizer.
-
-    Returns:
-        All rows in order of temperature, sample and prompt.
     """
     order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))  # the longest first: memory shows at once
     batches = [order[at : at + config.batch_size] for at in range(0, len(order), config.batch_size)]

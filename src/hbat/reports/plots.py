@@ -198,10 +198,7 @@ def _draw_curve(axis: Any, log: Sequence[Entry], key: str, *, color: str, label:
 def curves_figure(log: Sequence[Entry], keys: Sequence[str], stages: Sequence[tuple[str, float, float]]) -> "Figure":
     """Entries of the log over the steps of the run, one below the other, with the stages shaded.
 
-    Args:
-        log: The log.
-        keys: Names of the entries, which begin with an objective.
-        stages: Objective, first and last step of each stage.
+    Keys begin with an objective; a stage is its objective with its first and last step.
     """
     names = list(dict.fromkeys(name for name, _, _ in stages))
     figure, axes = _figure(9.0, 0.6 + 1.8 * len(keys), rows=len(keys), sharex=True)
@@ -335,11 +332,7 @@ def draw_sweep(points: Sequence[tuple[Sequence[Any], ForgettingMatrix]], keys: S
     """Draw each objective's headline score at the end of the runs of a sweep into a PNG file.
 
     Over two keys as a heat map, over one as a curve; over more, only the first two would be seen, so nothing is drawn.
-
-    Args:
-        points: Values of the keys, and scores, of each run.
-        keys: The keys.
-        file: The file.
+    A point is a run's values of the keys, and its scores.
     """
     names = points[0][1].scored
     if len(keys) > 2 or not names or not _can_draw(file):  # noqa: PLR2004 - a picture has two dimensions
