@@ -35,16 +35,10 @@ def _phrases(text: str, length: int) -> list[tuple[str, ...]]:
 
 
 def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L of each text: F1 with Porter's stemmer, by rouge-score.
+    """ROUGE-1, ROUGE-2 and ROUGE-L of each text: F1 with Porter's stemmer, by rouge-score."""
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - an optional extra, which `Suite` asks for
+    from rouge_score.tokenizers import DefaultTokenizer  # noqa: PLC0415
 
-    Raises:
-        ImportError: If rouge-score is missing.
-    """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - an optional extra
-        from rouge_score.tokenizers import DefaultTokenizer  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError("ROUGE requires rouge-score. Install it with `pip install 'hbat-trl[eval]'`.") from error
     kinds = ["rouge1", "rouge2", "rougeL"]
     # Without a tokenizer it logs that it takes this one, by a package that gives the root logger a handler.
     scorer: Any = RougeScorer(kinds, tokenizer=DefaultTokenizer(use_stemmer=True))
