@@ -177,7 +177,7 @@ def _keys_help() -> str:
         "`--sft.learning_rate=1e-5`, `--objectives [sft,dpo]`, `--datasets.dpo pairs.jsonl.gz`, `--ewc null`.",
         "Values are YAML; a key without a value is true.",
         "\nkeys:",
-        *(_entry(name, field) for name, field in described_keys() if name not in SECTIONS),
+        *(_entry(field.name, field) for field in described_keys() if field.name not in SECTIONS),
         "\nsections:",
         "  sft.KEY, dpo.KEY, kto.KEY, grpo.KEY, rloo.KEY",
         "        Any field of trl.SFTConfig, trl.DPOConfig, trl.KTOConfig, trl.GRPOConfig or trl.RLOOConfig.",
