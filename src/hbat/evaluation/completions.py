@@ -58,7 +58,7 @@ def complete(
     """
     order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))  # the longest first: memory shows at once
     batches = [order[at : at + config.batch_size] for at in range(0, len(order), config.batch_size)]
-    known = {place_of(row): row for row in own_rows(file)}
+    known = {place_of(row): row for row in read_rows(file, continued=True)}
     samples = [
         (temperature, sample)
         for temperature in config.temperatures
@@ -106,24 +106,9 @@ def _sampled(
     ]
 
 
-def own_rows(file: Path) -> list[Row]:
-    """Read a JSONL file that is continued; a last line that was cut off is taken out of it."""
-    rows, whole = _read(file)
-    if file.exists() and whole < file.stat().st_size:
-        os.truncate(file, whole)
-    return rows
-
-
-def read_rows(file: Path) -> list[Row]:
-    """Read the whole lines of a JSONL file; none if it is not there."""
-    return _read(file)[0]
-
-
-def _read(file: Path) -> tuple[list[Row], int]:
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        return [], 0
+def read_rows(file: Path, *, continued: bool = False) -> list[Row]:
+    """Read the whole lines of a JSONL file, if it is there; one that is `continued` loses a last line that is not."""
+    content = file.read_bytes() if file.exists() else b""
     whole, rows = content.rfind(b"\n") + 1, []
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
         try:
@@ -132,4 +117,6 @@ def _read(file: Path) -> tuple[list[Row], int]:
             raise ValueError(
                 f"{file}, line {number} is no JSON object: {error}. Remove the line, or the file."
             ) from error
-    return rows, whole
+    if continued and whole < len(content):
+        os.truncate(file, whole)
+    return rows

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from hbat.config.evaluation import JudgeConfig
 from hbat.config.fields import shown
-from hbat.evaluation.completions import own_rows
+from hbat.evaluation.completions import read_rows
 from hbat.evaluation.endpoint import Endpoint, JudgeError
 from hbat.evaluation.metrics import estimate
 from hbat.ppo.rewards.model import RewardModel, load_reward_model, load_reward_tokenizer
@@ -164,7 +164,7 @@ class EndpointJudge:
         Raises:
             JudgeError: If it does not answer, or refuses to.
         """
-        known = {row["key"]: row for row in own_rows(file)}
+        known = {row["key"]: row for row in read_rows(file, continued=True)}
         questions = [() if pair.own == pair.other else self._questions(pair) for pair in pairs]
         wanted = dict(question for both in questions for question in both)
         self._ask({key: text for key, text in wanted.items() if key not in known}, known, file)
