@@ -48,7 +48,7 @@ def defaults(*configs):
 
 #: Every flat key of `trl sft` and `trl dpo` that is none of a run.
 FLAT = defaults(ScriptArguments, ModelConfig, MixtureConfig, SFTConfig, DPOConfig)
-FLAT = {key: value for key, value in FLAT.items() if key not in {name for name, _ in described_keys()}}
+FLAT = {key: value for key, value in FLAT.items() if key not in {field.name for field in described_keys()}}
 
 
 @pytest.fixture

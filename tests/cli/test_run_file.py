@@ -234,5 +234,5 @@ def test_environment_variables_are_set_as_text(run_file, monkeypatch):
 
 
 def test_every_key_has_its_help():
-    assert all(field.metadata["help"] for _, field in described_keys())
-    assert {field.name for field in dataclasses.fields(HBATConfig)} < {name for name, _ in described_keys()}
+    assert all(field.metadata["help"] for field in described_keys())
+    assert {field.name for field in dataclasses.fields(HBATConfig)} < {field.name for field in described_keys()}

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hbat.config.evaluation import EvalConfig
-from hbat.evaluation.completions import CompletionFile, read_rows
+from hbat.evaluation import completions
+from hbat.evaluation.completions import prompt_ids, read_rows
 from hbat.evaluation.rows import Asked
 
 ASKED = [Asked(text, {}) for text in ("2 plus 2", "the answer to 3 plus 3 is", "4", "7 plus 1 is", "5 plus")]
@@ -15,9 +16,9 @@ ASKED = [Asked(text, {}) for text in ("2 plus 2", "the answer to 3 plus 3 is", "
 
 def complete(folder, model=None, *, asked=ASKED, **options):
     config = EvalConfig(prompts="unused", max_new_tokens=6, batch_size=2, **options)
-    return CompletionFile(folder / "completions.jsonl", config, asked).complete(
-        model or cases.tiny_llama(), cases.tiny_tokenizer()
-    )
+    model, tokenizer = model or cases.tiny_llama(), cases.tiny_tokenizer()
+    ids = prompt_ids(asked, model, tokenizer, name="`prompts`", new_tokens=6)
+    return completions.complete(folder / "completions.jsonl", config, asked, ids, model, tokenizer)
 
 
 def test_greedy_completions_are_those_of_generate_for_every_prompt_alone(tmp_path):
@@ -93,10 +94,9 @@ def test_prompts_that_leave_no_room_are_refused_before_any_is_completed(tmp_path
     assert not (tmp_path / "completions.jsonl").exists()
 
 
-def test_a_conversation_without_a_chat_template_is_refused_by_its_number(tmp_path):
+def test_a_conversation_without_a_chat_template_is_refused_by_its_number():
     tokenizer = cases.tiny_tokenizer()
     tokenizer.chat_template = None
-    config = EvalConfig(prompts="unused")
     asked = [ASKED[0], Asked([{"role": "user", "content": "Hi"}], {})]
     with pytest.raises(ValueError, match=r"`prompts`, prompt 1: .*template"):
-        CompletionFile(tmp_path / "completions.jsonl", config, asked).complete(cases.tiny_llama(), tokenizer)
+        prompt_ids(asked, cases.tiny_llama(), tokenizer, name="`prompts`", new_tokens=6)

@@ -8,7 +8,7 @@ from typing import Any
 from hbat.cli.run_file import override
 from hbat.cli.yaml import read_yaml
 from hbat.config.evaluation import Measured
-from hbat.config.fields import at_home, build_section, not_an_option
+from hbat.config.fields import build_section, not_an_option
 
 
 @dataclass(kw_only=True)
@@ -25,10 +25,6 @@ class EvalFile(Measured):
             "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`. Default: the dtype that was saved."
         },
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.output_dir = at_home(self.output_dir)
 
 
 def parse_eval(path: str | None, overrides: Sequence[tuple[str, Any]]) -> EvalFile:

@@ -29,7 +29,6 @@ from hbat.state.folder import RunFolder
 from hbat.state.lock import locked
 
 _WEIGHTS = ("*.safetensors", "*.bin")
-_COUNTED = {"completions": "prompts"}
 #: Endings of the bounds of a metric's interval.
 _BOUNDS = ("_low", "_high")
 
@@ -56,28 +55,25 @@ def evaluate(models: Sequence[str], config: EvalFile) -> Callable[[], None]:
         raise ValueError(
             f"`output_dir` {config.output_dir!r} holds a run, with scores of its own. Name another folder."
         )
-    suite = Suite(config)
+    suite, plain = Suite(config), json.loads(json.dumps(dataclasses.asdict(config), default=str))
     with locked(folder):
         found, data, columns = _before(folder, suite)
-        work = ", ".join(f"{count} {_COUNTED.get(name, name)}" for name, count in suite.counts.items())
+        work = ", ".join(_sizes(suite.counts)) or "tasks"
         for number, (label, source) in enumerate(zip(labels, sources, strict=True), start=1):
-            print(f"{number} of {len(labels)}: {source} ({work or 'tasks'})", file=sys.stderr)
+            print(f"{number} of {len(labels)}: {source} ({work})", file=sys.stderr)
             found[label] = found.get(label, {}) | _measured(source, suite, config, folder / label)
             columns |= {name: suite.headline(name, own) for name, own in found[label].items() if name not in columns}
-            values = {"models": found, "counts": suite.counts, "config": _plain(config)}
+            values = {"models": found, "counts": suite.counts, "config": plain}
             write_json(folder / SCORES_FILE, values | {"data": data, "columns": columns})
         draw_models(found, columns, folder / PLOT_FILE)
     return partial(print_evaluation, found, columns, suite.counts, folder)
 
 
-def _plain(config: EvalFile) -> Any:
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+def _sizes(counts: Mapping[str, int]) -> list[str]:
+    return [f"{count} {'prompts' if name == 'completions' else name}" for name, count in counts.items()]
 
 
-_Before = tuple[dict[str, Scores], dict[str, str], dict[str, tuple[str, Better]]]
-
-
-def _before(folder: Path, suite: Suite) -> _Before:
+def _before(folder: Path, suite: Suite) -> tuple[dict[str, Scores], dict[str, str], dict[str, tuple[str, Better]]]:
     """Scores in the folder, but for those of other rows or settings; what all are made of; their columns."""
     try:
         values = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
@@ -155,17 +151,9 @@ def print_evaluation(
     counts: Mapping[str, int],
     folder: Path,
 ) -> None:
-    """Print a table of all scores, a column for each model, and the paths of the results.
-
-    Args:
-        found: Scores by model.
-        columns: Metric that stands for each measurement, and which of its values are better.
-        counts: Number of rows of each measurement.
-        folder: Folder of the results.
-    """
+    """Print a table of all scores, a column for each model, and the paths of the results."""
     console = Console(soft_wrap=True)
-    rows = [f"{count} {_COUNTED.get(name, name)}" for name, count in counts.items()]
-    table = Table(title=", ".join([*rows, "95 % intervals"]), title_justify="left")
+    table = Table(title=", ".join([*_sizes(counts), "95 % intervals"]), title_justify="left")
     table.add_column("")
     for label in found:
         table.add_column(escape(label), justify="right")

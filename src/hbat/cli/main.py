@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, rest = make_parser().parse_known_args(words)
         options.argv = words
-        return _COMMANDS[options.command](options, rest)
+        _COMMANDS[options.command](options, rest)
     except KeyboardInterrupt:
         hint = "; continue with `--resume`" if words[0] == "train" else ""
         print(f"hbat: interrupted{hint}", file=sys.stderr)
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exception(cause)
         print(f"hbat: error: {_one_line(cause, by_user=by_user)}", file=sys.stderr)
         return 2 if by_user else 1
+    return 0
 
 
 def _one_line(error: BaseException, *, by_user: bool) -> str:
@@ -73,7 +74,7 @@ def _one_line(error: BaseException, *, by_user: bool) -> str:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _train(options: argparse.Namespace, words: Sequence[str]) -> None:
     allowed = [name.strip() for name in options.allow_changed.split(",") if name.strip()]
     if allowed and not options.resume:
         raise ValueError("`--allow-changed` names values that may differ when a run resumes; it requires `--resume`.")
@@ -102,10 +103,9 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
     if address := upload_run(run):
         print(f"Hub:    {address}")
     end_processes()
-    return 0
 
 
-def _validate(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _validate(options: argparse.Namespace, words: Sequence[str]) -> None:
     run = _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):
         from hbat.cli.build import build_trainer  # noqa: PLC0415 - heavy
@@ -116,10 +116,9 @@ def _validate(options: argparse.Namespace, words: Sequence[str]) -> int:
         trainer = build_trainer(run)
     print_plan(trainer)
     end_processes()
-    return 0
 
 
-def _front(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _front(options: argparse.Namespace, words: Sequence[str]) -> None:
     points = [_point("points", text) for text in options.points.split(",")]
     saved, folder = None, None
     if options.save:
@@ -138,10 +137,9 @@ def _front(options: argparse.Namespace, words: Sequence[str]) -> int:
             trainer.save_model(str(folder))
     print_front(trainer, front, folder)
     end_processes()
-    return 0
 
 
-def _merge(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _merge(options: argparse.Namespace, words: Sequence[str]) -> None:
     source, folder = Path(options.config), Path(options.folder)
     _require_empty("DIR", folder)
     if source.is_dir() and words:
@@ -159,10 +157,9 @@ def _merge(options: argparse.Namespace, words: Sequence[str]) -> int:
             quantized |= "quantization" in state.fingerprint["parameters"]
         merged = merge(adapter, folder, options.dtype, None if run is None else run.config)
     print(describe_merged(merged, folder, quantized=quantized))
-    return 0
 
 
-def _clean(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _clean(options: argparse.Namespace, words: Sequence[str]) -> None:
     run = _prepare(options, words)
     from hbat.state.folder import RunFolder  # noqa: PLC0415 - heavy
 
@@ -176,7 +173,6 @@ def _clean(options: argparse.Namespace, words: Sequence[str]) -> int:
         size = folder.size()
         folder.clear()
     print(f"Removed {size / 1e6:.1f} MB: the run can no longer be continued, nor its front be measured.")
-    return 0
 
 
 def _run_folder(options: argparse.Namespace, words: Sequence[str]) -> Path:
@@ -184,30 +180,27 @@ def _run_folder(options: argparse.Namespace, words: Sequence[str]) -> Path:
     return source if source.is_dir() else Path(_prepare(options, words).config.output_dir)
 
 
-def _status(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _status(options: argparse.Namespace, words: Sequence[str]) -> None:
     folder = _run_folder(options, words)
     from hbat.cli.status import print_status  # noqa: PLC0415 - heavy
 
     print_status(folder)
-    return 0
 
 
-def _report(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _report(options: argparse.Namespace, words: Sequence[str]) -> None:
     folder = _run_folder(options, words)
     from hbat.reports.page import write_report  # noqa: PLC0415 - heavy
 
     print(f"Report: {write_report(folder).absolute()}")
-    return 0
 
 
-def _compare(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _compare(options: argparse.Namespace, words: Sequence[str]) -> None:
     _refuse("compare", words)
     from hbat.reports.comparison import write_comparison  # noqa: PLC0415 - heavy
 
     folders = [path if path.is_dir() else Path(parse(path).config.output_dir) for path in options.runs]
     write_comparison(folders, options.output)
     print(f"Comparison: {options.output.absolute()}")
-    return 0
 
 
 def _require_empty(option: str, folder: Path) -> None:
@@ -225,12 +218,12 @@ def _point(option: str, text: str) -> float:
     return point
 
 
-def _init(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _init(options: argparse.Namespace, words: Sequence[str]) -> None:
     _refuse("init", words)
     text = first_run(options.model, {name: getattr(options, name) for name in OBJECTIVES}, lora=options.lora)
     if options.output is None:
         print(text, end="")
-        return 0
+        return
     try:
         with options.output.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -239,33 +232,30 @@ def _init(options: argparse.Namespace, words: Sequence[str]) -> int:
             f"`--output` names {str(options.output)!r}, which exists. Give the name of a new file."
         ) from None
     print(f"Wrote {options.output}. Next: `hbat validate --config {options.output}`.")
-    return 0
 
 
-def _migrate(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _migrate(options: argparse.Namespace, words: Sequence[str]) -> None:
     _refuse("migrate", words)
     from hbat.cli.migrate import migrate  # noqa: PLC0415 - nothing else needs it
 
     print(migrate(options.files), end="")
-    return 0
 
 
-def _env(_: argparse.Namespace, words: Sequence[str]) -> int:
+def _env(_: argparse.Namespace, words: Sequence[str]) -> None:
     _refuse("env", words)
     from hbat.cli.env import describe_environment  # noqa: PLC0415 - heavy
 
     print(describe_environment())
-    return 0
 
 
-def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _demo(options: argparse.Namespace, words: Sequence[str]) -> None:
     _refuse("demo", words)
     from hbat.cli.demo.run import run  # noqa: PLC0415 - heavy
 
-    return run(options.output_dir, options.seed, options.quick, options.preference)
+    run(options.output_dir, options.seed, options.quick, options.preference)
 
 
-def _eval(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _eval(options: argparse.Namespace, words: Sequence[str]) -> None:
     if options.argv[1].startswith("-"):
         raise ValueError("`hbat eval` takes the models first: `hbat eval MODEL --config eval.yaml`.")
     config = parse_eval(options.config, parse_overrides(words))
@@ -274,15 +264,13 @@ def _eval(options: argparse.Namespace, words: Sequence[str]) -> int:
 
         print_scores = evaluate(options.models, config)
     print_scores()
-    return 0
 
 
-def _sweep(options: argparse.Namespace, words: Sequence[str]) -> int:
+def _sweep(options: argparse.Namespace, words: Sequence[str]) -> None:
     from hbat.cli.sweep import print_sweep, sweep  # noqa: PLC0415 - heavy
 
     run = _prepare(options, words)
     print_sweep(sweep(options.config, run, options.axes, words), Path(run.config.output_dir))
-    return 0
 
 
 def _refuse(command: str, words: Sequence[str]) -> None:
@@ -296,7 +284,7 @@ def _prepare(options: argparse.Namespace, words: Sequence[str]) -> RunFile:
     return run
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
+_COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], None]] = {
     "init": _init, "migrate": _migrate, "validate": _validate, "train": _train, "status": _status, "report": _report,
     "compare": _compare, "front": _front, "merge": _merge, "eval": _eval, "sweep": _sweep, "clean": _clean,
     "env": _env, "demo": _demo,

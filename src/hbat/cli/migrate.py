@@ -28,13 +28,7 @@ _PLAIN = """
 
 
 def migrate(given: Sequence[str]) -> str:
-    """Make a run file of files of other tools, in the order in which they train.
-
-    Args:
-        given: The files, each as `path` or `objective=path`.
-
-    Returns:
-        The run file, as text.
+    """Make one run file, as text, of other tools' (`path` or `objective=path`) in the order in which they train.
 
     Raises:
         ValueError: If a file cannot be read, or they do not make one run.

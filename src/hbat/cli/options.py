@@ -67,40 +67,35 @@ def make_parser() -> Parser:
     _add_measuring(commands)
     what = "remove what a finished run keeps beside its model to be continued or averaged"
     _run_command(commands, "clean", what, file="RUN")
-    what = "print versions, devices and settings, for a bug report"
-    env = commands.add_parser("env", allow_abbrev=False, help=what, description=_sentence(what))
-    env.add_argument("--traceback", action="store_true", help="print the traceback of an error")
-    what = "compare HBAT and two-stage training on a small model, on the CPU"
-    demo = commands.add_parser("demo", allow_abbrev=False, help=what, description=_sentence(what))
+    _command(commands, "env", "print versions, devices and settings, for a bug report")
+    demo = _command(commands, "demo", "compare HBAT and two-stage training on a small model, on the CPU")
     demo.add_argument(
         "--preference", choices=("dpo", "ppo"), default="dpo", help="preference objective (default: %(default)s)"
     )
     demo.add_argument("--output-dir", type=Path, default="demo-output", help="output folder (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="random seed of data and weights (default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="train too little to learn, to check that everything runs")
-    demo.add_argument("--traceback", action="store_true", help="print the traceback of an error")
+    for command in commands.choices.values():
+        command.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     return parser
 
 
 def _add_beginnings(commands: Any) -> None:
     """The commands that write a run file."""
-    what = "write a first run file"
-    init = commands.add_parser("init", allow_abbrev=False, help=what, description=_sentence(what))
+    init = _command(commands, "init", "write a first run file")
     init.add_argument("--model", required=True, help="model: name on the Hub or local folder")
     for name in OBJECTIVES:
         init.add_argument(f"--{name}", nargs="+", metavar="DATA", help=f"training data of `{name}`: names or files")
     init.add_argument("--lora", action="store_true", help="train a LoRA adapter")
     init.add_argument("--output", type=Path, metavar="FILE", help="a new file to write (default: standard output)")
     what = "make one run file of those for `trl sft`, `trl dpo`, ..., LLaMA-Factory or axolotl"
-    migrate = commands.add_parser("migrate", allow_abbrev=False, help=what, description=_sentence(what))
+    migrate = _command(commands, "migrate", what)
     migrate.add_argument(
         "files",
         nargs="+",
         metavar="[OBJECTIVE=]FILE",
         help="YAML files in the order in which they train, with the objective where its name does not say it",
     )
-    for command in (init, migrate):
-        command.add_argument("--traceback", action="store_true", help="print the traceback of an error")
 
 
 def _add_readers(commands: Any) -> None:
@@ -109,27 +104,18 @@ def _add_readers(commands: Any) -> None:
     _run_command(commands, "status", what, file="RUN")
     what = "write `report.html` of a run, also of one that was cut off; RUN may be its folder"
     _run_command(commands, "report", what, file="RUN")
-    what = "write a page that shows several runs side by side"
-    compare = commands.add_parser("compare", allow_abbrev=False, help=what, description=_sentence(what))
+    compare = _command(commands, "compare", "write a page that shows several runs side by side")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run files or folders of runs")
     compare.add_argument(
         "--output", type=Path, default="comparison.html", metavar="FILE", help="the page (default: %(default)s)"
     )
-    compare.add_argument("--traceback", action="store_true", help="print the traceback of an error")
 
 
 def _add_measuring(commands: Any) -> None:
     """The commands that measure models, and train several to do so."""
     what = "complete prompts with models and measure them: ROUGE, win rate, likelihoods, tasks of lm-eval"
-    evaluate = commands.add_parser(
-        "eval",
-        allow_abbrev=False,
-        help=what,
-        usage="hbat eval MODEL [MODEL ...] [--config eval.yaml] [--KEY VALUE ...]",
-        description=_sentence(what),
-        epilog=_eval_keys_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = "hbat eval MODEL [MODEL ...] [--config eval.yaml] [--KEY VALUE ...]"
+    evaluate = _command(commands, "eval", what, usage=usage, epilog=_eval_keys_help())
     evaluate.add_argument(
         "models",
         nargs="+",
@@ -137,7 +123,6 @@ def _add_measuring(commands: Any) -> None:
         help="name on the Hub, folder of a model, an adapter or a run, or a run file",
     )
     evaluate.add_argument("--config", metavar="FILE", help="YAML file of what is measured")
-    evaluate.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     what = "train a run with every combination of some values, and show their scores in a table and a heat map"
     sweep = _run_command(commands, "sweep", what, file="RUN --set KEY=VALUE,VALUE ...")
     sweep.add_argument(
@@ -151,28 +136,30 @@ def _add_measuring(commands: Any) -> None:
 
 
 def _run_command(commands: Any, name: str, what: str, *, file: str = "--config run.yaml") -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        allow_abbrev=False,
-        help=what,
-        usage=f"hbat {name} {file} [options] [--KEY VALUE ...]",
-        description=_sentence(what),
-        epilog=_keys_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = f"hbat {name} {file} [options] [--KEY VALUE ...]"
+    command = _command(commands, name, what, usage=usage, epilog=_keys_help())
     if file.startswith("--"):
         command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
     else:
         command.add_argument("config", metavar="RUN", help="YAML file of the run")
-        command.add_argument(
-            "--config", action="store_true", dest="_", help=argparse.SUPPRESS
-        )  # as before other files
-    command.add_argument("--traceback", action="store_true", help="print the traceback of an error")
+        # As before other files.
+        command.add_argument("--config", action="store_true", dest="_", help=argparse.SUPPRESS)
     return command
 
 
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+def _command(
+    commands: Any, name: str, what: str, *, usage: str | None = None, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        allow_abbrev=False,
+        help=what,
+        usage=usage,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter if epilog else argparse.HelpFormatter,
+    )
+    return command
 
 
 class _Version(argparse.Action):
@@ -190,7 +177,7 @@ def _keys_help() -> str:
         "`--sft.learning_rate=1e-5`, `--objectives [sft,dpo]`, `--datasets.dpo pairs.jsonl.gz`, `--ewc null`.",
         "Values are YAML; a key without a value is true.",
         "\nkeys:",
-        *(_entry(name, field) for name, field in described_keys() if name not in SECTIONS),
+        *(_entry(field.name, field) for field in described_keys() if field.name not in SECTIONS),
         "\nsections:",
         "  sft.KEY, dpo.KEY, kto.KEY, grpo.KEY, rloo.KEY",
         "        Any field of trl.SFTConfig, trl.DPOConfig, trl.KTOConfig, trl.GRPOConfig or trl.RLOOConfig.",

@@ -28,12 +28,7 @@ def _reachable(folder: Path) -> None:
 
 
 def load_object(text: str, key: str, forms: str = "`package.module:name` or `path/to/file.py:name`") -> Any:
-    """Import what a text names by its module or file.
-
-    Args:
-        text: The name.
-        key: What it is the value of, for messages.
-        forms: What may be given.
+    """Import what a text names by its module or file; `key` is what it is the value of, for messages.
 
     Raises:
         ValueError: If there is no such thing, or its module cannot be imported.

@@ -124,7 +124,7 @@ def from_values(
     values: dict[str, Any], path: str, overrides: Sequence[tuple[str, Any]] = (), options: Iterable[str] = ()
 ) -> RunFile:
     """Make a run of the values of a file, as `parse`."""
-    valid = [name for name, _ in described_keys()]
+    valid = [field.name for field in described_keys()]
     valid += [name for name in _names(values) if name not in valid]
     wrong = [key for key, _ in overrides if key.split(".")[0] not in valid]
     for key, value in overrides:
@@ -203,20 +203,14 @@ def _without_secrets(values: Any) -> Any:
     return {key: _without_secrets(value) for key, value in values.items() if not _SECRET.search(str(key))}
 
 
-def described_keys() -> list[tuple[str, "dataclasses.Field[Any]"]]:
-    """List every key of a run file with the dataclass field that describes it."""
+def described_keys() -> list["dataclasses.Field[Any]"]:
+    """List the dataclass field that describes it for every key of a run file."""
     own = [field for field in dataclasses.fields(RunFile) if field.name != "config"]
-    return [(field.name, field) for field in [*own, *dataclasses.fields(HBATConfig)]]
+    return [*own, *dataclasses.fields(HBATConfig)]
 
 
 def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
-    """Parse `--key value`, `--key=value` and `--key` (true), with dots into sections.
-
-    Args:
-        words: Arguments of the command line.
-
-    Returns:
-        Keys and values in order.
+    """Parse `--key value`, `--key=value` and `--key` (true), with dots into sections, to keys and values in order.
 
     Raises:
         ValueError: If an argument has no key before it, or a value is not YAML.

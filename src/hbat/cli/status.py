@@ -9,6 +9,7 @@ from rich.table import Table
 
 from hbat.reports.costs import duration, tokens_per_second
 from hbat.reports.files import PROGRESS_FILE
+from hbat.reports.matrix import headline_cells, headline_columns
 from hbat.reports.record import RunRecord
 from hbat.state.lock import is_held
 
@@ -25,27 +26,20 @@ def print_status(folder: Path) -> None:
 
 
 def _table(record: RunRecord) -> Table:
-    headline, state = record.matrix.headline, record.state
-    table = Table(title_justify="left")
-    for index, column in enumerate(("stage", "steps", "time", "tokens/s", "GiB")):
-        table.add_column(column, justify="right" if index else "left")
-    for name, metric in headline.items():
-        table.add_column(f"{name} {metric}", justify="right")
-    scores = {row["stage"]: row["scores"] for row in state.evaluations if "run" not in row}
-
-    def cells(stage: int) -> list[str]:
-        values = [scores.get(stage, {}).get(name, {}).get(metric) for name, metric in headline.items()]
-        return ["" if value is None else f"{value:.4f}" for value in values]
-
-    table.add_row("start", "", "", "", "", *cells(state.first_stage - 1))
+    matrix, state = record.matrix, record.state
+    table = Table("stage")
+    for column in ("steps", "time", "tokens/s", "GiB", *headline_columns(matrix)):
+        table.add_column(column, justify="right")
+    scores = {row["stage"]: headline_cells(matrix, row["scores"]) for row in state.evaluations if "run" not in row}
+    table.add_row("start", "", "", "", "", *scores.get(state.first_stage - 1, ()))
     for stage in state.plan:
         label, cost = f"round {stage.round}: {stage.objective}", record.costs.get(stage.index)
         if cost is None:
             table.add_row(label, style="dim")
             continue
         rate = tokens_per_second(cost)
-        speed, memory = "" if rate is None else f"{rate:,.0f}", f"{cost['peak_gib']:.1f}"
-        table.add_row(label, f"{cost['steps']}", duration(cost["seconds"]), speed, memory, *cells(stage.index))
+        cells = [f"{cost['steps']}", duration(cost["seconds"]), "" if rate is None else f"{rate:,.0f}"]
+        table.add_row(label, *cells, f"{cost['peak_gib']:.1f}", *scores.get(stage.index, ()))
     return table
 
 

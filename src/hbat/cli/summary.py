@@ -12,7 +12,7 @@ from hbat.engines.processes import is_main_process
 from hbat.model.merge import Merged
 from hbat.reports.files import FRONT_FILE, FRONT_PLOT_FILE, REPORT_FILE, SCORES_FILE
 from hbat.reports.front import Front
-from hbat.reports.matrix import directions, table_rows
+from hbat.reports.matrix import directions, headline_cells, headline_columns, table_rows
 from hbat.reports.plots import can_draw
 from hbat.state.folder import RunFolder
 from hbat.state.plan import plan
@@ -27,8 +27,7 @@ def print_result(trainer: HBATTrainer) -> None:
     folder = Path(trainer.args.output_dir).absolute()
     if matrix.scored:
         head, (*rows, transfer, forgetting) = table_rows(matrix)
-        table = _table(*head)
-        table.title = f"Objectives after each stage ({directions(matrix)})"
+        table = _table(*head, title=f"Objectives after each stage ({directions(matrix)})")
         for cells in rows:
             table.add_row(*cells)
         table.add_section()
@@ -51,10 +50,10 @@ def print_front(trainer: HBATTrainer, front: Front, saved: Path | None) -> None:
     if not is_main_process():
         return
     console, folder = Console(soft_wrap=True), Path(trainer.args.output_dir).absolute()
-    table = _table("end_weight", *(f"{name} {metric}" for name, metric in front.headline.items()))
-    table.title = f"From the start (0) to the end (1) of the last stage ({directions(front)})"
-    for point, *values in zip(front.points, *map(front.series, front.headline), strict=True):
-        table.add_row(f"{point:g}", *("" if value is None else f"{value:.4f}" for value in values))
+    title = f"From the start (0) to the end (1) of the last stage ({directions(front)})"
+    table = _table("end_weight", *headline_columns(front), title=title)
+    for row in front.rows:
+        table.add_row(f"{row['end_weight']:g}", *headline_cells(front, row["scores"]))
     console.print(table)
     console.print(f"Scores: {folder / FRONT_FILE}", highlight=False)
     if can_draw():
@@ -115,8 +114,8 @@ def print_lengths(console: Console, trainer: HBATTrainer) -> None:
     measured = trainer.row_lengths()
     if not measured:
         return
-    table = _table("rows", "median", "95 %", "longest", "max_length", "cut", "dropped")
-    table.title = "Tokens per row"
+    columns = ("rows", "median", "95 %", "longest", "max_length", "cut", "dropped")
+    table = _table(*columns, title="Tokens per row")
     for found in measured:
         limit = "" if found.limit is None else f"{found.limit}"
         counts = ("" if count is None else f"{count}" for count in (found.cut, found.dropped))
@@ -143,8 +142,8 @@ def end_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _table(*columns: str) -> Table:
-    table = Table(title_justify="left")
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
     return table

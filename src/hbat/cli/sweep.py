@@ -19,7 +19,7 @@ from hbat.cli.run_file import RunFile, as_it_runs, parse, parse_overrides
 from hbat.cli.yaml import PlainYAMLError, load_yaml
 from hbat.model.load import is_adapter
 from hbat.reports.files import SWEEP_FILE, SWEEP_PLOT_FILE
-from hbat.reports.matrix import ForgettingMatrix, directions
+from hbat.reports.matrix import ForgettingMatrix, directions, headline_cells, headline_columns
 from hbat.reports.plots import draw_sweep
 from hbat.reports.record import RunRecord
 from hbat.state.files import write_json
@@ -133,14 +133,11 @@ def print_sweep(points: Sequence[Point], folder: Path) -> None:
     """Print each objective's headline score at the end of every run, and the paths of the results."""
     console, matrix = Console(soft_wrap=True), points[0].matrix
     table = Table(title=f"At the end of each run ({directions(matrix)})", title_justify="left")
-    for key in points[0].values:
-        table.add_column(key, justify="right")
-    for name, metric in matrix.headline.items():
-        table.add_column(f"{name} {metric}", justify="right")
+    for column in (*points[0].values, *headline_columns(matrix)):
+        table.add_column(column, justify="right")
     for point in points:
-        ends = [point.matrix.end.get(name, {}).get(metric) for name, metric in point.matrix.headline.items()]
-        cells = ("" if value is None else f"{value:.4f}" for value in ends)
-        table.add_row(*(escape(_text(value)) for value in point.values.values()), *cells)
+        values = (escape(_text(value)) for value in point.values.values())
+        table.add_row(*values, *headline_cells(point.matrix, point.matrix.end))
     console.print(table)
     for label, name in (("Scores", SWEEP_FILE), ("Plot", SWEEP_PLOT_FILE)):
         if (folder / name).is_file():

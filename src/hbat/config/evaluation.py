@@ -76,8 +76,6 @@ class JudgeConfig:
             raise ValueError(
                 "`judge` needs either a `reward_model`, or the `model` of an endpoint (with its `base_url`)."
             )
-        self.reward_model, self.template = at_home(self.reward_model), at_home(self.template)
-        self.against = at_home(self.against)
         for name, low in (("parallel", 1), ("max_retries", 0)):
             check_whole(name, getattr(self, name), low)
         check_number("timeout", self.timeout, 0)

@@ -33,14 +33,7 @@ def nearest(key: str, valid: Iterable[str]) -> str:
 
 
 def not_an_option(key: str, valid: Iterable[str], objectives: Sequence[str] = (), *, shown_as: str = "") -> str:
-    """Say that a key is not one of the `valid`, and where it belongs, or which is the nearest.
-
-    Args:
-        key: The key.
-        valid: The keys that there are.
-        objectives: Objectives that it may be for.
-        shown_as: What the user wrote, with a section before the key.
-    """
+    """Say that a key is none of the `valid`, and where it belongs or what is near; `shown_as` has its section too."""
     return f"`{shown_as or key}` is not an option{hint(key, objectives) or f'.{nearest(key, valid)}'}"
 
 

@@ -334,16 +334,12 @@ class HBATConfig:
 
     def lr_schedule_of(self, objective: str) -> str:
         """Learning rate schedule of an objective: `stage`, `run` or `decay`."""
-        return str(self._by_objective("lr_schedule", objective, "stage"))
-
-    def _by_objective(self, name: str, objective: str, default: Any) -> Any:
-        value = getattr(self, name)
-        if not isinstance(value, Mapping):
-            return value
-        for key in value:
+        if not isinstance(self.lr_schedule, Mapping):
+            return str(self.lr_schedule)
+        for key in self.lr_schedule:
             if key not in self.objective_names:
                 raise ValueError(
-                    f"`{name}` names the objective {key!r}, which is not among {self.objective_names}."
+                    f"`lr_schedule` names the objective {key!r}, which is not among {self.objective_names}."
                     f"{nearest(str(key), self.objective_names)}"
                 )
-        return value.get(objective, default)
+        return str(self.lr_schedule.get(objective, "stage"))

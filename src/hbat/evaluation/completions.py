@@ -19,14 +19,7 @@ Row = dict[str, Any]
 
 
 def prompt_ids(asked: Sequence[Asked], model: Any, tokenizer: Any, *, name: str, new_tokens: int) -> list[list[int]]:
-    """Tokenize prompts.
-
-    Args:
-        asked: The prompts.
-        model: The model that completes them.
-        tokenizer: Its tokenizer.
-        name: How the user knows them, for messages.
-        new_tokens: Tokens that a completion may have.
+    """Tokenize prompts that leave room for `new_tokens`; messages call them `name`.
 
     Raises:
         ValueError: If a prompt cannot be tokenized, or leaves no room for a completion in the model's context.
@@ -54,90 +47,68 @@ def _tokens(number: int, ask: Asked, tokenizer: Any, name: str) -> list[int]:
     raise ValueError(f"{name}, prompt {number}: {problem}. It is {shown(ask.prompt)}.")
 
 
-class CompletionFile:
-    """The completions of one model, a row for each prompt, temperature and sample.
+def complete(
+    file: Path, config: Measured, asked: Sequence[Asked], ids: Sequence[list[int]], model: Any, tokenizer: Any
+) -> list[Row]:
+    """Write the completions that a JSONL file lacks; returns all rows in order of temperature, sample and prompt.
 
     A row has `prompt` (its number), `asked` and `reference` (of the prompt's row), `temperature`, `sample`, `text`,
     `tokens`, `ended` (by an end token or a stop string). Batches are of prompts of similar length and always the same
     ones, each with a seed of its own, so that a file that was cut off continues to the same rows as one that was not.
-
-    Args:
-        file: The file.
-        config: What is measured.
-        asked: The prompts.
     """
-
-    def __init__(self, file: Path, config: Measured, asked: Sequence[Asked]) -> None:
-        self._file = file
-        self._config = config
-        self._asked = asked
-
-    def complete(self, model: Any, tokenizer: Any) -> list[Row]:
-        """Write the rows that are missing, and return all in order of temperature, sample and prompt."""
-        ids = prompt_ids(self._asked, model, tokenizer, name="`prompts`", new_tokens=self._config.max_new_tokens)
-        size = self._config.batch_size
-        order = sorted(
-            range(len(ids)), key=lambda number: -len(ids[number])
-        )  # the longest first: memory shows at once
-        batches = [order[at : at + size] for at in range(0, len(order), size)]
-        known = {(row["temperature"], row["sample"], row["prompt"]): row for row in own_rows(self._file)}
-        samples = [
-            (temperature, sample)
-            for temperature in self._config.temperatures
-            for sample in range(self._config.samples if temperature else 1)
-        ]
-        left = [
-            (*which, number)
-            for which in samples
-            for number, batch in enumerate(batches)
-            if not all((*which, prompt) in known for prompt in batch)
-        ]
-        with self._file.open("a", encoding="utf-8") as lines:
-            for job in tqdm(left, desc="Completing prompts", unit="batch", disable=None, leave=False):
-                prompts = batches[job[-1]]
-                rows = self._rows(model, tokenizer, [ids[prompt] for prompt in prompts], *job)
-                for prompt, row in zip(prompts, rows, strict=True):
-                    if (*job[:2], prompt) not in known:  # of a batch that was cut off
-                        ask = self._asked[prompt]
-                        named = {"prompt": prompt, "asked": ask.prompt, "reference": ask.reference}
-                        known[*job[:2], prompt] = named | row
-                        lines.write(json.dumps(known[*job[:2], prompt], ensure_ascii=False) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())
-        return [known[*which, prompt] for which in samples for prompt in range(len(ids))]
-
-    def _rows(
-        self, model: Any, tokenizer: Any, prompts: list[list[int]], temperature: float, sample: int, batch: int
-    ) -> list[Row]:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-        sampler = CompletionSampler(model, tokenizer, max_new_tokens=self._config.max_new_tokens, sampling=sampling)
-        seed = random.Random(f"{self._config.seed} {temperature} {sample} {batch}").getrandbits(32)  # noqa: S311
-        found = sampler.sample(prompts, seed=seed if temperature else None)
-        texts = completion_texts(tokenizer, prompts, found.tokens)
-        return [
-            {"temperature": temperature, "sample": sample, "text": text, "tokens": len(tokens), "ended": ended}
-            for text, tokens, ended in zip(texts, found.tokens, found.ended, strict=True)
-        ]
+    order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))  # the longest first: memory shows at once
+    batches = [order[at : at + config.batch_size] for at in range(0, len(order), config.batch_size)]
+    known = {place_of(row): row for row in read_rows(file, continued=True)}
+    samples = [
+        (temperature, sample)
+        for temperature in config.temperatures
+        for sample in range(config.samples if temperature else 1)
+    ]
+    left = [
+        (*which, number)
+        for which in samples
+        for number, batch in enumerate(batches)
+        if not all((*which, prompt) in known for prompt in batch)
+    ]
+    bar = tqdm(left, desc="Completing prompts", unit="batch", disable=None, leave=False)
+    with file.open("a", encoding="utf-8") as lines:
+        for temperature, sample, number in bar:
+            prompts = [ids[prompt] for prompt in batches[number]]
+            seed = f"{config.seed} {temperature} {sample} {number}"
+            found = _sampled(model, tokenizer, prompts, config.max_new_tokens, temperature, seed)
+            for prompt, completion in zip(batches[number], found, strict=True):
+                row = {"prompt": prompt, "asked": asked[prompt].prompt, "reference": asked[prompt].reference}
+                row |= {"temperature": temperature, "sample": sample, **completion}
+                if place_of(row) not in known:  # of a batch that was cut off
+                    known[place_of(row)] = row
+                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+    return [known[*which, prompt] for which in samples for prompt in range(len(ids))]
 
 
-def own_rows(file: Path) -> list[Row]:
-    """Read a JSONL file that is continued; a last line that was cut off is taken out of it."""
-    rows, whole = _read(file)
-    if file.exists() and whole < file.stat().st_size:
-        os.truncate(file, whole)
-    return rows
+def place_of(row: Row) -> tuple[float, int, int]:
+    """Temperature, sample and prompt of a row: there is one of each."""
+    return row["temperature"], row["sample"], row["prompt"]
 
 
-def read_rows(file: Path) -> list[Row]:
-    """Read the whole lines of a JSONL file; none if it is not there."""
-    return _read(file)[0]
+def _sampled(
+    model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: int, temperature: float, seed: str
+) -> list[Row]:
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    sampler = CompletionSampler(model, tokenizer, max_new_tokens=new_tokens, sampling=sampling)
+    drawn = random.Random(seed).getrandbits(32) if temperature else None  # noqa: S311
+    found = sampler.sample(prompts, seed=drawn)
+    texts = completion_texts(tokenizer, prompts, found.tokens)
+    return [
+        {"text": text, "tokens": len(tokens), "ended": ended}
+        for text, tokens, ended in zip(texts, found.tokens, found.ended, strict=True)
+    ]
 
 
-def _read(file: Path) -> tuple[list[Row], int]:
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        return [], 0
+def read_rows(file: Path, *, continued: bool = False) -> list[Row]:
+    """Read the whole lines of a JSONL file, if it is there; one that is `continued` loses a last line that is not."""
+    content = file.read_bytes() if file.exists() else b""
     whole, rows = content.rfind(b"\n") + 1, []
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
         try:
@@ -146,4 +117,6 @@ def _read(file: Path) -> tuple[list[Row], int]:
             raise ValueError(
                 f"{file}, line {number} is no JSON object: {error}. Remove the line, or the file."
             ) from error
-    return rows, whole
+    if continued and whole < len(content):
+        os.truncate(file, whole)
+    return rows

@@ -23,9 +23,6 @@ class JudgeError(ConnectionError):
 class Endpoint:
     """Asks one question at a time, from any thread.
 
-    Args:
-        config: The judge's configuration.
-
     Raises:
         ImportError: If `openai` is missing.
         ValueError: If the environment has no key for OpenAI.

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from hbat.config.evaluation import JudgeConfig
 from hbat.config.fields import shown
-from hbat.evaluation.completions import own_rows
+from hbat.evaluation.completions import read_rows
 from hbat.evaluation.endpoint import Endpoint, JudgeError
-from hbat.evaluation.metrics import interval
+from hbat.evaluation.metrics import estimate
 from hbat.ppo.rewards.model import RewardModel, load_reward_model, load_reward_tokenizer
 from hbat.ppo.rollouts.prompts import as_completions
 
@@ -96,8 +96,7 @@ class Verdicts:
         found: dict[str, float] = {"pairs": len(pairs)}
         if read:
             points = [point for point, _ in read]
-            low, high = interval(points, [number for _, number in read], seed)
-            found |= {"win_rate": sum(points) / len(points), "win_rate_low": low, "win_rate_high": high}
+            found |= estimate("win_rate", points, [number for _, number in read], seed)
             found |= {
                 name: points.count(point) / len(points) for name, point in (("win", 1.0), ("tie", 0.5), ("loss", 0.0))
             }
@@ -165,7 +164,7 @@ class EndpointJudge:
         Raises:
             JudgeError: If it does not answer, or refuses to.
         """
-        known = {row["key"]: row for row in own_rows(file)}
+        known = {row["key"]: row for row in read_rows(file, continued=True)}
         questions = [() if pair.own == pair.other else self._questions(pair) for pair in pairs]
         wanted = dict(question for both in questions for question in both)
         self._ask({key: text for key, text in wanted.items() if key not in known}, known, file)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from hbat.evaluation.metrics import interval
+from hbat.evaluation.metrics import estimate
 from hbat.evaluation.rows import asked
 from hbat.ppo.networks.token_model import TokenModel
 from hbat.ppo.rollouts.prompts import context_length, prompt_tokens
@@ -76,11 +76,7 @@ def of_pairs(
     margins = [chosen - rejected for chosen, rejected in zip(values[::2], values[1::2], strict=True)]
     hits = [float(margin > 0) for margin in margins]
     means = [value / count for value, count in zip(values, counts, strict=True)]
-    low, high = interval(hits, range(len(hits)), seed)
-    return {
-        "accuracy": fmean(hits),
-        "accuracy_low": low,
-        "accuracy_high": high,
+    return estimate("accuracy", hits, range(len(hits)), seed) | {
         "margin": fmean(margins),
         "accuracy_per_token": fmean(left > right for left, right in zip(means[::2], means[1::2], strict=True)),
         "margin_per_token": fmean(means[::2]) - fmean(means[1::2]),
@@ -160,6 +156,5 @@ def of_texts(
         raise ValueError("`texts` has no text of two tokens or more.")
     values = log_likelihoods(model, tokenizer, sequences, batch_size)
     counts = [len(sequence.target) for sequence in sequences]
-    loss = -math.fsum(values) / sum(counts)
-    low, high = interval([-value for value in values], range(len(values)), seed, counts)
-    return {"loss": loss, "loss_low": low, "loss_high": high, "perplexity": math.exp(min(loss, 700.0))}
+    scores = estimate("loss", [-value for value in values], range(len(values)), seed, counts)
+    return scores | {"perplexity": math.exp(min(scores["loss"], 700.0))}

@@ -1,5 +1,6 @@
 """Counts and comparisons of texts, and the means of their values with intervals."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -34,16 +35,10 @@ def _phrases(text: str, length: int) -> list[tuple[str, ...]]:
 
 
 def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L of each text: F1 with Porter's stemmer, by rouge-score.
+    """ROUGE-1, ROUGE-2 and ROUGE-L of each text: F1 with Porter's stemmer, by rouge-score."""
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - an optional extra, which `Suite` asks for
+    from rouge_score.tokenizers import DefaultTokenizer  # noqa: PLC0415
 
-    Raises:
-        ImportError: If rouge-score is missing.
-    """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - an optional extra
-        from rouge_score.tokenizers import DefaultTokenizer  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError("ROUGE requires rouge-score. Install it with `pip install 'hbat-trl[eval]'`.") from error
     kinds = ["rouge1", "rouge2", "rougeL"]
     # Without a tokenizer it logs that it takes this one, by a package that gives the root logger a handler.
     scorer: Any = RougeScorer(kinds, tokenizer=DefaultTokenizer(use_stemmer=True))
@@ -75,6 +70,15 @@ def interval(
     return float(low), float(high)
 
 
+def estimate(
+    name: str, values: Sequence[float], groups: Sequence[Any], seed: int, weights: Sequence[float] | None = None
+) -> dict[str, float]:
+    """Scores of a mean, as `interval` takes it: itself by its name, and the ends as `<name>_low` and `<name>_high`."""
+    low, high = interval(values, groups, seed, weights)
+    mean = math.fsum(values) / (len(values) if weights is None else sum(weights))
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
 def of_completions(
     rows: Sequence[Mapping[str, Any]], references: Sequence[str | None], seed: int
 ) -> dict[str, dict[str, float]]:
@@ -103,9 +107,7 @@ def of_completions(
     judged = [row for row in rows if re.search("[a-z0-9]", str(references[row["prompt"]] or "").lower())]
     if judged:
         found = rouge([row["text"] for row in judged], [str(references[row["prompt"]]) for row in judged])
-        low, high = interval(found["rougeL"], [row["prompt"] for row in judged], seed)
-        scores["rouge"] = {kind: fmean(values) for kind, values in found.items()} | {
-            "rougeL_low": low,
-            "rougeL_high": high,
-        }
+        groups = [row["prompt"] for row in judged]
+        scores["rouge"] = {kind: fmean(values) for kind, values in found.items()}
+        scores["rouge"] |= estimate("rougeL", found["rougeL"], groups, seed)
     return scores

@@ -68,16 +68,13 @@ def load_asked(source: Any, limit: int | None, on_bad_rows: OnBadRows = "raise")
     Raises:
         DatasetError: If they cannot be read, or a row is faulty.
     """
-    rows = _loaded(source, "`prompts`")
-    return [asked(row) for row in _kept(rows, "`prompts`", _ask_faults, limit, on_bad_rows)]
-
-
-def _loaded(source: Any, name: str) -> Rows:
-    """Rows of any kind that has prompts."""
-    return load_rows(source, name=name, check=_kind(source, name))[0]
+    name = "`prompts`"
+    rows, _ = load_rows(source, name=name, check=_kind(source, name))
+    return [asked(row) for row in _kept(rows, name, _ask_faults, limit, on_bad_rows)]
 
 
 def _kind(source: Any, name: str) -> RowCheck:
+    """The check of what they are: preferences, demonstrations, or prompts alone."""
     logging.disable(logging.INFO)  # which layout it would be
     try:
         for check in (preference_faults, sft_faults):

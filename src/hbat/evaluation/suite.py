@@ -3,15 +3,15 @@
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hbat.config.evaluation import Measured
-from hbat.evaluation.completions import CompletionFile, Row, prompt_ids, read_rows
+from hbat.evaluation.completions import Row, complete, place_of, prompt_ids, read_rows
 from hbat.evaluation.endpoint import JudgeError
-from hbat.evaluation.judges import Pair, make_judge
+from hbat.evaluation.judges import Judge, Pair, make_judge
 from hbat.evaluation.likelihood import of_pairs, of_texts, pair_sequences, room
 from hbat.evaluation.metrics import of_completions
 from hbat.evaluation.rows import load_asked, load_pairs, load_texts
@@ -96,23 +96,24 @@ class Suite:
         metric = headline_of(list(scores))
         return metric, "lower" if self._tasks is not None and self._tasks.is_lower_better(name, metric) else "higher"
 
-    def check(self, model: Any, tokenizer: Any) -> None:
+    def check(self, model: Any, tokenizer: Any) -> list[list[int]]:
         """Refuse rows that do not fit a model, before anything is measured.
+
+        Returns:
+            The tokens of the prompts.
 
         Raises:
             ValueError: If a row cannot be tokenized, or a prompt leaves no room for a completion.
         """
-        self._prompt_ids(model, tokenizer)
+        new = self._config.max_new_tokens
+        ids = prompt_ids(self._asked, model, tokenizer, name="`prompts`", new_tokens=new) if self._asked else []
         if getattr(tokenizer, "chat_template", None) and any(isinstance(ask.prompt, str) for ask in self._asked):
             logger.warning(
                 "`prompts` are plain texts, which are completed as they are, without the tokenizer's chat template. "
                 "For a chat model give them as messages, or as instructions in the layout of Alpaca."
             )
         pair_sequences(self._pairs, tokenizer, room(model, self._config.max_length))
-
-    def _prompt_ids(self, model: Any, tokenizer: Any) -> list[list[int]]:
-        new = self._config.max_new_tokens
-        return prompt_ids(self._asked, model, tokenizer, name="`prompts`", new_tokens=new) if self._asked else []
+        return ids
 
     def measure(self, model: Any, tokenizer: Any, folder: Path, *, identity: Any) -> Scores:
         """Measure a model.
@@ -131,14 +132,15 @@ class Suite:
                 settings.
             JudgeError: If the judge does not answer.
         """
-        self.check(model, tokenizer)
+        ids = self.check(model, tokenizer)
         config, scores = self._config, Scores()
         common = {"batch_size": config.batch_size, "max_length": config.max_length, "seed": config.seed}
         if self._asked:
             folder.mkdir(parents=True, exist_ok=True)
-            self._claim(folder, {"model": identity, "tokens": digest(self._prompt_ids(model, tokenizer))})
-            self._require_others(folder)
-            rows = CompletionFile(folder / COMPLETIONS_FILE, config, self._asked).complete(model, tokenizer)
+            self._claim(folder, {"model": identity, "tokens": digest(ids)})
+            if self._judge is not None:
+                self._require_others(folder)
+            rows = complete(folder / COMPLETIONS_FILE, config, self._asked, ids, model, tokenizer)
             scores |= self._of_completions(rows, folder)
         if self._pairs:
             scores["pairs"] = of_pairs(model, tokenizer, self._pairs, **common)
@@ -151,11 +153,12 @@ class Suite:
     def _claim(self, folder: Path, own: Mapping[str, Any]) -> None:
         """Write down what the folder's completions are of; they are no others."""
         now = {name: getattr(self._config, name) for name in _SETTINGS} | {"prompts": digest(self._asked), **own}
+        now = json.loads(json.dumps(now))  # as it is read back
         file = folder / SETTINGS_FILE
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        if before is not None and before != json.loads(json.dumps(now)):
+        if before is not None and before != now:
             if not self._in_run:
-                changed = "`, `".join(name for name in now if before.get(name) != json.loads(json.dumps(now[name])))
+                changed = "`, `".join(name for name in now if before.get(name) != now[name])
                 raise ValueError(
                     f"{folder} holds completions that were made with another `{changed}`. Remove the folder, or set "
                     "another `output_dir`."
@@ -169,36 +172,40 @@ class Suite:
             own = [row for row in rows if row["temperature"] == temperature]
             found = of_completions(own, self._references, self._config.seed)
             if self._judge is not None:
-                found |= self._judged(own, folder)
+                found |= self._judged(self._judge, own, folder)
             several = len(self._config.temperatures) > 1
             scores |= {f"{name}@{temperature:g}" if several else name: values for name, values in found.items()}
         return scores
 
-    def _judged(self, rows: Sequence[Row], folder: Path) -> Scores:
-        others = self._others()
+    def _judged(self, judge: Judge, rows: Sequence[Row], folder: Path) -> Scores:
+        against = self._config.judge.against
+        if against == "reference":
+            others = {place_of(row): self._references[row["prompt"]] for row in rows}
+        else:
+            others = {place_of(row): row["text"] for row in read_rows(Path(against) / COMPLETIONS_FILE)}
         pairs = [
             Pair(row["prompt"], self._asked[row["prompt"]].prompt, row["text"], str(other))
             for row in rows
-            if (other := others(row)) is not None
+            if (other := others.get(place_of(row))) is not None
         ]
         if not pairs:
             raise ValueError(
-                f"`judge.against` {self._config.judge.against!r} has no completions at temperature "
+                f"`judge.against` {against!r} has no completions at temperature "
                 f"{rows[0]['temperature']:g}. Complete them there first."
             )
         try:
             # Beside the folders of all models, so that the same question is paid for once.
-            verdicts = self._judge.judge(pairs, folder.parent / JUDGMENTS_FILE) if self._judge is not None else None
+            verdicts = judge.judge(pairs, folder.parent / JUDGMENTS_FILE)
         except JudgeError as error:
             if not self._in_run:
                 raise
             logger.warning("%s The run continues without a win rate.", error)
             return {}
-        return {} if verdicts is None else {"win_rate": verdicts.scores(pairs, self._config.seed)}
+        return {"win_rate": verdicts.scores(pairs, self._config.seed)}
 
     def _require_others(self, folder: Path) -> None:
         """Refuse a folder in `judge.against` that holds other prompts; a model may be compared with itself."""
-        against = "reference" if self._judge is None else self._config.judge.against
+        against = self._config.judge.against
         if against == "reference" or Path(against).resolve() == folder.resolve():
             return
         settings = Path(against) / SETTINGS_FILE
@@ -208,11 +215,3 @@ class Suite:
                 f"`judge.against` is {against!r}, which holds no evaluation of the same prompts. Give `reference`, or "
                 f"a folder with {COMPLETIONS_FILE} of them."
             )
-
-    def _others(self) -> Callable[[Row], str | None]:
-        against = self._config.judge.against
-        if against == "reference":
-            return lambda row: self._references[row["prompt"]]
-        rows = read_rows(Path(against) / COMPLETIONS_FILE)
-        texts = {(row["temperature"], row["sample"], row["prompt"]): row["text"] for row in rows}
-        return lambda row: texts.get((row["temperature"], row["sample"], row["prompt"]))

@@ -25,10 +25,6 @@ from hbat.state.files import write_bytes
 def write_comparison(folders: Sequence[Path], file: Path) -> None:
     """Write the page of several runs.
 
-    Args:
-        folders: The runs' folders.
-        file: The page.
-
     Raises:
         RunStateError: If a folder holds no run.
         ValueError: If the runs have no objective in common that was evaluated.

@@ -19,10 +19,6 @@ logger = logging.getLogger(__name__)
 def save_log(folder: Path, state: TrainerState) -> dict[str, Any]:
     """Write the log, on the main process.
 
-    Args:
-        folder: The run's folder.
-        state: The log.
-
     Returns:
         What the run's state records of it: the number of entries, to which more may come, and their checksum.
     """

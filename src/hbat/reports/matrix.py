@@ -235,9 +235,20 @@ class ForgettingMatrix(ScoreTable):
 # --- as a table ------------------------------------------------------------------------------------------------------
 
 
+def headline_columns(table: ScoreTable) -> list[str]:
+    """Name the columns of headline scores, by objective and metric."""
+    return [f"{name} {metric}" for name, metric in table.headline.items()]
+
+
+def headline_cells(table: ScoreTable, scores: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Write the headline scores of a row; empty where an objective was not evaluated."""
+    values = [scores.get(name, {}).get(metric) for name, metric in table.headline.items()]
+    return ["" if value is None else f"{value:.4f}" for value in values]
+
+
 def table_rows(matrix: ForgettingMatrix) -> tuple[list[str], list[list[str]]]:
     """Lay the headline scores out as cells: the head, and the rows of the matrix, backward transfer and forgetting."""
-    head = ["after", *(f"{name} {metric}" for name, metric in matrix.headline.items())]
+    head = ["after", *headline_columns(matrix)]
     rows = [
         [label, *("" if value is None else f"{value:.4f}" for value in values)] for label, values in matrix.lines()
     ]

@@ -52,13 +52,7 @@ class Picture:
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page of a run into its folder.
-
-    Args:
-        folder: The run's folder.
-
-    Returns:
-        The file.
+    """Write the page of a run into its folder, and return its path.
 
     Raises:
         RunStateError: If the folder holds no run.
@@ -288,9 +282,7 @@ def cost_rows(record: RunRecord) -> Iterator[list[str]]:
 def settings(record: RunRecord, *, everything: bool = False) -> dict[str, str]:
     """What the run was configured with: its own values, and of the sections those that were set.
 
-    Args:
-        record: The run.
-        everything: Also defaults, and what is recorded of data, model and tokenizer.
+    With `everything` also defaults, and what is recorded of data, model and tokenizer.
     """
     found: dict[str, str] = {}
     for section, values in record.state.fingerprint.items():

@@ -66,20 +66,23 @@ def as_svg(figure: "Figure") -> str:
     return found + sizes + end + drawing
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _figure(
+    width: float, height: float, *, rows: int = 1, columns: int = 1, grid: bool = True, sharex: bool = False
+) -> tuple["Figure", Any]:
+    """A figure in inches, and its axes from left to right and from top to bottom."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
 
-    return Figure(figsize=(min(width, _WIDEST), height), layout="constrained")
+    figure = Figure(figsize=(min(width, _WIDEST), height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex).flatten()
+    for axis in axes if grid else ():
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def _text(label: str) -> str:
     """A label as it is: matplotlib reads mathematics between dollars, and hides what begins with an underscore."""
     return re.sub("^_", "\u200b_", label.replace("$", r"\$"))
-
-
-def _style(axis: Any) -> None:
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _label(table: ScoreTable, name: str) -> str:
@@ -89,8 +92,7 @@ def _label(table: ScoreTable, name: str) -> str:
 def score_figure(matrix: ForgettingMatrix) -> "Figure":
     """Each objective's headline score over the stages, in the colour of the objective that a stage trained."""
     names, labels = matrix.scored, [label for label, _ in matrix.lines()]
-    figure = _figure(3.2 + 0.6 * len(matrix.rows), 0.6 + 2.0 * len(names))
-    axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    figure, axes = _figure(3.2 + 0.6 * len(matrix.rows), 0.6 + 2.0 * len(names), rows=len(names), sharex=True)
     for axis, name in zip(axes, names, strict=True):
         points = [(index, value) for index, value in enumerate(matrix.series(name)) if value is not None]
         axis.plot(*zip(*points, strict=True), color="0.6", zorder=1) if points else None
@@ -98,7 +100,6 @@ def score_figure(matrix: ForgettingMatrix) -> "Figure":
             trained = matrix.rows[index]["objective"]
             axis.scatter(index, value, color=_START if trained is None else colour(names, trained), zorder=2)
         axis.set_ylabel(_label(matrix, name), fontsize=9)
-        _style(axis)
     axes[-1].set_xticks(range(len(labels)), list(map(_text, labels)), rotation=45, ha="right", fontsize=9)
     axes[0].set_title("After each stage, coloured\nby the objective that it trained", fontsize=9)
     return figure
@@ -111,47 +112,58 @@ def colour(names: Sequence[str], name: str) -> str:
 
 def trade_off_figure(table: ScoreTable, front: Front | None, labels: Sequence[str]) -> "Figure":
     """Headline scores of every two objectives against each other: a path through the rows, and the front if any."""
-    pairs = list(itertools.combinations(table.scored, 2))
-    figure = _figure(5.2 * len(pairs), 4.2)
-    for axis, names in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+    figure, pairs = _pairs(table, table.scored, 5.2, 4.2, margin=0.12)
+    for axis, names in pairs:
         if table is not front:
             _draw_line(axis, table, names, labels, color=_START)
-        if front is not None and set(names) <= set(front.scored):
-            _draw_line(axis, front, names, [f"{point:g}" for point in front.points], color=COLOURS[0])
-        axis.set(xlabel=_label(table, names[0]), ylabel=_label(table, names[1]))
-        axis.margins(0.12)
-        _style(axis)
+        _draw_front(axis, front, names, color=COLOURS[0])
     if front is not None:
         figure.suptitle("end_weight of the last stage: 0 is its start, 1 its end", fontsize=9)
     return figure
-
-
-def _draw_line(axis: Any, table: ScoreTable, names: Sequence[str], labels: Sequence[str], *, color: str) -> None:
-    scores = [[math.nan if value is None else value for value in table.series(name)] for name in names]
-    axis.plot(*scores, "o-", color=color)
-    for label, x, y in zip(labels, *scores, strict=True):
-        if math.isfinite(x) and math.isfinite(y):
-            axis.annotate(_text(label), (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
 
 
 def ends_figure(
     runs: Sequence[tuple[ForgettingMatrix, Front | None]], labels: Sequence[str], objectives: Sequence[str]
 ) -> "Figure":
     """Headline scores of every two objectives at the end of several runs, with their fronts."""
-    pairs = list(itertools.combinations(objectives, 2))
-    figure = _figure(5.8 * len(pairs), 4.4)
-    for axis, names in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+    figure, pairs = _pairs(runs[0][0], objectives, 5.8, 4.4, margin=0.15)
+    for axis, names in pairs:
         for index, ((matrix, front), label) in enumerate(zip(runs, labels, strict=True)):
             own = COLOURS[index % len(COLOURS)]
-            if front is not None and set(names) <= set(front.scored):
-                _draw_line(axis, front, names, [f"{point:g}" for point in front.points], color=own)
-            ends = [[math.nan if value is None else value for value in matrix.series(name)[-1:]] for name in names]
+            _draw_front(axis, front, names, color=own)
+            ends = [scores[-1:] for scores in _scores(matrix, names)]
             axis.plot(*ends, "*", color=own, markersize=13, label=_text(label))
-        axis.set(xlabel=_label(runs[0][0], names[0]), ylabel=_label(runs[0][0], names[1]))
-        axis.margins(0.15)
         axis.legend(fontsize=8, frameon=False)
-        _style(axis)
     return figure
+
+
+def _pairs(
+    table: ScoreTable, objectives: Sequence[str], width: float, height: float, *, margin: float
+) -> tuple["Figure", list[tuple[Any, tuple[str, str]]]]:
+    """A figure with axes for every two objectives."""
+    pairs = list(itertools.combinations(objectives, 2))
+    figure, axes = _figure(width * len(pairs), height, columns=len(pairs))
+    for axis, (x, y) in zip(axes, pairs, strict=True):
+        axis.set(xlabel=_label(table, x), ylabel=_label(table, y))
+        axis.margins(margin)
+    return figure, list(zip(axes, pairs, strict=True))
+
+
+def _scores(table: ScoreTable, names: Sequence[str]) -> list[list[float]]:
+    return [[math.nan if value is None else value for value in table.series(name)] for name in names]
+
+
+def _draw_front(axis: Any, front: Front | None, names: Sequence[str], *, color: str) -> None:
+    if front is not None and set(names) <= set(front.scored):
+        _draw_line(axis, front, names, [f"{point:g}" for point in front.points], color=color)
+
+
+def _draw_line(axis: Any, table: ScoreTable, names: Sequence[str], labels: Sequence[str], *, color: str) -> None:
+    scores = _scores(table, names)
+    axis.plot(*scores, "o-", color=color)
+    for label, x, y in zip(labels, *scores, strict=True):
+        if math.isfinite(x) and math.isfinite(y):
+            axis.annotate(_text(label), (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
 
 
 # --- of the log ------------------------------------------------------------------------------------------------------
@@ -186,40 +198,34 @@ def _draw_curve(axis: Any, log: Sequence[Entry], key: str, *, color: str, label:
 def curves_figure(log: Sequence[Entry], keys: Sequence[str], stages: Sequence[tuple[str, float, float]]) -> "Figure":
     """Entries of the log over the steps of the run, one below the other, with the stages shaded.
 
-    Args:
-        log: The log.
-        keys: Names of the entries, which begin with an objective.
-        stages: Objective, first and last step of each stage.
+    Keys begin with an objective; a stage is its objective with its first and last step.
     """
     names = list(dict.fromkeys(name for name, _, _ in stages))
-    figure = _figure(9.0, 0.6 + 1.8 * len(keys))
-    for axis, key in zip(figure.subplots(len(keys), 1, sharex=True, squeeze=False)[:, 0], keys, strict=True):
+    figure, axes = _figure(9.0, 0.6 + 1.8 * len(keys), rows=len(keys), sharex=True)
+    for axis, key in zip(axes, keys, strict=True):
         for name, first, last in stages:
             axis.axvspan(first, last, color=colour(names, name), alpha=0.12, linewidth=0)
         _draw_curve(axis, log, key, color=colour(names, key.partition("/")[0]))
         axis.set_ylabel(_text(key.replace("/", "\n", 1)), fontsize=9)
-        _style(axis)
-    axis.set_xlabel("optimizer steps of the run")
+    axes[-1].set_xlabel("optimizer steps of the run")
     return figure
 
 
 def overlay_figure(logs: Sequence[Sequence[Entry]], labels: Sequence[str], keys: Sequence[str]) -> "Figure":
     """Entries of several runs' logs over their steps, one below the other."""
-    figure = _figure(9.0, 0.6 + 2.0 * len(keys))
-    for axis, key in zip(figure.subplots(len(keys), 1, squeeze=False)[:, 0], keys, strict=True):
+    figure, axes = _figure(9.0, 0.6 + 2.0 * len(keys), rows=len(keys))
+    for axis, key in zip(axes, keys, strict=True):
         for index, (log, label) in enumerate(zip(logs, labels, strict=True)):
             _draw_curve(axis, log, key, color=COLOURS[index % len(COLOURS)], label=_text(label))
         axis.set_ylabel(_text(key), fontsize=9)
         axis.legend(fontsize=8, frameon=False)
-        _style(axis)
-    axis.set_xlabel("optimizer steps of the run")
+    axes[-1].set_xlabel("optimizer steps of the run")
     return figure
 
 
 def increases_figure(log: Sequence[Entry], objectives: Sequence[str]) -> "Figure":
     """By how much each stage raised the other objectives' losses: as its penalty predicted it, and as measured."""
-    figure = _figure(5.2, 4.2)
-    axis = figure.subplots()
+    figure, (axis,) = _figure(5.2, 4.2)
     both: list[float] = [0.0]
     for name in objectives:
         keys = [f"{name}/ewc/{what}" for what in ("predicted", "measured")]
@@ -232,14 +238,13 @@ def increases_figure(log: Sequence[Entry], objectives: Sequence[str]) -> "Figure
     axis.plot([min(both), max(both)], [min(both), max(both)], "--", color="0.6", zorder=1)
     axis.set(xlabel="predicted increase of the other objectives' losses", ylabel="measured increase")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    _style(axis)
     return figure
 
 
 def costs_figure(costs: Sequence[Entry], labels: Sequence[str]) -> "Figure":
     """Seconds of each stage by what they were spent on."""
-    figure = _figure(9.0, 0.8 + 0.32 * len(costs))
-    axis, left = figure.subplots(), [0.0] * len(costs)
+    figure, (axis,) = _figure(9.0, 0.8 + 0.32 * len(costs))
+    left = [0.0] * len(costs)
     rest = [cost["seconds"] - sum(cost.get(what, 0.0) for what in BESIDE) for cost in costs]
     parts = {"training": rest} | {what: [cost.get(what, 0.0) for cost in costs] for what in BESIDE}
     for (what, seconds), own in zip(parts.items(), (COLOURS[0], COLOURS[5], COLOURS[4], COLOURS[1]), strict=True):
@@ -249,14 +254,13 @@ def costs_figure(costs: Sequence[Entry], labels: Sequence[str]) -> "Figure":
     axis.invert_yaxis()
     axis.set_xlabel("seconds")
     figure.legend(loc="outside lower center", ncols=len(parts), fontsize=8, frameon=False)
-    _style(axis)
     return figure
 
 
 def importance_figure(shares: Mapping[str, Mapping[tuple[int, str], float]]) -> "Figure":
     """What share of an objective's importance lies in which layer and module: a heat map for each objective."""
-    figure = _figure(1.5 + 3.8 * len(shares), 4.5)
-    for axis, (name, share) in zip(figure.subplots(1, len(shares), squeeze=False)[0], shares.items(), strict=True):
+    figure, axes = _figure(1.5 + 3.8 * len(shares), 4.5, columns=len(shares), grid=False)
+    for axis, (name, share) in zip(axes, shares.items(), strict=True):
         layers, modules = sorted({layer for layer, _ in share}), sorted({module for _, module in share})
         rows = [[100 * share.get((layer, module), 0.0) for module in modules] for layer in layers]
         image = axis.imshow(rows, aspect="auto", cmap="viridis", vmin=0)
@@ -290,44 +294,37 @@ def draw_models(
     """
     if not _can_draw(file):
         return
-    names = list(dict.fromkeys(_at(name)[0] for name in headlines))
-    columns = min(len(names), 4)
-    rows = -(-len(names) // columns)
-    figure = _figure(1.6 + 3.0 * columns, 0.4 + 3.0 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes[len(names) :]:
+    measured: dict[str, list[tuple[str, float | None]]] = {}
+    for key in headlines:
+        name, temperature = _at(key)
+        measured.setdefault(name, []).append((key, temperature))
+    columns = min(len(measured), 4)
+    rows = math.ceil(len(measured) / columns)
+    figure, axes = _figure(1.6 + 3.0 * columns, 0.4 + 3.0 * rows, rows=rows, columns=columns)
+    for axis in axes[len(measured) :]:
         axis.set_visible(False)
-    for axis, name in zip(axes, names, strict=False):
-        points = [key for key in headlines if _at(key)[0] == name]
-        metric, better = headlines[points[0]]
+    for axis, (name, points) in zip(axes, measured.items(), strict=False):
+        metric, better = headlines[points[0][0]]
         for number, (label, scores) in enumerate(models.items()):
-            own = [key for key in points if key in scores]
-            places = [number if _at(key)[1] is None else _at(key)[1] for key in own]
-            values = [scores[key].get(metric, math.nan) for key in own]
+            own = [(number if at is None else at, scores[key]) for key, at in points if key in scores]
+            values = [found.get(metric, math.nan) for _, found in own]
             ends = [
                 [
-                    abs(scores[key].get(f"{metric}_{end}", value) - value)
-                    for key, value in zip(own, values, strict=True)
+                    abs(found.get(f"{metric}_{end}", value) - value)
+                    for (_, found), value in zip(own, values, strict=True)
                 ]
                 for end in ("low", "high")
             ]
-            axis.errorbar(
-                places,
-                values,
-                yerr=ends,
-                fmt="o-",
-                capsize=3,
-                color=COLOURS[number % len(COLOURS)],
-                label=_text(label),
-            )
+            color = COLOURS[number % len(COLOURS)]
+            places = [place for place, _ in own]
+            axis.errorbar(places, values, yerr=ends, fmt="o-", capsize=3, color=color, label=_text(label))
         axis.set_ylabel(f"{_text(name)} {_text(metric)}\n({better} is better)", fontsize=9)
-        if _at(points[0])[1] is not None:
+        if points[0][1] is not None:
             axis.set_xlabel("temperature")
             axis.legend(fontsize=8)
         else:
             axis.set_xticks(range(len(models)), list(map(_text, models)), rotation=30, ha="right", fontsize=8)
             axis.margins(0.15)
-        _style(axis)
     figure.savefig(file, dpi=120)
 
 
@@ -335,32 +332,27 @@ def draw_sweep(points: Sequence[tuple[Sequence[Any], ForgettingMatrix]], keys: S
     """Draw each objective's headline score at the end of the runs of a sweep into a PNG file.
 
     Over two keys as a heat map, over one as a curve; over more, only the first two would be seen, so nothing is drawn.
-
-    Args:
-        points: Values of the keys, and scores, of each run.
-        keys: The keys.
-        file: The file.
+    A point is a run's values of the keys, and its scores.
     """
     names = points[0][1].scored
     if len(keys) > 2 or not names or not _can_draw(file):  # noqa: PLR2004 - a picture has two dimensions
         return
-    figure = _figure(1.0 + 4.0 * len(names), 3.6)
-    axes = [list(dict.fromkeys(map(str, column))) for column in zip(*(values for values, _ in points), strict=True)]
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    figure, axes = _figure(1.0 + 4.0 * len(names), 3.6, columns=len(names), grid=len(keys) == 1)
+    ticks = [list(dict.fromkeys(map(str, column))) for column in zip(*(values for values, _ in points), strict=True)]
+    for axis, name in zip(axes, names, strict=True):
         metric = points[0][1].headline[name]
         found = {tuple(map(str, values)): matrix.end.get(name, {}).get(metric, math.nan) for values, matrix in points}
         axis.set_title(_label(points[0][1], name), fontsize=9)
         axis.set_xlabel(_text(keys[-1]))
-        axis.set_xticks(range(len(axes[-1])), list(map(_text, axes[-1])))
+        axis.set_xticks(range(len(ticks[-1])), list(map(_text, ticks[-1])))
         if len(keys) == 1:
-            axis.plot([found[value,] for value in axes[0]], "o-", color=COLOURS[0])
-            _style(axis)
+            axis.plot([found[value,] for value in ticks[0]], "o-", color=COLOURS[0])
             continue
-        grid = [[found[row, column] for column in axes[1]] for row in axes[0]]
+        grid = [[found[row, column] for column in ticks[1]] for row in ticks[0]]
         higher = points[0][1].better_of(name) == "higher"
         axis.imshow(grid, cmap="viridis" if higher else "viridis_r", aspect="auto")
         axis.set_ylabel(_text(keys[0]))
-        axis.set_yticks(range(len(axes[0])), list(map(_text, axes[0])))
+        axis.set_yticks(range(len(ticks[0])), list(map(_text, ticks[0])))
         for row, values in enumerate(grid):
             for column, value in enumerate(values):
                 axis.text(

@@ -29,13 +29,7 @@ _TELLING = {"rewards/accuracies": "accuracy", "reward": "reward", "mean_token_ac
 
 
 class StageProgress:
-    """How far one stage is, and how fast.
-
-    Args:
-        stage: The stage.
-        done: Its optimizer steps that another process has done.
-        steps: Its steps.
-    """
+    """How far one stage is, and how fast; `done` are its optimizer steps that another process has done."""
 
     def __init__(self, stage: Stage, done: int, steps: int) -> None:
         self.stage, self.done, self.steps = stage, done, steps
@@ -173,11 +167,7 @@ class Progress:
 
 
 class EvaluationBar(TrainerCallback):
-    """Shows how far an evaluation between stages is.
-
-    Args:
-        name: The objective.
-    """
+    """Shows how far an evaluation of an objective between stages is."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -120,10 +120,7 @@ def mean_loss(state: TrainerState, objectives: Iterable[str]) -> float:
 class ForwardLogs(TrainerCallback):
     """Last callback of a stage's trainer: forwards its log to the run's, with the objective as prefix, and progress.
 
-    Args:
-        reporter: The run's reporter.
-        stage: The stage.
-        later: Estimated steps of the stages after it, by objective.
+    `later` are the estimated steps of the stages after it, by objective.
     """
 
     def __init__(self, reporter: RunReporter, stage: Stage, later: Mapping[str, int]) -> None:

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from hbat.cli.demo.preference import Preference
 from hbat.cli.demo.run import methods, run
 from hbat.cli.demo.settings import DemoSettings
 
@@ -18,8 +17,7 @@ def demo(tmp_path_factory, request):
         patch.setenv("COLUMNS", "100")
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            status = run(folder, seed=3, quick=True, preference=request.param)
-    assert status == 0
+            run(folder, seed=3, quick=True, preference=request.param)
     return folder, printed.getvalue(), request.param
 
 
@@ -61,7 +59,7 @@ def test_ppo_is_rewarded_by_what_the_judge_gives(demo):
 
 @pytest.mark.parametrize("preference", ["dpo", "ppo"])
 def test_hbat_takes_its_defaults_and_the_largest_learning_rate_of_two_stage_training(preference):
-    hbat, *two_stage = methods(Preference.of(preference, DemoSettings()))
+    hbat, *two_stage = methods(preference, DemoSettings())
     assert hbat.options == {}
     assert all(method.options == {"num_rounds": 1, "ewc": None, "optimizer_state": "reset"} for method in two_stage)
     assert hbat.learning_rate == max(method.learning_rate for method in two_stage)

@@ -15,7 +15,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from hbat.cli.demo.base_model import build_model, build_tokenizer, prepare_base
-from hbat.cli.demo.preference import Kind, Preference
+from hbat.cli.demo.preference import Kind, data, judge, learning_rates, section
 from hbat.cli.demo.results import Outcome, Point, draw_trade_off, print_results
 from hbat.cli.demo.scoring import evaluate
 from hbat.cli.demo.settings import DemoSettings
@@ -41,18 +41,14 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)  # fields of HBATConfig
 
 
-def methods(preference: Preference) -> list[Method]:
+def methods(preference: Kind, settings: DemoSettings) -> list[Method]:
     """List HBAT with its defaults, and two-stage training at several preference learning rates."""
-    name = preference.name.upper()
+    name, rates = preference.upper(), learning_rates(preference, settings)
     # One round without EWC is two-stage training with plain TRL trainers, bit for bit.
     two_stage = {"num_rounds": 1, "ewc": None, "optimizer_state": "reset"}
-    shared, *_ = shorts = [_short(rate) for rate in preference.learning_rates]
     return [
-        Method(f"HBAT, {name} {shared}", "hbat", preference.learning_rates[0]),
-        *(
-            Method(f"two-stage, {name} {short}", f"two-stage-{short}", rate, two_stage)
-            for rate, short in zip(preference.learning_rates, shorts, strict=True)
-        ),
+        Method(f"HBAT, {name} {_short(rates[0])}", "hbat", rates[0]),
+        *(Method(f"two-stage, {name} {_short(rate)}", f"two-stage-{_short(rate)}", rate, two_stage) for rate in rates),
     ]
 
 
@@ -60,12 +56,8 @@ def _short(rate: float) -> str:
     return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
-def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind = "dpo") -> int:
-    """Pretrain a base model, train it with each method on several seeds, print and save the scores.
-
-    Returns:
-        The exit status.
-    """
+def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind = "dpo") -> None:
+    """Pretrain a base model, train it with each method on several seeds, print and save the scores."""
     start = time.perf_counter()
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' and TRL's, about their next release
     transformers.logging.set_verbosity_error()
@@ -74,7 +66,7 @@ def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind =
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # results do not depend on the number of cores; the model is too small to gain from more
     try:
-        outcomes = _Comparison(output_dir, seed, settings, Preference.of(preference, settings)).run()
+        outcomes = _Comparison(output_dir, seed, settings, preference).run()
     finally:
         torch.set_num_threads(threads)
     seconds = time.perf_counter() - start
@@ -91,19 +83,19 @@ def run(output_dir: Path, seed: int = 0, quick: bool = False, preference: Kind =
     if quick:
         print("Too few steps and rows to learn anything: this shows that everything runs, and no more.")  # noqa: T201 - output
     print_results(outcomes, seconds=seconds, files=[file, *([plot] if plot else []), output_dir / "hbat"])
-    return 0
 
 
 class _Comparison:
-    def __init__(self, output_dir: Path, seed: int, settings: DemoSettings, preference: Preference) -> None:
+    def __init__(self, output_dir: Path, seed: int, settings: DemoSettings, preference: Kind) -> None:
         self._output_dir, self._seed, self._settings, self._preference = output_dir, seed, settings, preference
         self._tokenizer = build_tokenizer()
 
     def run(self) -> list[Outcome]:
         base = self._base().state_dict()
-        outcomes = [Outcome(method.name) for method in methods(self._preference)]
+        compared = methods(self._preference, self._settings)
+        outcomes = [Outcome(method.name) for method in compared]
         for seed in range(self._seed, self._seed + self._settings.seeds):
-            for method, outcome in zip(methods(self._preference), outcomes, strict=True):
+            for method, outcome in zip(compared, outcomes, strict=True):
                 print(f"\n{method.name}, seed {seed}", file=sys.stderr)  # noqa: T201 - a command's own output
                 model = build_model(self._seed)
                 model.load_state_dict(base)
@@ -133,7 +125,7 @@ class _Comparison:
             shutil.rmtree(folder)  # of an earlier demo
         rows = {
             "sft": Dataset.from_list(instruction_rows(seed, settings.instruction_rows)),
-            preference.name: preference.rows(seed, settings.preference_rows),
+            preference: data(preference, seed, settings.preference_rows),
         }
         config = HBATConfig(
             output_dir=str(folder),
@@ -142,8 +134,9 @@ class _Comparison:
             **self._sections(method.learning_rate, seed),
             **method.options,
         )
+        rewards = judge if preference == "ppo" else None
         trainer = HBATTrainer(
-            model, config, train_dataset=rows, processing_class=self._tokenizer, reward_funcs=preference.reward
+            model, config, train_dataset=rows, processing_class=self._tokenizer, reward_funcs=rewards
         )
         outcome.steps = trainer.train().global_step
         trainer.save_model()
@@ -156,7 +149,7 @@ class _Comparison:
         outcome.runs.append(points)
 
     def _sections(self, learning_rate: float, seed: int) -> dict[str, Any]:
-        settings, preference = self._settings, self._preference
+        settings = self._settings
         shared = {
             "adam_beta2": settings.adam_beta2,
             "bf16": False,
@@ -173,9 +166,5 @@ class _Comparison:
             "num_train_epochs": settings.sft_epochs,
             "per_device_train_batch_size": settings.batch_size,
         }
-        own = {
-            "learning_rate": learning_rate,
-            "num_train_epochs": preference.epochs,
-            "per_device_train_batch_size": preference.batch_size,
-        }
-        return {"sft": shared | sft, preference.name: shared | own | preference.options}
+        own = section(self._preference, settings) | {"learning_rate": learning_rate}
+        return {"sft": shared | sft, self._preference: shared | own}

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hbat.cli.demo.task import LONGEST_LIST, Row, is_right, parse_answer, utility
+from hbat.ppo.rollouts.generation import CompletionSampler
 from hbat.ppo.rollouts.prompts import completion_texts
 
 TEMPERATURE = 0.75  # the paper's
@@ -33,30 +33,13 @@ def generate_answers(
     sample: bool = False,
 ) -> list[str]:
     """Answer each prompt greedily, or `sample` at the paper's temperature; the model's training mode is restored."""
-    was_training = model.training
-    model.eval()
-    answers: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = tokenizer(
-            list(prompts[start : start + batch_size]), padding=True, padding_side="left", return_tensors="pt"
-        ).to(model.device)
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(start)
-            # The class has no type for what its generation mixin adds.
-            texts: torch.Tensor = model.generate(  # type: ignore[operator]
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                do_sample=sample,
-                **({"temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0} if sample else {}),
-                max_new_tokens=LONGEST_ANSWER,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                use_cache=True,
-            )
-        tokens = batch["input_ids"].tolist()
-        answers += completion_texts(tokenizer, tokens, texts[:, len(tokens[0]) :].tolist())
-    model.train(was_training)
-    return answers
+    sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
+    sampler = CompletionSampler(
+        model, tokenizer, max_new_tokens=LONGEST_ANSWER, sampling=sampling, batch_size=batch_size
+    )
+    tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    found = sampler.sample(tokens, seed=0 if sample else None)
+    return completion_texts(tokenizer, tokens, found.tokens)
 
 
 def score_answers(rows: Sequence[Row], answers: Sequence[str]) -> Scores:
