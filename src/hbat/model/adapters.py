@@ -135,24 +135,12 @@ def _set(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
 # --- the reference adapter -------------------------------------------------------------------------------------------
 
 
-def reference_parameters(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
+def reference_parameters(model: Any, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Detached parameters of the reference adapter, by the canonical names of their trained counterparts."""
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-    return {name: parameters[_reference_name(name)].detach() for name in names}
-
-
-def reference_tensors(model: Any) -> dict[str, Tensor]:
-    """All of `reference_parameters`."""
-    return reference_parameters(model, _adapter_parameters(model))
-
-
-def _reference_name(name: str) -> str:
-    return _DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)
-
-
-def _adapter_parameters(model: Any) -> dict[str, Tensor]:
     # Not the trainable ones alone: some may be frozen for this stage.
-    return {canonical_name(name): parameter for name, parameter in model.named_parameters() if _DEFAULT.search(name)}
+    names = filter(_DEFAULT.search, parameters) if names is None else names
+    return {name: parameters[_DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)].detach() for name in names}
 
 
 @torch.no_grad()
@@ -174,8 +162,10 @@ def add_reference_adapter(model: Any) -> None:
 def match_reference_adapter(model: Any) -> None:
     """Copy the adapter of a PeftModel to its reference adapter, in the same dtype."""
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-    for name, parameter in _adapter_parameters(model).items():
-        reference = parameters[_reference_name(name)]
+    for name, parameter in parameters.items():
+        if not _DEFAULT.search(name):
+            continue
+        reference = parameters[_DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)]
         if reference.dtype != parameter.dtype:
             reference.data = reference.data.to(parameter.dtype)
         if not torch.equal(part_of(reference), part_of(parameter)):
