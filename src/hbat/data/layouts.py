@@ -10,8 +10,6 @@ from datasets import Dataset
 
 from hbat.config.fields import nearest, shown
 from hbat.data.conversion import CALL, TRANSCRIPTS, Conversion
-from hbat.data.faults import RowCheck
-from hbat.data.formats import kto_faults, preference_faults, prompt_faults, sft_faults
 from hbat.data.load import DatasetError
 from hbat.data.turns import ROLES
 
@@ -24,13 +22,6 @@ FOREIGN_ROLES = {
     CALL: CALL,
 }  # fmt: skip
 
-#: What rows are for, by the check of the objective that trains on them.
-_KINDS: dict[Any, str] = {
-    sft_faults: "sft",
-    preference_faults: "preference",
-    kto_faults: "kto",
-    prompt_faults: "prompts",
-}
 _PAIRS = ({"turns", "chosen", "rejected"}, {"question", "chosen", "rejected"}, {"chosen", "rejected"})
 #: Places that a layout must fill, any one of these sets.
 _NEEDED: dict[str, tuple[set[str], ...]] = {
@@ -66,11 +57,6 @@ LAYOUTS: dict[str, Mapping[str, tuple[str, ...]]] = {
 LAYOUT_NAMES = (TRL, *LAYOUTS)
 #: Names that columns have in any of them.
 KNOWN_COLUMNS = {name for places in LAYOUTS.values() for names in places.values() for name in names}
-
-
-def kind_of(check: RowCheck | None) -> str | None:
-    """What rows are for that a check is made for; None if that is not known."""
-    return _KINDS.get(getattr(check, "func", check))
 
 
 def recognize(
