@@ -205,7 +205,8 @@ def _check_columns(row: Mapping[str, Any], columns: Sequence[str], name: str, fa
         if fault.kind == MISSING_COLUMN:
             hints = [f"`{column}`:{nearest(column, FIELDS)}" for column in columns if column not in FIELDS]
             close = " ".join(["", *(hint for hint in hints if hint.endswith("?"))])
-            mapping = ((kind := kind_of(faults)) and advice(columns, kind)) or "Rename or map the columns."
+            kind = kind_of(faults)
+            mapping = (kind and advice(columns, kind)) or "Rename or map the columns."
             raise DatasetError(
                 f"{name} has no column `{fault.field}`. Its columns: {', '.join(f'`{column}`' for column in columns)}."
                 f"{close} {fault.problem[0].upper()}{fault.problem[1:]}. {mapping}"
