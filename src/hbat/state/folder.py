@@ -60,10 +60,9 @@ class RunFolder:
         """Keep other runs out of the folder; raises `RunStateError` if another process trains into it."""
         with ExitStack() as stack:
 
-            def lock() -> int:
+            def lock() -> None:
                 if self._writes:
                     stack.enter_context(locked(self.path))
-                return 0
 
             decided_by_main(lock)
             yield
@@ -83,10 +82,9 @@ class RunFolder:
         """Read the newest state and no older one; raises `DamagedStateError` if it or a file of it is damaged."""
         state = decode(self._states.manifest(0))
 
-        def check() -> int:
+        def check() -> None:
             for kind in state.files:
                 self.require_whole(state, kind)
-            return 0
 
         decided_by_main(check)
         return state
