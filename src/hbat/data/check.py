@@ -52,13 +52,7 @@ class FaultyRows:
 
 
 def search(rows: Dataset, faults: RowCheck, origin: Origin | None = None) -> FaultyRows:
-    """Check every row. With `preference_faults`, a pair that reverses an earlier one is faulty as well.
-
-    Args:
-        rows: The rows.
-        faults: Check of one row.
-        origin: Where the rows come from; by default they are the user's own.
-    """
+    """Check every row. With `preference_faults`, a pair that reverses an earlier one is faulty as well."""
     found, origin = FaultyRows(), origin or Origin.of(rows)
     pairs = _Pairs() if kind_of(faults) == "preference" else None
     for index, row in enumerate(each_row(rows)):

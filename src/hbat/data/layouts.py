@@ -283,11 +283,7 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def require_layout(name: str, layout: Any, roles: Any) -> None:
-    """Check the user's `layout` and `roles`.
-
-    Raises:
-        DatasetError: If they are none.
-    """
+    """Check the user's `layout` and `roles`; raises `DatasetError` if they are none."""
     if layout is not None and layout not in LAYOUT_NAMES:
         hint = nearest(str(layout), LAYOUT_NAMES)
         raise DatasetError(f"{name}: `layout` is {shown(layout)}; it must be one of {', '.join(LAYOUT_NAMES)}.{hint}")

@@ -53,11 +53,7 @@ class _Part:
 def load_splits(train: Any, evaluation: Any, *, names: Sequence[str], check: RowCheck | None) -> list[Rows]:
     """Load the rows that an objective trains on and, if there are any, those that it is evaluated on.
 
-    Args:
-        train: What `load_rows` takes, or what this function gave.
-        evaluation: Likewise; None if there are none, but for the `eval_split` of `train`.
-        names: How the user knows the two; messages begin with it.
-        check: The check of their rows.
+    Each is what `load_rows` takes, or what this function gave. Messages begin with their `names`.
 
     Raises:
         DatasetError: If they cannot be found, read or converted, or evaluation rows are given twice.

@@ -77,16 +77,7 @@ class Engine:
     clips_itself = False
 
     def check(self, tracks: Sequence[Trained], ewc: EWCConfig | None) -> None:
-        """Refuse what was not tested with this engine.
-
-        Args:
-            tracks: The objectives of the run.
-            ewc: Its consolidation.
-
-        Raises:
-            NotImplementedError: If an option, an objective or a combination is not supported.
-            ValueError: If the arguments of the objectives ask for different engines.
-        """
+        """Refuse what was not tested with this engine, and (ValueError) objectives that ask for different ones."""
 
     def refuse_untested(self, track: Trained, *, optimizer_is_tested: Callable[[str], bool]) -> None:
         """Refuse an objective and options of its trainer that no engine but the base class supports."""

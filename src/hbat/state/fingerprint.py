@@ -63,20 +63,10 @@ def fingerprint(
     processing_class: Any = None,
     dropped: Mapping[str, int] | None = None,
 ) -> Fingerprint:
-    """Describe a run.
+    """Describe a run as two of them are compared.
 
-    Args:
-        config: The run's configuration.
-        sections: Configuration of each objective's trainer.
-        datasets: Training data of each objective.
-        parameters: Trainable parameters by name.
-        model: The model, for the frozen weights under an adapter.
-        rewards: Names of the reward functions by objective.
-        processing_class: The tokenizer.
-        dropped: Number of faulty rows that are not among the training data.
-
-    Returns:
-        What two runs are compared by.
+    Of the model the frozen weights under an adapter count. `dropped` faulty rows are not among those of `datasets`;
+    `rewards` are names of the reward functions by objective.
     """
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     described: dict[str, Any] = {

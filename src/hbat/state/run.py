@@ -210,16 +210,10 @@ class Run:
         kept: Mapping[str, Tensor] | None = None,
         counted: Mapping[str, float] | None = None,
     ) -> None:
-        """Commit what a stage left the run's state on disk.
+        """Commit what a stage left, and with it the state of the run, to disk.
 
-        Args:
-            stage: The stage that is done.
-            steps: Its optimizer steps.
-            importance: What it leaves to its objective's importance.
-            moments: Moments for its objective's next stage.
-            weights: Trainable weights at its end.
-            kept: What else its objective keeps for its next stage.
-            counted: More for its row of costs.
+        `importance` joins that of the stage's objective; `moments` and what else is `kept` are for its next stage;
+        `counted` joins the row of costs.
         """
         state, name = self.state, stage.objective
         written: dict[str, Mapping[str, Tensor]] = {f"optimizer-{name}": moments, f"kept-{name}": kept or {}}
