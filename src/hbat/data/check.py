@@ -21,8 +21,7 @@ from hbat.data.origin import Origin
 
 logger = logging.getLogger(__name__)
 
-# Slow to decode, and not checked.
-MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
+_MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 
 
 @dataclass
@@ -64,6 +63,11 @@ def search(rows: Dataset, faults: RowCheck, origin: Origin | None = None) -> Fau
         problem = f"{origin.where(other)} is the same pair with chosen and rejected swapped"
         found.add(reversed_row, origin, [Fault("reversed pair", "chosen", problem)])
     return found
+
+
+def without_media(dataset: Dataset) -> Dataset:
+    """Leave out columns of images, audio and video, which are slow to decode and not checked."""
+    return dataset.select_columns([column for column in dataset.column_names if column not in _MEDIA])
 
 
 def each_row(rows: Dataset) -> Iterator[dict[str, Any]]:
@@ -186,7 +190,7 @@ def check_type(dataset: Any, name: str) -> None:
 
 
 def _searched(dataset: Dataset, name: str, faults: RowCheck, origin: Origin) -> FaultyRows:
-    rows = dataset.select_columns([column for column in dataset.column_names if column not in MEDIA])
+    rows = without_media(dataset)
     try:
         _check_columns(rows[0] if rows.column_names else {}, dataset.column_names, name, faults)
         return search(rows, faults, origin)

@@ -1,7 +1,7 @@
 """Recognises the layout of rows by their columns: TRL's own, or another one, which is converted."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -226,24 +226,22 @@ def _is_trl(held: _Held, kind: str, text_field: str) -> bool:
         kinds = {"messages" if held.is_trl_turns(column) else type(held.sample(column)) for column in columns}
         return names >= set(columns) and (kinds <= {str, type(None)} or kinds <= {"messages", type(None)})
 
-    pairs = (
-        own("prompt", "chosen", "rejected")
-        if "prompt" in names
-        else own("chosen", "rejected")
-        and (not (names & _QUESTIONS) or any(map(held.is_whole, ("chosen", "rejected"))))
-    )
-    formats: dict[str, Callable[[], bool]] = {
-        "sft": lambda: (
+    if kind == "prompts":
+        return own("prompt")
+    if kind == "sft":
+        return (
             "input_ids" in names
             or (not {"conversations", "messages"} & names and text_field in names)
             or own("prompt", "completion")
             or ("prompt" not in names and own("messages"))  # TRL looks for a prompt's completion first
-        ),
-        "preference": lambda: pairs,
-        "kto": lambda: pairs or (own("prompt", "completion") and isinstance(held.sample("label"), bool | None)),
-        "prompts": lambda: own("prompt"),
-    }
-    return formats[kind]()
+        )
+    if kind == "kto" and own("prompt", "completion") and isinstance(held.sample("label"), bool | None):
+        return True
+    if "prompt" in names:
+        return own("prompt", "chosen", "rejected")
+    return own("chosen", "rejected") and (
+        not names & _QUESTIONS or any(map(held.is_whole, ("chosen", "rejected")))  # else they answer what stands there
+    )
 
 
 #: Columns that make of `chosen` and `rejected` answers to what stands there.

@@ -12,7 +12,7 @@ import xxhash
 from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets
 
 from hbat.config.fields import nearest, shown
-from hbat.data.check import MEDIA, check_type, each_row, plain
+from hbat.data.check import check_type, each_row, plain, without_media
 from hbat.data.conversion import Conversion
 from hbat.data.faults import RowCheck
 from hbat.data.formats import FIELDS, kind_of, shared_beginning, text_field_of
@@ -311,7 +311,7 @@ def _held_out(dataset: Dataset, share: float, seed: int) -> Any:
     """Indices of a share of the rows, at random by groups of rows with equal prompts, in order."""
     keys = np.empty(len(dataset), np.uint64)
     if dataset.format["type"] is None:
-        dataset = dataset.select_columns([column for column in dataset.column_names if column not in MEDIA])
+        dataset = without_media(dataset)
     for index, row in enumerate(each_row(dataset)):
         keys[index] = xxhash.xxh3_64_intdigest(_asked(row).encode("utf-8", "surrogatepass"), seed=seed)
     # The keys are the random order: their groups fill the share until it is reached.
