@@ -69,12 +69,7 @@ def recognize(
 ) -> Conversion | None:
     """Find the layout of a data set, by its columns and what stands in them.
 
-    Args:
-        dataset: The rows.
-        kind: What they are for: `sft`, `preference`, `kto` or `prompts`.
-        text_field: Column of TRL's SFT texts.
-        layout: Its name, if the user gave it.
-        roles: The user's roles, each with TRL's.
+    `layout` and `roles` are the user's, if they were given; `text_field` is the column of TRL's SFT texts.
 
     Returns:
         What converts it; None if it is in one of TRL's formats, or in none that is known.

@@ -31,11 +31,7 @@ class Trained(Protocol):
 
 
 class Local:
-    """This process's share of the trained weights. Here it is the parameters themselves, with gradients in `.grad`.
-
-    Args:
-        parameters: Trained parameters by name.
-    """
+    """This process's share of the trained weights. Here it is the parameters themselves, with gradients in `.grad`."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.weights: Mapping[str, Tensor] = parameters

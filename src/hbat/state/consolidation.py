@@ -36,12 +36,7 @@ class SaturationWarning(UserWarning):
 
 
 class Consolidation:
-    """What each objective accumulated. A stage is held back by that of the *other* objectives.
-
-    Args:
-        config: How importance is computed.
-        seed: Seed of the random control.
-    """
+    """What each objective accumulated. A stage is held back by that of the *other* objectives."""
 
     def __init__(self, config: EWCConfig, seed: int) -> None:
         self.config = config

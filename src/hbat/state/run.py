@@ -37,13 +37,7 @@ def check_request(resume_from_checkpoint: object, allow_changed: Sequence[str], 
 
 
 class Run:
-    """State of a run: its manifest, accumulated importance, and what objectives carry from stage to stage.
-
-    Args:
-        config: The run's configuration.
-        folder: Its folder.
-        state: Its manifest.
-    """
+    """State of a run: its manifest, accumulated importance, and what objectives carry from stage to stage."""
 
     def __init__(self, config: HBATConfig, folder: RunFolder, state: RunState) -> None:
         self.state = state
