@@ -69,20 +69,26 @@ def fingerprint(
     `rewards` are names of the reward functions by objective.
     """
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    run = {
+        "objectives": config.objective_names,
+        "num_rounds": config.num_rounds,
+        "seed": config.seed,
+        "processes": process_count(),
+        "replay": config.replay_share,
+        "optimizer_state": config.optimizer_state,
+        "keep_adapter_dtype": config.keep_adapter_dtype,
+        "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
+        "end_weight": config.end_weight,
+    }
+    optional = {
+        "rounds": config.rounds,
+        "trainers": config.trainers,
+        "continue_from": config.continue_from and Path(config.continue_from).resolve().name,  # folders are moved
+        "rewards": rewards,
+        "ppo_backend": config.ppo_backend if "ppo" in (*config.objective_names, *config.trainers.values()) else None,
+    }
     described: dict[str, Any] = {
-        "run": {
-            "objectives": config.objective_names,
-            "num_rounds": config.num_rounds,
-            "seed": config.seed,
-            "processes": process_count(),
-            "replay": config.replay_share,
-            "optimizer_state": config.optimizer_state,
-            "keep_adapter_dtype": config.keep_adapter_dtype,
-            "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
-            "end_weight": config.end_weight,
-        }
-        | ({} if config.rounds is None else {"rounds": config.rounds})
-        | ({"trainers": config.trainers} if config.trainers else {}),
+        "run": run | {name: value for name, value in optional.items() if value},
         "ewc": None if config.ewc is None else asdict(config.ewc),
         "data": {
             name: {
@@ -95,12 +101,6 @@ def fingerprint(
         },
         "parameters": {"tensors": len(shapes), "shapes": _digest(shapes)},
     }
-    if config.continue_from is not None:
-        described["run"]["continue_from"] = Path(config.continue_from).resolve().name  # folders are moved
-    if rewards:
-        described["run"]["rewards"] = {name: list(functions) for name, functions in rewards.items()}
-    if "ppo" in (*config.objective_names, *config.trainers.values()):
-        described["run"]["ppo_backend"] = config.ppo_backend
     if model is not None:
         described["parameters"]["frozen"] = frozen_digest(model)
         quantization = getattr(getattr(model, "config", None), "quantization_config", None)
