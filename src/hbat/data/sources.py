@@ -75,9 +75,9 @@ def load_rows(source: Any, *, name: str, check: RowCheck | None) -> tuple[Rows, 
     """Load rows and convert them to TRL's formats.
 
     Args:
-        source: A `Dataset`; what `hbat.data.load.load` takes; a mapping with one of these as `path` and `layout`,
-            `columns`, `roles`, `rows`, `weight`, `shuffle`, `seed`; a list of all these, or it as `mixture` of a
-            mapping; a mapping may have `eval_split`.
+        source: A `Dataset`; a name on the Hub, a file or a list of files; a mapping with one of these as `path`,
+            other `SOURCE_KEYS` and `layout`, `columns`, `roles`, `rows`, `weight`, `shuffle`, `seed`; a list of all
+            these, or it as `mixture` of a mapping; a mapping may have `eval_split`.
         name: How the user knows the data set; messages begin with it.
         check: The check of its rows, which tells what they are for.
 
