@@ -151,9 +151,9 @@ class _Held:
             return isinstance(sample, list) and isinstance(sample[0], list)
         is_number = isinstance(sample, int | float) and not isinstance(sample, bool)
         is_text, has_turns = isinstance(sample, str) or is_number, bool(self.turns(column))
-        return (
-            (is_text or has_turns) if place in ("chosen", "rejected") else has_turns if place == "turns" else is_text
-        )
+        if place in ("chosen", "rejected"):
+            return is_text or has_turns
+        return has_turns if place == "turns" else is_text
 
     def is_trl_turns(self, column: str) -> bool:
         """Whether a column holds messages as TRL's trainers take them."""

@@ -66,17 +66,11 @@ class Run:
         needs_initial: bool = False,
         continued: FinishedRun | None = None,
     ) -> "Run":
-        """Begin a run, or resume the one in the folder. Collective.
+        """Begin a run with the model's trainable `weights`, or resume the one in the folder. Collective.
 
-        Args:
-            config: The run's configuration.
-            folder: Its folder.
-            described: Fingerprint of the run.
-            weights: The model's trainable parameters by name, with which a new run begins.
-            resume: Whether to resume a run in the folder.
-            allow_changed: What of the fingerprint may differ from the run in the folder.
-            needs_initial: Whether the initial weights of the run will be needed.
-            continued: The run that a new one continues; by default read from `continue_from`.
+        What of the fingerprint `described` may differ from the run in the folder is in `allow_changed`;
+        `needs_initial` says whether the initial weights of the run will be needed. A new run continues `continued`, by
+        default what it reads from `continue_from`.
 
         Returns:
             The run before its next stage; `was_resumed` says whether its weights are on disk, not the model's.
