@@ -4,7 +4,8 @@ import json
 import datasets
 import pytest
 
-from hbat.data.load import DatasetError, load
+import hbat.data.load
+from hbat.data.load import DatasetError
 
 NAME = "datasets['dpo']"
 ROWS = [{"text": "one"}, {"text": "two"}]
@@ -16,6 +17,10 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def load(source, *, name):
+    return hbat.data.load.load(source if isinstance(source, dict) else {"path": source}, name=name)
 
 
 def write(path, rows=ROWS):
@@ -166,10 +171,9 @@ def test_a_split_that_is_not_there_is_named(folder):
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        (None, "is None"),
-        (7, "is 7"),
-        ("", "is ''"),
-        ([], "is an empty list"),
+        (None, "has no `path`"),
+        ("", "has no `path`"),
+        ([], "has no `path`; expected a name on the Hugging Face Hub, a file or a list of files"),
         ({}, "has no `path`"),
         ({"split": "train"}, "has no `path`"),
         ({"path": "a.jsonl", "revision": "main"}, "`revision` does not apply to the file a.jsonl"),

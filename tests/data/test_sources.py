@@ -187,6 +187,8 @@ def refusals(files):
         "streaming": ({"path": files[1], "streaming": True}, "a streamed data set has no length"),
         "a list of rows": ([{"text": "a"}], "unknown key `text`. Create a data set of rows with"),
         "nothing": (None, "is None; it must be a `datasets.Dataset`"),
+        "a number": (7, "is a int; it must be a `datasets.Dataset`"),
+        "no name": ("", "has no `path`; expected a name on the Hugging Face Hub"),
         "no parts": ([], r"is \[\]; a mixture is a list"),
         "splits": (DatasetDict(train=mixed), r"is a dictionary of splits \(train\)"),
         "unknown layout": ({"path": files[0], "layout": "alpacca"}, "must be one of trl, .* Did you mean `alpaca`?"),

@@ -16,7 +16,7 @@ from hbat.model.adapters import (
     add_reference_adapter,
     complete_reference_adapter,
     keep_adapter_dtype,
-    reference_tensors,
+    reference_parameters,
     refuse_adapters,
     using_reference_adapter,
 )
@@ -226,7 +226,7 @@ def test_a_reference_adapter_that_is_there_follows_in_values_and_dtype():
     for parameter in cases.trainable(model).values():
         parameter.data = 2.0 * parameter.data.bfloat16()
     add_reference_adapter(model)
-    copies = reference_tensors(model)
+    copies = reference_parameters(model)
     assert runs.same(copies, cases.weights(model))
     assert {tensor.dtype for tensor in copies.values()} == {torch.bfloat16}
 
@@ -300,7 +300,7 @@ def test_an_adapter_on_a_quantized_base_keeps_dtype_values_and_memory(name, save
     assert {tensor.dtype for tensor in before.values()} == {torch.float32}
     assert [parameter.data_ptr() for parameter in cases.trainable(model).values()] == places
     if name != "sft":
-        assert runs.same(reference_tensors(model), before)
+        assert runs.same(reference_parameters(model), before)
 
 
 def test_an_error_in_a_constructor_leaves_the_dtype_too():

@@ -19,13 +19,14 @@ from hbat.state.plan import plan
 from hbat.state.run import Run
 
 STAGES = plan(1, ["sft", "dpo"])
+DESCRIBED = Fingerprint({"run": {"objectives": ["sft", "dpo"], "num_rounds": 1}}, {}, {})
 MODEL = types.SimpleNamespace(config=types.SimpleNamespace(to_json_string=lambda: "{}"))
 
 
 @pytest.fixture
 def run(tmp_path):
     config = HBATConfig(output_dir=str(tmp_path), disable_tqdm=True, ewc=None)
-    return Run.start(config, RunFolder(tmp_path), Fingerprint({}, {}, {}), {"a": torch.zeros(1)})
+    return Run.open(config, RunFolder(tmp_path), DESCRIBED, {"a": torch.zeros(1)}, resume=False)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_scores_are_due_once_at_the_start_and_once_after_every_stage(run, report
 
 def consolidated(folder):
     config = HBATConfig(output_dir=str(folder), disable_tqdm=True)
-    run = Run.start(config, RunFolder(folder), Fingerprint({}, {}, {}), {"a": torch.zeros(2)})
+    run = Run.open(config, RunFolder(folder), DESCRIBED, {"a": torch.zeros(2)}, resume=False)
     return run, {"a": torch.tensor([0.25, 0.75])}, {"a": torch.tensor([1.0, 3.0])}
 
 

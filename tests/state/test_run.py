@@ -14,7 +14,11 @@ from hbat.state.plan import plan
 from hbat.state.run import Run
 
 PLAN = plan(2, ["sft", "dpo"])
-DESCRIBED = {"run": {"seed": 1}, "sft": {"learning_rate": 1}, "dpo": {"beta": 0.1}}
+DESCRIBED = {
+    "run": {"seed": 1, "objectives": ["sft", "dpo"], "num_rounds": 2},
+    "sft": {"learning_rate": 1},
+    "dpo": {"beta": 0.1},
+}
 
 
 def tensors(number):
@@ -40,14 +44,14 @@ def config(folder, **options):
 
 def start(path, **options):
     made = config(path, **options)
-    return Run.start(made, RunFolder(path, keeps=made.keep_states), described(), tensors(0))
+    return Run.open(made, RunFolder(path, keeps=made.keep_states), described(), tensors(0), resume=False)
 
 
 def resume(path, values=DESCRIBED, *, trl="1.2.0", allow_changed=(), needs_initial=False, **options):
     made = config(path, **options)
     folder = RunFolder(path, keeps=made.keep_states)
     changes = {"allow_changed": allow_changed, "needs_initial": needs_initial}
-    return Run.resume(made, folder, folder.read(), described(values, trl), tensors(0), **changes)
+    return Run.open(made, folder, described(values, trl), tensors(0), resume=True, **changes)
 
 
 def finish(run, stage, *, steps=5, importance=True, moments=True, kept=None):
@@ -164,7 +168,7 @@ def test_evaluations_are_part_of_the_state(tmp_path):
 
 def test_a_process_that_only_reads_follows_the_run_without_writing(tmp_path):
     folder = RunFolder(tmp_path, writes=False)
-    run = Run.start(config(tmp_path), folder, described(), tensors(0))
+    run = Run.open(config(tmp_path), folder, described(), tensors(0), resume=False)
     finish(run, PLAN[0])
     assert (run.state.next_stage, run.state.global_step) == (1, 5)
     assert same(run.consolidation.accumulated["sft"]["displacement"], tensors(1))

@@ -14,15 +14,14 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from hbat.config.evaluation import OnBadRows
 from hbat.config.fields import nearest
 from hbat.data.faults import MISSING_COLUMN, Fault, RowCheck
-from hbat.data.formats import FIELDS, preference_faults
-from hbat.data.layouts import advice, kind_of
+from hbat.data.formats import FIELDS, kind_of
+from hbat.data.layouts import advice
 from hbat.data.load import DatasetError
 from hbat.data.origin import Origin
 
 logger = logging.getLogger(__name__)
 
-# Slow to decode, and not checked.
-MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
+_MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 
 
 @dataclass
@@ -52,28 +51,30 @@ class FaultyRows:
 
 
 def search(rows: Dataset, faults: RowCheck, origin: Origin | None = None) -> FaultyRows:
-    """Check every row. With `preference_faults`, a pair that reverses an earlier one is faulty as well.
-
-    Args:
-        rows: The rows.
-        faults: Check of one row.
-        origin: Where the rows come from; by default they are the user's own.
-    """
+    """Check every row. With `preference_faults`, a pair that reverses an earlier one is faulty as well."""
     found, origin = FaultyRows(), origin or Origin.of(rows)
-    pairs = _Pairs() if getattr(faults, "func", faults) is preference_faults else None
-    index = 0
-    for batch in rows.iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            row = dict(zip(batch, values, strict=True))
-            if of_row := list(faults(row)):
-                found.add(index, origin, of_row)
-            elif pairs is not None:  # a row that is faulty in itself contradicts no other
-                pairs.add(index, row)
-            index += 1
+    pairs = _Pairs() if kind_of(faults) == "preference" else None
+    for index, row in enumerate(each_row(rows)):
+        if of_row := list(faults(row)):
+            found.add(index, origin, of_row)
+        elif pairs is not None:  # a row that is faulty in itself contradicts no other
+            pairs.add(index, row)
     for reversed_row, other in pairs.reversals() if pairs is not None else ():
         problem = f"{origin.where(other)} is the same pair with chosen and rejected swapped"
         found.add(reversed_row, origin, [Fault("reversed pair", "chosen", problem)])
     return found
+
+
+def without_media(dataset: Dataset) -> Dataset:
+    """Leave out columns of images, audio and video, which are slow to decode and not checked."""
+    return dataset.select_columns([column for column in dataset.column_names if column not in _MEDIA])
+
+
+def each_row(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """Yield every row, read in batches as a transform takes them."""
+    for batch in rows.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
 
 
 class _Pairs:
@@ -189,7 +190,7 @@ def check_type(dataset: Any, name: str) -> None:
 
 
 def _searched(dataset: Dataset, name: str, faults: RowCheck, origin: Origin) -> FaultyRows:
-    rows = dataset.select_columns([column for column in dataset.column_names if column not in MEDIA])
+    rows = without_media(dataset)
     try:
         _check_columns(rows[0] if rows.column_names else {}, dataset.column_names, name, faults)
         return search(rows, faults, origin)
@@ -202,12 +203,9 @@ def _check_columns(row: Mapping[str, Any], columns: Sequence[str], name: str, fa
         if fault.kind == MISSING_COLUMN:
             hints = [f"`{column}`:{nearest(column, FIELDS)}" for column in columns if column not in FIELDS]
             close = " ".join(["", *(hint for hint in hints if hint.endswith("?"))])
+            kind = kind_of(faults)
+            mapping = (kind and advice(columns, kind)) or "Rename or map the columns."
             raise DatasetError(
                 f"{name} has no column `{fault.field}`. Its columns: {', '.join(f'`{column}`' for column in columns)}."
-                f"{close} {fault.problem[0].upper()}{fault.problem[1:]}. {_mapping(columns, faults)}"
+                f"{close} {fault.problem[0].upper()}{fault.problem[1:]}. {mapping}"
             )
-
-
-def _mapping(columns: Sequence[str], faults: RowCheck) -> str:
-    kind = kind_of(faults)
-    return (kind and advice(columns, kind)) or "Rename or map the columns."

@@ -18,6 +18,11 @@ TRANSCRIPTS = "hh"
 #: Columns that TRL's trainers read beside the messages.
 _COMPANIONS = ("tools", "chat_template_kwargs", "image", "images")
 _PAIR = ("user", "assistant")
+#: Kinds of faults of a turn, each with what it is for a text of its own, and in words.
+_AS_TEXT = {
+    "message without content": ("missing value", "the value is missing"),
+    "empty turn": ("empty text", "the text is empty"),
+}
 _LABELS: dict[str, bool] = {
     "1": True, "0": False, "-1": False, "true": True, "false": False,
     "chosen": True, "rejected": False, "good": True, "bad": False, "desirable": True, "undesirable": False,
@@ -230,10 +235,8 @@ class Conversion:
 
     def _worded_turn(self, fault: Fault, turn: _Said, key: str | None) -> Fault:
         if turn.is_text:
-            as_text = {"message without content": "missing value", "empty turn": "empty text"}
-            kind = as_text.get(fault.kind, fault.kind)
-            words = {"missing value": "the value is missing", "empty text": "the text is empty"}
-            return Fault(kind, turn.found, words.get(kind, fault.problem))
+            kind, problem = _AS_TEXT.get(fault.kind, (fault.kind, fault.problem))
+            return Fault(kind, turn.found, problem)
         own = dict(zip(("role", "content"), self.keys, strict=True))
         place = f"{turn.found}.{own.get(key, key)}" if key else turn.found
         return Fault(fault.kind, place, self._said_by(fault, own))

@@ -19,16 +19,11 @@ def data_digest(dataset: Dataset) -> str:
     """Compute a checksum of all rows in order, as a custom transform returns them; columns may be in any order."""
     transformed = dataset.format["type"] == "custom"
     digests: dict[str, xxhash.xxh3_128] = {}
-    for rows in _transformed_rows(dataset) if transformed else _arrow_rows(dataset):
+    for rows in dataset.iter(batch_size=_ROWS) if transformed else _arrow_rows(dataset):
         for name, values in rows.items():
             digest = digests.setdefault(name, xxhash.xxh3_128(name.encode()))
             _add_plain(digest, values) if transformed else _add(digest, values)
     return xxhash.xxh3_128(b"".join(digests[name].digest() for name in sorted(digests))).hexdigest()
-
-
-def _transformed_rows(dataset: Dataset) -> Iterator[Mapping[str, Any]]:
-    for start in range(0, len(dataset), _ROWS):
-        yield dataset[start : start + _ROWS]
 
 
 def _arrow_rows(dataset: Dataset) -> Iterator[Mapping[str, Any]]:

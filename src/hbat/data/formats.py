@@ -11,6 +11,7 @@ from hbat.data.faults import (
     RESERVED,
     UNREADABLE,
     Fault,
+    RowCheck,
     argument_faults,
     companion_faults,
     dialogue_faults,
@@ -119,6 +120,25 @@ def prompt_faults(row: Mapping[str, Any]) -> Iterator[Fault]:
     elif turns := text_turns(prompt):
         begun = turns[-1]["role"] == "assistant"  # the answer, usually no more than its marker
         yield from dialogue_faults("prompt", turns[:-1] if begun else turns)
+
+
+#: What rows are for, by the check of the objective that trains on them.
+_KINDS: dict[Any, str] = {
+    sft_faults: "sft",
+    preference_faults: "preference",
+    kto_faults: "kto",
+    prompt_faults: "prompts",
+}
+
+
+def kind_of(check: RowCheck | None) -> str | None:
+    """What rows are for that a check is made for; None if that is not known."""
+    return _KINDS.get(getattr(check, "func", check))
+
+
+def text_field_of(check: RowCheck | None) -> str:
+    """Column of TRL's SFT texts that a check was made for."""
+    return str(getattr(check, "keywords", {}).get("text_field", "text"))
 
 
 def _answered_faults(row: Mapping[str, Any], text_field: str) -> Iterator[Fault]:

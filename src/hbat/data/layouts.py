@@ -1,7 +1,7 @@
 """Recognises the layout of rows by their columns: TRL's own, or another one, which is converted."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -10,8 +10,6 @@ from datasets import Dataset
 
 from hbat.config.fields import nearest, shown
 from hbat.data.conversion import CALL, TRANSCRIPTS, Conversion
-from hbat.data.faults import RowCheck
-from hbat.data.formats import kto_faults, preference_faults, prompt_faults, sft_faults
 from hbat.data.load import DatasetError
 from hbat.data.turns import ROLES
 
@@ -24,13 +22,6 @@ FOREIGN_ROLES = {
     CALL: CALL,
 }  # fmt: skip
 
-#: What rows are for, by the check of the objective that trains on them.
-_KINDS: dict[Any, str] = {
-    sft_faults: "sft",
-    preference_faults: "preference",
-    kto_faults: "kto",
-    prompt_faults: "prompts",
-}
 _PAIRS = ({"turns", "chosen", "rejected"}, {"question", "chosen", "rejected"}, {"chosen", "rejected"})
 #: Places that a layout must fill, any one of these sets.
 _NEEDED: dict[str, tuple[set[str], ...]] = {
@@ -68,11 +59,6 @@ LAYOUT_NAMES = (TRL, *LAYOUTS)
 KNOWN_COLUMNS = {name for places in LAYOUTS.values() for names in places.values() for name in names}
 
 
-def kind_of(check: RowCheck | None) -> str | None:
-    """What rows are for that a check is made for; None if that is not known."""
-    return _KINDS.get(getattr(check, "func", check))
-
-
 def recognize(
     dataset: Dataset,
     kind: str,
@@ -83,12 +69,7 @@ def recognize(
 ) -> Conversion | None:
     """Find the layout of a data set, by its columns and what stands in them.
 
-    Args:
-        dataset: The rows.
-        kind: What they are for: `sft`, `preference`, `kto` or `prompts`.
-        text_field: Column of TRL's SFT texts.
-        layout: Its name, if the user gave it.
-        roles: The user's roles, each with TRL's.
+    `layout` and `roles` are the user's, if they were given; `text_field` is the column of TRL's SFT texts.
 
     Returns:
         What converts it; None if it is in one of TRL's formats, or in none that is known.
@@ -170,9 +151,9 @@ class _Held:
             return isinstance(sample, list) and isinstance(sample[0], list)
         is_number = isinstance(sample, int | float) and not isinstance(sample, bool)
         is_text, has_turns = isinstance(sample, str) or is_number, bool(self.turns(column))
-        return (
-            (is_text or has_turns) if place in ("chosen", "rejected") else has_turns if place == "turns" else is_text
-        )
+        if place in ("chosen", "rejected"):
+            return is_text or has_turns
+        return has_turns if place == "turns" else is_text
 
     def is_trl_turns(self, column: str) -> bool:
         """Whether a column holds messages as TRL's trainers take them."""
@@ -240,24 +221,22 @@ def _is_trl(held: _Held, kind: str, text_field: str) -> bool:
         kinds = {"messages" if held.is_trl_turns(column) else type(held.sample(column)) for column in columns}
         return names >= set(columns) and (kinds <= {str, type(None)} or kinds <= {"messages", type(None)})
 
-    pairs = (
-        own("prompt", "chosen", "rejected")
-        if "prompt" in names
-        else own("chosen", "rejected")
-        and (not (names & _QUESTIONS) or any(map(held.is_whole, ("chosen", "rejected"))))
-    )
-    formats: dict[str, Callable[[], bool]] = {
-        "sft": lambda: (
+    if kind == "prompts":
+        return own("prompt")
+    if kind == "sft":
+        return (
             "input_ids" in names
             or (not {"conversations", "messages"} & names and text_field in names)
             or own("prompt", "completion")
             or ("prompt" not in names and own("messages"))  # TRL looks for a prompt's completion first
-        ),
-        "preference": lambda: pairs,
-        "kto": lambda: pairs or (own("prompt", "completion") and isinstance(held.sample("label"), bool | None)),
-        "prompts": lambda: own("prompt"),
-    }
-    return formats[kind]()
+        )
+    if kind == "kto" and own("prompt", "completion") and isinstance(held.sample("label"), bool | None):
+        return True
+    if "prompt" in names:
+        return own("prompt", "chosen", "rejected")
+    return own("chosen", "rejected") and (
+        not names & _QUESTIONS or any(map(held.is_whole, ("chosen", "rejected")))  # else they answer what stands there
+    )
 
 
 #: Columns that make of `chosen` and `rejected` answers to what stands there.
@@ -297,11 +276,7 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def require_layout(name: str, layout: Any, roles: Any) -> None:
-    """Check the user's `layout` and `roles`.
-
-    Raises:
-        DatasetError: If they are none.
-    """
+    """Check the user's `layout` and `roles`; raises `DatasetError` if they are none."""
     if layout is not None and layout not in LAYOUT_NAMES:
         hint = nearest(str(layout), LAYOUT_NAMES)
         raise DatasetError(f"{name}: `layout` is {shown(layout)}; it must be one of {', '.join(LAYOUT_NAMES)}.{hint}")

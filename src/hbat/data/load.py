@@ -17,43 +17,27 @@ from hbat.config.fields import nearest
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SOURCE_KEYS = ("path", "name", "split", "data_files", "data_dir", "revision")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_EXPECTED = "expected a name on the Hugging Face Hub, a file or a list of files"
 
 
 class DatasetError(ValueError):
     """A data set that cannot be trained on. The message names it, with the row and field if there is one."""
 
 
-def load(source: Any, *, name: str) -> Dataset:
-    """Load a data set as a YAML file names it.
-
-    Args:
-        source: Name on the Hugging Face Hub, data file, list of data files, or mapping with `SOURCE_KEYS`.
-        name: How the user knows the data set; every message begins with it.
-
-    Returns:
-        The data set. Several files are concatenated in the order given.
+def load(source: Mapping[str, Any], *, name: str) -> Dataset:
+    """Load a data set as a YAML file names it, by `SOURCE_KEYS`. Messages begin with `name`.
 
     Raises:
         DatasetError: If it cannot be found or read.
     """
-    if isinstance(source, Mapping):
-        return _load_mapping(source, name)
-    if isinstance(source, list | tuple):
-        return _load_files(source, None, name)
-    if not isinstance(source, str | Path) or not str(source):
-        raise DatasetError(f"{name} is {source!r}; {_EXPECTED}.")
-    return _load_mapping({"path": str(source)}, name)
-
-
-def _load_mapping(source: Mapping[str, Any], name: str) -> Dataset:
     given = {key: value for key, value in source.items() if value is not None}
     path, split = given.pop("path", None), given.pop("split", None)
     path = str(path) if isinstance(path, Path) else path
     if "data_files" in given and path in {None, *_BUILDERS.values()}:
         path = given.pop("data_files")
     if not path or isinstance(path, Mapping):
-        raise DatasetError(f"{name} has no `path`; {_EXPECTED}.")
+        raise DatasetError(
+            f"{name} has no `path`; expected a name on the Hugging Face Hub, a file or a list of files."
+        )
     if isinstance(path, str) and _suffix(path) not in _BUILDERS and not Path(path).expanduser().is_file():
         return _load_other(path, split, given, name)
     files = [path] if isinstance(path, str) else list(path)
@@ -83,8 +67,6 @@ def _load_other(path: str, split: str | None, given: Mapping[str, Any], name: st
 
 
 def _load_files(paths: Sequence[Any], split: str | None, name: str) -> Dataset:
-    if not paths:
-        raise DatasetError(f"{name} is an empty list of files.")
     loaded = [_load_file(str(path), split, name) for path in paths]
     try:
         return datasets.concatenate_datasets(loaded) if len(loaded) > 1 else loaded[0]

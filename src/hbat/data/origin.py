@@ -43,9 +43,9 @@ class Origin:
     number: Any
 
     @classmethod
-    def of(cls, rows: Dataset, name: str = "", conversion: Conversion | None = None, source: str = "") -> "Origin":
+    def of(cls, rows: Dataset, name: str = "", source: str = "") -> "Origin":
         """The origin of all rows of one source."""
-        return cls((Part(name, rows, conversion, source),), np.zeros(len(rows), np.int32), np.arange(len(rows)))
+        return cls((Part(name, rows, source=source),), np.zeros(len(rows), np.int32), np.arange(len(rows)))
 
     @classmethod
     def joined(cls, origins: Sequence["Origin"]) -> "Origin":

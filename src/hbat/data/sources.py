@@ -12,11 +12,11 @@ import xxhash
 from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets
 
 from hbat.config.fields import nearest, shown
-from hbat.data.check import MEDIA, check_type, plain
+from hbat.data.check import check_type, each_row, plain, without_media
 from hbat.data.conversion import Conversion
 from hbat.data.faults import RowCheck
-from hbat.data.formats import FIELDS, shared_beginning
-from hbat.data.layouts import KNOWN_COLUMNS, kind_of, recognize, require_layout
+from hbat.data.formats import FIELDS, kind_of, shared_beginning, text_field_of
+from hbat.data.layouts import KNOWN_COLUMNS, recognize, require_layout
 from hbat.data.load import SOURCE_KEYS, DatasetError, load
 from hbat.data.origin import Origin
 from hbat.data.turns import text_turns
@@ -53,11 +53,7 @@ class _Part:
 def load_splits(train: Any, evaluation: Any, *, names: Sequence[str], check: RowCheck | None) -> list[Rows]:
     """Load the rows that an objective trains on and, if there are any, those that it is evaluated on.
 
-    Args:
-        train: What `load_rows` takes, or what this function gave.
-        evaluation: Likewise; None if there are none, but for the `eval_split` of `train`.
-        names: How the user knows the two; messages begin with it.
-        check: The check of their rows.
+    Each is what `load_rows` takes, or what this function gave. Messages begin with their `names`.
 
     Raises:
         DatasetError: If they cannot be found, read or converted, or evaluation rows are given twice.
@@ -79,9 +75,9 @@ def load_rows(source: Any, *, name: str, check: RowCheck | None) -> tuple[Rows, 
     """Load rows and convert them to TRL's formats.
 
     Args:
-        source: A `Dataset`; what `hbat.data.load.load` takes; a mapping with one of these as `path` and `layout`,
-            `columns`, `roles`, `rows`, `weight`, `shuffle`, `seed`; a list of all these, or it as `mixture` of a
-            mapping; a mapping may have `eval_split`.
+        source: A `Dataset`; a name on the Hub, a file or a list of files; a mapping with one of these as `path`,
+            other `SOURCE_KEYS` and `layout`, `columns`, `roles`, `rows`, `weight`, `shuffle`, `seed`; a list of all
+            these, or it as `mixture` of a mapping; a mapping may have `eval_split`.
         name: How the user knows the data set; messages begin with it.
         check: The check of its rows, which tells what they are for.
 
@@ -165,9 +161,7 @@ def _part(given: Mapping[str, Any], name: str, title: str, check: RowCheck | Non
     require_layout(label, given.get("layout"), given.get("roles"))
     dataset = _renamed(dataset, given.get("columns"), label)
     conversion = _conversion(dataset, given, label, check)
-    rows = _chosen(
-        Rows(dataset, Origin.of(dataset, title, conversion, _source(path or given.get("data_files")))), given, label
-    )
+    rows = _chosen(Rows(dataset, Origin.of(dataset, title, _source(path or given.get("data_files")))), given, label)
     weight = given.get("weight")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0):
         raise DatasetError(f"{label}: `weight` is {shown(weight)}; it must be a number above 0.")
@@ -222,7 +216,7 @@ def _conversion(dataset: Dataset, given: Mapping[str, Any], label: str, check: R
                 "objective of your own. Convert them before (`datasets.Dataset.map`)."
             )
         return None
-    text_field = getattr(check, "keywords", {}).get("text_field", "text")
+    text_field = text_field_of(check)
     try:
         conversion = recognize(dataset, kind, text_field=text_field, layout=layout, roles=roles)
     except DatasetError as error:
@@ -316,14 +310,10 @@ def _converted(part: _Part) -> Rows:
 def _held_out(dataset: Dataset, share: float, seed: int) -> Any:
     """Indices of a share of the rows, at random by groups of rows with equal prompts, in order."""
     keys = np.empty(len(dataset), np.uint64)
-    index = 0
     if dataset.format["type"] is None:
-        dataset = dataset.select_columns([column for column in dataset.column_names if column not in MEDIA])
-    for batch in dataset.iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            asked = _asked(dict(zip(batch, values, strict=True)))
-            keys[index] = xxhash.xxh3_64_intdigest(asked.encode("utf-8", "surrogatepass"), seed=seed)
-            index += 1
+        dataset = without_media(dataset)
+    for index, row in enumerate(each_row(dataset)):
+        keys[index] = xxhash.xxh3_64_intdigest(_asked(row).encode("utf-8", "surrogatepass"), seed=seed)
     # The keys are the random order: their groups fill the share until it is reached.
     _, group, counts = np.unique(keys, return_inverse=True, return_counts=True)
     filled = np.cumsum(counts)

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from hbat.data.faults import Fault, RowCheck
-from hbat.data.formats import kto_faults, preference_faults, prompt_faults, sft_faults
+from hbat.data.formats import kind_of, text_field_of
 from hbat.data.turns import ROLES, Turn
 
 _TOKENS = ("input_ids", "labels")
@@ -38,20 +38,18 @@ class _Read:
     tokens: bool = False
 
 
-_READ: dict[Any, _Read] = {
-    sft_faults: _Read(("completion",), ("messages", "conversations"), tokens=True),
-    preference_faults: _Read(("chosen", "rejected"), ("chosen", "rejected")),
-    kto_faults: _Read(("completion", "chosen", "rejected"), ("chosen", "rejected")),
-    prompt_faults: _Read(),
+_READ = {
+    "sft": _Read(("completion",), ("messages", "conversations"), tokens=True),
+    "preference": _Read(("chosen", "rejected"), ("chosen", "rejected")),
+    "kto": _Read(("completion", "chosen", "rejected"), ("chosen", "rejected")),
+    "prompts": _Read(),
 }
 
 
 def row_fit(check: RowCheck | None, tokenizer: Any, limits: Limits) -> "RowFit | None":
     """Make the check of rows against a tokenizer (if any) and a model; None if `check` is a custom one."""
-    function: Any = check
-    read = _READ.get(getattr(function, "func", function))
-    text = getattr(function, "keywords", {}).get("text_field", "text")
-    return None if read is None else RowFit(read, tokenizer, limits, text)
+    kind = kind_of(check)
+    return None if kind is None else RowFit(_READ[kind], tokenizer, limits, text_field_of(check))
 
 
 class RowFit:

@@ -68,10 +68,7 @@ def refuse_arguments(args: Any = None, *, quantised: bool = False) -> None:
 def refuse_model(model: Any, *, gets_adapter: bool = False, shards: bool = False) -> None:
     """Refuse a model that is not whole on one device, or that is quantised and has no adapter to train.
 
-    Args:
-        model: The model, with or without adapter.
-        gets_adapter: Whether it is about to get one.
-        shards: Whether a trainer is asked to shard it.
+    `shards` says whether a trainer is asked to shard it.
 
     Raises:
         NotImplementedError: If it is sharded, spread over devices or offloaded.
@@ -88,11 +85,7 @@ def refuse_model(model: Any, *, gets_adapter: bool = False, shards: bool = False
 
 
 def refuse_trainer(args: Any, model: Any) -> None:
-    """Refuse a trainer's arguments and model, once both are known.
-
-    Args:
-        args: The arguments.
-        model: The model, which may hold the policy beside a critic.
+    """Refuse a trainer's arguments and model, which may hold the policy beside a critic, once both are known.
 
     Raises:
         NotImplementedError: If an engine or the model's placement is not supported.
@@ -106,14 +99,7 @@ def refuse_trainer(args: Any, model: Any) -> None:
 
 
 def policy_of(model: nn.Module) -> nn.Module:
-    """Find what consolidation holds back in the model of a trainer: never the critic.
-
-    Args:
-        model: The model, or a module that holds it as `policy` beside `critic` (in TRL `value_model`); wrapped or not.
-
-    Returns:
-        The policy, or the model itself.
-    """
+    """Find what consolidation holds back in a trainer's model, wrapped or not: the policy beside a critic, or all."""
     inner = getattr(model, "module", model)
     beside = any(isinstance(getattr(inner, name, None), nn.Module) for name in ("critic", "value_model"))
     policy = getattr(inner, "policy", None)

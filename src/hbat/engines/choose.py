@@ -30,16 +30,7 @@ def engine_for(args: Any, model: Any = None) -> Engine:
 
 
 def choose_engine(tracks: Sequence[Trained], model: Any, ewc: EWCConfig | None, *, replays: bool = False) -> Engine:
-    """Find the engine of a run, and refuse what was not tested with it.
-
-    Args:
-        tracks: The objectives of the run.
-        model: The model.
-        ewc: The run's consolidation.
-        replays: Whether its stages replay rows.
-
-    Returns:
-        The engine, which knows how it shards.
+    """Find the engine of a run, which knows how it shards, and refuse what was not tested with it.
 
     Raises:
         NotImplementedError: If an option, an objective or a combination is not supported.

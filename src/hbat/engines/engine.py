@@ -31,11 +31,7 @@ class Trained(Protocol):
 
 
 class Local:
-    """This process's share of the trained weights. Here it is the parameters themselves, with gradients in `.grad`.
-
-    Args:
-        parameters: Trained parameters by name.
-    """
+    """This process's share of the trained weights. Here it is the parameters themselves, with gradients in `.grad`."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.weights: Mapping[str, Tensor] = parameters
@@ -77,16 +73,7 @@ class Engine:
     clips_itself = False
 
     def check(self, tracks: Sequence[Trained], ewc: EWCConfig | None) -> None:
-        """Refuse what was not tested with this engine.
-
-        Args:
-            tracks: The objectives of the run.
-            ewc: Its consolidation.
-
-        Raises:
-            NotImplementedError: If an option, an objective or a combination is not supported.
-            ValueError: If the arguments of the objectives ask for different engines.
-        """
+        """Refuse what was not tested with this engine, and (ValueError) objectives that ask for different ones."""
 
     def refuse_untested(self, track: Trained, *, optimizer_is_tested: Callable[[str], bool]) -> None:
         """Refuse an objective and options of its trainer that no engine but the base class supports."""

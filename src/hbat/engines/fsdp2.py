@@ -93,13 +93,10 @@ def _require_agreement(tracks: Sequence[Trained]) -> None:
 
 
 def require_supported(trainer: Trainer) -> None:
-    """Check how a trainer that is asked to shard would do it.
-
-    Args:
-        trainer: The trainer.
+    """Refuse a trainer that is asked to shard and would in an unsupported way, or not at all.
 
     Raises:
-        NotImplementedError: If it would in an unsupported way, or not at all.
+        NotImplementedError: With what is not supported.
     """
     accelerator, args = trainer.accelerator, trainer.args
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
@@ -135,13 +132,6 @@ def _shard(accelerator: Any, model: nn.Module) -> None:
 
 
 def keep_sharded(trainer: Trainer) -> None:
-    """Let a trainer take models that are sharded, or that hold a sharded one, as they are.
-
-    Args:
-        trainer: The trainer.
-
-    Raises:
-        NotImplementedError: If it would shard in an unsupported way.
-    """
+    """Let a trainer (see `require_supported`) take models that are sharded, or hold a sharded one, as they are."""
     require_supported(trainer)
     keep_models(trainer.accelerator, is_sharded)

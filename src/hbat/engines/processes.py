@@ -31,24 +31,18 @@ def wait_for_everyone() -> None:
         torch.distributed.barrier()
 
 
-def decided_by_main(decide: Callable[[], int]) -> int:
-    """Broadcast what `decide` returns on rank 0; it is called there alone.
-
-    Args:
-        decide: What it raises is raised on rank 0.
-
-    Returns:
-        The same number on every rank.
+def decided_by_main(decide: Callable[[], int | None]) -> int:
+    """Broadcast the number (None: 0) that `decide` returns on rank 0, where it is called alone, to every rank.
 
     Raises:
-        RuntimeError: On the other ranks, if `decide` raised.
+        RuntimeError: On the other ranks, if `decide` raised an error on rank 0.
     """
     if not _are_connected():
-        return decide()
+        return decide() or 0
     decided = torch.tensor(_FAILED, device=_device())
     try:
         if is_main_process():
-            decided.fill_(decide())
+            decided.fill_(decide() or 0)
     finally:
         torch.distributed.broadcast(decided, src=0)  # after an error too, or the other ranks would wait forever
     if int(decided) == _FAILED:

@@ -1,6 +1,6 @@
 """Elastic weight consolidation: the mathematics (tensors in, tensors out) and, in `callback`, when it acts.
 
-The public functions need torch alone and load on first use:
+The public functions need torch alone and load on first use, by the list in `__init__.pyi`:
 
 * importance: `displacement`, `add_path_`, `diagonal_fisher`, `accumulate`, `relative_importance`,
   `normalize_to_stage`, `normalize`, `effective_tensors`
@@ -11,63 +11,23 @@ Of the files `importance`, `fisher` and `path` make importance, `penalty` uses i
 `parameters` names what is trained. `callback` acts within a `Trainer`, `log` says how it went.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import ast
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from hbat.ewc.fisher import Example, diagonal_fisher
-    from hbat.ewc.importance import (
-        accumulate,
-        displacement,
-        effective_tensors,
-        normalize,
-        normalize_to_stage,
-        relative_importance,
-    )
-    from hbat.ewc.parameters import snapshot, trainable_parameters
-    from hbat.ewc.path import add_path_
-    from hbat.ewc.penalty import add_penalty_gradient_, ewc_penalty, proximal_step_
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_MODULES = {alias.name: node.module for node in _STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names}
 
-_HOMES = {
-    "Example": "fisher",
-    "accumulate": "importance",
-    "add_path_": "path",
-    "add_penalty_gradient_": "penalty",
-    "diagonal_fisher": "fisher",
-    "displacement": "importance",
-    "effective_tensors": "importance",
-    "ewc_penalty": "penalty",
-    "normalize": "importance",
-    "normalize_to_stage": "importance",
-    "proximal_step_": "penalty",
-    "relative_importance": "importance",
-    "snapshot": "parameters",
-    "trainable_parameters": "parameters",
-}
-
-__all__ = [
-    "Example",
-    "accumulate",
-    "add_path_",
-    "add_penalty_gradient_",
-    "diagonal_fisher",
-    "displacement",
-    "effective_tensors",
-    "ewc_penalty",
-    "normalize",
-    "normalize_to_stage",
-    "proximal_step_",
-    "relative_importance",
-    "snapshot",
-    "trainable_parameters",
-]
+__all__ = sorted(_MODULES)  # noqa: PLE0605 - read from the stub
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"hbat.ewc.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'hbat.ewc' has no attribute {name!r}")
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module 'hbat.ewc' has no attribute {name!r}")
+    return getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return __all__

@@ -132,8 +132,8 @@ class EWCCallback(TrainerCallback):
         # An engine that computes in half precision may hold more precise weights than the model.
         self._anchor = local.of(self.anchor) if self.anchor is not None else snapshot(local.weights)
         self._importance = local.of(self.importance)
-        if self.method == "gradient" and self._trainer is not None:
-            self._undo = engine.before_clipping(self._trainer, self._before_clipping)
+        if self.method == "gradient" and (trainer := self._trainer) is not None:
+            self._undo = engine.before_clipping(trainer, lambda: self._add_gradient(trainer))
 
     def _require_usable(self, parameters: Mapping[str, Tensor], step: int) -> None:
         if self.anchor is None and step > 0:
@@ -145,29 +145,22 @@ class EWCCallback(TrainerCallback):
             require_counterparts(parameters, self.anchor, "anchor")
         require_counterparts(parameters, self.importance, "importance")
 
-    def _before_clipping(self) -> None:
+    def _add_gradient(self, trainer: Trainer) -> None:
+        measured_step, logged = counts(trainer.state), is_logged(trainer.args, trainer.state)
         with self.timing():
-            self._add_gradient()
-
-    def _add_gradient(self) -> None:
-        trainer = self._trainer
-        if trainer is None:
-            return
-        scaler = trainer.accelerator.scaler
-        self._local.take_gradients()
-        measured = add_penalty_gradient_(
-            self._local.weights,
-            self._anchor,
-            self._importance,
-            strength=self.strength,
-            scale=1.0 if scaler is None else scaler.get_scale(),
-            measure=counts(trainer.state) or is_logged(trainer.args, trainer.state),
-        )
-        self._local.release_gradients()
-        if measured is not None:
-            norm = float(measured.task_gradient_norm)
-            ratio = self._log.ratio(measured, norm, counts=counts(trainer.state))
-            self._entry = self._log.entry(measured, ratio) if is_logged(trainer.args, trainer.state) else None
+            self._local.take_gradients()
+            measured = add_penalty_gradient_(
+                self._local.weights,
+                self._anchor,
+                self._importance,
+                strength=self.strength,
+                scale=_scale(trainer.accelerator.scaler),
+                measure=measured_step or logged,
+            )
+            self._local.release_gradients()
+            if measured is not None:
+                ratio = self._log.ratio(measured, float(measured.task_gradient_norm), counts=measured_step)
+                self._entry = self._log.entry(measured, ratio) if logged else None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -178,8 +171,7 @@ class EWCCallback(TrainerCallback):
             return
         for weight in weights.values():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        scale = 1.0 if scaler is None else scaler.get_scale()
+        scale = _scale(getattr(kwargs.get("optimizer"), "scaler", None))
         add_penalty_gradient_(weights, self._anchor, self._importance, strength=self.strength, scale=scale)
 
     def on_pre_optimizer_step(
@@ -241,6 +233,10 @@ class EWCCallback(TrainerCallback):
         if self._undo is not None:
             self._undo()
         self._reset()
+
+
+def _scale(scaler: Any) -> float:
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 class MeasureImportance(TrainerCallback):

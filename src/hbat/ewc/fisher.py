@@ -1,6 +1,6 @@
 """Diagonal Fisher information of a causal language model."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,8 +74,9 @@ def diagonal_fisher(
     was_training = model.training
     model.eval()
     try:
-        for batch in _batches(usable, batch_size if estimator == "gnb" else 1):
-            logits, labels = _run(model, batch)
+        size = batch_size if estimator == "gnb" else 1
+        for start in range(0, len(usable), size):
+            logits, labels = _run(model, usable[start : start + size])
             slope = _log_likelihood_slope(logits.detach(), labels, sampled=estimator == "gnb", generator=generator)
             gradients = _gradients(logits, slope, list(parameters.values()))
             for squares, gradient in zip(total.values(), gradients, strict=True):
@@ -100,11 +101,6 @@ def _gradients(logits: Tensor, slope: Tensor, parameters: list[nn.Parameter]) ->
     for parameter in parameters:
         parameter.grad = None
     return gradients
-
-
-def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
 
 
 def _run(model: nn.Module, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:

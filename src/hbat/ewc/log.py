@@ -51,19 +51,14 @@ class PenaltyLog:
             return
         mean = self.mean or 0.0
         if mean < _DEAD_RATIO:
-            warnings.warn(
-                f"The EWC penalty did nothing: its gradient norm was {mean:.1e} of the task's on average. "
-                f"Raise `strength` (now {strength:g}), or set `ewc=None`.",
-                EWCWarning,
-                stacklevel=3,
-            )
+            verdict = f"did nothing: its gradient norm was {mean:.1e} of the task's on average"
+            advice = f"Raise `strength` (now {strength:g}), or set `ewc=None`."
         elif mean > _DOMINATING_RATIO:
-            warnings.warn(
-                f"The EWC penalty dominated: its gradient norm was {mean:.1f} times the task's on average. "
-                f"Lower `strength` (now {strength:g}).",
-                EWCWarning,
-                stacklevel=3,
-            )
+            verdict = f"dominated: its gradient norm was {mean:.1f} times the task's on average"
+            advice = f"Lower `strength` (now {strength:g})."
+        else:
+            return
+        warnings.warn(f"The EWC penalty {verdict}. {advice}", EWCWarning, stacklevel=3)
 
 
 def unclipped_task_norm(measured: PenaltyStatistics, total_norm: float | None) -> float:

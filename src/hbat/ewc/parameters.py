@@ -49,12 +49,7 @@ def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def require_counterparts(expected: Mapping[str, Tensor], given: Mapping[str, Tensor | float], what: str) -> None:
-    """Check that every parameter has its counterpart, of its shape or of shape `()`.
-
-    Args:
-        expected: Parameters by name.
-        given: The mapping to check.
-        what: What `given` holds, for the message, such as "anchor".
+    """Check that every parameter has its counterpart (`what`, for messages), of its shape or of shape `()`.
 
     Raises:
         KeyError: If an entry is missing.

@@ -60,15 +60,7 @@ def measure_penalty(
 ) -> PenaltyStatistics:
     r"""Measure the penalty without changing anything. With sharded parameters: one collective.
 
-    Args:
-        parameters: Parameters by name.
-        anchor: Weights to pull to.
-        importance: $F \ge 0$ by name.
-        strength: Factor of the penalty.
-        gradient_scale: Also read the gradients, divided by this factor; parameters without a gradient are skipped.
-
-    Returns:
-        The statistics.
+    With `gradient_scale` the gradients are read as well, divided by it, and parameters without one are skipped.
     """
     sums, count = torch.zeros(5, dtype=torch.float64), 0  # F d^2, d^2, (F d)^2, g^2, g F d
     gradients = None if gradient_scale is None else gradients_of(parameters)

@@ -36,10 +36,6 @@ _NOT_REPEATED = re.compile("pissa_niter_.*|corda|lora_ga")
 def refuse_adapters(model: Any, *, takes_reference: bool) -> None:
     """Refuse adapters that are not a single PEFT one named `default`, and ones that cannot be saved or copied.
 
-    Args:
-        model: The model.
-        takes_reference: Whether a copy of the adapter is the reference policy.
-
     Raises:
         ValueError: If the adapters are not supported.
     """
@@ -59,13 +55,10 @@ def refuse_adapters(model: Any, *, takes_reference: bool) -> None:
 
 @torch.no_grad()
 def refuse_inexact_copy(model: Any) -> None:
-    """Refuse an adapter whose copy would not compute what it computes, or whose making would change the model.
+    """Refuse a PeftModel's adapter whose copy would compute something else, or whose making would change the model.
 
     Tried on one short row, before anything is sharded and without a copy of the base. The adapter is moved for it: a
     new one seldom does anything, and nor would its copy.
-
-    Args:
-        model: A PeftModel.
 
     Raises:
         ValueError: If there is no exact copy.
@@ -135,24 +128,12 @@ def _set(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
 # --- the reference adapter -------------------------------------------------------------------------------------------
 
 
-def reference_parameters(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
+def reference_parameters(model: Any, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Detached parameters of the reference adapter, by the canonical names of their trained counterparts."""
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-    return {name: parameters[_reference_name(name)].detach() for name in names}
-
-
-def reference_tensors(model: Any) -> dict[str, Tensor]:
-    """All of `reference_parameters`."""
-    return reference_parameters(model, _adapter_parameters(model))
-
-
-def _reference_name(name: str) -> str:
-    return _DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)
-
-
-def _adapter_parameters(model: Any) -> dict[str, Tensor]:
     # Not the trainable ones alone: some may be frozen for this stage.
-    return {canonical_name(name): parameter for name, parameter in model.named_parameters() if _DEFAULT.search(name)}
+    names = filter(_DEFAULT.search, parameters) if names is None else names
+    return {name: parameters[_DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)].detach() for name in names}
 
 
 @torch.no_grad()
@@ -174,8 +155,10 @@ def add_reference_adapter(model: Any) -> None:
 def match_reference_adapter(model: Any) -> None:
     """Copy the adapter of a PeftModel to its reference adapter, in the same dtype."""
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-    for name, parameter in _adapter_parameters(model).items():
-        reference = parameters[_reference_name(name)]
+    for name, parameter in parameters.items():
+        if not _DEFAULT.search(name):
+            continue
+        reference = parameters[_DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)]
         if reference.dtype != parameter.dtype:
             reference.data = reference.data.to(parameter.dtype)
         if not torch.equal(part_of(reference), part_of(parameter)):
@@ -184,17 +167,11 @@ def match_reference_adapter(model: Any) -> None:
 
 @contextmanager
 def complete_reference_adapter(model: Any) -> Iterator[None]:
-    """Give a trainer a reference adapter that is complete when its constructor asks for one.
+    """Give a trainer that is constructed in the block a reference adapter that is complete when it asks for one.
 
     TRL (1.0 to 1.16) calls `model.add_adapter("ref", ...)` and copies the parameters with `.default.` in their name,
     but not those whose name ends in it (LoRA on embeddings, LoHa, IA3, VeRA). The constructor computes with it already
     if `precompute_ref_log_probs` is set.
-
-    Args:
-        model: The model; one without adapter is left alone.
-
-    Yields:
-        Nothing; construct the trainer inside.
     """
     if not hasattr(model, "peft_config"):
         yield
@@ -244,17 +221,11 @@ def _kept_gradient_flags(model: Any) -> Iterator[None]:
 
 @contextmanager
 def keep_adapter_dtype(model: nn.Module) -> Iterator[None]:
-    """Keep the dtype of trained parameters while a trainer is constructed.
+    """Keep the dtype of trained parameters while a trainer is constructed in the block.
 
     On a base in 4 or 8 bits, TRL's constructors (1.0 to 1.16) cast them to bfloat16, whose 8 bits round away most
     updates of a small learning rate: at 1e-5 hardly an element moves. The optimizer is made later, so that it sees the
     parameters as they were.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing; construct the trainer inside.
     """
     before = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
@@ -267,16 +238,10 @@ def keep_adapter_dtype(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_form(model: nn.Module) -> Iterator[None]:
-    """Load into a model and keep the dtype, memory and `requires_grad` of its parameters.
+    """Keep the dtype, memory and `requires_grad` of a model's parameters while weights are loaded in the block.
 
     PEFT (0.18 to 0.21) casts an adapter that it loads to float32, and sets `requires_grad` on all of it: parameters
     in bfloat16 or frozen for a stage would no longer fit the checkpoint's optimizer state.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing; load inside.
     """
     before = {name: (parameter.data, parameter.requires_grad) for name, parameter in model.named_parameters()}
     yield
@@ -295,9 +260,6 @@ def load_adapter_as_it_was(trainer: Trainer) -> None:
 
     Beside a reference adapter, transformers 4.57 loads that one alone, from its subfolder, and leaves the trained
     adapter as it was at the stage's start.
-
-    Args:
-        trainer: The trainer, before `train()`; one whose model is no PeftModel is left alone.
     """
     model: Any = trainer.model
     if not hasattr(model, "peft_config"):

@@ -38,16 +38,10 @@ def _is_dropout_layer(module: nn.Module) -> bool:
 
 
 def unpatched_copy(model: nn.Module) -> nn.Module:
-    """Deep-copy a model without what trainers patched onto it.
+    """Deep-copy a model, frozen and in evaluation mode, without what trainers patched onto it.
 
     After a plain `copy.deepcopy` of a model that a TRL trainer has touched, the copy's `forward` is bound to the
     original and computes with its weights.
-
-    Args:
-        model: The model; it is left as it was.
-
-    Returns:
-        A frozen copy in evaluation mode.
     """
     kept = {
         module: {key: module.__dict__.pop(key) for key in _WRAPPERS if key in module.__dict__}

@@ -40,16 +40,9 @@ class PrecisionWarning(UserWarning):
 
 
 def load_model(model: Any, config: HBATConfig, *, gets_adapter: bool = False, takes_reference: bool = False) -> Any:
-    """Load or check the model that all stages train, before its adapter is added.
+    """Load the model that all stages train, or check a loaded one, before an adapter is added to it.
 
-    Args:
-        model: Name or path, also of an adapter's folder, or a model.
-        config: The run's configuration.
-        gets_adapter: Whether an adapter is to be added.
-        takes_reference: Whether a copy of an adapter is the reference policy.
-
-    Returns:
-        The model, with its adapter if it came with one.
+    It is a name or path, also of an adapter's folder, or a model, and comes with its adapter if it has one.
 
     Raises:
         ValueError: If arguments contradict each other, or the weights are damaged.
@@ -72,16 +65,7 @@ def load_model(model: Any, config: HBATConfig, *, gets_adapter: bool = False, ta
 
 
 def make_trainable(model: Any, config: HBATConfig, peft_config: Any, *, takes_reference: bool = False) -> Any:
-    """Add the adapter to a loaded model, and check what is trained.
-
-    Args:
-        model: The model.
-        config: The run's configuration.
-        peft_config: PEFT configuration of a new adapter, or None.
-        takes_reference: Whether a copy of the adapter is the reference policy.
-
-    Returns:
-        The model, with its adapter if there is one.
+    """Add the adapter, if there is a `peft_config`, to a loaded model, and check what is trained.
 
     Raises:
         ValueError: If the weights cannot be trained.
@@ -128,14 +112,7 @@ def shared_init_kwargs(config: _Loads) -> dict[str, Any]:
 def load_pretrained(auto_class: Any, name: str | Path, *, called: str = "model", **options: Any) -> Any:
     """Load weights from a folder or the Hub. Code beside them does not run unless the options ask for it.
 
-    Args:
-        auto_class: Class of transformers or PEFT that loads them.
-        name: Name or path.
-        called: Name of the user's option, for messages.
-        options: Arguments of `from_pretrained`.
-
-    Returns:
-        The loaded model.
+    Messages name the user's option as `called`.
 
     Raises:
         ValueError: If the weights are damaged, or pickled objects that are not tensors.
@@ -162,14 +139,8 @@ def damage_named(name: str | Path, called: str) -> Iterator[None]:
 def load_tokenizer(processing_class: Any, model: Any, config: _Loads | None = None, origin: Any = None) -> Any:
     """Return the given tokenizer, or load the model's own, with a padding token.
 
-    Args:
-        processing_class: The given tokenizer, or None.
-        model: The model.
-        config: The run's configuration, whose `model_init_kwargs` apply to the tokenizer too.
-        origin: What the user gave as model; a tokenizer in an adapter's folder takes precedence over the base's.
-
-    Returns:
-        The tokenizer.
+    The `model_init_kwargs` of `config` apply to it too. `origin` is what the user gave as model: a tokenizer in an
+    adapter's folder takes precedence over the base's.
 
     Raises:
         ValueError: If there is none, or it has neither a padding nor an end token.
@@ -225,10 +196,7 @@ def require_adapter_parameters(model: nn.Module) -> None:
 
     The reference policy is a copy of the adapter, of all parameters with the component `default` in their name. PEFT
     trains others in place: with `bias="all"` every bias, with `bias="lora_only"` those of the adapted layers
-    (`q_proj.base_layer.bias`). Users may also have unfrozen some.
-
-    Args:
-        model: The model; one without adapter has a reference model of its own.
+    (`q_proj.base_layer.bias`). Users may also have unfrozen some. A model without adapter has a model as reference.
 
     Raises:
         ValueError: If policy and reference would share trainable parameters, or the adapter has no exact copy.

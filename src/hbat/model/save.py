@@ -17,12 +17,7 @@ _PRIVATE = [
 
 
 def save(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Save model or adapter, and tokenizer. Called on every process; the main one writes.
-
-    Args:
-        folder: The folder.
-        model: The model; a sharded one is gathered first.
-        tokenizer: The tokenizer.
+    """Save model (gathered if it is sharded) or adapter, and tokenizer. Called on every process; the main one writes.
 
     Raises:
         StorageError: If the disk is full or not writable.
@@ -40,16 +35,7 @@ def save(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def upload(folder: Path, repo_id: str | None, *, private: bool | None) -> str:
-    """Upload a run's model, card and results to the Hub.
-
-    Args:
-        folder: The run's folder.
-        repo_id: Repository; default: the folder's name.
-        private: Whether a new repository is private.
-
-    Returns:
-        URL of the commit.
-    """
+    """Upload a run's model, card and results, by default under the folder's name; returns the commit's URL."""
     from huggingface_hub import HfApi  # noqa: PLC0415 - only needed here
 
     api = HfApi()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer
 
-from hbat.model.adapters import ADAPTER, REFERENCE_ADAPTER, kept_form, reference_tensors
+from hbat.model.adapters import ADAPTER, REFERENCE_ADAPTER, kept_form, reference_parameters
 from hbat.model.load import damage_named
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.engine import give_back, is_sharded, shared_as, whole_weights, written_as_whole
@@ -128,7 +128,7 @@ class PolicyCheckpoints(Trainer):
             policy.save_pretrained(folder, state_dict=weights, **adapter)
         self.processing_class.save_pretrained(folder)
         if weights is None and adapter and REFERENCE_ADAPTER in policy.peft_config:
-            write_tensors(folder / _REFERENCE_FILE, reference_tensors(policy))
+            write_tensors(folder / _REFERENCE_FILE, reference_parameters(policy))
         if critic is not None:
             write_tensors(folder / _CRITIC_FILE, critic)
 
@@ -154,7 +154,7 @@ class PolicyCheckpoints(Trainer):
             if (folder / _REFERENCE_FILE).exists():
                 with torch.no_grad():
                     for name, tensor in load_file(folder / _REFERENCE_FILE).items():
-                        reference_tensors(self.model.policy)[name].copy_(tensor)
+                        reference_parameters(self.model.policy)[name].copy_(tensor)
             self.restore_state(load_file(folder / _CRITIC_FILE))
         self._progress.load(folder, self.args.process_index, self.args.device)
 

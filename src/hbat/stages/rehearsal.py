@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hbat.config.hbat import HBATConfig
-from hbat.data.check import MEDIA
+from hbat.data.check import without_media
 from hbat.objectives.track import Track
 from hbat.stages.builder import TrainerBuilder
 from hbat.stages.dropped_rows import report_dropped_rows, rows_left
@@ -165,7 +165,6 @@ def _named(objective: str) -> Iterator[None]:
 def short_rows(dataset: Dataset, count: int) -> Dataset:
     """The `count` shortest of the first rows of a data set, repeated where there are too few."""
     looked_at = dataset.select(range(min(len(dataset), max(count, _LOOKED_AT))))
-    plain = looked_at.select_columns([name for name in dataset.column_names if name not in MEDIA])  # slow to decode
-    lengths = [len(str(row)) for row in plain]
+    lengths = [len(str(row)) for row in without_media(looked_at)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return looked_at.select([order[index % len(order)] for index in range(count)])

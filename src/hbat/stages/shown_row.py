@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hbat.data.layouts import kind_of
+from hbat.data.formats import kind_of
 from hbat.data.template import Limits, row_fit
 from hbat.ewc.fisher import IGNORED
 from hbat.objectives.track import Track

@@ -40,13 +40,7 @@ _NOTES = {"run.processes": "another number of processes gives other results"}
 
 @dataclass(frozen=True)
 class Change:
-    """A value that differs between two fingerprints; None if one of them lacks it.
-
-    Attributes:
-        name: Its dotted name.
-        before: Its value on disk.
-        now: Its present value.
-    """
+    """A value that differs between two fingerprints, by its dotted name; None if one of them lacks it."""
 
     name: str
     before: Any
@@ -90,13 +84,7 @@ def hindrances(before: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 def accepted(before: Fingerprint, now: Fingerprint, allowed: Sequence[str], *, output_dir: str) -> list[Change]:
-    """Check that nothing changed but what may.
-
-    Args:
-        before: The run on disk.
-        now: The present one.
-        allowed: Names that may change, or beginnings of names that end in a dot.
-        output_dir: The run's folder, for messages.
+    """Check that nothing changed but what is `allowed`: names, or beginnings of names that end in a dot.
 
     Returns:
         The changes that were allowed.

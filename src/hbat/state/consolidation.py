@@ -36,12 +36,7 @@ class SaturationWarning(UserWarning):
 
 
 class Consolidation:
-    """What each objective accumulated. A stage is held back by that of the *other* objectives.
-
-    Args:
-        config: How importance is computed.
-        seed: Seed of the random control.
-    """
+    """What each objective accumulated. A stage is held back by that of the *other* objectives."""
 
     def __init__(self, config: EWCConfig, seed: int) -> None:
         self.config = config
@@ -61,12 +56,7 @@ class Consolidation:
     def importance(self, stage: Stage, parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Normalized importance for a stage's penalty, on the CPU, summed over the objectives that hold it back.
 
-        Args:
-            stage: The stage.
-            parameters: Trained parameters by name, whose shapes count.
-
-        Returns:
-            Importance by parameter name; None if no other objective has trained yet.
+        Of the trained `parameters` only the shapes count. None if no other objective has trained yet.
         """
         parts = [self._normalized(record, stage, _sizes(parameters)) for _, record in self._others(stage)]
         if not parts:
@@ -98,15 +88,7 @@ class Consolidation:
         r"""Predict by how much a stage raised the loss of each other objective: $\sum_j w_j \cdot \sum_i F_i d_i$.
 
         The sum of the path integral is what the objective's stages took off its loss, the other one how much of
-        their way the stage went.
-
-        Args:
-            stage: The stage.
-            moved: Its squared displacement $d$.
-            parameters: Trained parameters by name.
-
-        Returns:
-            Increase by objective, in units of its loss; empty unless the source is `path`.
+        their way the stage went, whose squared displacement is `moved`. Empty unless the source is `path`.
         """
         if self.config.source != "path":
             return {}

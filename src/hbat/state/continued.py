@@ -17,11 +17,7 @@ _BESIDE_EWC = {"weights", "initial", "kept", "optimizer"}
 
 
 class FinishedRun:
-    """The finished run that a new one continues. Nothing in its folder is changed.
-
-    Args:
-        config: Configuration of the new run.
-        described: Fingerprint of the new run.
+    """The finished run (`continue_from`) that a new one continues. Nothing in its folder is changed.
 
     Attributes:
         carried: Kinds of tensors that the new run takes over, each with the number of its file.

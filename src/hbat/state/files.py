@@ -62,8 +62,7 @@ def _replacing(path: Path, size: int) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         with suppress(OSError):  # frees the space that the next attempt needs
             temporary.unlink(missing_ok=True)
-        failure = cannot_write(path, size, error)
-        raise failure from error
+        raise cannot_write(path, size, error) from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -85,8 +84,7 @@ def storage_errors(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, StorageError) or not _is_of_the_disk(error):
             raise
-        failure = cannot_write(folder, None, error)
-        raise failure from error
+        raise cannot_write(folder, None, error) from error
 
 
 def cannot_write(path: Path, size: int | None, error: Exception) -> StorageError:

@@ -63,36 +63,32 @@ def fingerprint(
     processing_class: Any = None,
     dropped: Mapping[str, int] | None = None,
 ) -> Fingerprint:
-    """Describe a run.
+    """Describe a run as two of them are compared.
 
-    Args:
-        config: The run's configuration.
-        sections: Configuration of each objective's trainer.
-        datasets: Training data of each objective.
-        parameters: Trainable parameters by name.
-        model: The model, for the frozen weights under an adapter.
-        rewards: Names of the reward functions by objective.
-        processing_class: The tokenizer.
-        dropped: Number of faulty rows that are not among the training data.
-
-    Returns:
-        What two runs are compared by.
+    Of the model the frozen weights under an adapter count. `dropped` faulty rows are not among those of `datasets`;
+    `rewards` are names of the reward functions by objective.
     """
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    run = {
+        "objectives": config.objective_names,
+        "num_rounds": config.num_rounds,
+        "seed": config.seed,
+        "processes": process_count(),
+        "replay": config.replay_share,
+        "optimizer_state": config.optimizer_state,
+        "keep_adapter_dtype": config.keep_adapter_dtype,
+        "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
+        "end_weight": config.end_weight,
+    }
+    optional = {
+        "rounds": config.rounds,
+        "trainers": config.trainers,
+        "continue_from": config.continue_from and Path(config.continue_from).resolve().name,  # folders are moved
+        "rewards": rewards,
+        "ppo_backend": config.ppo_backend if "ppo" in (*config.objective_names, *config.trainers.values()) else None,
+    }
     described: dict[str, Any] = {
-        "run": {
-            "objectives": config.objective_names,
-            "num_rounds": config.num_rounds,
-            "seed": config.seed,
-            "processes": process_count(),
-            "replay": config.replay_share,
-            "optimizer_state": config.optimizer_state,
-            "keep_adapter_dtype": config.keep_adapter_dtype,
-            "lr_schedule": {name: config.lr_schedule_of(name) for name in config.objective_names},
-            "end_weight": config.end_weight,
-        }
-        | ({} if config.rounds is None else {"rounds": config.rounds})
-        | ({"trainers": config.trainers} if config.trainers else {}),
+        "run": run | {name: value for name, value in optional.items() if value},
         "ewc": None if config.ewc is None else asdict(config.ewc),
         "data": {
             name: {
@@ -105,12 +101,6 @@ def fingerprint(
         },
         "parameters": {"tensors": len(shapes), "shapes": _digest(shapes)},
     }
-    if config.continue_from is not None:
-        described["run"]["continue_from"] = Path(config.continue_from).resolve().name  # folders are moved
-    if rewards:
-        described["run"]["rewards"] = {name: list(functions) for name, functions in rewards.items()}
-    if "ppo" in (*config.objective_names, *config.trainers.values()):
-        described["run"]["ppo_backend"] = config.ppo_backend
     if model is not None:
         described["parameters"]["frozen"] = frozen_digest(model)
         quantization = getattr(getattr(model, "config", None), "quantization_config", None)

@@ -60,10 +60,9 @@ class RunFolder:
         """Keep other runs out of the folder; raises `RunStateError` if another process trains into it."""
         with ExitStack() as stack:
 
-            def lock() -> int:
+            def lock() -> None:
                 if self._writes:
                     stack.enter_context(locked(self.path))
-                return 0
 
             decided_by_main(lock)
             yield
@@ -83,10 +82,9 @@ class RunFolder:
         """Read the newest state and no older one; raises `DamagedStateError` if it or a file of it is damaged."""
         state = decode(self._states.manifest(0))
 
-        def check() -> int:
+        def check() -> None:
             for kind in state.files:
                 self.require_whole(state, kind)
-            return 0
 
         decided_by_main(check)
         return state
@@ -133,14 +131,7 @@ class RunFolder:
         self._seen_whole.add(name)
 
     def read_tensors(self, state: RunState, kind: str) -> dict[str, Tensor]:
-        """Read tensors that a state names.
-
-        Args:
-            state: The run's state.
-            kind: What to read, such as `weights` or `importance-sft`.
-
-        Returns:
-            Tensors by name on the CPU; empty if there are none of this kind.
+        """Read tensors of a kind, such as `importance-sft`, onto the CPU by name; none if the state has none.
 
         Raises:
             DamagedStateError: If the file is not what was written.
@@ -171,14 +162,7 @@ class RunFolder:
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def write_tensors(self, state: RunState, kind: str, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors under a new name and note it in `state`, which is not yet committed. Collective.
-
-        Args:
-            state: The state that will name the file.
-            kind: What the tensors are, such as `weights` or `importance-sft`.
-            number: Stage that they belong to.
-            tensors: Tensors by name; sharded ones are gathered.
-        """
+        """Write tensors, gathered, under a new name and note it in `state`, which is not yet committed. Collective."""
         name = tensor_file(kind, number)
         state.checksums.pop(name, None)
         whole = whole_tensors(tensors, keep=self._writes)

@@ -37,11 +37,7 @@ class LastStage:
 
     @classmethod
     def read(cls, folder: RunFolder, described: Fingerprint) -> "LastStage":
-        """Read it from a run's folder, which is left as it is.
-
-        Args:
-            folder: The folder.
-            described: Fingerprint of the run.
+        """Read it from the folder of the run with this fingerprint, which is left as it is.
 
         Raises:
             RunStateError: If the folder holds no run, another one, or one that is not finished; if it kept nothing of

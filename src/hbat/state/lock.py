@@ -37,8 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
-            failure = cannot_write(file, 0, error)
-            raise failure from error
+            raise cannot_write(file, 0, error) from error
         logger.warning(
             "The run's folder cannot be locked (%s): make sure that no second process trains into it.", error
         )

@@ -76,20 +76,11 @@ def plan(
 def part_indices(
     num_rows: int, num_rounds: int, round_index: int, seed: int, shares: Sequence[float] | None = None
 ) -> list[int]:
-    """Rows of a data set that one round trains on.
+    """Rows of a data set that one of the parts (`round_index`, from 0) holds, in ascending order.
 
     A seeded permutation deals the rows into disjoint parts: without `shares` they hold every row together and differ
     in size by at most one. Inside a part the rows keep their order, so with one round the part is the data set itself.
-
-    Args:
-        num_rows: Number of rows of the data set.
-        num_rounds: N, the number of parts.
-        round_index: The round, from 0 to N - 1.
-        seed: Seed of the permutation.
-        shares: Share of the rows of each part; their sum is at most 1.
-
-    Returns:
-        Row numbers in ascending order.
+    The sum of `shares` is at most 1.
 
     Raises:
         ValueError: If there are fewer rows than equal parts.

@@ -18,7 +18,7 @@ from hbat.state.continued import FinishedRun
 from hbat.state.fingerprint import Fingerprint
 from hbat.state.folder import RunFolder
 from hbat.state.manifest import RunState, RunStateError
-from hbat.state.plan import Stage, plan
+from hbat.state.plan import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +37,11 @@ def check_request(resume_from_checkpoint: object, allow_changed: Sequence[str], 
 
 
 class Run:
-    """State of a run: its manifest, accumulated importance, and what objectives carry from stage to stage.
-
-    Args:
-        config: The run's configuration.
-        folder: Its folder.
-        state: Its manifest.
-    """
+    """State of a run: its manifest, accumulated importance, and what objectives carry from stage to stage."""
 
     def __init__(self, config: HBATConfig, folder: RunFolder, state: RunState) -> None:
         self.state = state
-        self.plan = plan(
-            config.num_rounds,
-            config.objective_names,
-            shares=config.shares,
-            first_stage=state.first_stage,
-            rounds_before=state.rounds_before,
-        )
+        self.plan = state.plan
         # With a single objective as well: a run that continues this one may train another.
         self.consolidation = Consolidation(config.ewc, config.seed) if config.ewc is not None else None
         self.moments: dict[str, Mapping[str, Tensor]] = {}
@@ -78,17 +66,11 @@ class Run:
         needs_initial: bool = False,
         continued: FinishedRun | None = None,
     ) -> "Run":
-        """Begin a run, or resume the one in the folder. Collective.
+        """Begin a run with the model's trainable `weights`, or resume the one in the folder. Collective.
 
-        Args:
-            config: The run's configuration.
-            folder: Its folder.
-            described: Fingerprint of the run.
-            weights: The model's trainable parameters by name, with which a new run begins.
-            resume: Whether to resume a run in the folder.
-            allow_changed: What of the fingerprint may differ from the run in the folder.
-            needs_initial: Whether the initial weights of the run will be needed.
-            continued: The run that a new one continues; by default read from `continue_from`.
+        What of the fingerprint `described` may differ from the run in the folder is in `allow_changed`;
+        `needs_initial` says whether the initial weights of the run will be needed. A new run continues `continued`, by
+        default what it reads from `continue_from`.
 
         Returns:
             The run before its next stage; `was_resumed` says whether its weights are on disk, not the model's.
@@ -112,53 +94,32 @@ class Run:
         if found is None and continued is not None:
             found = continued.carry(folder)
         if found is None:
-            return cls.start(config, folder, described, weights)
-        return cls.resume(
-            config, folder, found, described, weights, allow_changed=allow_changed, needs_initial=needs_initial
-        )
-
-    @classmethod
-    def start(
-        cls, config: HBATConfig, folder: RunFolder, described: Fingerprint, weights: Mapping[str, Tensor]
-    ) -> "Run":
-        """Begin a run in a folder without one, and commit its start."""
-        state = RunState(described.values, given=described.given, versions=described.versions)
-        folder.write_tensors(state, "weights", 0, weights)
-        state.files["initial"] = state.files["weights"]
-        folder.commit(state)
-        return cls(config, folder, state)
-
-    @classmethod
-    def resume(
-        cls,
-        config: HBATConfig,
-        folder: RunFolder,
-        state: RunState,
-        described: Fingerprint,
-        parameters: Mapping[str, Tensor],
-        *,
-        allow_changed: Sequence[str] = (),
-        needs_initial: bool = False,
-    ) -> "Run":
-        """Read what a run on disk left. The arguments are those of `open`, with the state found in the folder."""
-        before = Fingerprint(state.fingerprint, state.given, state.versions)
+            state = RunState(described.values, given=described.given, versions=described.versions)
+            folder.write_tensors(state, "weights", 0, weights)
+            state.files["initial"] = state.files["weights"]
+            folder.commit(state)
+            return cls(config, folder, state)
+        before = Fingerprint(found.fingerprint, found.given, found.versions)
         changed = accepted(before, described, allow_changed, output_dir=config.output_dir)
-        run = cls(config, folder, state)
+        run = cls(config, folder, found)
         run.was_resumed = True
-        # Also of objectives that only a run before this one trained, and in the order in which they came.
-        for name in state.files:
-            kind, _, objective = name.partition("-")
-            if kind in KINDS and run.consolidation is not None:
-                found = folder.read_tensors(state, name).items()
-                own = {name: shared_as(tensor, parameters[name]).cpu() for name, tensor in found}
-                run.consolidation.accumulated.setdefault(objective, {})[kind] = own
-        run._warn_of_missing_importance()
-        for objective in config.objective_names:
-            run.read_carried(objective)
+        run._read(weights)
         if needs_initial:
-            folder.require_whole(state, "initial")
+            folder.require_whole(found, "initial")
         run._take_over(described, changed)
         return run
+
+    def _read(self, parameters: Mapping[str, Tensor]) -> None:
+        # Also of objectives that only a run before this one trained, and in the order in which they came.
+        for name in self.state.files:
+            kind, _, objective = name.partition("-")
+            if kind in KINDS and self.consolidation is not None:
+                found = self._folder.read_tensors(self.state, name).items()
+                own = {name: shared_as(tensor, parameters[name]).cpu() for name, tensor in found}
+                self.consolidation.accumulated.setdefault(objective, {})[kind] = own
+        self._warn_of_missing_importance()
+        for objective in self._config.objective_names:
+            self.read_carried(objective)
 
     def _warn_of_missing_importance(self) -> None:
         if self.consolidation is None or self.consolidation.config.strength == 0:
@@ -237,16 +198,10 @@ class Run:
         kept: Mapping[str, Tensor] | None = None,
         counted: Mapping[str, float] | None = None,
     ) -> None:
-        """Commit what a stage left the run's state on disk.
+        """Commit what a stage left, and with it the state of the run, to disk.
 
-        Args:
-            stage: The stage that is done.
-            steps: Its optimizer steps.
-            importance: What it leaves to its objective's importance.
-            moments: Moments for its objective's next stage.
-            weights: Trainable weights at its end.
-            kept: What else its objective keeps for its next stage.
-            counted: More for its row of costs.
+        `importance` joins that of the stage's objective; `moments` and what else is `kept` are for its next stage;
+        `counted` joins the row of costs.
         """
         state, name = self.state, stage.objective
         written: dict[str, Mapping[str, Tensor]] = {f"optimizer-{name}": moments, f"kept-{name}": kept or {}}

@@ -1,7 +1,7 @@
 """DeepSpeed as an engine: gradients, weights and optimizer state belong to it within a stage, and to us between."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -69,12 +69,9 @@ class DeepSpeed(Engine):
     @contextmanager
     def building(self, args: Any, *, evaluating: bool) -> Iterator[dict[str, Any]]:
         """See `Engine`."""
-        with super().building(args, evaluating=evaluating) as changes:
-            if not evaluating:
-                yield changes
-                return
-            with left_aside(args) as more:
-                yield changes | more
+        aside: AbstractContextManager[dict[str, Any]] = left_aside(args) if evaluating else nullcontext({})
+        with super().building(args, evaluating=evaluating) as changes, aside as more:
+            yield changes | more
 
     def adapt(self, trainer: Trainer) -> None:
         """See `Engine`."""

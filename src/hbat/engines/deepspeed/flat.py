@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -127,3 +127,17 @@ def load_state(inner: torch.optim.Optimizer, slots: Iterable[Slot], saved: Mappi
     numbers = {id(flat): number for number, flat in enumerate(flats)}
     by_number = {numbers[id(flat)]: own for flat, own in state.items() if own}
     inner.load_state_dict(inner.state_dict() | {"state": by_number})
+
+
+def forget(owner: Any, names: Collection[str]) -> None:
+    """Remove what DeepSpeed left on a parameter or module: these attributes, and all that begin with `ds_`."""
+    for name in [name for name in owner.__dict__ if name in names or name.startswith("ds_")]:
+        del owner.__dict__[name]
+
+
+def untested_release(shape: Any) -> RuntimeError:
+    """Make the error about a trained parameter that DeepSpeed does not know by the names of release 0.19."""
+    return RuntimeError(
+        f"DeepSpeed does not hold the trained parameter of shape {tuple(shape)} as release 0.19 does, the only one "
+        "that was tested. Install that release, or train with DDP or FSDP2."
+    )

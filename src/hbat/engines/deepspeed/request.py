@@ -79,13 +79,7 @@ def left_aside(args: Any) -> Iterator[dict[str, Any]]:
 
 
 def deepspeed_config(args: Any) -> Mapping[str, Any]:
-    """DeepSpeed's configuration: of the arguments, or as `accelerate launch` says it.
-
-    Args:
-        args: A trainer's arguments or None.
-
-    Returns:
-        The configuration.
+    """DeepSpeed's configuration: of a trainer's arguments, or as `accelerate launch` says it.
 
     Raises:
         ValueError: If `deepspeed` is no configuration and no file with one.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbat.engines.deepspeed.flat import FlatLocal, Slot
+from hbat.engines.deepspeed.flat import FlatLocal, Slot, forget, untested_release
 
-#: What DeepSpeed leaves on parameters.
+#: What DeepSpeed leaves on parameters, beside what begins with `ds_`.
 _LEFT = {
     "_hp_mapping", "_index_in_param_group", "_dp_group", "_zero_optimizer", "get_full_hp_param", "get_full_hp_grad",
     "set_full_hp_param", "set_full_hp_grad", "load_hp_checkpoint_state", "grad_accum", "param_idx_in_group",
@@ -64,8 +64,7 @@ def release(model: nn.Module) -> None:
         if "_hp_mapping" not in parameter.__dict__:
             continue
         parameter.data = parameter.data.clone()
-        for name in [name for name in parameter.__dict__ if name in _LEFT or name.startswith("ds_")]:
-            del parameter.__dict__[name]
+        forget(parameter, _LEFT)
 
 
 def slots(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> Iterator[Slot]:
@@ -91,11 +90,3 @@ def _mapping(parameter: Any) -> Any:
         return parameter._hp_mapping  # noqa: SLF001 - see above
     except AttributeError:
         raise untested_release(parameter.shape) from None
-
-
-def untested_release(shape: Any) -> RuntimeError:
-    """Make the error about a trained parameter that DeepSpeed does not know by the names of release 0.19."""
-    return RuntimeError(
-        f"DeepSpeed does not hold the trained parameter of shape {tuple(shape)} as release 0.19 does, the only one "
-        "that was tested. Install that release, or train with DDP or FSDP2."
-    )

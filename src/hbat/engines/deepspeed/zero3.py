@@ -4,15 +4,14 @@
 parameter have one length, so the last ones end in padding, which is uninitialised memory: nothing here reads it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hbat.engines.deepspeed.flat import FlatLocal, Slot
-from hbat.engines.deepspeed.zero12 import untested_release
+from hbat.engines.deepspeed.flat import FlatLocal, Slot, forget, untested_release
 
 #: What DeepSpeed leaves on parameters and modules, beside what begins with `ds_`.
 _ON_PARAMETERS = {
@@ -72,11 +71,11 @@ def gather(model: nn.Module) -> None:
     for parameter in partitioned:
         parameter.data = _whole(parameter)
         parameter.grad = None
-        _forget(parameter, _ON_PARAMETERS)
+        forget(parameter, _ON_PARAMETERS)
     for module in model.modules():
         if "_original_parameters" in module.__dict__:
             module._parameters = dict(module._parameters.items())  # noqa: SLF001 - DeepSpeed put its own dict there
-            _forget(module, _ON_MODULES)
+            forget(module, _ON_MODULES)
 
 
 def _whole(parameter: Any) -> Tensor:
@@ -84,11 +83,6 @@ def _whole(parameter: Any) -> Tensor:
     shares = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(shares, own)
     return torch.cat(shares)[: parameter.ds_numel].clone().view(parameter.ds_shape)
-
-
-def _forget(owner: Any, names: Iterable[str]) -> None:
-    for name in [name for name in owner.__dict__ if name in names or name.startswith("ds_")]:
-        del owner.__dict__[name]
 
 
 def slots(optimizer: Any, parameters: Mapping[str, Any]) -> Iterator[Slot]:

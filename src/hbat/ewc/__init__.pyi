@@ -1,0 +1,14 @@
+from hbat.ewc.fisher import Example as Example
+from hbat.ewc.fisher import diagonal_fisher as diagonal_fisher
+from hbat.ewc.importance import accumulate as accumulate
+from hbat.ewc.importance import displacement as displacement
+from hbat.ewc.importance import effective_tensors as effective_tensors
+from hbat.ewc.importance import normalize as normalize
+from hbat.ewc.importance import normalize_to_stage as normalize_to_stage
+from hbat.ewc.importance import relative_importance as relative_importance
+from hbat.ewc.parameters import snapshot as snapshot
+from hbat.ewc.parameters import trainable_parameters as trainable_parameters
+from hbat.ewc.path import add_path_ as add_path_
+from hbat.ewc.penalty import add_penalty_gradient_ as add_penalty_gradient_
+from hbat.ewc.penalty import ewc_penalty as ewc_penalty
+from hbat.ewc.penalty import proximal_step_ as proximal_step_
