@@ -32,7 +32,7 @@ def load(source: Mapping[str, Any], *, name: str) -> Dataset:
     given = {key: value for key, value in source.items() if value is not None}
     path, split = given.pop("path", None), given.pop("split", None)
     path = str(path) if isinstance(path, Path) else path
-    if "data_files" in given and path in {None, *_BUILDERS.values()}:
+    if "data_files" in given and path in (None, *_BUILDERS.values()):
         path = given.pop("data_files")
     if not path or isinstance(path, Mapping):
         raise DatasetError(
@@ -117,7 +117,7 @@ def _problem_before_reading(file: Path) -> str | None:
             if not first:
                 return "the file is empty"
             if first.startswith("["):
-                return _bad_element(json.loads(lines.read().removeprefix("\ufeff")))
+                return _bad_element(json.loads(lines.read()))
             if first != "null" and not first.endswith("}"):  # one object over several lines
                 return None
             found = (number for number, line in enumerate(lines, start=1) if line.strip() == "null")
@@ -157,7 +157,7 @@ def _json_problem(file: Path) -> str | None:
 
 
 def _opened(file: Path) -> Any:
-    return (gzip.open if file.name.lower().endswith(".gz") else open)(file, "rt", encoding="utf-8")
+    return (gzip.open if file.name.lower().endswith(".gz") else open)(file, "rt", encoding="utf-8-sig")
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def load_rows(source: Any, *, name: str, check: RowCheck | None) -> tuple[Rows, 
     rows = _mixed(_weighted(_alike(parts), name), name)
     if share is None:
         return rows, None
-    held_out = _held_out(rows.dataset, float(share), int(whole.get("seed") or 0))
+    held_out = _held_out(rows.dataset, float(share), _seed(whole, name))
     if not 0 < len(held_out) < len(rows.dataset):
         raise DatasetError(
             f"{name}: `eval_split` {share} of {len(rows.dataset)} rows leaves no rows to train on or none to evaluate "
@@ -163,8 +164,8 @@ def _part(given: Mapping[str, Any], name: str, title: str, check: RowCheck | Non
     conversion = _conversion(dataset, given, label, check)
     rows = _chosen(Rows(dataset, Origin.of(dataset, title, _source(path or given.get("data_files")))), given, label)
     weight = given.get("weight")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0):
-        raise DatasetError(f"{label}: `weight` is {shown(weight)}; it must be a number above 0.")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf):
+        raise DatasetError(f"{label}: `weight` is {shown(weight)}; it must be a finite number above 0.")
     return _Part(title, rows, conversion, weight)
 
 
@@ -240,8 +241,15 @@ def _chosen(rows: Rows, given: Mapping[str, Any], label: str) -> Rows:
         raise DatasetError(f"{label}: `rows` is {shown(count)}; it must be a whole number of at least 1.")
     if not given.get("shuffle"):
         return rows if count is None else rows.select(range(min(count, total)))
-    order = np.random.default_rng(int(given.get("seed") or 0)).permutation(total)
+    order = np.random.default_rng(_seed(given, label)).permutation(total)
     return rows.select(order[:count])
+
+
+def _seed(given: Mapping[str, Any], label: str) -> int:
+    seed = given.get("seed") or 0
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise DatasetError(f"{label}: `seed` is {shown(seed)}; it must be a whole number of at least 0.")
+    return seed
 
 
 def _alike(parts: list[_Part]) -> list[_Part]:

@@ -13,7 +13,11 @@ TurnFault = tuple[int, str, str, str]
 
 #: A template may know others; whether it does is seen when it is tried (`hbat.data.template`).
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_FOREIGN_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+#: Roles of other tools.
+FOREIGN_ROLES = {
+    "human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool", "prompter": "user",
+    "bot": "assistant", "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+}  # fmt: skip
 
 _ROLE_OF = {"Human": "user", "User": "user", "Assistant": "assistant"}
 _MARKERS = ("Human:", "Assistant:", "User:")
@@ -61,7 +65,7 @@ def _role_faults(index: int, turn: Turn, key: str) -> Iterator[TurnFault]:
         hint = "; rename `from` to `role` and `value` to `content`" if turn.get("from") else ""
         yield index, key, "message without role", f"the message has no `{key}`{hint}"
     elif role not in ROLES:
-        known = _FOREIGN_ROLES.get(str(role).lower())
+        known = FOREIGN_ROLES.get(str(role).lower())
         hint = f" Did you mean `{known}`?" if known else nearest(str(role).lower(), ROLES)
         if hint or not isinstance(role, str) or not role.strip():
             yield index, key, "unknown role", f"the role {role!r} is not one of {', '.join(ROLES)}.{hint}"

@@ -129,11 +129,11 @@ def _set(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
 
 
 def reference_parameters(model: Any, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Detached parameters of the reference adapter, by the canonical names of their trained counterparts."""
+    """Detached parameters of the reference adapter, by the canonical names of their counterparts; others have none."""
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     # Not the trainable ones alone: some may be frozen for this stage.
-    names = filter(_DEFAULT.search, parameters) if names is None else names
-    return {name: parameters[_DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)].detach() for name in names}
+    own = filter(_DEFAULT.search, parameters if names is None else names)
+    return {name: parameters[_DEFAULT.sub(f".{REFERENCE_ADAPTER}", name)].detach() for name in own}
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ class StageStart:
         if not self._has_reference_adapter():
             return
         copies = reference_parameters(self._model, self._anchor)
-        if all(
+        if copies.keys() == self._anchor.keys() and all(
             copies[name].dtype == anchor.dtype
             and torch.equal(part_of(copies[name]), part_of(anchor).to(copies[name].device))
             for name, anchor in self._anchor.items()
