@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hbat.engines.processes import largest_of_all
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +90,7 @@ class StopRequest:
 
     def agreed(self) -> int:
         """Number of the signal that any process got; 0 for none. Collective: call on every rank."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self._number
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        number = torch.tensor(self._number, device=device)
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        self._number = int(number)
+        self._number = largest_of_all(self._number)
         return self._number
 
     def raise_if_agreed(self) -> None:

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hbat.engines.engine import Engine
 from hbat.engines.patches import after_backward, at_clipping
+from hbat.engines.processes import largest_of_all
 from hbat.engines.sharded import first_not_finite, whole_of
 from hbat.ewc.parameters import canonical_name, trainable_parameters
 from hbat.state.plan import Stage
@@ -85,7 +86,8 @@ class StopOnNonFinite(TrainerCallback):
 
     def _require_finite_loss(self) -> None:
         bad, self._bad = self._bad, None
-        if bad is not None and _anywhere(bad):
+        # One process that stopped alone would leave the others waiting for it.
+        if bad is not None and largest_of_all(bad):
             raise FloatingPointError(
                 f"The loss is not finite in {self._stage} at its step {self._trainer.state.global_step + 1}."
             )
@@ -126,15 +128,6 @@ def require_finite_weights(parameters: Mapping[str, Tensor], stage: Stage) -> No
     name = first_not_finite(parameters)
     if name is not None:
         raise FloatingPointError(f"The weight {name!r} is not finite at the end of {stage}.")
-
-
-def _anywhere(bad: Tensor) -> bool:
-    # One process that stopped alone would leave the others waiting for it.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        flag = bad.float()
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        bad = flag
-    return bool(bad)
 
 
 def with_advice(error: FloatingPointError, stage: Stage) -> FloatingPointError:
