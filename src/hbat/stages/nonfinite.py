@@ -1,7 +1,7 @@
 """Stops a stage whose loss or gradient is NaN or infinite, before the optimizer takes a step from it."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -108,31 +108,12 @@ class StopOnNonFinite(TrainerCallback):
             self._finite_norm(list(model.parameters()))
 
 
-def require_finite_importance(importance: Mapping[str, Tensor], stage: Stage) -> None:
-    """Refuse importance that is NaN or infinite: it would spread to every later stage.
+def require_finite(tensors: Mapping[str, Tensor], what: Literal["weight", "importance of"], stage: Stage) -> None:
+    """Refuse what a stage leaves if it is NaN or infinite: it would spread to every later stage.
 
     Raises:
-        FloatingPointError: If one is not finite.
+        FloatingPointError: If a tensor is not finite.
     """
-    name = first_not_finite(importance)
+    name = first_not_finite(tensors)
     if name is not None:
-        raise FloatingPointError(f"The importance of {name!r} from {stage} is not finite.")
-
-
-def require_finite_weights(parameters: Mapping[str, Tensor], stage: Stage) -> None:
-    """Refuse to continue from weights that are NaN or infinite: a gradient can be so where the loss was not.
-
-    Raises:
-        FloatingPointError: If one is not finite.
-    """
-    name = first_not_finite(parameters)
-    if name is not None:
-        raise FloatingPointError(f"The weight {name!r} is not finite at the end of {stage}.")
-
-
-def with_advice(error: FloatingPointError, stage: Stage) -> FloatingPointError:
-    """The error of a stage that ends the run, with what to do."""
-    return FloatingPointError(
-        f"{error} The weights at the stage's start are on disk: lower the learning rate of `{stage.objective}` and "
-        "train into a new folder, or fix the data."
-    )
+        raise FloatingPointError(f"The {what} {name!r} is not finite at the end of {stage}.")

@@ -24,7 +24,7 @@ from hbat.stages.importance import fisher_examples, is_used, measure
 from hbat.stages.interruption import StopAtStep, StopRequest
 from hbat.stages.learning_rate import extend_schedule
 from hbat.stages.moments import CarryMoments
-from hbat.stages.nonfinite import StopOnNonFinite, require_finite_importance, require_finite_weights
+from hbat.stages.nonfinite import StopOnNonFinite, require_finite
 from hbat.stages.path import PathIntegral
 from hbat.stages.replay import Replay, prepare_replay
 from hbat.stages.start import StageStart
@@ -146,7 +146,7 @@ class StageRunner:
                 self._request.raise_if_agreed()
             steps, kept = trainer.state.global_step, _copies(objective.state_dict(trainer))
             examples = fisher_examples(consolidation, objective, trainer.train_dataset)
-        require_finite_weights(trainable_parameters(self._model), stage)
+        require_finite(trainable_parameters(self._model), "weight", stage)
         if stage.is_last:
             self._start.interpolate(self._config.end_weight)
         anchor, seed = self._start.anchor, self._config.seed
@@ -154,7 +154,7 @@ class StageRunner:
         with run.clock.timing("ewc"):
             importance = measure(consolidation, self._model, anchor, integral, examples, stage=stage, seed=seed)
         for tensors in (importance or {}).values():
-            require_finite_importance(tensors, stage)
+            require_finite(tensors, "importance of", stage)
         return StageResult(steps, importance, carry.saved if carries else {}, kept, _counted(costs, penalty))
 
     def _replay(self, stage: Stage, track: Track) -> Replay | None:
