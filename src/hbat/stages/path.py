@@ -76,17 +76,14 @@ class PathIntegral(TrainerCallback):
 
     def _before_step(self) -> None:
         with self._timing():
-            self._begin_step()
-
-    def _begin_step(self) -> None:
-        self._finish_step()  # TRL's PPO takes several optimizer steps between two `on_step_end`
-        # The optimizer steps on gradients that are clipped and hold the penalty, so the task's own are copied. A loss
-        # scale is divided out; where it has overflowed, the step is skipped and contributes nothing.
-        scaler = self._trainer.accelerator.scaler
-        for name, gradient in self._local.gradients().items():
-            own = gradient.detach().clone() if scaler is None else gradient.detach() / scaler.get_scale()
-            self._gradients[name] = own if scaler is None else own.nan_to_num_(0.0, 0.0, 0.0)
-        self._add(after_step=False)
+            self._finish_step()  # TRL's PPO takes several optimizer steps between two `on_step_end`
+            # The optimizer steps on gradients that are clipped and hold the penalty, so the task's own are copied. A
+            # loss scale is divided out; where it has overflowed, the step is skipped and contributes nothing.
+            scaler = self._trainer.accelerator.scaler
+            for name, gradient in self._local.gradients().items():
+                own = gradient.detach().clone() if scaler is None else gradient.detach() / scaler.get_scale()
+                self._gradients[name] = own if scaler is None else own.nan_to_num_(0.0, 0.0, 0.0)
+            self._add(after_step=False)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
