@@ -53,7 +53,7 @@ def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilde
                     trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0, ahead=config.num_rounds
                 )
                 trainer.create_optimizer_and_scheduler(num_training_steps=1)
-                _try_batches(trainer, computes=builder.computes_at_once, rewarded=track.objective.takes_rewards)
+                _try_batches(trainer, computes=builder.engine.computes_at_once, rewarded=track.objective.takes_rewards)
                 _try_rewards(trainer)
                 dropped = rows_left(trainer, "train") == 0 or (len(rows) > 1 and rows_left(trainer, "eval") == 0)
             if dropped:
