@@ -1,5 +1,6 @@
 """Builds an objective's trainer on the run's model, and leaves the model clean afterwards."""
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class TrainerBuilder:
     def building(  # noqa: PLR0913 - all but two by name
         self,
         track: Track,
-        folder: Path | str,
+        folder: Path | None = None,
         *,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
@@ -60,7 +61,7 @@ class TrainerBuilder:
 
         Args:
             track: The track.
-            folder: Folder of the trainer's checkpoints.
+            folder: Folder of the trainer's checkpoints; by default one that is gone afterwards.
             train_dataset: Rows to train on.
             eval_dataset: Rows to evaluate on.
             seed_offset: Added to the seeds of the track's arguments.
@@ -79,7 +80,12 @@ class TrainerBuilder:
         models = self._models_of(track)
         rates = {name: getattr(track.args, name, None) for name in _LEARNING_RATES}
         slower = {name: rate * learning_rate_factor for name, rate in rates.items() if rate is not None}
-        with kept_environment(), without_deprecations(), self.engine.stage(models):
+        with (
+            tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as output_dir,
+            kept_environment(),
+            without_deprecations(),
+            self.engine.stage(models),
+        ):
             guard, trainer, together = StageGuard(*models, engine=self.engine), None, False
             try:
                 parameters = trainable_parameters(self.model)
@@ -87,7 +93,7 @@ class TrainerBuilder:
                 for parameter in held:
                     parameter.requires_grad_(False)
                 trainer = self._build(
-                    track, folder, train_dataset, eval_dataset, seed_offset, list(callbacks), slower,
+                    track, output_dir, train_dataset, eval_dataset, seed_offset, list(callbacks), slower,
                     evaluating=for_evaluation,
                 )  # fmt: skip
                 _hold(trainer, held)
@@ -107,7 +113,7 @@ class TrainerBuilder:
     def _build(
         self,
         track: Track,
-        folder: Path | str,
+        output_dir: str,
         train_dataset: Dataset,
         eval_dataset: Dataset | None,
         seed_offset: int,
@@ -122,7 +128,7 @@ class TrainerBuilder:
             complete_reference_adapter(self.model),
             keep_adapter_dtype(self.model) if self.keep_adapter_dtype else nullcontext(),
         ):
-            args: Any = track.objective.stage_args(track.args, str(folder), seed_offset, **rates, **changes)
+            args: Any = track.objective.stage_args(track.args, output_dir, seed_offset, **rates, **changes)
             if evaluating and hasattr(args, "precompute_ref_log_probs"):
                 args.precompute_ref_log_probs = False
             if getattr(args, "dataset_num_proc", None):  # datasets warns where there are fewer rows than processes

@@ -1,6 +1,5 @@
 """Evaluates every objective on the model as it is, with its trainer's own evaluation."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,17 +66,13 @@ class Evaluator:
         for track in self._tracks:
             rows: Any = track.eval_dataset
             needed = track.objective.minimum_rows(track.args)
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                self._builder.building(
-                    track,
-                    folder,
-                    train_dataset=rows.select([index % len(rows) for index in range(needed)]),
-                    eval_dataset=rows,
-                    callbacks=[self._stop, *([EvaluationBar(track.name)] if self._shows else [])],
-                    for_evaluation=True,
-                ) as trainer,
-            ):
+            with self._builder.building(
+                track,
+                train_dataset=rows.select([index % len(rows) for index in range(needed)]),
+                eval_dataset=rows,
+                callbacks=[self._stop, *([EvaluationBar(track.name)] if self._shows else [])],
+                for_evaluation=True,
+            ) as trainer:
                 kept: Any = trainer.eval_dataset
                 self.counts[track.name] = len(kept)
                 if track.name not in self._reported:

@@ -2,7 +2,6 @@
 
 import math
 import random
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,11 +50,11 @@ def prepare_replay(
         return None
     random.Random(seed + stage.index).shuffle(order)  # noqa: S311 - a seeded order, not cryptography
     order = order[: math.ceil(share * batch * track.estimated_steps(stage.num_rounds, stage.part))]
-    with kept_environment(), tempfile.TemporaryDirectory() as folder:
+    with kept_environment():
         # TRL's SFTTrainer tokenizes when it is built, so template, masks and truncation are those of SFT's own stages.
         of_sft: Any = source.args
         alone = replace(of_sft, packing=False, padding_free=False, eval_strategy="no")  # a packed row is many
-        with builder.building(replace(source, args=alone), folder, train_dataset=given.select(order)) as trainer:
+        with builder.building(replace(source, args=alone), train_dataset=given.select(order)) as trainer:
             rows: Any = trainer.train_dataset
             collate = trainer.data_collator
     if not len(rows):

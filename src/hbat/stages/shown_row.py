@@ -1,7 +1,6 @@
 """How a row reads to the model, and what of it is learned: as its trainer prepares it."""
 
 import itertools
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +50,7 @@ def _pieces(track: Track, builder: TrainerBuilder, tokenizer: Any) -> list[tuple
         return [] if fit is None else [(fit.prompt(rows[0]), False), ("(the answer that is generated)", True)]
     if not objective.has_fisher:
         return []
-    with tempfile.TemporaryDirectory() as folder, builder.building(track, folder, train_dataset=rows) as trainer:
+    with builder.building(track, train_dataset=rows) as trainer:
         prepared: Any = trainer.train_dataset
         given = prepared.select(range(min(1, len(prepared))))
         # As if a bad answer were a good one, which is what KTO learns sequences of.
