@@ -13,7 +13,7 @@ from hbat.config.evaluation import Measured
 from hbat.config.fields import shown
 from hbat.evaluation.rows import Asked
 from hbat.ppo.rollouts.generation import CompletionSampler
-from hbat.ppo.rollouts.prompts import completion_texts, context_length, prompt_tokens
+from hbat.ppo.rollouts.prompts import context_length, prompt_tokens
 
 Row = dict[str, Any]
 
@@ -112,12 +112,8 @@ class CompletionFile:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
         sampler = CompletionSampler(model, tokenizer, max_new_tokens=self._config.max_new_tokens, sampling=sampling)
         seed = random.Random(f"{self._config.seed} {temperature} {sample} {batch}").getrandbits(32)  # noqa: S311
-        found = sampler.sample(prompts, seed=seed if temperature else None)
-        texts = completion_texts(tokenizer, prompts, found.tokens)
-        return [
-            {"temperature": temperature, "sample": sample, "text": text, "tokens": len(tokens), "ended": ended}
-            for text, tokens, ended in zip(texts, found.tokens, found.ended, strict=True)
-        ]
+        rows = sampler.complete(prompts, seed=seed if temperature else None)
+        return [{"temperature": temperature, "sample": sample} | row for row in rows]
 
 
 def own_rows(file: Path) -> list[Row]:

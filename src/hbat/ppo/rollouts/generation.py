@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from hbat.ppo.engine import is_sharded
-from hbat.ppo.rollouts.prompts import pad_left
+from hbat.ppo.rollouts.prompts import completion_texts, pad_left
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,15 @@ class CompletionSampler:
                 tokens += batch.tokens
                 ended += batch.ended
         return Completions(tokens, ended)
+
+    def complete(self, prompts: Sequence[Sequence[int]], *, seed: int | None) -> list[dict[str, Any]]:
+        """As `sample`: a row for each prompt, with `text`, `tokens` (how many) and `ended`."""
+        found = self.sample(prompts, seed=seed)
+        texts = completion_texts(self._tokenizer, prompts, found.tokens)
+        return [
+            {"text": text, "tokens": len(tokens), "ended": ended}
+            for text, tokens, ended in zip(texts, found.tokens, found.ended, strict=True)
+        ]
 
     @torch.no_grad()
     def _sample_batch(self, prompts: Sequence[Sequence[int]], *, greedy: bool) -> Completions:
