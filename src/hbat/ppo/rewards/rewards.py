@@ -15,7 +15,7 @@ from transformers import TrainerState
 
 from hbat.ppo.rewards.function import GIVEN, CallableReward, Interrupt, RewardError, function_name, shortened
 from hbat.ppo.rewards.model import RewardModel, is_reward_model, load_reward_model, load_reward_tokenizer
-from hbat.ppo.rollouts.prompts import as_completions, reward_columns
+from hbat.ppo.rollouts.prompts import TOKENS, as_completions, completion_texts, reward_columns
 
 
 def _leave(*_: Any, **__: Any) -> None:
@@ -119,6 +119,15 @@ class Rewards:
         total = values.double().mul(self._weights.unsqueeze(1)).nansum(0).float()
         return total, dict(zip(self.names, values, strict=True))
 
+    def score(
+        self, rows: Sequence[Mapping[str, Any]], ids: Sequence[Sequence[int]], tokenizer: Any, **options: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Score completions, as token ids, of tokenized rows; `options`, results and errors are those of a call."""
+        texts = completion_texts(tokenizer, [row[TOKENS] for row in rows], ids)
+        completions, columns = as_completions(texts, rows), reward_columns(rows)
+        prompts = [row["prompt"] for row in rows]
+        return self(prompts, completions, completion_ids=ids, columns=columns, **options)
+
     def rehearse(self, row: Mapping[str, Any], tokenizer: Any) -> None:
         """Score a made-up completion of one row, as a rollout's will be.
 
@@ -126,16 +135,15 @@ class Rewards:
             RewardError: If a reward fails, or returns anything but rewards.
         """
         text = " yes"
-        own = {"prompts": [row["prompt"]], "completions": as_completions([text], [row])}
-        ids = [getattr(tokenizer, "tokenizer", tokenizer)(text, add_special_tokens=False)["input_ids"]]
-        state = TrainerState()
-        self._values({
-            **reward_columns([row]),
-            **own,
-            "completion_ids": ids,
-            "trainer_state": state,
+        ids = getattr(tokenizer, "tokenizer", tokenizer)(text, add_special_tokens=False)["input_ids"]
+        own = {
+            "prompts": [row["prompt"]],
+            "completions": as_completions([text], [row]),
+            "completion_ids": [ids],
+            "trainer_state": TrainerState(),
             "log_metric": _leave,
-        })
+        }
+        self._values({**reward_columns([row]), **own})
 
     def _values(self, inputs: Mapping[str, Any]) -> Tensor:
         """Call all rewards; float32 of shape (rewards, completions)."""
