@@ -3,12 +3,10 @@
 import functools
 import os
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
 from hbat.model.adapters import REFERENCE_ADAPTER, add_reference_adapter
@@ -181,16 +179,6 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def critic_of(trainer: TRLPPOTrainer) -> dict[str, Tensor]:
-    """The value model's trained parameters."""
-    return trainer.value_model.trained()  # type: ignore[no-any-return]
-
-
-def restore_critic(trainer: TRLPPOTrainer, tensors: Mapping[str, Tensor]) -> None:
-    """Start from the value model of another trainer, as `critic_of` gave it."""
-    trainer.value_model.load(tensors)
 
 
 def _require_options(args: Any) -> None:
