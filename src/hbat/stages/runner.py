@@ -128,7 +128,16 @@ class StageRunner:
             checkpoint = self._checkpoint(track, trainer, len(part), folder)
             if replay is not None:
                 replay.bind(trainer, self.engine)
-            penalty, path = self._prepare(trainer, track, stage, run, checkpoint)
+            extend_schedule(
+                trainer,
+                self.config.lr_schedule_of(stage.objective),
+                round_index=stage.part,
+                num_rounds=stage.num_rounds,
+                steps_before=run.state.objective_steps.get(stage.objective, 0),
+                ahead=track.rows_ahead(stage.num_rounds, stage.part),
+            )
+            penalty, path = self._consolidate(trainer, stage, run, checkpoint)
+            StopOnNonFinite(trainer, stage, self.engine)
             if kept:
                 objective.load_state_dict(trainer, kept)
             with storage_errors(folder), named_checkpoint(checkpoint):
@@ -154,33 +163,12 @@ class StageRunner:
         share, seed = self.config.replay_share, self.config.seed
         return prepare_replay(stage, track, self.replayed, self.builder, share=share, seed=seed)
 
-    def _prepare(
-        self, trainer: Trainer, track: Track, stage: Stage, run: Run, checkpoint: str | None
+    def _consolidate(
+        self, trainer: Trainer, stage: Stage, run: Run, checkpoint: str | None
     ) -> tuple[EWCCallback | None, PathIntegral | None]:
         precise = self.engine.keeps_precision(trainer)
         if precise:
             self.start.share_adapter()
-        extend_schedule(
-            trainer,
-            self.config.lr_schedule_of(stage.objective),
-            round_index=stage.part,
-            num_rounds=stage.num_rounds,
-            steps_before=run.state.objective_steps.get(stage.objective, 0),
-            ahead=track.rows_ahead(stage.num_rounds, stage.part),
-        )
-        found = self._consolidate(trainer, stage, run, checkpoint, precise=precise)
-        StopOnNonFinite(trainer, stage, self.engine)
-        return found
-
-    def _consolidate(
-        self,
-        trainer: Trainer,
-        stage: Stage,
-        run: Run,
-        checkpoint: str | None,
-        *,
-        precise: bool,
-    ) -> tuple[EWCCallback | None, PathIntegral | None]:
         consolidation, timing = run.consolidation, partial(run.clock.timing, "ewc")
         if not is_used(consolidation):
             return None, None
@@ -199,8 +187,8 @@ class StageRunner:
     def _checkpoint(self, track: Track, trainer: Trainer, rows: int, folder: Path) -> str | None:
         if not self.engine.resumes_inside_stage:
             return None
-        can_resume_at = track.objective.can_resume_at
-        return last_checkpoint(folder, trainer.args.max_steps, lambda step: can_resume_at(trainer.args, rows, step))
+        can_resume_at = partial(track.objective.can_resume_at, trainer.args, rows)
+        return last_checkpoint(folder, trainer.args.max_steps, can_resume_at)
 
 
 def _counted(costs: StageCosts, penalty: EWCCallback | None) -> dict[str, float]:
