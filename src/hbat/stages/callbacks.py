@@ -69,20 +69,14 @@ class KeepEpoch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Patch the samplers that know epochs."""
-        for sampler in _samplers(kwargs.get("train_dataloader")):
+        for sampler in {id(found): found for found in _samplers(kwargs.get("train_dataloader"))}.values():
             let_epochs_grow(sampler)
 
 
-def _samplers(loader: Any) -> Iterator[Any]:
+def _samplers(holder: Any) -> Iterator[Any]:
     # accelerate wraps the batch sampler, once to skip batches and once for each process to get its own.
-    seen: set[int] = set()
-    waiting = [getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)]
-    while waiting:
-        sampler = waiting.pop()
-        if sampler is None or id(sampler) in seen:
-            continue
-        seen.add(id(sampler))
-        inner = [getattr(sampler, name, None) for name in ("batch_sampler", "sampler")]
-        waiting += inner
-        if hasattr(sampler, "set_epoch") and not any(inner):
-            yield sampler
+    inner = [found for name in ("batch_sampler", "sampler") if (found := getattr(holder, name, None)) is not None]
+    for sampler in inner:
+        yield from _samplers(sampler)
+    if not inner and hasattr(holder, "set_epoch"):
+        yield holder

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
+from hbat.model.copies import wrapped_models
 from hbat.ppo.engine import is_sharded
 from hbat.ppo.rollouts.prompts import completion_texts, pad_left
 
@@ -110,8 +111,7 @@ class CompletionSampler:
 @contextmanager
 def _sampling_state(policy: Any, seed: int | None) -> Iterator[None]:
     devices = [policy.device] if policy.device.type == "cuda" else []
-    models = [policy, *([policy.get_base_model()] if hasattr(policy, "peft_config") else [])]
-    own = [(model, model.generation_config) for model in models if "generation_config" in vars(model)]
+    own = [(model, model.generation_config) for model in wrapped_models(policy) if "generation_config" in vars(model)]
     config, was_training = policy.config.get_text_config(), policy.training
     routed = getattr(config, "output_router_logits", None)
     policy.eval()  # in training mode, gradient checkpointing turns the key-value cache off
