@@ -20,9 +20,7 @@ class TellPlace(TrainerCallback):
     def __init__(self, stage: Stage, steps_before: int) -> None:
         self._place = {"stage": stage.index, "round": stage.round, "objective": stage.objective, "step": steps_before}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell it."""
         state.hbat = dict(self._place)  # type: ignore[attr-defined]  # a dataclass without slots
 
@@ -48,9 +46,7 @@ class HookLimit(TrainerCallback):
     def __init__(self) -> None:
         self._first: int | None = None
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the hooks that were added since."""
         embeddings = getattr(kwargs.get("model"), "get_input_embeddings", lambda: None)()
         if embeddings is None:
@@ -65,9 +61,7 @@ class HookLimit(TrainerCallback):
 class KeepEpoch(TrainerCallback):
     """Keeps the order of rows when a stage resumes in a later epoch: see `let_epochs_grow`."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Patch the samplers that know epochs."""
         for sampler in {id(found): found for found in _samplers(kwargs.get("train_dataloader"))}.values():
             let_epochs_grow(sampler)

@@ -9,8 +9,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hbat.engines.processes import largest_of_all
 
@@ -118,9 +119,7 @@ class StopAtStep(TrainerCallback):
         self._saves = saves
         self.stopped = False
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop, unless the stage is over anyway."""
         if self._request.agreed() and state.global_step < state.max_steps:
             control.should_training_stop = True
@@ -138,8 +137,6 @@ class StopAtPrediction(TrainerCallback):
     def __init__(self, request: StopRequest) -> None:
         self._request = request
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the run if a signal came. Collective: as every evaluation step."""
         self._request.raise_if_agreed()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from hbat.engines.engine import Engine
 from hbat.engines.sharded import shared_as
@@ -86,12 +86,7 @@ class CarryMoments(TrainerCallback):
         self._engine = engine
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         """Load the moments, unless the stage resumes from a checkpoint that has its own."""
         if model is not None and self.saved and state.global_step == 0:
@@ -99,14 +94,7 @@ class CarryMoments(TrainerCallback):
             loaded = states(self.saved, parameters)
             self._engine.load_optimizer_state(_inner(kwargs["optimizer"]), parameters, loaded)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Keep the moments."""
         if model is not None:
             current = moments(self._engine.optimizer_state(_inner(kwargs["optimizer"]), trainable_parameters(model)))

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from hbat.engines.engine import Engine
 from hbat.engines.patches import after_backward, at_clipping
@@ -38,9 +38,7 @@ class StopOnNonFinite(TrainerCallback):
         if trainer.accelerator.scaler is None and not engine.clips_itself:
             at_clipping(trainer.accelerator, self._clip)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """With an engine that clips inside its step: check the gradients before, it would silently skip the step."""
         if self._engine.clips_itself:
             model: Any = self._trainer.model
@@ -92,9 +90,7 @@ class StopOnNonFinite(TrainerCallback):
                 f"The loss is not finite in {self._stage} at its step {self._trainer.state.global_step + 1}."
             )
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Check losses and gradient, unless that was done where gradients are clipped.
 
         Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from hbat.engines.checks import policy_of
 from hbat.engines.engine import Engine, Local
@@ -55,14 +55,7 @@ class PathIntegral(TrainerCallback):
         self._gradients: dict[str, Tensor] = {}
         trainer.callback_handler.callbacks.insert(0, self)
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Begin at zero, or with what the checkpoint has."""
         self._local = local = self._engine.local(trainable_parameters(policy_of(model)))
         self._anchor = local.of(self._start)
@@ -85,9 +78,7 @@ class PathIntegral(TrainerCallback):
                 self._gradients[name] = own if scaler is None else own.nan_to_num_(0.0, 0.0, 0.0)
             self._add(after_step=False)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the other side of the step, with all that has changed the weights."""
         with self._timing():
             self._finish_step()
@@ -99,16 +90,14 @@ class PathIntegral(TrainerCallback):
     def _add(self, *, after_step: bool) -> None:
         add_path_(self._path, self._local.weights, self._anchor, self._gradients, after_step=after_step)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write what there is so far into the checkpoint. Collective where weights are cut."""
         whole = whole_tensors(self._local.restored(self._path), keep=is_main_process())
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if whole and folder.is_dir():
             write_tensors(folder / _FILE, whole)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the total, and release the trainer's tensors."""
         self.total = {name: tensor.cpu() for name, tensor in self._local.restored(self._path).items()}
         self._local, self._path, self._anchor = Local({}), {}, {}

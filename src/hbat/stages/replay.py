@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from hbat.data.load import DatasetError
 from hbat.engines.checks import policy_of
@@ -89,9 +89,7 @@ class Replay(TrainerCallback):
         self._engine = engine
         trainer.callback_handler.callbacks.insert(0, self)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Act before clipping, after callbacks that are bound later: these see the task's gradient alone."""
         self._engine.before_clipping(self._trainer, self._add_gradient)
 
@@ -138,12 +136,7 @@ class Replay(TrainerCallback):
         return cross_entropy(logits.float().mT, labels[:, 1:], ignore_index=IGNORED, reduction="sum")
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Add `replay/loss`, the mean loss of the steps since the last entry that replayed rows."""
         if logs is not None and "loss" in logs and self._losses:
