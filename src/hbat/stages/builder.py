@@ -27,21 +27,13 @@ _LEARNING_RATES = ("learning_rate", "critic_learning_rate")
 
 @dataclass(frozen=True)
 class TrainerBuilder:
-    """Builds one trainer at a time on one model.
-
-    Attributes:
-        model: The model, with its adapter if it has one.
-        processing_class: The tokenizer.
-        start: Holder of the stage's start.
-        engine: The engine of the run.
-        keep_adapter_dtype: Whether a trained adapter keeps its dtype on a quantized base.
-    """
+    """Builds one trainer at a time on one model."""
 
     model: Any
     processing_class: Any
     start: StageStart
     engine: Engine
-    keep_adapter_dtype: bool
+    keep_adapter_dtype: bool  # of a trained one, on a quantized base
 
     @contextmanager
     def building(  # noqa: PLR0913 - all but two by name

@@ -26,11 +26,7 @@ _SAMPLING = {"do_sample": True, "temperature": 0.75, "top_k": 0}
 
 
 def chosen_prompts(given: Any, tracks: Sequence[Track]) -> list[Asked]:
-    """Prompts to complete, each once: given ones, or those of the first rows of every evaluation set.
-
-    Args:
-        given: `sample_prompts` of the configuration.
-        tracks: The tracks of the run.
+    """Prompts to complete, each once: those of `sample_prompts`, or of the first rows of every evaluation set.
 
     Raises:
         DatasetError: If a file of prompts cannot be read.
@@ -54,14 +50,7 @@ def chosen_prompts(given: Any, tracks: Sequence[Track]) -> list[Asked]:
 
 
 class Completions:
-    """Completes the same prompts after every stage, with the same seed, and keeps the texts in `completions.jsonl`.
-
-    Args:
-        prompts: The prompts.
-        model: The model.
-        tokenizer: Its tokenizer.
-        folder: The run's folder.
-        seed: Seed of the sampling.
+    """Completes the same prompts after every stage, with the same seed; the run's folder has the texts.
 
     Raises:
         ValueError: If a prompt cannot be tokenized, or leaves no room for a completion in the model's context.

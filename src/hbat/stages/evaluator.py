@@ -15,14 +15,7 @@ from hbat.stages.start import StageStart
 
 
 class Evaluator:
-    """Evaluates the objectives of a run.
-
-    Args:
-        tracks: The tracks of the run.
-        builder: Builder of trainers on the run's model.
-        start: Holder of the reference policy.
-        request: Where signals are remembered.
-        shows: Whether to show a progress bar.
+    """Evaluates the objectives of a run; `shows` a progress bar.
 
     Attributes:
         counts: Number of evaluation rows that each objective's trainer keeps, once it was built.

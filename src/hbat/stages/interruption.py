@@ -128,11 +128,7 @@ class StopAtStep(TrainerCallback):
 
 
 class StopAtPrediction(TrainerCallback):
-    """Ends the run within an evaluation between stages, where everything is saved already.
-
-    Args:
-        request: Where signals are remembered.
-    """
+    """Ends the run within an evaluation between stages, where everything is saved already."""
 
     def __init__(self, request: StopRequest) -> None:
         self._request = request

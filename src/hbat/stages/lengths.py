@@ -37,13 +37,7 @@ class RowLengths:
 
 
 def measure_rows(tracks: Sequence[Track], builder: TrainerBuilder, tokenizer: Any) -> list[RowLengths]:
-    """Measure all rows of objectives whose layout is known.
-
-    Args:
-        tracks: The tracks of a run.
-        builder: Builder of trainers on the run's model.
-        tokenizer: The tokenizer; a processor prepares messages in its own way, so then there is nothing to say.
-    """
+    """Measure all rows of objectives whose layout is known; none for a processor, which prepares them its own way."""
     found = []
     for track in tracks:
         fit = row_fit(track.objective.row_check(), tokenizer, _NO_LIMIT)

@@ -21,12 +21,6 @@ from hbat.state.run import Run
 class Measurements:
     """Completes and measures with the model of a run as it is; the files of `evaluation` have a folder for each stage.
 
-    Args:
-        config: The run's configuration.
-        tracks: The tracks of the run.
-        model: The model.
-        tokenizer: Its tokenizer.
-
     Raises:
         DatasetError: If rows cannot be read.
         NotImplementedError: With `evaluation` in several processes.

@@ -20,11 +20,6 @@ class StopOnNonFinite(TrainerCallback):
 
     The loss is checked on `on_pre_optimizer_step`, the gradient where it is clipped: its norm, which clipping needs
     anyway. Gradients in float16 are left to the loss scaling, whose business infinite ones are.
-
-    Args:
-        trainer: The stage's trainer.
-        stage: The stage, for the message.
-        engine: The engine of the run.
     """
 
     def __init__(self, trainer: Trainer, stage: Stage, engine: Engine) -> None:

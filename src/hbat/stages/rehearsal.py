@@ -27,10 +27,7 @@ _IMPORTED_LATE = {"use_liger_kernel": ("liger_kernel", "liger-kernel")}
 def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilder) -> None:
     """Build each objective's trainer, optimizer and schedule, try a step and an evaluation of few rows.
 
-    Args:
-        tracks: The tracks of the run.
-        config: The run's configuration.
-        builder: Builder of trainers on the run's model. The stage's start must have been taken.
+    The stage's start must have been taken.
 
     Raises:
         ValueError: If a trainer or a batch cannot be built, or a callback would fail; the message names the objective.

@@ -57,17 +57,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class StageRunner:
-    """Runs the stages of a run on one model.
-
-    Attributes:
-        model: The model, with its adapter if it has one.
-        config: The run's configuration.
-        builder: Builder of the stages' trainers.
-        start: Holder of the stage's start.
-        engine: The engine of the run.
-        request: Where signals are remembered.
-        replayed: The track whose rows the other stages replay; None without replay.
-    """
+    """Runs the stages of a run on one model."""
 
     model: Any
     config: HBATConfig
@@ -75,7 +65,7 @@ class StageRunner:
     start: StageStart
     engine: Engine
     request: StopRequest
-    replayed: Track | None = None
+    replayed: Track | None  # whose rows the other stages replay
 
     def run(
         self, stage: Stage, track: Track, *, folder: Path, run: Run, reporter: RunReporter, later: Mapping[str, int]

@@ -26,13 +26,7 @@ class ShownRow:
 
 
 def show_rows(tracks: Sequence[Track], builder: TrainerBuilder, tokenizer: Any) -> list[ShownRow]:
-    """Show the first training row of every objective whose rows are of a known format.
-
-    Args:
-        tracks: The tracks of a run.
-        builder: Builder of trainers on the run's model.
-        tokenizer: The tokenizer; a processor prepares messages in its own way, so then nothing is shown.
-    """
+    """Show the first training row of every objective of a known format; none for a processor, as `measure_rows`."""
     if hasattr(tokenizer, "tokenizer"):
         return []
     found = ((track, _pieces(track, builder, tokenizer)) for track in tracks)
