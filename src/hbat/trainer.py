@@ -317,7 +317,7 @@ class HBATTrainer:
             return None
 
     def _evaluate_if_due(self, run: Run, reporter: RunReporter) -> None:
-        if not (self._evaluator.has_rows or self._measurements.are_due(run)) or not self._scores.are_due(run):
+        if not (self.eval_dataset or self._measurements.are_due(run)) or not self._scores.are_due(run):
             return
         if not self.matrix.rows:
             rows = [f"{len(rows)} rows of {name}" for name, rows in self.eval_dataset.items()]

@@ -33,11 +33,6 @@ class Evaluator:
         self._reported: set[str] = set()
 
     @property
-    def has_rows(self) -> bool:
-        """Whether any objective is evaluated."""
-        return bool(self._tracks)
-
-    @property
     def needs_reference(self) -> bool:
         """Whether an objective that is evaluated takes a reference policy."""
         return any(track.objective.uses_reference for track in self._tracks)
