@@ -11,7 +11,7 @@ from hbat.model.adapters import ADAPTER
 from hbat.model.copies import switch_off_dropout
 from hbat.ppo.networks.policy_and_critic import build_critic
 from hbat.ppo.rewards.rewards import Rewards
-from hbat.ppo.rollouts.prompts import TOKENS, pad_left
+from hbat.ppo.rollouts.prompts import TOKENS, padded
 
 _PADDING = -1  # no token id
 
@@ -83,7 +83,7 @@ class ValueModel(nn.Module):
 
 def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Any]:
     """Tokenized rows as a batch padded on the left: token ids, attention mask, and the rows themselves."""
-    ids, mask = pad_left([row[TOKENS] for row in rows], pad, "cpu")
+    ids, mask = padded([row[TOKENS] for row in rows], pad, "cpu", side="left")
     return {"input_ids": ids, "attention_mask": mask, "rows": list(rows)}
 
 

@@ -19,7 +19,7 @@ from hbat.ppo.networks.policy_and_critic import PolicyAndCritic
 from hbat.ppo.networks.reference import Reference
 from hbat.ppo.rewards.rewards import Rewards
 from hbat.ppo.rollouts.generation import Completions, CompletionSampler
-from hbat.ppo.rollouts.prompts import TOKENS, pad_left
+from hbat.ppo.rollouts.prompts import TOKENS, padded
 from hbat.ppo.rollouts.rollout import Rollout, Sequences, assess
 
 
@@ -124,15 +124,13 @@ class RolloutCollector:
 
     def _sequences(self, rows: Sequence[Mapping[str, Any]], completions: Completions) -> Sequences:
         device, pad = self.model.device, self.tokenizer.pad_token_id
-        prompt_ids, prompt_mask = pad_left([row[TOKENS] for row in rows], pad, device)
-        longest = max(map(len, completions.tokens))
-        lengths = torch.tensor([len(tokens) for tokens in completions.tokens], device=device)
-        padded = [tokens + [pad] * (longest - len(tokens)) for tokens in completions.tokens]
+        prompt_ids, prompt_mask = padded([row[TOKENS] for row in rows], pad, device, side="left")
+        completion_ids, completion_mask = padded(completions.tokens, pad, device, side="right")
         return Sequences(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
-            completion_ids=torch.tensor(padded, device=device),
-            completion_mask=torch.arange(longest, device=device) < lengths.unsqueeze(1),
+            completion_ids=completion_ids,
+            completion_mask=completion_mask.bool(),
         )
 
     @torch.no_grad()

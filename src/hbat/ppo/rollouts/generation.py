@@ -13,7 +13,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, StopStri
 
 from hbat.model.copies import wrapped_models
 from hbat.ppo.engine import is_sharded
-from hbat.ppo.rollouts.prompts import completion_texts, pad_left
+from hbat.ppo.rollouts.prompts import completion_texts, padded
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class CompletionSampler:
     @torch.no_grad()
     def _sample_batch(self, prompts: Sequence[Sequence[int]], *, greedy: bool) -> Completions:
         device = self._policy.device
-        ids, mask = pad_left(prompts, self._tokenizer.pad_token_id, device)
+        ids, mask = padded(prompts, self._tokenizer.pad_token_id, device, side="left")
         criteria: list[StoppingCriteria] = []
         if self.end_tokens:
             criteria.append(EosTokenCriteria(torch.tensor(self.end_tokens, device=device)))
