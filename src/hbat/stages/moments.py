@@ -85,21 +85,18 @@ class CarryMoments(TrainerCallback):
         self.saved = saved
         self._engine = engine
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: Any, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Load the moments, unless the stage resumes from a checkpoint that has its own."""
-        if model is not None and self.saved and state.global_step == 0:
+        if self.saved and state.global_step == 0:
             parameters = trainable_parameters(model)
             loaded = states(self.saved, parameters)
             self._engine.load_optimizer_state(_inner(kwargs["optimizer"]), parameters, loaded)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Keep the moments."""
-        if model is not None:
-            current = moments(self._engine.optimizer_state(_inner(kwargs["optimizer"]), trainable_parameters(model)))
-            # On the CPU, so that the moments of objectives that do not train take no accelerator memory.
-            self.saved = {**self.saved, **_in_own_memory({key: tensor.cpu() for key, tensor in current.items()})}
+        current = moments(self._engine.optimizer_state(_inner(kwargs["optimizer"]), trainable_parameters(model)))
+        # On the CPU, so that the moments of objectives that do not train take no accelerator memory.
+        self.saved = {**self.saved, **_in_own_memory({key: tensor.cpu() for key, tensor in current.items()})}
 
 
 def _in_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
