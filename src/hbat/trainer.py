@@ -244,7 +244,7 @@ class HBATTrainer:
         return fingerprint(
             self.args,
             {track.name: track.args for track in tracks},
-            {track.name: track.train_dataset for track in tracks},
+            self.train_dataset,
             trainable_parameters(self.model),
             self.model,
             dropped={track.name: track.dropped for track in tracks},

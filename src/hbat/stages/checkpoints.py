@@ -112,12 +112,9 @@ class SealCheckpoints(TrainerCallback):
 
 @contextmanager
 def named_checkpoint(checkpoint: str | None) -> Iterator[None]:
-    """Name the checkpoint that transformers cannot read while a stage trains inside the block.
+    """Name the checkpoint that transformers cannot read while a stage trains inside the block; None for no checkpoint.
 
     transformers reads its files with `weights_only=True`, so one that holds more than tensors is refused, not run.
-
-    Args:
-        checkpoint: The checkpoint's folder; None where the stage starts from none.
 
     Raises:
         RunStateError: If it cannot be resumed from.

@@ -75,10 +75,6 @@ class CarryMoments(TrainerCallback):
 
     Passing the old optimizer to the new trainer instead would train at the old learning rates, as torch's schedulers
     take the rate that they find in it.
-
-    Args:
-        saved: Moments to start from; empty for none.
-        engine: The engine of the run.
     """
 
     def __init__(self, saved: Mapping[str, Tensor], engine: Engine) -> None:

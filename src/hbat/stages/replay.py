@@ -26,15 +26,7 @@ from hbat.state.plan import Stage
 def prepare_replay(
     stage: Stage, track: Track, source: Track, builder: TrainerBuilder, *, share: float, seed: int
 ) -> "Replay | None":
-    """Choose and tokenize the rows that a stage replays, before its trainer is built.
-
-    Args:
-        stage: The stage.
-        track: The track of its objective.
-        source: The track of SFT.
-        builder: Builder of trainers on the run's model.
-        share: Replayed rows per row of the stage's own.
-        seed: Seed of the run.
+    """Choose and tokenize the rows of `source` that a stage of `track` replays, before its trainer is built.
 
     Returns:
         The stage's replay, to be bound to its trainer; None while no part of SFT's rows was dealt.

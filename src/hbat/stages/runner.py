@@ -70,22 +70,13 @@ class StageRunner:
     def run(
         self, stage: Stage, track: Track, *, folder: Path, run: Run, reporter: RunReporter, later: Mapping[str, int]
     ) -> StageResult:
-        """Train one stage. The stage's start must have been taken.
+        """Train one stage, whose start must have been taken. The model's weights are then those of its end.
 
-        Args:
-            stage: The stage.
-            track: The track of its objective.
-            folder: The stage's folder.
-            run: The run; the state that the stage's objective carries is taken out of it.
-            reporter: The run's reporter.
-            later: Estimated steps of the stages after this one, by objective.
+        Those of the run's last stage are moved by `end_weight`. The state that the stage's objective carries is taken
+        out of the run. `later` has the estimated steps of the stages after this one, by objective.
 
         Raises:
             RunInterrupted: If a signal stopped the stage; its checkpoint is saved.
-
-        Returns:
-            What the stage leaves. The model's weights are those of its end; of the run's last stage moved by
-            `end_weight`.
         """
         objective, consolidation = track.objective, run.consolidation
         carry = CarryMoments(run.moments.pop(stage.objective, {}), self.engine)

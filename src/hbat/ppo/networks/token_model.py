@@ -60,9 +60,6 @@ class TokenModel:
     The logits of a whole batch take more memory than anything else in a step. So hidden states and head are called
     apart, the head in chunks, if that gives the model's own logits (`verify`); other models are called whole.
 
-    Args:
-        model: The model.
-
     Raises:
         ValueError: If it is not a decoder with a language modeling head.
     """
