@@ -63,7 +63,7 @@ class KeepEpoch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Patch the samplers that know epochs."""
-        for sampler in {id(found): found for found in _samplers(kwargs.get("train_dataloader"))}.values():
+        for sampler in set(_samplers(kwargs.get("train_dataloader"))):  # a loader and its batch sampler share one
             let_epochs_grow(sampler)
 
 
