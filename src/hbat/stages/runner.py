@@ -99,7 +99,7 @@ class StageRunner:
             track,
             folder,
             train_dataset=part,
-            eval_dataset=track.eval_dataset if _evaluates(track) else None,
+            eval_dataset=track.eval_dataset if track.args.eval_strategy != "no" else None,
             seed_offset=stage.index,
             callbacks=[*carries, *own, ForwardLogs(reporter, stage, later), costs],
             frozen=consolidation.frozen(stage, trainable_parameters(self.model)) if consolidation is not None else (),
@@ -179,10 +179,6 @@ def _counted(costs: StageCosts, penalty: EWCCallback | None) -> dict[str, float]
     if penalty is not None and penalty.ratio is not None:
         counted["ewc_ratio"] = round(penalty.ratio, 4)
     return counted
-
-
-def _evaluates(track: Track) -> bool:
-    return str(getattr(track.args.eval_strategy, "value", "no")) != "no"
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
