@@ -84,10 +84,8 @@ class TrainerBuilder:
                 held = [parameters[name] for name in frozen]
                 for parameter in held:
                     parameter.requires_grad_(False)
-                trainer = self._build(
-                    track, output_dir, train_dataset, eval_dataset, seed_offset, list(callbacks), slower,
-                    evaluating=for_evaluation,
-                )  # fmt: skip
+                given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "callbacks": list(callbacks)}
+                trainer = self._build(track, output_dir, seed_offset, slower, evaluating=for_evaluation, **given)
                 _hold(trainer, held)
                 yield trainer
                 together = True
@@ -105,14 +103,12 @@ class TrainerBuilder:
     def _build(
         self,
         track: Track,
-        output_dir: str,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None,
+        folder: str,
         seed_offset: int,
-        callbacks: list[TrainerCallback],
         rates: Mapping[str, float],
         *,
         evaluating: bool,
+        **given: Any,
     ) -> Trainer:
         with (
             _quiet_datasets(),
@@ -120,20 +116,18 @@ class TrainerBuilder:
             complete_reference_adapter(self.model),
             keep_adapter_dtype(self.model) if self.keep_adapter_dtype else nullcontext(),
         ):
-            args: Any = track.objective.stage_args(track.args, output_dir, seed_offset, **rates, **changes)
+            args: Any = track.objective.stage_args(track.args, folder, seed_offset, **rates, **changes)
             if evaluating and hasattr(args, "precompute_ref_log_probs"):
                 args.precompute_ref_log_probs = False
             if getattr(args, "dataset_num_proc", None):  # datasets warns where there are fewer rows than processes
-                fewest = min(len(rows) for rows in (train_dataset, eval_dataset) if rows is not None)
+                fewest = min(len(rows) for rows in (given["train_dataset"], given["eval_dataset"]) if rows is not None)
                 args.dataset_num_proc = min(args.dataset_num_proc, fewest) if fewest > 1 else None
             trainer = track.objective.build_trainer(
                 model=self.model,
                 args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
                 processing_class=self.processing_class,
                 reference=self.start.reference,
-                callbacks=callbacks,
+                **given,
             )
         self.engine.adapt(trainer)
         if getattr(trainer.args, "disable_dropout", False):  # TRL leaves the attention's own dropout on

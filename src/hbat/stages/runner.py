@@ -83,16 +83,9 @@ class StageRunner:
         kept = run.kept.pop(stage.objective, {})
         carries = [carry] if self.config.optimizer_state == "carry" else []
         stop = StopAtStep(self.request, saves=self.engine.resumes_inside_stage)
-        own = [
-            TellPlace(stage, run.state.global_step),
-            LogLastStep(),
-            HookLimit(),
-            KeepEpoch(),
-            *track.callbacks,
-            stop,
-            SealCheckpoints(),
-        ]
+        own = [TellPlace(stage, run.state.global_step), LogLastStep(), HookLimit(), KeepEpoch()]
         costs = StageCosts(run.clock)
+        last = [stop, SealCheckpoints(), ForwardLogs(reporter, stage, later), costs]
         part = track.part(stage, self.config.seed)
         replay = self._replay(stage, track)
         with self.builder.building(
@@ -101,7 +94,7 @@ class StageRunner:
             train_dataset=part,
             eval_dataset=track.eval_dataset if track.args.eval_strategy != "no" else None,
             seed_offset=stage.index,
-            callbacks=[*carries, *own, ForwardLogs(reporter, stage, later), costs],
+            callbacks=[*carries, *own, *track.callbacks, *last],
             frozen=consolidation.frozen(stage, trainable_parameters(self.model)) if consolidation is not None else (),
             learning_rate_factor=_STEP_BACK ** run.rollbacks(stage),
         ) as trainer:
