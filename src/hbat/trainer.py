@@ -45,7 +45,6 @@ from hbat.stages.guard import cheap_garbage_collection
 from hbat.stages.interruption import StopRequest
 from hbat.stages.lengths import RowLengths, measure_rows
 from hbat.stages.measurements import Measurements
-from hbat.stages.nonfinite import with_advice
 from hbat.stages.rehearsal import rehearse
 from hbat.stages.runner import StageResult, StageRunner
 from hbat.stages.shown_row import ShownRow, show_rows
@@ -245,7 +244,7 @@ class HBATTrainer:
         return fingerprint(
             self.args,
             {track.name: track.args for track in tracks},
-            {track.name: track.train_dataset for track in tracks},
+            self.train_dataset,
             trainable_parameters(self.model),
             self.model,
             dropped={track.name: track.dropped for track in tracks},
@@ -309,13 +308,16 @@ class HBATTrainer:
         except FloatingPointError as error:
             self._folder.remove_stage(stage.folder)  # its checkpoints may hold the weights that led here
             if self.args.on_nan == "stop" or run.rollbacks(stage) >= self.args.max_rollbacks:
-                raise with_advice(error, stage) from error
+                raise FloatingPointError(
+                    f"{error} The weights at the stage's start are on disk: lower the learning rate of "
+                    f"`{stage.objective}` and train into a new folder, or fix the data."
+                ) from error
             logger.warning("%s Back to the start of the stage, with half the learning rate.", error)
             run.roll_back(stage, trainable_parameters(self.model))
             return None
 
     def _evaluate_if_due(self, run: Run, reporter: RunReporter) -> None:
-        if not (self._evaluator.has_rows or self._measurements.are_due(run)) or not self._scores.are_due(run):
+        if not (self.eval_dataset or self._measurements.are_due(run)) or not self._scores.are_due(run):
             return
         if not self.matrix.rows:
             rows = [f"{len(rows)} rows of {name}" for name, rows in self.eval_dataset.items()]

@@ -11,7 +11,7 @@ from hbat.ppo.rollouts.prompts import (
     check_lengths,
     completion_texts,
     context_length,
-    pad_left,
+    padded,
     prompt_tokens,
     tokenize_prompts,
 )
@@ -181,13 +181,13 @@ def test_the_context_is_read_from_the_models_configuration(config, expected):
 
 
 def test_sequences_are_put_flush_right():
-    ids, mask = pad_left([[1, 2, 3], [], [4]], 9, "cpu")
+    ids, mask = padded([[1, 2, 3], [], [4]], 9, "cpu", side="left")
     assert ids.tolist() == [[1, 2, 3], [9, 9, 9], [9, 9, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 0], [0, 0, 1]]
     assert ids.dtype == mask.dtype == torch.int64
 
 
 def test_a_token_that_is_the_padding_token_counts_where_it_is_part_of_the_prompt():
-    ids, mask = pad_left([[9, 9], [9]], 9, "cpu")
+    ids, mask = padded([[9, 9], [9]], 9, "cpu", side="left")
     assert ids.tolist() == [[9, 9], [9, 9]]
     assert mask.tolist() == [[1, 1], [0, 1]]

@@ -176,11 +176,12 @@ def test_a_model_in_a_folder_scores_as_the_model_itself(tmp_path):
     assert torch.equal(scored([loaded])[0], expected)
 
 
-def test_the_batch_size_reaches_the_models():
+def test_models_score_in_batches():
     model, sizes = tiny_scorer(), []
     model.register_forward_pre_hook(lambda *args: sizes.append(len(args[2]["input_ids"])), with_kwargs=True)
-    scored(model, processing_classes=tiny_tokenizer(), max_batch_size=3)
-    assert sizes == [3, 1]
+    rewards = Rewards(model, processing_classes=tiny_tokenizer())
+    rewards(PROMPTS * 10, COMPLETIONS * 10, completion_ids=IDS * 10, columns={})
+    assert sizes == [32, 8]
 
 
 def test_models_move_and_functions_stay():
@@ -420,7 +421,6 @@ def test_no_coroutine_is_left_behind_where_a_later_function_fails():
         ({"weights": [float("nan")]}, r"`weights\[0\]` is nan"),
         ({"weights": [float("inf")]}, r"`weights\[0\]` is inf"),
         ({"processing_classes": [None, None]}, "`processing_classes` has 2 entries for 1 rewards"),
-        ({"max_batch_size": 0}, "`max_batch_size` is 0"),
         ({"reward_funcs": lambda answer: []}, "neither `prompts` nor `completions`"),
     ],
 )

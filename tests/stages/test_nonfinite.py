@@ -221,10 +221,10 @@ def test_a_run_that_resumes_remembers_the_smaller_learning_rate(tmp_path):
 
 
 def test_importance_that_is_not_finite_is_named():
-    from hbat.stages.nonfinite import require_finite_importance
+    from hbat.stages.nonfinite import require_finite
     from hbat.state.plan import plan
 
     stage = plan(2, ["sft", "dpo"])[1]
-    require_finite_importance({"a": torch.ones(2)}, stage)
-    with pytest.raises(FloatingPointError, match=r"The importance of 'b' from stage 1 .*dpo.* is not finite"):
-        require_finite_importance({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}, stage)
+    require_finite({"a": torch.ones(2)}, "importance of", stage)
+    with pytest.raises(FloatingPointError, match=r"The importance of 'b' is not finite at the end of stage 1 .*dpo"):
+        require_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}, "importance of", stage)

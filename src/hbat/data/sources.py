@@ -164,7 +164,8 @@ def _part(given: Mapping[str, Any], name: str, title: str, check: RowCheck | Non
     conversion = _conversion(dataset, given, label, check)
     rows = _chosen(Rows(dataset, Origin.of(dataset, title, _source(path or given.get("data_files")))), given, label)
     weight = given.get("weight")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf):
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (is_number and 0 < weight < math.inf):
         raise DatasetError(f"{label}: `weight` is {shown(weight)}; it must be a finite number above 0.")
     return _Part(title, rows, conversion, weight)
 

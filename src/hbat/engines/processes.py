@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 _FAILED = -(1 << 62)
 
@@ -48,6 +49,14 @@ def decided_by_main(decide: Callable[[], int | None]) -> int:
     if int(decided) == _FAILED:
         raise RuntimeError("Rank 0 stopped with an error; see its message.")
     return int(decided)
+
+
+def largest_of_all(number: int | Tensor) -> int:
+    """The largest of the numbers that all processes give. Collective: call on every rank."""
+    if _are_connected():
+        number = torch.as_tensor(number, device=_device()).int()
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+    return int(number)
 
 
 def _are_connected() -> bool:

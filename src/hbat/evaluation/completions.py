@@ -13,7 +13,7 @@ from hbat.config.evaluation import Measured
 from hbat.config.fields import shown
 from hbat.evaluation.rows import Asked
 from hbat.ppo.rollouts.generation import CompletionSampler
-from hbat.ppo.rollouts.prompts import completion_texts, context_length, prompt_tokens
+from hbat.ppo.rollouts.prompts import context_length, prompt_tokens
 
 Row = dict[str, Any]
 
@@ -98,12 +98,7 @@ def _sampled(
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     sampler = CompletionSampler(model, tokenizer, max_new_tokens=new_tokens, sampling=sampling)
     drawn = random.Random(seed).getrandbits(32) if temperature else None  # noqa: S311
-    found = sampler.sample(prompts, seed=drawn)
-    texts = completion_texts(tokenizer, prompts, found.tokens)
-    return [
-        {"text": text, "tokens": len(tokens), "ended": ended}
-        for text, tokens, ended in zip(texts, found.tokens, found.ended, strict=True)
-    ]
+    return sampler.complete(prompts, seed=drawn)
 
 
 def read_rows(file: Path, *, continued: bool = False) -> list[Row]:

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from hbat.config.fields import build_section
 from hbat.config.foreign import OWNED_BY_RUN
 from hbat.data.faults import Fault, RowCheck
+from hbat.data.formats import prompt_faults
 from hbat.engines.environment import without_deprecations
 from hbat.engines.processes import process_count
 from hbat.ewc.fisher import IGNORED, Example
@@ -238,6 +239,19 @@ class Objective:
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineObjective(Objective):
+    """An objective that learns from rewards of its own completions of prompts."""
+
+    metric: str = "reward"
+    greater_is_better: bool = True
+    takes_rewards: bool = True
+
+    def row_check(self) -> RowCheck:
+        """The check of prompts."""
+        return prompt_faults
 
 
 def completion_example(prompt: Sequence[int], completion: Sequence[int]) -> Example:

@@ -7,10 +7,8 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from hbat.data.faults import RowCheck
-from hbat.data.formats import prompt_faults
 from hbat.engines.patches import given_reference
-from hbat.objectives.objective import Objective
+from hbat.objectives.objective import OnlineObjective
 from hbat.ppo.rewards.rewards import Rewards
 from hbat.ppo.rollouts.prompts import as_completions, completion_texts, prompt_tokens
 
@@ -76,7 +74,7 @@ class StageRLOOTrainer(OnlineStage, RLOOTrainer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Online(Objective):
+class _Grouped(OnlineObjective):
     """A trainer of TRL's that generates completions and compares them in groups.
 
     A stage that was cut off resumes from TRL's checkpoint where that lies between two rollouts of the first epoch, and
@@ -84,9 +82,6 @@ class _Online(Objective):
     of prompts in later epochs, so TRL would continue with others.
     """
 
-    metric: str = "reward"
-    greater_is_better: bool = True
-    takes_rewards: bool = True
     engines: tuple[str, ...] = ("ddp",)
     recomputed_fields: tuple[str, ...] = ("generation_batch_size",)
 
@@ -94,10 +89,6 @@ class _Online(Objective):
         super().__post_init__()
         default = self.config_class.__dataclass_fields__["beta"].default
         object.__setattr__(self, "uses_reference", self.given("beta", default) != 0)
-
-    def row_check(self) -> RowCheck:
-        """The check of prompts."""
-        return prompt_faults
 
     def minimum_rows(self, args: Any) -> int:
         """Different prompts of one generation, over all processes."""
@@ -117,7 +108,7 @@ class _Online(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO(_Online):
+class GRPO(_Grouped):
     """GRPO with TRL's GRPOTrainer. Its `beta` is 0 by default, which needs no reference policy."""
 
     name: str = "grpo"
@@ -126,7 +117,7 @@ class GRPO(_Online):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLOO(_Online):
+class RLOO(_Grouped):
     """RLOO with TRL's RLOOTrainer."""
 
     name: str = "rloo"

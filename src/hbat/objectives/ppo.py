@@ -7,29 +7,20 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from hbat.data.faults import RowCheck
-from hbat.data.formats import prompt_faults
-from hbat.objectives.objective import Objective
+from hbat.objectives.objective import OnlineObjective
 from hbat.ppo.config import PPOConfig
 from hbat.ppo.trainer import PPOTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPO(Objective):
+class PPO(OnlineObjective):
     """PPO with `hbat.PPOTrainer`. The critic and the KL coefficient outlive a stage."""
 
     name: str = "ppo"
     trainer_class: type[Trainer] = PPOTrainer
     config_class: type[TrainingArguments] = PPOConfig
     uses_reference: bool = True
-    takes_rewards: bool = True
-    metric: str = "reward"
-    greater_is_better: bool = True
     rehearses_all_rows: bool = True
-
-    def row_check(self) -> RowCheck:
-        """The check of prompts."""
-        return prompt_faults
 
     def minimum_rows(self, args: Any) -> int:
         """Prompts of one rollout, over all processes."""

@@ -156,10 +156,6 @@ def build_tracks(
 def one_chat_template(tracks: Sequence[Track], config: HBATConfig) -> tuple[str | None, list[Track]]:
     """Take the chat template out of the sections: one tokenizer serves all objectives, so it is set once for the run.
 
-    Args:
-        tracks: The tracks.
-        config: The run's configuration.
-
     Returns:
         The run's `chat_template`, and the tracks without a `chat_template_path`.
 
@@ -183,13 +179,7 @@ def one_chat_template(tracks: Sequence[Track], config: HBATConfig) -> tuple[str 
 
 
 def fit(tracks: Sequence[Track], config: HBATConfig, model: Any, tokenizer: Any) -> list[Track]:
-    """Check rows that are good in themselves against model and tokenizer.
-
-    Args:
-        tracks: The tracks.
-        config: The run's configuration.
-        model: The model.
-        tokenizer: The tokenizer, or a processor, which prepares messages in its own way.
+    """Check rows that are good in themselves against model and tokenizer, or processor.
 
     Raises:
         DatasetError: If columns or rows do not fit.

@@ -29,8 +29,7 @@ def prepare(
     """Load what is given by name and check that everything fits: policy, tokenizer and tokenized prompts."""
     policy = _load_policy(model, args, peft_config)
     tokenizer = _checked(load_tokenizer(processing_class, policy, origin=model), policy, args)
-    rows, _ = check_dataset(train_dataset, name="train_dataset", faults=prompt_faults, on_bad_rows=None)
-    prompts = tokenize_prompts(rows, tokenizer, args.chat_template_kwargs)
+    prompts = _tokenized(train_dataset, "train_dataset", policy, tokenizer, args)
     needed = args.rollout_size * args.world_size
     if len(prompts) < needed:
         processes = f" on each of {args.world_size} processes" if args.world_size > 1 else ""
@@ -39,7 +38,6 @@ def prepare(
             "Lower `rollout_batch_size` (or `per_device_train_batch_size` and `gradient_accumulation_steps`), or add "
             "rows."
         )
-    _check_lengths(prompts, "train_dataset", policy, args)
     return policy, tokenizer, prompts
 
 
@@ -49,10 +47,7 @@ def prepare_rows(rows: Any, policy: Any, tokenizer: Any, args: PPOConfig) -> Any
         return {name: prepare_rows(dataset, policy, tokenizer, args) for name, dataset in rows.items()}
     if rows is None or TOKENS in getattr(rows, "column_names", ()):
         return rows
-    checked, _ = check_dataset(rows, name="eval_dataset", faults=prompt_faults, on_bad_rows=None)
-    prompts = tokenize_prompts(checked, tokenizer, args.chat_template_kwargs)
-    _check_lengths(prompts, "eval_dataset", policy, args)
-    return prompts
+    return _tokenized(rows, "eval_dataset", policy, tokenizer, args)
 
 
 def _load_policy(model: Any, args: PPOConfig, peft_config: Any) -> Any:
@@ -90,7 +85,9 @@ def _checked(tokenizer: Any, policy: Any, args: PPOConfig) -> Any:
     return tokenizer
 
 
-def _check_lengths(prompts: Dataset, name: str, policy: Any, args: PPOConfig) -> None:
-    check_lengths(
-        prompts, name=name, completion_length=args.max_completion_length, context=context_length(policy.config)
-    )
+def _tokenized(rows: Any, name: str, policy: Any, tokenizer: Any, args: PPOConfig) -> Dataset:
+    checked, _ = check_dataset(rows, name=name, faults=prompt_faults, on_bad_rows=None)
+    prompts = tokenize_prompts(checked, tokenizer, args.chat_template_kwargs)
+    context = context_length(policy.config)
+    check_lengths(prompts, name=name, completion_length=args.max_completion_length, context=context)
+    return prompts

@@ -1,7 +1,9 @@
 """Builds an objective's trainer on the run's model, and leaves the model clean afterwards."""
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +25,21 @@ from hbat.stages.start import StageStart
 _LEARNING_RATES = ("learning_rate", "critic_learning_rate")
 
 
+@dataclass(frozen=True)
 class TrainerBuilder:
-    """Builds one trainer at a time on one model.
+    """Builds one trainer at a time on one model."""
 
-    Args:
-        model: The model, with its adapter if it has one.
-        processing_class: The tokenizer.
-        start: Holder of the stage's start.
-        engine: The engine of the run.
-        keep_adapter_dtype: Whether a trained adapter keeps its dtype on a quantized base.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        processing_class: Any,
-        start: StageStart,
-        engine: Engine,
-        *,
-        keep_adapter_dtype: bool = True,
-    ) -> None:
-        self._model = model
-        self._processing_class = processing_class
-        self._start = start
-        self._engine = engine
-        self._keep_adapter_dtype = keep_adapter_dtype
-
-    @property
-    def computes_at_once(self) -> bool:
-        """Whether a trainer's model computes before it trains."""
-        return self._engine.computes_at_once
+    model: Any
+    processing_class: Any
+    start: StageStart
+    engine: Engine
+    keep_adapter_dtype: bool  # of a trained one, on a quantized base
 
     @contextmanager
     def building(  # noqa: PLR0913 - all but two by name
         self,
         track: Track,
-        folder: Path | str,
+        folder: Path | None = None,
         *,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
@@ -72,7 +53,7 @@ class TrainerBuilder:
 
         Args:
             track: The track.
-            folder: Folder of the trainer's checkpoints.
+            folder: Folder of the trainer's checkpoints; by default one that is gone afterwards.
             train_dataset: Rows to train on.
             eval_dataset: Rows to evaluate on.
             seed_offset: Added to the seeds of the track's arguments.
@@ -91,17 +72,20 @@ class TrainerBuilder:
         models = self._models_of(track)
         rates = {name: getattr(track.args, name, None) for name in _LEARNING_RATES}
         slower = {name: rate * learning_rate_factor for name, rate in rates.items() if rate is not None}
-        with kept_environment(), without_deprecations(), self._engine.stage(models):
-            guard, trainer, together = StageGuard(*models, engine=self._engine), None, False
+        with (
+            tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as output_dir,
+            kept_environment(),
+            without_deprecations(),
+            self.engine.stage(models),
+        ):
+            guard, trainer, together = StageGuard(*models, engine=self.engine), None, False
             try:
-                parameters = trainable_parameters(self._model)
+                parameters = trainable_parameters(self.model)
                 held = [parameters[name] for name in frozen]
                 for parameter in held:
                     parameter.requires_grad_(False)
-                trainer = self._build(
-                    track, folder, train_dataset, eval_dataset, seed_offset, list(callbacks), slower,
-                    evaluating=for_evaluation,
-                )  # fmt: skip
+                given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "callbacks": list(callbacks)}
+                trainer = self._build(track, output_dir, seed_offset, slower, evaluating=for_evaluation, **given)
                 _hold(trainer, held)
                 yield trainer
                 together = True
@@ -113,48 +97,44 @@ class TrainerBuilder:
 
     def _models_of(self, track: Track) -> list[nn.Module]:
         rewards = track.objective.trainer_kwargs.get("reward_funcs")
-        candidates = [self._model, self._start.reference, *(rewards if isinstance(rewards, list) else [rewards])]
+        candidates = [self.model, self.start.reference, *(rewards if isinstance(rewards, list) else [rewards])]
         return [model for model in candidates if isinstance(model, nn.Module)]
 
     def _build(
         self,
         track: Track,
-        folder: Path | str,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None,
+        folder: str,
         seed_offset: int,
-        callbacks: list[TrainerCallback],
         rates: Mapping[str, float],
         *,
         evaluating: bool,
+        **given: Any,
     ) -> Trainer:
         with (
             _quiet_datasets(),
-            self._engine.building(track.args, evaluating=evaluating) as changes,
-            complete_reference_adapter(self._model),
-            keep_adapter_dtype(self._model) if self._keep_adapter_dtype else nullcontext(),
+            self.engine.building(track.args, evaluating=evaluating) as changes,
+            complete_reference_adapter(self.model),
+            keep_adapter_dtype(self.model) if self.keep_adapter_dtype else nullcontext(),
         ):
-            args: Any = track.objective.stage_args(track.args, str(folder), seed_offset, **rates, **changes)
+            args: Any = track.objective.stage_args(track.args, folder, seed_offset, **rates, **changes)
             if evaluating and hasattr(args, "precompute_ref_log_probs"):
                 args.precompute_ref_log_probs = False
             if getattr(args, "dataset_num_proc", None):  # datasets warns where there are fewer rows than processes
-                fewest = min(len(rows) for rows in (train_dataset, eval_dataset) if rows is not None)
+                fewest = min(len(rows) for rows in (given["train_dataset"], given["eval_dataset"]) if rows is not None)
                 args.dataset_num_proc = min(args.dataset_num_proc, fewest) if fewest > 1 else None
             trainer = track.objective.build_trainer(
-                model=self._model,
+                model=self.model,
                 args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=self._processing_class,
-                reference=self._start.reference,
-                callbacks=callbacks,
+                processing_class=self.processing_class,
+                reference=self.start.reference,
+                **given,
             )
-        self._engine.adapt(trainer)
+        self.engine.adapt(trainer)
         if getattr(trainer.args, "disable_dropout", False):  # TRL leaves the attention's own dropout on
-            for model in (self._model, self._start.reference):
+            for model in (self.model, self.start.reference):
                 if model is not None:
                     switch_off_dropout(model)
-        self._start.complete_adapter()
+        self.start.complete_adapter()
         load_adapter_as_it_was(trainer)
         return trainer
 

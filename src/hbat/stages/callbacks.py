@@ -20,9 +20,7 @@ class TellPlace(TrainerCallback):
     def __init__(self, stage: Stage, steps_before: int) -> None:
         self._place = {"stage": stage.index, "round": stage.round, "objective": stage.objective, "step": steps_before}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell it."""
         state.hbat = dict(self._place)  # type: ignore[attr-defined]  # a dataclass without slots
 
@@ -48,9 +46,7 @@ class HookLimit(TrainerCallback):
     def __init__(self) -> None:
         self._first: int | None = None
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the hooks that were added since."""
         embeddings = getattr(kwargs.get("model"), "get_input_embeddings", lambda: None)()
         if embeddings is None:
@@ -65,24 +61,16 @@ class HookLimit(TrainerCallback):
 class KeepEpoch(TrainerCallback):
     """Keeps the order of rows when a stage resumes in a later epoch: see `let_epochs_grow`."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Patch the samplers that know epochs."""
-        for sampler in _samplers(kwargs.get("train_dataloader")):
+        for sampler in set(_samplers(kwargs.get("train_dataloader"))):  # a loader and its batch sampler share one
             let_epochs_grow(sampler)
 
 
-def _samplers(loader: Any) -> Iterator[Any]:
+def _samplers(holder: Any) -> Iterator[Any]:
     # accelerate wraps the batch sampler, once to skip batches and once for each process to get its own.
-    seen: set[int] = set()
-    waiting = [getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)]
-    while waiting:
-        sampler = waiting.pop()
-        if sampler is None or id(sampler) in seen:
-            continue
-        seen.add(id(sampler))
-        inner = [getattr(sampler, name, None) for name in ("batch_sampler", "sampler")]
-        waiting += inner
-        if hasattr(sampler, "set_epoch") and not any(inner):
-            yield sampler
+    inner = [found for name in ("batch_sampler", "sampler") if (found := getattr(holder, name, None)) is not None]
+    for sampler in inner:
+        yield from _samplers(sampler)
+    if not inner and hasattr(holder, "set_epoch"):
+        yield holder

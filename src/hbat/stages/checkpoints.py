@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hbat.engines.processes import decided_by_main, is_main_process, wait_for_everyone
 from hbat.state.files import checksum, digest, fault, write_json
@@ -102,7 +102,7 @@ class SealCheckpoints(TrainerCallback):
     It comes after the user's callbacks, so that files which they add or change are as they left them.
     """
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Seal the checkpoint that was just written."""
         wait_for_everyone()  # every process has files of its own in it
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
@@ -112,12 +112,9 @@ class SealCheckpoints(TrainerCallback):
 
 @contextmanager
 def named_checkpoint(checkpoint: str | None) -> Iterator[None]:
-    """Name the checkpoint that transformers cannot read while a stage trains inside the block.
+    """Name the checkpoint that transformers cannot read while a stage trains inside the block; None for no checkpoint.
 
     transformers reads its files with `weights_only=True`, so one that holds more than tensors is refused, not run.
-
-    Args:
-        checkpoint: The checkpoint's folder; None where the stage starts from none.
 
     Raises:
         RunStateError: If it cannot be resumed from.

@@ -5,10 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hbat.config.fields import shown
-from hbat.config.hbat import HBATConfig
 from hbat.data.formats import prompt_faults
 from hbat.data.sources import load_rows
 from hbat.engines.processes import is_main_process
@@ -17,7 +14,7 @@ from hbat.evaluation.completions import prompt_ids
 from hbat.evaluation.rows import Asked, asked
 from hbat.objectives.track import Track
 from hbat.ppo.rollouts.generation import CompletionSampler
-from hbat.ppo.rollouts.prompts import completion_texts, context_length
+from hbat.ppo.rollouts.prompts import context_length
 from hbat.reports.files import COMPLETIONS_FILE
 from hbat.reports.record import read_completions
 from hbat.state.files import write_bytes
@@ -28,28 +25,8 @@ _BATCH_SIZE = 8
 _SAMPLING = {"do_sample": True, "temperature": 0.75, "top_k": 0}
 
 
-def prepare_completions(
-    config: HBATConfig, tracks: Sequence[Track], model: Any, tokenizer: Any
-) -> "Completions | None":
-    """Prepare what `sample_prompts` asks for; None if it is not set."""
-    if config.sample_prompts is None:
-        return None
-    found = chosen_prompts(config.sample_prompts, tracks)
-    return Completions(found, model, tokenizer, Path(config.output_dir), config.seed, compute_dtype(tracks))
-
-
-def compute_dtype(tracks: Sequence[Track]) -> torch.dtype | None:
-    """In which dtype the stages compute; None: that of the weights."""
-    args = next(iter(tracks)).args
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-
-
 def chosen_prompts(given: Any, tracks: Sequence[Track]) -> list[Asked]:
-    """Prompts to complete, each once: given ones, or those of the first rows of every evaluation set.
-
-    Args:
-        given: `sample_prompts` of the configuration.
-        tracks: The tracks of the run.
+    """Prompts to complete, each once: those of `sample_prompts`, or of the first rows of every evaluation set.
 
     Raises:
         DatasetError: If a file of prompts cannot be read.
@@ -73,33 +50,17 @@ def chosen_prompts(given: Any, tracks: Sequence[Track]) -> list[Asked]:
 
 
 class Completions:
-    """Completes the same prompts after every stage, with the same seed, and keeps the texts in `completions.jsonl`.
-
-    Args:
-        prompts: The prompts.
-        model: The model.
-        tokenizer: Its tokenizer.
-        folder: The run's folder.
-        seed: Seed of the sampling.
-        dtype: In which the stages compute; None: that of the weights.
+    """Completes the same prompts after every stage, with the same seed; the run's folder has the texts.
 
     Raises:
         ValueError: If a prompt cannot be tokenized, or leaves no room for a completion in the model's context.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Asked],
-        model: Any,
-        tokenizer: Any,
-        folder: Path,
-        seed: int,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, prompts: Sequence[Asked], model: Any, tokenizer: Any, folder: Path, seed: int) -> None:
         self._asked = prompts
         self.count = len(prompts)
         self._tokens = prompt_ids(prompts, model, tokenizer, name="`sample_prompts`", new_tokens=1)
-        self._model, self._tokenizer, self._seed, self._dtype = model, tokenizer, seed, dtype
+        self._model, self._tokenizer, self._seed = model, tokenizer, seed
         self._file = folder / COMPLETIONS_FILE
         room, longest = context_length(model.config), max(map(len, self._tokens))
         self._new_tokens = _NEW_TOKENS if room is None else min(_NEW_TOKENS, room - longest)
@@ -124,13 +85,11 @@ class Completions:
             sampling=_SAMPLING,
             batch_size=_BATCH_SIZE,
         )
-        with torch.autocast(self._model.device.type, self._dtype, enabled=self._dtype is not None):
-            found = sampler.sample(self._tokens, seed=self._seed)
+        found = sampler.complete(self._tokens, seed=self._seed)
         give_back(self._model)
-        texts = completion_texts(self._tokenizer, self._tokens, found.tokens)
         rows = [
-            {**place, "prompt": ask.prompt, "completion": text, "tokens": len(tokens), "ended": ended}
-            for ask, text, tokens, ended in zip(self._asked, texts, found.tokens, found.ended, strict=True)
+            {**place, "prompt": ask.prompt, "completion": row["text"], "tokens": row["tokens"], "ended": row["ended"]}
+            for ask, row in zip(self._asked, found, strict=True)
         ]
         if not is_main_process():
             return []

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from hbat.state.clock import Clock, reset_peak_memory
 
@@ -25,39 +25,26 @@ class StageCosts(TrainerCallback):
         self._tokens_before = 0
         self._mark = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin to count."""
         reset_peak_memory()
         # TRL's online trainers count on from a checkpoint, its others from 0.
         self.resumed_at, self._tokens_before = state.global_step, int(state.num_input_tokens_seen)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to time what comes until the next event, which is no training."""
         self._mark = time.perf_counter()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Take over the trainer's count of tokens."""
         counted = int((logs or {}).get("num_tokens", 0))
         self.tokens = max(self.tokens, counted - self._tokens_before if counted >= self._tokens_before else counted)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the evaluation."""
         self._count("evaluation")
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the checkpoint."""
         self._count("saving")
 

@@ -23,14 +23,7 @@ def rows_left(trainer: Any, split: Literal["train", "eval"]) -> int | None:
 def report_dropped_rows(
     trainer: Trainer, split: Literal["train", "eval"], rows: int, objective: str, where: str
 ) -> None:
-    """Warn of rows that a trainer has dropped.
-
-    Args:
-        trainer: The objective's trainer.
-        split: Which of its data sets.
-        rows: How many rows it was given.
-        objective: Name of the objective.
-        where: Where in the run, for the message.
+    """Warn of those of an objective's `rows` that its trainer has dropped; `where` in the run goes into the message.
 
     Raises:
         DatasetError: If none is left.

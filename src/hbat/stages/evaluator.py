@@ -1,6 +1,5 @@
 """Evaluates every objective on the model as it is, with its trainer's own evaluation."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,14 +15,7 @@ from hbat.stages.start import StageStart
 
 
 class Evaluator:
-    """Evaluates the objectives of a run.
-
-    Args:
-        tracks: The tracks of the run.
-        builder: Builder of trainers on the run's model.
-        start: Holder of the reference policy.
-        request: Where signals are remembered.
-        shows: Whether to show a progress bar.
+    """Evaluates the objectives of a run; `shows` a progress bar.
 
     Attributes:
         counts: Number of evaluation rows that each objective's trainer keeps, once it was built.
@@ -39,11 +31,6 @@ class Evaluator:
         self._shows = shows
         self.counts = {track.name: len(track.eval_dataset or ()) for track in self._tracks}
         self._reported: set[str] = set()
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether any objective is evaluated."""
-        return bool(self._tracks)
 
     @property
     def needs_reference(self) -> bool:
@@ -67,17 +54,13 @@ class Evaluator:
         for track in self._tracks:
             rows: Any = track.eval_dataset
             needed = track.objective.minimum_rows(track.args)
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                self._builder.building(
-                    track,
-                    folder,
-                    train_dataset=rows.select([index % len(rows) for index in range(needed)]),
-                    eval_dataset=rows,
-                    callbacks=[self._stop, *([EvaluationBar(track.name)] if self._shows else [])],
-                    for_evaluation=True,
-                ) as trainer,
-            ):
+            with self._builder.building(
+                track,
+                train_dataset=rows.select([index % len(rows) for index in range(needed)]),
+                eval_dataset=rows,
+                callbacks=[self._stop, *([EvaluationBar(track.name)] if self._shows else [])],
+                for_evaluation=True,
+            ) as trainer:
                 kept: Any = trainer.eval_dataset
                 self.counts[track.name] = len(kept)
                 if track.name not in self._reported:

@@ -38,12 +38,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class StageGuard:
-    """Remembers models as they are before a trainer is built on them, and brings them back.
-
-    Args:
-        *models: The model and, if there is one, the reference model.
-        engine: The engine of the run.
-    """
+    """Remembers models as they are before a trainer is built on them, and brings them back."""
 
     def __init__(self, *models: nn.Module, engine: Engine | None = None) -> None:
         self._records = [_ModelRecord(model) for model in models]

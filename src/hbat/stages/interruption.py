@@ -9,9 +9,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from hbat.engines.processes import largest_of_all
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +91,7 @@ class StopRequest:
 
     def agreed(self) -> int:
         """Number of the signal that any process got; 0 for none. Collective: call on every rank."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self._number
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        number = torch.tensor(self._number, device=device)
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        self._number = int(number)
+        self._number = largest_of_all(self._number)
         return self._number
 
     def raise_if_agreed(self) -> None:
@@ -122,9 +119,7 @@ class StopAtStep(TrainerCallback):
         self._saves = saves
         self.stopped = False
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop, unless the stage is over anyway."""
         if self._request.agreed() and state.global_step < state.max_steps:
             control.should_training_stop = True
@@ -133,17 +128,11 @@ class StopAtStep(TrainerCallback):
 
 
 class StopAtPrediction(TrainerCallback):
-    """Ends the run within an evaluation between stages, where everything is saved already.
-
-    Args:
-        request: Where signals are remembered.
-    """
+    """Ends the run within an evaluation between stages, where everything is saved already."""
 
     def __init__(self, request: StopRequest) -> None:
         self._request = request
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the run if a signal came. Collective: as every evaluation step."""
         self._request.raise_if_agreed()

@@ -1,6 +1,5 @@
 """How long rows are in tokens, and what a trainer cuts and drops of them."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median_low
@@ -38,13 +37,7 @@ class RowLengths:
 
 
 def measure_rows(tracks: Sequence[Track], builder: TrainerBuilder, tokenizer: Any) -> list[RowLengths]:
-    """Measure all rows of objectives whose layout is known.
-
-    Args:
-        tracks: The tracks of a run.
-        builder: Builder of trainers on the run's model.
-        tokenizer: The tokenizer; a processor prepares messages in its own way, so then there is nothing to say.
-    """
+    """Measure all rows of objectives whose layout is known; none for a processor, which prepares them its own way."""
     found = []
     for track in tracks:
         fit = row_fit(track.objective.row_check(), tokenizer, _NO_LIMIT)
@@ -53,12 +46,8 @@ def measure_rows(tracks: Sequence[Track], builder: TrainerBuilder, tokenizer: An
         limit = getattr(track.args, "max_length", None)
         left: dict[str, int | None] = {}
         if limit is not None:
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                builder.building(
-                    track, folder, train_dataset=track.train_dataset, eval_dataset=track.eval_dataset
-                ) as trainer,
-            ):
+            train, evaluation = track.train_dataset, track.eval_dataset
+            with builder.building(track, train_dataset=train, eval_dataset=evaluation) as trainer:
                 left = {"train": rows_left(trainer, "train"), "eval": rows_left(trainer, "eval")}
         for split, rows in (("train", track.train_dataset), ("eval", track.eval_dataset)):
             if rows is not None:

@@ -1,6 +1,7 @@
 """What a run measures beside its objectives' own evaluation: `sample_prompts` and `evaluation`."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,12 @@ from hbat.objectives.track import Track
 from hbat.reports.files import EVAL_FOLDER
 from hbat.reports.matrix import ForgettingMatrix
 from hbat.reports.reporter import RunReporter
-from hbat.stages.completions import compute_dtype, prepare_completions
+from hbat.stages.completions import Completions, chosen_prompts
 from hbat.state.run import Run
 
 
 class Measurements:
     """Completes and measures with the model of a run as it is; the files of `evaluation` have a folder for each stage.
-
-    Args:
-        config: The run's configuration.
-        tracks: The tracks of the run.
-        model: The model.
-        tokenizer: Its tokenizer.
 
     Raises:
         DatasetError: If rows cannot be read.
@@ -33,8 +28,12 @@ class Measurements:
     """
 
     def __init__(self, config: HBATConfig, tracks: Sequence[Track], model: Any, tokenizer: Any) -> None:
-        self._model, self._tokenizer, self._dtype = model, tokenizer, compute_dtype(tracks)
-        self._completions = prepare_completions(config, tracks, model, tokenizer)
+        self._model, self._tokenizer, args = model, tokenizer, next(iter(tracks)).args
+        self._dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None  # None: of the weights
+        self._completions: Completions | None = None
+        if config.sample_prompts is not None:
+            prompts = chosen_prompts(config.sample_prompts, tracks)
+            self._completions = Completions(prompts, model, tokenizer, Path(config.output_dir), config.seed)
         self._config = config.evaluation
         if self._config is None:
             return
@@ -67,15 +66,18 @@ class Measurements:
     def take(self, run: Run, reporter: RunReporter, matrix: ForgettingMatrix) -> Scores:
         """Complete and measure, with a column of the matrix for each measurement."""
         place, scores = run.place(), Scores()
+        computing = partial(torch.autocast, self._model.device.type, self._dtype, enabled=self._dtype is not None)
         if self._completions is not None:
             reporter.progress.write(f"completing {self._completions.count} prompts")
-            reporter.table("completions", self._completions.take(place), run.state.global_step)
+            with computing():
+                rows = self._completions.take(place)
+            reporter.table("completions", rows, run.state.global_step)
         if self._measures(run):
             reporter.progress.write("measuring what `evaluation` names")
             # The checksums of the weights on disk: a stage that is trained again gives others.
             identity = [place["stage"], run.state.checksums]
             folder = self._folder / f"stage-{place['stage']}"
-            with torch.autocast(self._model.device.type, self._dtype, enabled=self._dtype is not None):
+            with computing():
                 scores = self._suite.measure(self._model, self._tokenizer, folder, identity=identity)
             data = self._suite.data
             for name, values in scores.items():

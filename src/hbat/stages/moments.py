@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from hbat.engines.engine import Engine
 from hbat.engines.sharded import shared_as
@@ -75,43 +75,24 @@ class CarryMoments(TrainerCallback):
 
     Passing the old optimizer to the new trainer instead would train at the old learning rates, as torch's schedulers
     take the rate that they find in it.
-
-    Args:
-        saved: Moments to start from; empty for none.
-        engine: The engine of the run.
     """
 
     def __init__(self, saved: Mapping[str, Tensor], engine: Engine) -> None:
         self.saved = saved
         self._engine = engine
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Load the moments, unless the stage resumes from a checkpoint that has its own."""
-        if model is not None and self.saved and state.global_step == 0:
+        if self.saved and state.global_step == 0:
             parameters = trainable_parameters(model)
             loaded = states(self.saved, parameters)
             self._engine.load_optimizer_state(_inner(kwargs["optimizer"]), parameters, loaded)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Keep the moments."""
-        if model is not None:
-            current = moments(self._engine.optimizer_state(_inner(kwargs["optimizer"]), trainable_parameters(model)))
-            # On the CPU, so that the moments of objectives that do not train take no accelerator memory.
-            self.saved = {**self.saved, **_in_own_memory({key: tensor.cpu() for key, tensor in current.items()})}
+        current = moments(self._engine.optimizer_state(_inner(kwargs["optimizer"]), trainable_parameters(model)))
+        # On the CPU, so that the moments of objectives that do not train take no accelerator memory.
+        self.saved = {**self.saved, **_in_own_memory({key: tensor.cpu() for key, tensor in current.items()})}
 
 
 def _in_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

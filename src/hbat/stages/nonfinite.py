@@ -1,14 +1,15 @@
 """Stops a stage whose loss or gradient is NaN or infinite, before the optimizer takes a step from it."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from hbat.engines.engine import Engine
 from hbat.engines.patches import after_backward, at_clipping
+from hbat.engines.processes import largest_of_all
 from hbat.engines.sharded import first_not_finite, whole_of
 from hbat.ewc.parameters import canonical_name, trainable_parameters
 from hbat.state.plan import Stage
@@ -19,11 +20,6 @@ class StopOnNonFinite(TrainerCallback):
 
     The loss is checked on `on_pre_optimizer_step`, the gradient where it is clipped: its norm, which clipping needs
     anyway. Gradients in float16 are left to the loss scaling, whose business infinite ones are.
-
-    Args:
-        trainer: The stage's trainer.
-        stage: The stage, for the message.
-        engine: The engine of the run.
     """
 
     def __init__(self, trainer: Trainer, stage: Stage, engine: Engine) -> None:
@@ -37,9 +33,7 @@ class StopOnNonFinite(TrainerCallback):
         if trainer.accelerator.scaler is None and not engine.clips_itself:
             at_clipping(trainer.accelerator, self._clip)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """With an engine that clips inside its step: check the gradients before, it would silently skip the step."""
         if self._engine.clips_itself:
             model: Any = self._trainer.model
@@ -85,14 +79,13 @@ class StopOnNonFinite(TrainerCallback):
 
     def _require_finite_loss(self) -> None:
         bad, self._bad = self._bad, None
-        if bad is not None and _anywhere(bad):
+        # One process that stopped alone would leave the others waiting for it.
+        if bad is not None and largest_of_all(bad):
             raise FloatingPointError(
                 f"The loss is not finite in {self._stage} at its step {self._trainer.state.global_step + 1}."
             )
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Check losses and gradient, unless that was done where gradients are clipped.
 
         Raises:
@@ -106,40 +99,12 @@ class StopOnNonFinite(TrainerCallback):
             self._finite_norm(list(model.parameters()))
 
 
-def require_finite_importance(importance: Mapping[str, Tensor], stage: Stage) -> None:
-    """Refuse importance that is NaN or infinite: it would spread to every later stage.
+def require_finite(tensors: Mapping[str, Tensor], what: Literal["weight", "importance of"], stage: Stage) -> None:
+    """Refuse what a stage leaves if it is NaN or infinite: it would spread to every later stage.
 
     Raises:
-        FloatingPointError: If one is not finite.
+        FloatingPointError: If a tensor is not finite.
     """
-    name = first_not_finite(importance)
+    name = first_not_finite(tensors)
     if name is not None:
-        raise FloatingPointError(f"The importance of {name!r} from {stage} is not finite.")
-
-
-def require_finite_weights(parameters: Mapping[str, Tensor], stage: Stage) -> None:
-    """Refuse to continue from weights that are NaN or infinite: a gradient can be so where the loss was not.
-
-    Raises:
-        FloatingPointError: If one is not finite.
-    """
-    name = first_not_finite(parameters)
-    if name is not None:
-        raise FloatingPointError(f"The weight {name!r} is not finite at the end of {stage}.")
-
-
-def _anywhere(bad: Tensor) -> bool:
-    # One process that stopped alone would leave the others waiting for it.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        flag = bad.float()
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        bad = flag
-    return bool(bad)
-
-
-def with_advice(error: FloatingPointError, stage: Stage) -> FloatingPointError:
-    """The error of a stage that ends the run, with what to do."""
-    return FloatingPointError(
-        f"{error} The weights at the stage's start are on disk: lower the learning rate of `{stage.objective}` and "
-        "train into a new folder, or fix the data."
-    )
+        raise FloatingPointError(f"The {what} {name!r} is not finite at the end of {stage}.")

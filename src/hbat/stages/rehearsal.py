@@ -1,7 +1,6 @@
 """Tries every objective's trainer before the first stage, so that a run fails at once and not after hours."""
 
 import importlib.util
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,10 +27,7 @@ _IMPORTED_LATE = {"use_liger_kernel": ("liger_kernel", "liger-kernel")}
 def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilder) -> None:
     """Build each objective's trainer, optimizer and schedule, try a step and an evaluation of few rows.
 
-    Args:
-        tracks: The tracks of the run.
-        config: The run's configuration.
-        builder: Builder of trainers on the run's model. The stage's start must have been taken.
+    The stage's start must have been taken.
 
     Raises:
         ValueError: If a trainer or a batch cannot be built, or a callback would fail; the message names the objective.
@@ -39,33 +35,32 @@ def rehearse(tracks: Sequence[Track], config: HBATConfig, builder: TrainerBuilde
     """
     _require_packages(tracks, config)
     _require_evaluation(tracks)
-    with tempfile.TemporaryDirectory() as folder:
-        for track in tracks:
-            rows: dict[str, Any] = {"train_dataset": track.train_dataset}
-            if track.eval_dataset is not None:  # the trainer asks for it where its arguments set `eval_strategy`
-                rows["eval_dataset"] = track.eval_dataset
-            if not track.objective.rehearses_all_rows:
-                counts = {"train_dataset": track.objective.minimum_rows(track.args), "eval_dataset": 1}
-                rows = {name: short_rows(dataset, counts[name]) for name, dataset in rows.items()}
-            with _named(track.name), builder.building(track, folder, **rows) as trainer:
-                kind = config.lr_schedule_of(track.name)
-                extend_schedule(
-                    trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0, ahead=config.num_rounds
-                )
-                trainer.create_optimizer_and_scheduler(num_training_steps=1)
-                _try_batches(trainer, computes=builder.computes_at_once, rewarded=track.objective.takes_rewards)
-                _try_rewards(trainer)
-                dropped = rows_left(trainer, "train") == 0 or (len(rows) > 1 and rows_left(trainer, "eval") == 0)
-            if dropped:
-                _require_rows(track, config, builder, folder)
+    for track in tracks:
+        rows: dict[str, Any] = {"train_dataset": track.train_dataset}
+        if track.eval_dataset is not None:  # the trainer asks for it where its arguments set `eval_strategy`
+            rows["eval_dataset"] = track.eval_dataset
+        if not track.objective.rehearses_all_rows:
+            counts = {"train_dataset": track.objective.minimum_rows(track.args), "eval_dataset": 1}
+            rows = {name: short_rows(dataset, counts[name]) for name, dataset in rows.items()}
+        with _named(track.name), builder.building(track, **rows) as trainer:
+            kind = config.lr_schedule_of(track.name)
+            extend_schedule(
+                trainer, kind, round_index=0, num_rounds=config.num_rounds, steps_before=0, ahead=config.num_rounds
+            )
+            trainer.create_optimizer_and_scheduler(num_training_steps=1)
+            _try_batches(trainer, computes=builder.engine.computes_at_once, rewarded=track.objective.takes_rewards)
+            _try_rewards(trainer)
+            dropped = rows_left(trainer, "train") == 0 or (len(rows) > 1 and rows_left(trainer, "eval") == 0)
+        if dropped:
+            _require_rows(track, config, builder)
 
 
-def _require_rows(track: Track, config: HBATConfig, builder: TrainerBuilder, folder: str) -> None:
+def _require_rows(track: Track, config: HBATConfig, builder: TrainerBuilder) -> None:
     """Build the trainer of each stage on all of its rows, where it drops the first: it may drop all of them."""
     for stage in plan(config.num_rounds, config.objective_names, shares=config.shares):
         if stage.objective == track.name:
             part = track.part(stage, config.seed)
-            with builder.building(track, folder, train_dataset=part, eval_dataset=track.eval_dataset) as trainer:
+            with builder.building(track, train_dataset=part, eval_dataset=track.eval_dataset) as trainer:
                 report_dropped_rows(trainer, "train", len(part), track.name, str(stage))
                 if track.eval_dataset is not None:
                     report_dropped_rows(trainer, "eval", len(track.eval_dataset), track.name, "evaluation")

@@ -2,7 +2,6 @@
 
 import math
 import random
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from hbat.data.load import DatasetError
 from hbat.engines.checks import policy_of
@@ -27,15 +26,7 @@ from hbat.state.plan import Stage
 def prepare_replay(
     stage: Stage, track: Track, source: Track, builder: TrainerBuilder, *, share: float, seed: int
 ) -> "Replay | None":
-    """Choose and tokenize the rows that a stage replays, before its trainer is built.
-
-    Args:
-        stage: The stage.
-        track: The track of its objective.
-        source: The track of SFT.
-        builder: Builder of trainers on the run's model.
-        share: Replayed rows per row of the stage's own.
-        seed: Seed of the run.
+    """Choose and tokenize the rows of `source` that a stage of `track` replays, before its trainer is built.
 
     Returns:
         The stage's replay, to be bound to its trainer; None while no part of SFT's rows was dealt.
@@ -51,11 +42,11 @@ def prepare_replay(
         return None
     random.Random(seed + stage.index).shuffle(order)  # noqa: S311 - a seeded order, not cryptography
     order = order[: math.ceil(share * batch * track.estimated_steps(stage.num_rounds, stage.part))]
-    with kept_environment(), tempfile.TemporaryDirectory() as folder:
+    with kept_environment():
         # TRL's SFTTrainer tokenizes when it is built, so template, masks and truncation are those of SFT's own stages.
         of_sft: Any = source.args
         alone = replace(of_sft, packing=False, padding_free=False, eval_strategy="no")  # a packed row is many
-        with builder.building(replace(source, args=alone), folder, train_dataset=given.select(order)) as trainer:
+        with builder.building(replace(source, args=alone), train_dataset=given.select(order)) as trainer:
             rows: Any = trainer.train_dataset
             collate = trainer.data_collator
     if not len(rows):
@@ -90,9 +81,7 @@ class Replay(TrainerCallback):
         self._engine = engine
         trainer.callback_handler.callbacks.insert(0, self)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Act before clipping, after callbacks that are bound later: these see the task's gradient alone."""
         self._engine.before_clipping(self._trainer, self._add_gradient)
 
@@ -139,12 +128,7 @@ class Replay(TrainerCallback):
         return cross_entropy(logits.float().mT, labels[:, 1:], ignore_index=IGNORED, reduction="sum")
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Add `replay/loss`, the mean loss of the steps since the last entry that replayed rows."""
         if logs is not None and "loss" in logs and self._losses:

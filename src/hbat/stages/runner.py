@@ -24,7 +24,7 @@ from hbat.stages.importance import fisher_examples, is_used, measure
 from hbat.stages.interruption import StopAtStep, StopRequest
 from hbat.stages.learning_rate import extend_schedule
 from hbat.stages.moments import CarryMoments
-from hbat.stages.nonfinite import StopOnNonFinite, require_finite_importance, require_finite_weights
+from hbat.stages.nonfinite import StopOnNonFinite, require_finite
 from hbat.stages.path import PathIntegral
 from hbat.stages.replay import Replay, prepare_replay
 from hbat.stages.start import StageStart
@@ -55,161 +55,114 @@ class StageResult:
     counted: Mapping[str, float]
 
 
+@dataclass(frozen=True)
 class StageRunner:
-    """Runs the stages of a run on one model.
+    """Runs the stages of a run on one model."""
 
-    Args:
-        model: The model, with its adapter if it has one.
-        config: The run's configuration.
-        builder: Builder of the stages' trainers.
-        start: Holder of the stage's start.
-        engine: The engine of the run.
-        request: Where signals are remembered.
-        replayed: The track whose rows the other stages replay; None without replay.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        config: HBATConfig,
-        builder: TrainerBuilder,
-        start: StageStart,
-        engine: Engine,
-        request: StopRequest,
-        replayed: Track | None = None,
-    ) -> None:
-        self._model = model
-        self._config = config
-        self._builder = builder
-        self._start = start
-        self._engine = engine
-        self._request = request
-        self._replayed = replayed
+    model: Any
+    config: HBATConfig
+    builder: TrainerBuilder
+    start: StageStart
+    engine: Engine
+    request: StopRequest
+    replayed: Track | None  # whose rows the other stages replay
 
     def run(
         self, stage: Stage, track: Track, *, folder: Path, run: Run, reporter: RunReporter, later: Mapping[str, int]
     ) -> StageResult:
-        """Train one stage. The stage's start must have been taken.
+        """Train one stage, whose start must have been taken. The model's weights are then those of its end.
 
-        Args:
-            stage: The stage.
-            track: The track of its objective.
-            folder: The stage's folder.
-            run: The run; the state that the stage's objective carries is taken out of it.
-            reporter: The run's reporter.
-            later: Estimated steps of the stages after this one, by objective.
+        Those of the run's last stage are moved by `end_weight`. The state that the stage's objective carries is taken
+        out of the run. `later` has the estimated steps of the stages after this one, by objective.
 
         Raises:
             RunInterrupted: If a signal stopped the stage; its checkpoint is saved.
-
-        Returns:
-            What the stage leaves. The model's weights are those of its end; of the run's last stage moved by
-            `end_weight`.
         """
         objective, consolidation = track.objective, run.consolidation
-        carry = CarryMoments(run.moments.pop(stage.objective, {}), self._engine)
+        carry = CarryMoments(run.moments.pop(stage.objective, {}), self.engine)
         kept = run.kept.pop(stage.objective, {})
-        carries = [carry] if self._config.optimizer_state == "carry" else []
-        stop = StopAtStep(self._request, saves=self._engine.resumes_inside_stage)
-        own = [
-            TellPlace(stage, run.state.global_step),
-            LogLastStep(),
-            HookLimit(),
-            KeepEpoch(),
-            *track.callbacks,
-            stop,
-            SealCheckpoints(),
-        ]
+        carries = [carry] if self.config.optimizer_state == "carry" else []
+        stop = StopAtStep(self.request, saves=self.engine.resumes_inside_stage)
+        own = [TellPlace(stage, run.state.global_step), LogLastStep(), HookLimit(), KeepEpoch()]
         costs = StageCosts(run.clock)
-        part = track.part(stage, self._config.seed)
+        last = [stop, SealCheckpoints(), ForwardLogs(reporter, stage, later), costs]
+        part = track.part(stage, self.config.seed)
         replay = self._replay(stage, track)
-        with self._builder.building(
+        with self.builder.building(
             track,
             folder,
             train_dataset=part,
-            eval_dataset=track.eval_dataset if _evaluates(track) else None,
+            eval_dataset=track.eval_dataset if track.args.eval_strategy != "no" else None,
             seed_offset=stage.index,
-            callbacks=[*carries, *own, ForwardLogs(reporter, stage, later), costs],
-            frozen=consolidation.frozen(stage, trainable_parameters(self._model)) if consolidation is not None else (),
+            callbacks=[*carries, *own, *track.callbacks, *last],
+            frozen=consolidation.frozen(stage, trainable_parameters(self.model)) if consolidation is not None else (),
             learning_rate_factor=_STEP_BACK ** run.rollbacks(stage),
         ) as trainer:
             report_dropped_rows(trainer, "train", len(part), stage.objective, str(stage))
             checkpoint = self._checkpoint(track, trainer, len(part), folder)
             if replay is not None:
-                replay.bind(trainer, self._engine)
-            penalty, path = self._prepare(trainer, track, stage, run, checkpoint)
+                replay.bind(trainer, self.engine)
+            extend_schedule(
+                trainer,
+                self.config.lr_schedule_of(stage.objective),
+                round_index=stage.part,
+                num_rounds=stage.num_rounds,
+                steps_before=run.state.objective_steps.get(stage.objective, 0),
+                ahead=track.rows_ahead(stage.num_rounds, stage.part),
+            )
+            penalty, path = self._consolidate(trainer, stage, run, checkpoint)
+            StopOnNonFinite(trainer, stage, self.engine)
             if kept:
                 objective.load_state_dict(trainer, kept)
             with storage_errors(folder), named_checkpoint(checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint)
             if stop.stopped:
-                self._request.raise_if_agreed()
+                self.request.raise_if_agreed()
             steps, kept = trainer.state.global_step, _copies(objective.state_dict(trainer))
             examples = fisher_examples(consolidation, objective, trainer.train_dataset)
-        require_finite_weights(trainable_parameters(self._model), stage)
+        require_finite(trainable_parameters(self.model), "weight", stage)
         if stage.is_last:
-            self._start.interpolate(self._config.end_weight)
-        anchor, seed = self._start.anchor, self._config.seed
+            self.start.interpolate(self.config.end_weight)
+        anchor, seed = self.start.anchor, self.config.seed
         integral = path.total if path is not None else {}
         with run.clock.timing("ewc"):
-            importance = measure(consolidation, self._model, anchor, integral, examples, stage=stage, seed=seed)
+            importance = measure(consolidation, self.model, anchor, integral, examples, stage=stage, seed=seed)
         for tensors in (importance or {}).values():
-            require_finite_importance(tensors, stage)
+            require_finite(tensors, "importance of", stage)
         return StageResult(steps, importance, carry.saved if carries else {}, kept, _counted(costs, penalty))
 
     def _replay(self, stage: Stage, track: Track) -> Replay | None:
-        if self._replayed is None or self._replayed.name == stage.objective:
+        if self.replayed is None or self.replayed.name == stage.objective:
             return None
-        share, seed = self._config.replay_share, self._config.seed
-        return prepare_replay(stage, track, self._replayed, self._builder, share=share, seed=seed)
-
-    def _prepare(
-        self, trainer: Trainer, track: Track, stage: Stage, run: Run, checkpoint: str | None
-    ) -> tuple[EWCCallback | None, PathIntegral | None]:
-        precise = self._engine.keeps_precision(trainer)
-        if precise:
-            self._start.share_adapter()
-        extend_schedule(
-            trainer,
-            self._config.lr_schedule_of(stage.objective),
-            round_index=stage.part,
-            num_rounds=stage.num_rounds,
-            steps_before=run.state.objective_steps.get(stage.objective, 0),
-            ahead=track.rows_ahead(stage.num_rounds, stage.part),
-        )
-        found = self._consolidate(trainer, stage, run, checkpoint, precise=precise)
-        StopOnNonFinite(trainer, stage, self._engine)
-        return found
+        share, seed = self.config.replay_share, self.config.seed
+        return prepare_replay(stage, track, self.replayed, self.builder, share=share, seed=seed)
 
     def _consolidate(
-        self,
-        trainer: Trainer,
-        stage: Stage,
-        run: Run,
-        checkpoint: str | None,
-        *,
-        precise: bool,
+        self, trainer: Trainer, stage: Stage, run: Run, checkpoint: str | None
     ) -> tuple[EWCCallback | None, PathIntegral | None]:
+        precise = self.engine.keeps_precision(trainer)
+        if precise:
+            self.start.share_adapter()
         consolidation, timing = run.consolidation, partial(run.clock.timing, "ewc")
         if not is_used(consolidation):
             return None, None
         config, importance, penalty = consolidation.config, None, None
         if config.strength > 0:
-            importance = consolidation.importance(stage, trainable_parameters(self._model))
+            importance = consolidation.importance(stage, trainable_parameters(self.model))
         if importance is not None:
             # Weights that the engine keeps more precisely than the model begin with the start that it rounded.
-            anchor = self._start.anchor if precise else None
+            anchor = self.start.anchor if precise else None
             penalty = EWCCallback(importance, anchor, strength=config.strength, method=config.method).bind(trainer)
             penalty.timing = timing
         if config.source != "path":
             return penalty, None
-        return penalty, PathIntegral(trainer, self._engine, self._start.anchor, checkpoint, timing)
+        return penalty, PathIntegral(trainer, self.engine, self.start.anchor, checkpoint, timing)
 
     def _checkpoint(self, track: Track, trainer: Trainer, rows: int, folder: Path) -> str | None:
-        if not self._engine.resumes_inside_stage:
+        if not self.engine.resumes_inside_stage:
             return None
-        can_resume_at = track.objective.can_resume_at
-        return last_checkpoint(folder, trainer.args.max_steps, lambda step: can_resume_at(trainer.args, rows, step))
+        can_resume_at = partial(track.objective.can_resume_at, trainer.args, rows)
+        return last_checkpoint(folder, trainer.args.max_steps, can_resume_at)
 
 
 def _counted(costs: StageCosts, penalty: EWCCallback | None) -> dict[str, float]:
@@ -219,10 +172,6 @@ def _counted(costs: StageCosts, penalty: EWCCallback | None) -> dict[str, float]
     if penalty is not None and penalty.ratio is not None:
         counted["ewc_ratio"] = round(penalty.ratio, 4)
     return counted
-
-
-def _evaluates(track: Track) -> bool:
-    return str(getattr(track.args.eval_strategy, "value", "no")) != "no"
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """How a row reads to the model, and what of it is learned: as its trainer prepares it."""
 
 import itertools
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +26,7 @@ class ShownRow:
 
 
 def show_rows(tracks: Sequence[Track], builder: TrainerBuilder, tokenizer: Any) -> list[ShownRow]:
-    """Show the first training row of every objective whose rows are of a known format.
-
-    Args:
-        tracks: The tracks of a run.
-        builder: Builder of trainers on the run's model.
-        tokenizer: The tokenizer; a processor prepares messages in its own way, so then nothing is shown.
-    """
+    """Show the first training row of every objective of a known format; none for a processor, as `measure_rows`."""
     if hasattr(tokenizer, "tokenizer"):
         return []
     found = ((track, _pieces(track, builder, tokenizer)) for track in tracks)
@@ -51,7 +44,7 @@ def _pieces(track: Track, builder: TrainerBuilder, tokenizer: Any) -> list[tuple
         return [] if fit is None else [(fit.prompt(rows[0]), False), ("(the answer that is generated)", True)]
     if not objective.has_fisher:
         return []
-    with tempfile.TemporaryDirectory() as folder, builder.building(track, folder, train_dataset=rows) as trainer:
+    with builder.building(track, train_dataset=rows) as trainer:
         prepared: Any = trainer.train_dataset
         given = prepared.select(range(min(1, len(prepared))))
         # As if a bad answer were a good one, which is what KTO learns sequences of.

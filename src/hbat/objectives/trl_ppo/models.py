@@ -11,7 +11,7 @@ from hbat.model.adapters import ADAPTER
 from hbat.model.copies import switch_off_dropout
 from hbat.ppo.networks.policy_and_critic import build_critic
 from hbat.ppo.rewards.rewards import Rewards
-from hbat.ppo.rollouts.prompts import TOKENS, as_completions, completion_texts, pad_left, reward_columns
+from hbat.ppo.rollouts.prompts import TOKENS, padded
 
 _PADDING = -1  # no token id
 
@@ -44,15 +44,7 @@ class RewardsAsModel(nn.Module):
 
     def rewards_of(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]) -> Tensor:
         """Rewards of completions, given as token ids, of rows: float32 on the CPU."""
-        texts = completion_texts(self._tokenizer, [row[TOKENS] for row in rows], completions)
-        scores, _ = self._rewards(
-            [row["prompt"] for row in rows],
-            as_completions(texts, rows),
-            completion_ids=completions,
-            columns=reward_columns(rows),
-            trainer_state=self._state(),
-        )
-        return scores
+        return self._rewards.score(rows, completions, self._tokenizer, trainer_state=self._state())[0]
 
 
 def _before_padding(tokens: list[int]) -> list[int]:
@@ -91,7 +83,7 @@ class ValueModel(nn.Module):
 
 def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Any]:
     """Tokenized rows as a batch padded on the left: token ids, attention mask, and the rows themselves."""
-    ids, mask = pad_left([row[TOKENS] for row in rows], pad, "cpu")
+    ids, mask = padded([row[TOKENS] for row in rows], pad, "cpu", side="left")
     return {"input_ids": ids, "attention_mask": mask, "rows": list(rows)}
 
 

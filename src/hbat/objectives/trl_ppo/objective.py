@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hbat.data.faults import RowCheck
-from hbat.data.formats import prompt_faults
-from hbat.objectives.objective import Objective
+from hbat.objectives.objective import OnlineObjective
 
 #: Values that TRL's defaults would set to what its trainer does not do.
 _DEFAULTS = {"bf16": False, "save_strategy": "no"}
@@ -28,24 +26,17 @@ def is_available() -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TRLPPO(Objective):
+class TRLPPO(OnlineObjective):
     """PPO with TRL's PPOTrainer; `trl_ppo` makes one."""
 
     name: str = "ppo"
     uses_reference: bool = True
-    metric: str = "reward"
-    greater_is_better: bool = True
-    takes_rewards: bool = True
     engines: tuple[str, ...] = ("ddp",)
     #: TRL's trainer computes them from others, and writes them into its arguments.
     recomputed_fields: tuple[str, ...] = (
         "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size",
         "local_mini_batch_size", "mini_batch_size",
     )  # fmt: skip
-
-    def row_check(self) -> RowCheck:
-        """The check of prompts."""
-        return prompt_faults
 
     def minimum_rows(self, args: Any) -> int:
         """Prompts of one rollout."""
@@ -57,15 +48,11 @@ class TRLPPO(Objective):
 
     def state_dict(self, trainer: Any) -> Mapping[str, Tensor]:
         """The critic's own weights."""
-        from hbat.objectives.trl_ppo.trainer import critic_of  # noqa: PLC0415 - cannot be imported otherwise
-
-        return critic_of(trainer)
+        return trainer.value_model.trained()  # type: ignore[no-any-return]
 
     def load_state_dict(self, trainer: Any, state: Mapping[str, Tensor]) -> None:
         """Load them into the next stage's trainer."""
-        from hbat.objectives.trl_ppo.trainer import restore_critic  # noqa: PLC0415 - cannot be imported otherwise
-
-        restore_critic(trainer, state)
+        trainer.value_model.load(state)
 
     def can_resume_at(self, args: Any, rows: int, step: int) -> bool:
         """Never: TRL's trainer saves nothing inside a stage."""

@@ -3,12 +3,10 @@
 import functools
 import os
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
 from hbat.model.adapters import REFERENCE_ADAPTER, add_reference_adapter
@@ -34,16 +32,8 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
     `num_ppo_epochs * num_mini_batches` updates, and always logged. Completions only end at `stop_token` or
     `stop_token_id`, which are not set by default.
 
-    Args:
-        model: Causal language model, with a PEFT adapter named `default` if it has one.
-        args: TRL's configuration.
-        train_dataset: Rows with `prompt`, a text or messages; reward functions receive all other columns.
-        eval_dataset: Rows to evaluate on; `eval_reward` is the mean reward of greedy completions.
-        processing_class: The tokenizer, with a padding token other than EOS.
-        callbacks: Additional callbacks.
-        reward_funcs: As in `hbat.PPOTrainer`.
-        reward_processing_classes: Tokenizers of reward models, at the same positions.
-        ref_model: A frozen reference policy; by default a copy of the model, or of the adapter if there is one.
+    The arguments are those of `hbat.PPOTrainer`, but `args` TRL's own, and the tokenizer has a padding token other
+    than EOS.
 
     Raises:
         ValueError: If TRL would ignore or misread an option, or rows, tokenizer and model do not fit each other.
@@ -148,19 +138,7 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Complete prompts greedily and score the completions.
-
-        Args:
-            eval_dataset: Rows with `prompt`; by default the trainer's own.
-            ignore_keys: Unused.
-            metric_key_prefix: Prefix of the metric.
-
-        Returns:
-            The mean reward.
-
-        Raises:
-            ValueError: If there are no rows, or a prompt is too long.
-        """
+        """As `hbat.PPOTrainer.evaluate`, of one data set: the mean reward alone."""
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         if given is None or len(given) == 0:
             raise ValueError("There are no rows to evaluate on. Pass `eval_dataset` to the trainer or to `evaluate`.")
@@ -181,16 +159,6 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def critic_of(trainer: TRLPPOTrainer) -> dict[str, Tensor]:
-    """The value model's trained parameters."""
-    return trainer.value_model.trained()  # type: ignore[no-any-return]
-
-
-def restore_critic(trainer: TRLPPOTrainer, tensors: Mapping[str, Tensor]) -> None:
-    """Start from the value model of another trainer, as `critic_of` gave it."""
-    trainer.value_model.load(tensors)
 
 
 def _require_options(args: Any) -> None:

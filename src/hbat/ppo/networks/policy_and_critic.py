@@ -68,12 +68,7 @@ def _new_head(width: int) -> nn.Linear:
 
 
 class PolicyAndCritic(nn.Module):
-    """The module that PPO trains.
-
-    Args:
-        policy: The policy, with its adapter if it has one.
-        critic: Its critic.
-    """
+    """The module that PPO trains."""
 
     def __init__(self, policy: Any, critic: Critic) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
 """Log-probabilities, entropies and hidden states per token of a causal language model."""
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,8 @@ def token_statistics(
     if flat.shape[0] <= size:
         log_probs, entropies = chunk(flat, ids)
         return log_probs.view(shape), entropies.view(shape)
-    chunks = [
-        cast("tuple[Tensor, Tensor]", checkpoint(chunk, states, targets, use_reentrant=False))
-        if torch.is_grad_enabled()
-        else chunk(states, targets)
-        for states, targets in zip(flat.split(size), ids.split(size), strict=True)
-    ]
+    compute = functools.partial(checkpoint, chunk, use_reentrant=False) if torch.is_grad_enabled() else chunk
+    chunks = [compute(*part) for part in zip(flat.split(size), ids.split(size), strict=True)]
     log_probs, entropies = (torch.cat(values).view(shape) for values in zip(*chunks, strict=True))
     return log_probs, entropies
 
@@ -62,9 +59,6 @@ class TokenModel:
 
     The logits of a whole batch take more memory than anything else in a step. So hidden states and head are called
     apart, the head in chunks, if that gives the model's own logits (`verify`); other models are called whole.
-
-    Args:
-        model: The model.
 
     Raises:
         ValueError: If it is not a decoder with a language modeling head.

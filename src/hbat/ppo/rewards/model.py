@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from hbat.model.copies import wrapped_models
 from hbat.model.load import damage_named, load_pretrained
 from hbat.ppo.rewards.function import RewardWarning
+from hbat.ppo.rollouts.prompts import padded
 
 _ADVICE = (
     "Train one with TRL's `RewardTrainer` (with LoRA, `task_type='SEQ_CLS'` saves the head too), or name one with "
@@ -121,12 +121,8 @@ class RewardModel:
 
     @torch.no_grad()
     def _scores(self, rows: list[list[int]]) -> Tensor:
-        device = next(self._model.parameters()).device
-        tokens = [torch.tensor(row) for row in rows]
-        logits: Tensor = self._model(
-            input_ids=pad_sequence(tokens, batch_first=True, padding_value=self._pad_id).to(device),
-            attention_mask=pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True).to(device),
-        ).logits
+        ids, mask = padded(rows, self._pad_id, next(self._model.parameters()).device, side="right")
+        logits: Tensor = self._model(input_ids=ids, attention_mask=mask).logits
         if logits.shape != (len(rows), 1):
             raise ValueError(
                 f"The model returned logits of shape {tuple(logits.shape)} for {len(rows)} texts; it is not a "

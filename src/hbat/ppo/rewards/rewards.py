@@ -15,7 +15,9 @@ from transformers import TrainerState
 
 from hbat.ppo.rewards.function import GIVEN, CallableReward, Interrupt, RewardError, function_name, shortened
 from hbat.ppo.rewards.model import RewardModel, is_reward_model, load_reward_model, load_reward_tokenizer
-from hbat.ppo.rollouts.prompts import as_completions, reward_columns
+from hbat.ppo.rollouts.prompts import TOKENS, as_completions, completion_texts, reward_columns
+
+_MODEL_BATCH = 32  # texts per forward pass of a model
 
 
 def _leave(*_: Any, **__: Any) -> None:
@@ -30,7 +32,6 @@ class Rewards:
             **columns)`, also async ones; sequence classification models, or their names or paths.
         weights: One per reward; None for 1 each.
         processing_classes: Tokenizers of the models, at their positions; None for the model's own.
-        max_batch_size: Texts per forward pass of a model.
 
     Attributes:
         names: Unique names of the rewards, for logs.
@@ -47,13 +48,10 @@ class Rewards:
         *,
         weights: Sequence[float] | None = None,
         processing_classes: Any = None,
-        max_batch_size: int = 32,
     ) -> None:
         rewards = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not rewards:
             raise ValueError("`reward_funcs` is empty. Pass at least one function or model.")
-        if max_batch_size < 1:
-            raise ValueError(f"`max_batch_size` is {max_batch_size}; it must be at least 1.")
         self._weights = _weights(weights, len(rewards))
         tokenizers = _tokenizers(processing_classes, len(rewards))
         self.names: list[str] = []
@@ -65,7 +63,7 @@ class Rewards:
         for name, function, tokenizer in zip(self.names, rewards, tokenizers, strict=True):
             reward = function
             if isinstance(function, str | Path) or is_reward_model(function):
-                reward = _model(function, tokenizer, name, max_batch_size)
+                reward = _model(function, tokenizer, name)
                 self._models.append(reward)
             self._functions.append(CallableReward(reward, name))
             self.for_trl.append(reward.base if isinstance(reward, RewardModel) else self._functions[-1].for_trl())
@@ -119,6 +117,15 @@ class Rewards:
         total = values.double().mul(self._weights.unsqueeze(1)).nansum(0).float()
         return total, dict(zip(self.names, values, strict=True))
 
+    def score(
+        self, rows: Sequence[Mapping[str, Any]], ids: Sequence[Sequence[int]], tokenizer: Any, **options: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Score completions, as token ids, of tokenized rows; `options`, results and errors are those of a call."""
+        texts = completion_texts(tokenizer, [row[TOKENS] for row in rows], ids)
+        completions, columns = as_completions(texts, rows), reward_columns(rows)
+        prompts = [row["prompt"] for row in rows]
+        return self(prompts, completions, completion_ids=ids, columns=columns, **options)
+
     def rehearse(self, row: Mapping[str, Any], tokenizer: Any) -> None:
         """Score a made-up completion of one row, as a rollout's will be.
 
@@ -126,16 +133,15 @@ class Rewards:
             RewardError: If a reward fails, or returns anything but rewards.
         """
         text = " yes"
-        own = {"prompts": [row["prompt"]], "completions": as_completions([text], [row])}
-        ids = [getattr(tokenizer, "tokenizer", tokenizer)(text, add_special_tokens=False)["input_ids"]]
-        state = TrainerState()
-        self._values({
-            **reward_columns([row]),
-            **own,
-            "completion_ids": ids,
-            "trainer_state": state,
+        ids = getattr(tokenizer, "tokenizer", tokenizer)(text, add_special_tokens=False)["input_ids"]
+        own = {
+            "prompts": [row["prompt"]],
+            "completions": as_completions([text], [row]),
+            "completion_ids": [ids],
+            "trainer_state": TrainerState(),
             "log_metric": _leave,
-        })
+        }
+        self._values({**reward_columns([row]), **own})
 
     def _values(self, inputs: Mapping[str, Any]) -> Tensor:
         """Call all rewards; float32 of shape (rewards, completions)."""
@@ -194,12 +200,12 @@ async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
             task.cancel()
 
 
-def _model(reward: Any, tokenizer: Any, name: str, max_batch_size: int) -> RewardModel:
+def _model(reward: Any, tokenizer: Any, name: str) -> RewardModel:
     by_name = isinstance(reward, str | Path)
     model = load_reward_model(reward) if by_name else reward
     if tokenizer is None:
         tokenizer = load_reward_tokenizer(model, reward if by_name else _origin(model))
-    return RewardModel(model, tokenizer, name=name, max_batch_size=max_batch_size)
+    return RewardModel(model, tokenizer, name=name, max_batch_size=_MODEL_BATCH)
 
 
 def _origin(model: Any) -> str:

@@ -19,26 +19,8 @@ from hbat.ppo.networks.policy_and_critic import PolicyAndCritic
 from hbat.ppo.networks.reference import Reference
 from hbat.ppo.rewards.rewards import Rewards
 from hbat.ppo.rollouts.generation import Completions, CompletionSampler
-from hbat.ppo.rollouts.prompts import TOKENS, as_completions, completion_texts, pad_left, reward_columns
+from hbat.ppo.rollouts.prompts import TOKENS, padded
 from hbat.ppo.rollouts.rollout import Rollout, Sequences, assess
-
-
-@dataclass(frozen=True)
-class _ScoredCompletions:
-    completions: Completions
-    scores: Tensor  # one per completion, float32 on the CPU
-    by_name: Mapping[str, Tensor]  # of each reward, NaN where it did not apply
-    logged: Mapping[str, Sequence[float]]  # by the rewards themselves
-
-    def entries(self) -> dict[str, Tensor]:
-        """What is logged: one number per completion, by name, and one for all of what rewards log."""
-        return {
-            **{name: torch.tensor([fmean(values)]) for name, values in self.logged.items()},
-            "reward": self.scores,
-            **{f"rewards/{name}": values for name, values in self.by_name.items()},
-            "completions/mean_length": torch.tensor([float(len(tokens)) for tokens in self.completions.tokens]),
-            "completions/ended": torch.tensor([float(ended) for ended in self.completions.ended]),
-        }
 
 
 def _means(
@@ -77,16 +59,15 @@ class RolloutCollector:
     ) -> tuple[Rollout, dict[str, float]]:
         """Make a rollout from tokenized prompts; also what to log about it, over all processes."""
         self._seconds = {}
-        scored = self._score(rows, seed=seed, trainer_state=trainer_state)
-        completions, scores = scored.completions, scored.scores
-        sequences = self._sequences(rows, completions)
+        completions, entries = self._score(rows, seed=seed, trainer_state=trainer_state)
+        scores, sequences = entries["reward"], self._sequences(rows, completions)
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * (~torch.tensor(completions.ended)).float()
         with self._timed("scoring"):
             statistics = self._statistics(sequences)
         device = sequences.prompt_ids.device
         rollout, kl = assess(sequences, statistics, scores.to(device), self.args, kl_coef, self.total)
-        entries = scored.entries() | {"kl": kl.sum(1)}
+        entries["kl"] = kl.sum(1)
         if self.args.entropy_coef == 0:
             mask = sequences.completion_mask
             entries["entropy"] = torch.where(mask, statistics["entropies"], 0.0).sum(1) / mask.sum(1)
@@ -104,8 +85,8 @@ class RolloutCollector:
         entries: dict[str, list[Tensor]] = {}
         for start in range(0, most, size):
             indices = own[start : start + size]
-            scored = self._score([prompts[index] for index in indices or [0]], seed=None, trainer_state=trainer_state)
-            for name, values in scored.entries().items():
+            rows = [prompts[index] for index in indices or [0]]
+            for name, values in self._score(rows, seed=None, trainer_state=trainer_state)[1].items():
                 entries.setdefault(name, []).append(values[: len(indices)])
             after_batch()
         joined = {name: torch.cat(values) for name, values in entries.items()}
@@ -118,7 +99,10 @@ class RolloutCollector:
         summed: Tensor = self.accelerator.reduce(value, reduction="sum")
         return summed
 
-    def _score(self, rows: Sequence[Mapping[str, Any]], *, seed: int | None, trainer_state: Any) -> _ScoredCompletions:
+    def _score(
+        self, rows: Sequence[Mapping[str, Any]], *, seed: int | None, trainer_state: Any
+    ) -> tuple[Completions, dict[str, Tensor]]:
+        # Completions, and what is logged of them by name: a number for each, and one for all of what rewards log.
         with self._timed("generation"), self.accelerator.autocast():
             completions = self.sampler.sample([row[TOKENS] for row in rows], seed=seed)
         logged: dict[str, list[float]] = {}
@@ -127,28 +111,26 @@ class RolloutCollector:
             logged.setdefault(name, []).append(float(value))
 
         with self._timed("rewards"):
-            texts = completion_texts(self.tokenizer, [row[TOKENS] for row in rows], completions.tokens)
-            scores, by_name = self.rewards(
-                [row["prompt"] for row in rows],
-                as_completions(texts, rows),
-                completion_ids=completions.tokens,
-                columns=reward_columns(rows),
-                trainer_state=trainer_state,
-                log_metric=log_metric,
+            scores, by_name = self.rewards.score(
+                rows, completions.tokens, self.tokenizer, trainer_state=trainer_state, log_metric=log_metric
             )
-        return _ScoredCompletions(completions, scores, by_name, logged)
+        return completions, {
+            **{name: torch.tensor([fmean(values)]) for name, values in logged.items()},
+            "reward": scores,
+            **{f"rewards/{name}": values for name, values in by_name.items()},  # NaN where one did not apply
+            "completions/mean_length": torch.tensor([float(len(tokens)) for tokens in completions.tokens]),
+            "completions/ended": torch.tensor([float(ended) for ended in completions.ended]),
+        }
 
     def _sequences(self, rows: Sequence[Mapping[str, Any]], completions: Completions) -> Sequences:
         device, pad = self.model.device, self.tokenizer.pad_token_id
-        prompt_ids, prompt_mask = pad_left([row[TOKENS] for row in rows], pad, device)
-        longest = max(map(len, completions.tokens))
-        lengths = torch.tensor([len(tokens) for tokens in completions.tokens], device=device)
-        padded = [tokens + [pad] * (longest - len(tokens)) for tokens in completions.tokens]
+        prompt_ids, prompt_mask = padded([row[TOKENS] for row in rows], pad, device, side="left")
+        completion_ids, completion_mask = padded(completions.tokens, pad, device, side="right")
         return Sequences(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
-            completion_ids=torch.tensor(padded, device=device),
-            completion_mask=torch.arange(longest, device=device) < lengths.unsqueeze(1),
+            completion_ids=completion_ids,
+            completion_mask=completion_mask.bool(),
         )
 
     @torch.no_grad()

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
+from hbat.model.copies import wrapped_models
 from hbat.ppo.engine import is_sharded
-from hbat.ppo.rollouts.prompts import pad_left
+from hbat.ppo.rollouts.prompts import completion_texts, padded
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,19 @@ class CompletionSampler:
                 ended += batch.ended
         return Completions(tokens, ended)
 
+    def complete(self, prompts: Sequence[Sequence[int]], *, seed: int | None) -> list[dict[str, Any]]:
+        """As `sample`: a row for each prompt, with `text`, `tokens` (how many) and `ended`."""
+        found = self.sample(prompts, seed=seed)
+        texts = completion_texts(self._tokenizer, prompts, found.tokens)
+        return [
+            {"text": text, "tokens": len(tokens), "ended": ended}
+            for text, tokens, ended in zip(texts, found.tokens, found.ended, strict=True)
+        ]
+
     @torch.no_grad()
     def _sample_batch(self, prompts: Sequence[Sequence[int]], *, greedy: bool) -> Completions:
         device = self._policy.device
-        ids, mask = pad_left(prompts, self._tokenizer.pad_token_id, device)
+        ids, mask = padded(prompts, self._tokenizer.pad_token_id, device, side="left")
         criteria: list[StoppingCriteria] = []
         if self.end_tokens:
             criteria.append(EosTokenCriteria(torch.tensor(self.end_tokens, device=device)))
@@ -101,8 +111,7 @@ class CompletionSampler:
 @contextmanager
 def _sampling_state(policy: Any, seed: int | None) -> Iterator[None]:
     devices = [policy.device] if policy.device.type == "cuda" else []
-    models = [policy, *([policy.get_base_model()] if hasattr(policy, "peft_config") else [])]
-    own = [(model, model.generation_config) for model in models if "generation_config" in vars(model)]
+    own = [(model, model.generation_config) for model in wrapped_models(policy) if "generation_config" in vars(model)]
     config, was_training = policy.config.get_text_config(), policy.training
     routed = getattr(config, "output_router_logits", None)
     policy.eval()  # in training mode, gradient checkpointing turns the key-value cache off

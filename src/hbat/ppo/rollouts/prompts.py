@@ -1,11 +1,12 @@
 """Prompts: tokenized, checked against the model's context, padded."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 TOKENS = "hbat_prompt_ids"  # the column that tokenizing adds
 
@@ -73,15 +74,13 @@ def context_length(config: Any) -> int | None:
     return None
 
 
-def pad_left(sequences: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of sequences padded on the left, int64, shape `[rows, longest]`."""
-    longest = max(map(len, sequences))
-    ids = torch.full((len(sequences), longest), pad)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        if sequence:
-            ids[row, -len(sequence) :] = torch.tensor(sequence)
-            mask[row, -len(sequence) :] = 1
+def padded(
+    sequences: Sequence[Sequence[int]], pad: int, device: torch.device | str, *, side: Literal["left", "right"]
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of sequences padded on a side, int64, shape `[rows, longest]`."""
+    rows = [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     return ids.to(device), mask.to(device)
 
 

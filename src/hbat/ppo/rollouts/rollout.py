@@ -1,9 +1,9 @@
 """A rollout: prompts, sampled completions, and the advantage and return of each token."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file
@@ -22,18 +22,15 @@ class Sequences:
     completion_ids: Tensor  # padded on the right, [rows, completion length]
     completion_mask: Tensor  # booleans
 
-    def select(self, rows: Tensor) -> "Sequences":
+    def select(self, rows: Tensor) -> Self:
         """Some rows, without the columns that are padding in all of them."""
         rows = rows.to(self.prompt_ids.device)
-        prompt_mask, completion_mask = self.prompt_mask[rows], self.completion_mask[rows]
-        first = prompt_mask.shape[1] - int(prompt_mask.sum(1).max())
-        last = int(completion_mask.sum(1).max())
-        return Sequences(
-            prompt_ids=self.prompt_ids[rows, first:],
-            prompt_mask=prompt_mask[:, first:],
-            completion_ids=self.completion_ids[rows, :last],
-            completion_mask=completion_mask[:, :last],
-        )
+        first = self.prompt_mask.shape[1] - int(self.prompt_mask[rows].sum(1).max())
+        last = int(self.completion_mask[rows].sum(1).max())
+        return type(self)(**{
+            name: tensor[rows, first:] if name.startswith("prompt_") else tensor[rows, :last]
+            for name, tensor in vars(self).items()
+        })
 
     @property
     def input_ids(self) -> Tensor:
@@ -55,18 +52,9 @@ class Rollout(Sequences):
     advantages: Tensor
     returns: Tensor
 
-    def select(self, rows: Tensor) -> "Rollout":
-        """Some rows, without the columns that are padding in all of them."""
-        selected = super().select(rows)
-        rows, last = rows.to(self.values.device), selected.completion_ids.shape[1]
-        return Rollout(
-            **{item.name: getattr(selected, item.name) for item in fields(Sequences)},
-            **{name: getattr(self, name)[rows, :last] for name in ("log_probs", "values", "advantages", "returns")},
-        )
-
     def save(self, file: Path) -> None:
         """Write a safetensors file."""
-        write_tensors(file, {item.name: getattr(self, item.name).cpu() for item in fields(self)})
+        write_tensors(file, {name: tensor.cpu() for name, tensor in vars(self).items()})
 
     @classmethod
     def load(cls, file: Path, device: Any) -> "Rollout":
@@ -95,7 +83,7 @@ def assess(
     if config.whiten_advantages:
         advantages = whiten(advantages, mask, total=total)
     rollout = Rollout(
-        **{item.name: getattr(sequences, item.name) for item in fields(Sequences)},
+        **vars(sequences),
         # On a padding token that the model rules out it is -inf, and the gradient of the ratio would be NaN.
         log_probs=torch.where(mask, statistics["log_probs"], 0.0),
         values=values,
