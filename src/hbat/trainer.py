@@ -324,7 +324,7 @@ class HBATTrainer:
             reporter.progress.say(
                 f"Evaluating the model at the start: {', '.join(rows + self._measurements.work(run))}."
             )
-        reporter.progress.write("evaluating")
+        reporter.progress.between("evaluating")
         with run.clock.timing("evaluation"):
             results = self.evaluate()
             if self._measurements.are_due(run):

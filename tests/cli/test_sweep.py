@@ -75,7 +75,8 @@ def test_values_that_cannot_run_are_refused_before_the_first_run(tmp_path, file,
 
 
 def test_a_sweep_without_scores_is_refused(tmp_path, file, capfd):
-    assert main(["sweep", str(file), "--set", "num_rounds=1,2"]) == 2
+    words = ["--datasets.sft", f"{{path: {file.parent / 'sft.jsonl'}, columns: {{eval_split: x}}}}"]
+    assert main(["sweep", str(file), "--set", "num_rounds=1,2", *words]) == 2
     assert "give the run `eval_datasets`" in capfd.readouterr().err
 
 

@@ -111,6 +111,8 @@ def test_a_missing_folder_is_named():
         ("a.jsonl", b'{"a": 1}\nnull\n', "line 2 is `null`, not a JSON object"),
         ("a.jsonl", b"null\n", "line 1 is `null`, not a JSON object"),
         ("a.jsonl.gz", gzip.compress(b"null\n", mtime=0), "line 1 is `null`, not a JSON object"),
+        ("a.jsonl", b"\xef\xbb\xbfnull\n", "line 1 is `null`, not a JSON object"),  # with a byte order mark
+        ("a.json", b'\xef\xbb\xbf[null, {"a": 1}]', "row 0 of its list is not a JSON object"),
         ("a.json", b'[{"a": 1}, null]', "row 1 of its list is not a JSON object"),
         ("a.json", b"[null]", "row 0 of its list is not a JSON object"),
         ("a.json", b'[{"a": 1}, 3]', "row 1 of its list is not a JSON object"),

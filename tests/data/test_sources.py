@@ -179,6 +179,10 @@ def refusals(files):
     return {
         "weight of nothing": ([{"path": files[0], "weight": 0}], "a.jsonl: `weight` is 0; it must be"),
         "weight of one": ([{"path": files[0], "weight": 1}, files[1]], "for all parts or none, but b.jsonl has none"),
+        "weight without end": ([{"path": files[0], "weight": float("inf")}], "`weight` is inf; it must be a finite"),
+        "a word for a seed": ({"path": files[1], "shuffle": True, "seed": "x"}, "`seed` is 'x'; it must be a whole"),
+        "a negative seed": ({"path": files[1], "eval_split": 0.5, "seed": -1}, "`seed` is -1; it must be a whole"),
+        "files twice": ({"path": [files[1]], "data_files": files[1]}, "`data_files` does not apply to the file"),
         "columns that differ": ([files[0], mixed], "a.jsonl has the columns text, part 1 has completion, prompt."),
         "types that differ": ([files[0], numbers], "the columns of a.jsonl, part 1 do not agree"),
         "no rows": ({"path": files[1], "rows": 0}, "`rows` is 0; it must be a whole number of at least 1"),

@@ -89,6 +89,7 @@ def test_completions_of_another_model_are_not_taken_for_its_own(tmp_path, prompt
         ({"prompts": "x", "temperatures": []}, "`temperatures`"),
         ({"prompts": "x", "temperatures": [0.5, 0.5]}, "different numbers"),
         ({"prompts": "x", "temperatures": [-1.0]}, "`temperatures`"),
+        ({"prompts": "x", "temperatures": ["hot"]}, "`temperatures`"),
         ({"prompts": "x", "samples": 0}, "`samples`"),
         ({"prompts": "x", "limit": 0}, "`limit`"),
         ({"prompts": "x", "after": "step"}, "`after`"),
@@ -100,6 +101,12 @@ def test_completions_of_another_model_are_not_taken_for_its_own(tmp_path, prompt
 def test_what_cannot_be_measured_is_refused_by_name(values, message):
     with pytest.raises((ValueError, TypeError), match=message):
         build_section("", EvalConfig, values)
+
+
+@pytest.mark.parametrize("values", [{"prompts": "x", "temperatures": 0.7}, {"tasks": "arc_easy"}])
+def test_what_is_no_list_is_refused_in_python(values):
+    with pytest.raises(TypeError, match="it must be a list"):
+        EvalConfig(**values)
 
 
 def test_a_model_that_belongs_to_a_run_gets_completions_of_its_own(tmp_path, prompts):

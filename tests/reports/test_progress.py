@@ -124,10 +124,20 @@ def test_tokens_per_second_are_those_between_two_entries(clock):
 
 def test_the_file_is_gone_when_the_run_has_ended(tmp_path):
     shown = Progress(tmp_path, 0, 10, shows=False)
-    shown.write("evaluating")
+    shown.between("evaluating")
     assert json.loads((tmp_path / PROGRESS_FILE).read_text())["doing"] == "evaluating"
     shown.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_bar_says_what_the_run_does_between_stages(terminal, tmp_path):
+    shown = Progress(tmp_path, 0, 20, shows=True)
+    begin(shown, PLAN[0])
+    shown.between("completing 4 prompts")
+    last = terminal.readouterr().err.rpartition("\r")[2]
+    assert "completing 4 prompts" in last
+    assert "round" not in last
+    assert json.loads((tmp_path / PROGRESS_FILE).read_text())["doing"] == "completing 4 prompts"
 
 
 def test_an_evaluation_has_a_bar_of_its_own(terminal):

@@ -74,6 +74,17 @@ def test_an_equal_reference_adapter_becomes_the_anchor():
     assert not memory & {each.data_ptr() for each in start.anchor.values()}
 
 
+def test_a_reference_adapter_is_no_anchor_of_what_is_trained_beside_the_adapter():
+    model = with_reference_adapter(lambda own: own)
+    norm = model.base_model.model.model.norm.weight.requires_grad_()
+    start = StageStart(model, needs_reference=False, engine=Engine())
+    start.take()
+    start.share_adapter()
+    moved(model)
+    (name,) = (name for name, each in model.named_parameters() if each is norm)
+    assert not torch.equal(start.anchor[name], norm)
+
+
 @pytest.mark.parametrize("weights", [lambda own: own + 1e-6, lambda own: own.bfloat16()], ids=["other", "coarser"])
 def test_a_reference_adapter_that_differs_does_not_become_the_anchor(weights):
     model = with_reference_adapter(weights)

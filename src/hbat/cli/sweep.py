@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ def sweep(file: str, run: RunFile, axes: Sequence[str], words: Sequence[str]) ->
     keys, columns = zip(*map(_axis, axes), strict=True)
     if len(set(keys)) < len(keys):
         raise ValueError(f"`--set` names a key twice: {', '.join(keys)}.")
-    if not (run.eval_datasets or run.config.evaluation or "eval_split" in repr(run.datasets)):
+    held_out = any(isinstance(data, Mapping) and data.get("eval_split") for data in run.datasets.values())
+    if not (run.eval_datasets or run.config.evaluation or held_out):
         raise ValueError(
             "A sweep compares scores: give the run `eval_datasets`, an `eval_split` of its data, or `evaluation`."
         )

@@ -150,17 +150,23 @@ class Measured:
         check_choice("on_bad_rows", self.on_bad_rows, OnBadRows)
         if self.limit is not None:
             check_whole("limit", self.limit, 1)
-        if not self.temperatures or len(set(self.temperatures)) != len(self.temperatures):
-            raise ValueError(f"`temperatures` is {shown(self.temperatures)}; it must be a list of different numbers.")
-        for temperature in self.temperatures:
-            check_number("temperatures", temperature, 0)
-        self.temperatures = [float(temperature) for temperature in self.temperatures]  # which seed what they sample
+        self._check_lists()
         sources = ("prompts", "pairs", "texts", "tasks")
         for name in sources:
             setattr(self, name, at_home(getattr(self, name)))
         if not any(getattr(self, name) for name in sources):
             raise ValueError("Nothing is measured: give `prompts`, `pairs`, `texts` or `tasks`.")
         self._check_judge()
+
+    def _check_lists(self) -> None:
+        for name in ("temperatures", "tasks"):
+            if not isinstance(getattr(self, name), list | tuple | None):
+                raise TypeError(f"`{name}` is {shown(getattr(self, name))}; it must be a list.")
+        for temperature in self.temperatures or ():
+            check_number("temperatures", temperature, 0)
+        self.temperatures = [float(temperature) for temperature in self.temperatures or ()]  # which seed the samples
+        if not self.temperatures or len(set(self.temperatures)) != len(self.temperatures):
+            raise ValueError(f"`temperatures` is {shown(self.temperatures)}; it must be a list of different numbers.")
 
     def _check_judge(self) -> None:
         if isinstance(self.judge, Mapping):

@@ -11,12 +11,16 @@ from datasets import Dataset
 from hbat.config.fields import nearest, shown
 from hbat.data.conversion import CALL, TRANSCRIPTS, Conversion
 from hbat.data.load import DatasetError
-from hbat.data.turns import FOREIGN_ROLES, ROLES
+from hbat.data.turns import ROLES
 
 #: TRL's own formats, which are not converted.
 TRL = "trl"
 #: What other layouts call TRL's roles, in lower case; what most files have comes first.
-_FOREIGN = FOREIGN_ROLES | {CALL: CALL}
+FOREIGN_ROLES = {
+    "human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool", "prompter": "user",
+    "bot": "assistant", "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    CALL: CALL,
+}  # fmt: skip
 
 _PAIRS = ({"turns", "chosen", "rejected"}, {"question", "chosen", "rejected"}, {"chosen", "rejected"})
 #: Places that a layout must fill, any one of these sets.
@@ -155,7 +159,7 @@ class _Held:
         """Whether a column holds messages as TRL's trainers take them."""
         if isinstance(self.sample(column), Mapping) or not (turns := self.turns(column)):
             return False
-        if "role" not in turns[0] or any(set(_FOREIGN) & {name.lower()} for name in self.roles(column)):
+        if "role" not in turns[0] or any(set(FOREIGN_ROLES) & {name.lower()} for name in self.roles(column)):
             return False
         parts = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
         return not parts or not all(map(_is_text_parts, parts))
@@ -164,7 +168,7 @@ class _Held:
         """Whether a column of answers holds whole conversations."""
         turns = self.turns(column)
         role = str(next((turns[0][key] for key in ("role", "from") if turns and turns[0].get(key)), "assistant"))
-        return _FOREIGN.get(role.lower(), role) not in ("assistant", CALL)
+        return FOREIGN_ROLES.get(role.lower(), role) not in ("assistant", CALL)
 
     def roles(self, column: str) -> set[str]:
         """All roles of a column of turns."""
@@ -194,7 +198,7 @@ class _Held:
         with_turns = [columns[place] for place in ("turns", "chosen", "rejected") if place in columns]
         with_turns = [column for column in with_turns if self.turns(column)]
         seen = {role for column in with_turns for role in self.roles(column)}
-        mapped = _FOREIGN | {str(role).lower(): own for role, own in roles.items()}
+        mapped = FOREIGN_ROLES | {str(role).lower(): own for role, own in roles.items()}
         turns = [turn for column in with_turns for turn in self.turns(column)]
         turn = turns[0] if turns else {}
         keys = ("role" if "role" in turn else "from", "content" if "content" in turn else "value")

@@ -13,11 +13,8 @@ TurnFault = tuple[int, str, str, str]
 
 #: A template may know others; whether it does is seen when it is tried (`hbat.data.template`).
 ROLES = ("system", "developer", "user", "assistant", "tool")
-#: Roles of other tools.
-FOREIGN_ROLES = {
-    "human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool", "prompter": "user",
-    "bot": "assistant", "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-}  # fmt: skip
+#: Never the roles of a chat template, unlike `observation` and others of `layouts.FOREIGN_ROLES`.
+_FOREIGN_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 _ROLE_OF = {"Human": "user", "User": "user", "Assistant": "assistant"}
 _MARKERS = ("Human:", "Assistant:", "User:")
@@ -65,7 +62,7 @@ def _role_faults(index: int, turn: Turn, key: str) -> Iterator[TurnFault]:
         hint = "; rename `from` to `role` and `value` to `content`" if turn.get("from") else ""
         yield index, key, "message without role", f"the message has no `{key}`{hint}"
     elif role not in ROLES:
-        known = FOREIGN_ROLES.get(str(role).lower())
+        known = _FOREIGN_ROLES.get(str(role).lower())
         hint = f" Did you mean `{known}`?" if known else nearest(str(role).lower(), ROLES)
         if hint or not isinstance(role, str) or not role.strip():
             yield index, key, "unknown role", f"the role {role!r} is not one of {', '.join(ROLES)}.{hint}"

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from hbat.evaluation.metrics import estimate
 from hbat.evaluation.rows import asked
-from hbat.ppo.networks.token_model import TokenModel
+from hbat.ppo.networks.token_model import TokenModel, evaluating
 from hbat.ppo.rollouts.prompts import context_length, prompt_tokens
 
 
@@ -34,8 +34,6 @@ def log_likelihoods(model: Any, tokenizer: Any, sequences: Sequence[Sequences], 
     """
     view, pad = TokenModel(model), tokenizer.pad_token_id
     view.verify()
-    was_training = model.training
-    model.eval()
     order = sorted(range(len(sequences)), key=lambda number: -sum(map(len, sequences[number])))
     found = [0.0] * len(sequences)
     for start in tqdm(range(0, len(order), batch_size), desc="Scoring texts", unit="batch", disable=None, leave=False):
@@ -49,12 +47,12 @@ def log_likelihoods(model: Any, tokenizer: Any, sequences: Sequence[Sequences], 
                 ([[0] * len(prompt) + [1] * len(target) for prompt, target in own], 0),
             )
         )
-        log_probs, _, _ = view.statistics(
-            ids, mask, ids.shape[1] - 1, temperature=1.0, with_entropy=False, scored=scored
-        )
+        with evaluating(model):
+            log_probs, _, _ = view.statistics(
+                ids, mask, ids.shape[1] - 1, temperature=1.0, with_entropy=False, scored=scored
+            )
         for number, value in zip(numbers, log_probs.double().sum(1).tolist(), strict=True):
             found[number] = value
-    model.train(was_training)
     return found
 
 

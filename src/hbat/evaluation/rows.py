@@ -75,7 +75,8 @@ def load_asked(source: Any, limit: int | None, on_bad_rows: OnBadRows = "raise")
 
 def _kind(source: Any, name: str) -> RowCheck:
     """The check of what they are: preferences, demonstrations, or prompts alone."""
-    logging.disable(logging.INFO)  # which layout it would be
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.INFO))  # which layout it would be
     try:
         for check in (preference_faults, sft_faults):
             with suppress(DatasetError):  # in no layout of this kind, or it cannot be read, which is said later
@@ -83,7 +84,7 @@ def _kind(source: Any, name: str) -> RowCheck:
                 if all(fault.kind != MISSING_COLUMN for fault in check(dataset[0] if len(dataset) else {})):
                     return check
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
     return prompt_faults
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hbat.config.fields import nearest
+from hbat.ppo.networks.token_model import evaluating
 
 #: Metrics by which a task is known, the first one that it has.
 _HEADLINES = ("exact_match", "acc", "acc_norm", "f1", "bleu", "word_perplexity")
@@ -61,11 +62,9 @@ class Tasks:
         from lm_eval import evaluate  # noqa: PLC0415
         from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
-        was_training = model.training
-        with _quiet(), torch.no_grad():
-            wrapped = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=self._batch_size)
+        with _quiet(), evaluating(model), torch.no_grad():
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._batch_size)
             found: Any = evaluate(wrapped, self._loaded, limit=self._limit, log_samples=False)
-        model.train(was_training)
         for name, metrics in found.get("higher_is_better", {}).items():
             self.lower |= {(name, metric) for metric, higher in metrics.items() if higher is False}
         return {name: _plain(values) for name, values in found["results"].items()}

@@ -131,7 +131,7 @@ class Progress:
             self._said = now
             self.say(f"{title}: {shown}")
         if ends or now - self._written > _FILE_EVERY:
-            self.write(f"{title}: {shown}", stage=at.stage.index)
+            self._write(f"{title}: {shown}", stage=at.stage.index)
         if at.done == at.steps and at.seconds_per_step is not None:
             self._known[at.stage.objective] = at.seconds_per_step
 
@@ -143,8 +143,13 @@ class Progress:
         left = own * (at.steps - at.done)
         return left, left + sum(self._known.get(name, own) * steps for name, steps in self._later.items())
 
-    def write(self, doing: str, **more: Any) -> None:
-        """Write what the run does into `progress.json`."""
+    def between(self, doing: str) -> None:
+        """Show what the run does between its stages."""
+        self._bar.set_description_str(doing, refresh=False)
+        self._bar.set_postfix_str("")
+        self._write(doing)
+
+    def _write(self, doing: str, **more: Any) -> None:
         self._written = time.perf_counter()
         if self._file is None:
             return

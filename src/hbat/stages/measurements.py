@@ -68,12 +68,12 @@ class Measurements:
         place, scores = run.place(), Scores()
         computing = partial(torch.autocast, self._model.device.type, self._dtype, enabled=self._dtype is not None)
         if self._completions is not None:
-            reporter.progress.write(f"completing {self._completions.count} prompts")
+            reporter.progress.between(f"completing {self._completions.count} prompts")
             with computing():
                 rows = self._completions.take(place)
             reporter.table("completions", rows, run.state.global_step)
         if self._measures(run):
-            reporter.progress.write("measuring what `evaluation` names")
+            reporter.progress.between("measuring what `evaluation` names")
             # The checksums of the weights on disk: a stage that is trained again gives others.
             identity = [place["stage"], run.state.checksums]
             folder = self._folder / f"stage-{place['stage']}"

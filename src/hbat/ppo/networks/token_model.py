@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +53,17 @@ def _statistics(logits: Tensor, targets: Tensor, *, with_entropy: bool) -> tuple
     # H = log Z - sum p z. A logit of -inf has probability 0 and must not enter the product: its gradient would be NaN.
     expected = (probabilities * torch.where(probabilities > 0, logits, 0.0)).sum(-1)
     return chosen - norm, norm - expected
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Compute in evaluation mode inside the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class TokenModel:
@@ -132,14 +144,12 @@ class TokenModel:
             self._splits = False
         if not self._splits:
             return
-        was_training = self._causal.training
-        self._causal.eval()
         device = self._head.weight.device
         input_ids = torch.arange(4, device=device).unsqueeze(0) % self.vocabulary
         arguments = self._arguments(input_ids, torch.ones_like(input_ids))
-        own = self._causal(**arguments).logits.float()
-        apart = self._logits(self.trunk(**arguments).last_hidden_state).float()
-        self._causal.train(was_training)
+        with evaluating(self._causal):
+            own = self._causal(**arguments).logits.float()
+            apart = self._logits(self.trunk(**arguments).last_hidden_state).float()
         self._splits = own.shape == apart.shape and torch.allclose(own, apart, rtol=1e-3, atol=1e-3)
 
     def _arguments(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from hbat.ppo.config import PPOConfig
 from hbat.ppo.maths import explained_variance
 from hbat.ppo.networks.policy_and_critic import PolicyAndCritic
 from hbat.ppo.networks.reference import Reference
+from hbat.ppo.networks.token_model import evaluating
 from hbat.ppo.rewards.rewards import Rewards
 from hbat.ppo.rollouts.generation import Completions, CompletionSampler
 from hbat.ppo.rollouts.prompts import TOKENS, padded
@@ -141,19 +142,18 @@ class RolloutCollector:
         # Without a bonus the entropy is only logged: once per rollout is enough, as it takes another pass over logits.
         with_entropy = self.args.entropy_coef == 0
         order = sequences.attention_mask.sum(1).argsort(stable=True)  # similar lengths together need little padding
-        was_training, temperature = self.model.training, self.args.temperature
-        self.model.eval()
+        temperature = self.args.temperature
         for rows in order.split(self.args.scoring_batch_size or self.args.per_device_train_batch_size):
             batch = sequences.select(rows)
             ids, mask, tokens = batch.input_ids, batch.attention_mask, batch.completion_ids.shape[1]
-            log_probs, entropies, values = self.model(ids, mask, tokens, temperature, with_entropy=with_entropy)
+            with evaluating(self.model):
+                log_probs, entropies, values = self.model(ids, mask, tokens, temperature, with_entropy=with_entropy)
             reference = log_probs
             if self.reference is not None:
                 with self.accelerator.autocast():
                     reference = self.reference.log_probs(ids, mask, tokens, temperature)
             for name, result in zip(names, (log_probs, reference, values, entropies), strict=True):
                 found[name][rows, :tokens] = result
-        self.model.train(was_training)
         return found
 
     @contextmanager

@@ -13,6 +13,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, StopStri
 
 from hbat.model.copies import wrapped_models
 from hbat.ppo.engine import is_sharded
+from hbat.ppo.networks.token_model import evaluating
 from hbat.ppo.rollouts.prompts import completion_texts, padded
 
 
@@ -112,16 +113,16 @@ class CompletionSampler:
 def _sampling_state(policy: Any, seed: int | None) -> Iterator[None]:
     devices = [policy.device] if policy.device.type == "cuda" else []
     own = [(model, model.generation_config) for model in wrapped_models(policy) if "generation_config" in vars(model)]
-    config, was_training = policy.config.get_text_config(), policy.training
+    config = policy.config.get_text_config()
     routed = getattr(config, "output_router_logits", None)
-    policy.eval()  # in training mode, gradient checkpointing turns the key-value cache off
     try:
         # transformers fills unset options from the model's own configuration, and many models ship with some.
         for model, _ in own:
             model.generation_config = GenerationConfig()
         if routed:  # the loss of the router cannot be computed of one token (transformers 4.57-5.24)
             config.output_router_logits = False
-        with torch.random.fork_rng(devices=devices):
+        # In training mode, gradient checkpointing turns the key-value cache off.
+        with evaluating(policy), torch.random.fork_rng(devices=devices):
             if seed is not None:
                 torch.manual_seed(seed)
             yield
@@ -130,7 +131,6 @@ def _sampling_state(policy: Any, seed: int | None) -> Iterator[None]:
             model.generation_config = options
         if routed:
             config.output_router_logits = routed
-        policy.train(was_training)
 
 
 def _end_tokens(given: Any, policy: Any, tokenizer: Any) -> list[int]:
