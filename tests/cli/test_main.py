@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from hbat.cli.main import main
+from hbat.config.section_fields import OBJECTIVES
 
 #: Fields of every section here; reporters belong to the run.
 SECTION = {key: value for key, value in CHEAP_ARGS.items() if key != "report_to"} | {"max_length": 64, "max_steps": 2}
@@ -514,3 +515,4 @@ def test_help_of_train_describes_every_key(capsys):
     shown = capsys.readouterr().out
     for part in ("--resume", "num_rounds", "model_name_or_path", "ewc.strength", "trl.SFTConfig", "trl.DPOConfig"):
         assert part in shown
+    assert all(f"{name}.KEY" in shown for name in OBJECTIVES)

@@ -142,18 +142,18 @@ class RolloutCollector:
         # Without a bonus the entropy is only logged: once per rollout is enough, as it takes another pass over logits.
         with_entropy = self.args.entropy_coef == 0
         order = sequences.attention_mask.sum(1).argsort(stable=True)  # similar lengths together need little padding
-        temperature = self.args.temperature
-        for rows in order.split(self.args.scoring_batch_size or self.args.per_device_train_batch_size):
-            batch = sequences.select(rows)
-            ids, mask, tokens = batch.input_ids, batch.attention_mask, batch.completion_ids.shape[1]
-            with evaluating(self.model):
+        rows_at_a_time = self.args.scoring_batch_size or self.args.per_device_train_batch_size
+        with evaluating(self.model):  # the reference too may be this model, without its adapter
+            for rows in order.split(rows_at_a_time):
+                batch, temperature = sequences.select(rows), self.args.temperature
+                ids, mask, tokens = batch.input_ids, batch.attention_mask, batch.completion_ids.shape[1]
                 log_probs, entropies, values = self.model(ids, mask, tokens, temperature, with_entropy=with_entropy)
-            reference = log_probs
-            if self.reference is not None:
-                with self.accelerator.autocast():
-                    reference = self.reference.log_probs(ids, mask, tokens, temperature)
-            for name, result in zip(names, (log_probs, reference, values, entropies), strict=True):
-                found[name][rows, :tokens] = result
+                reference = log_probs
+                if self.reference is not None:
+                    with self.accelerator.autocast():
+                        reference = self.reference.log_probs(ids, mask, tokens, temperature)
+                for name, result in zip(names, (log_probs, reference, values, entropies), strict=True):
+                    found[name][rows, :tokens] = result
         return found
 
     @contextmanager
