@@ -49,6 +49,7 @@ def test_every_combination_trains_once_and_has_its_scores(tmp_path, file, capfd)
     assert trained == {name: (folder / "model.safetensors").stat().st_mtime_ns for name, folder in folders.items()}
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_sweep_with_its_folder(tmp_path, file, capfd):
     assert sweep(file, "--set", "sft.learning_rate=1e30") == 1
     assert "sft.learning_rate=1e+30 failed" in capfd.readouterr().err
