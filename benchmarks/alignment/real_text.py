@@ -36,9 +36,11 @@ import torch
 from datasets import Dataset
 from metrics import interval
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
 from hbat import HBATConfig, HBATTrainer
+from hbat.ewc import relative_importance
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("HBAT_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -286,7 +288,36 @@ def run_sft(job: Job, rows: Rows, model: Path, results: Path) -> dict[str, Any]:
     with contextlib.suppress(SFTDoneError):
         trainer.train()
     points["end"] = scores(trainer.model, rows, reference)
-    return {"points": points, "reference": reference, "log": trainer.state.log_history}
+    return {
+        "points": points, "reference": reference, "log": trainer.state.log_history, "lora_A": lora_a_shares(folder),
+    }  # fmt: skip
+
+
+def lora_a_shares(folder: Path) -> dict[str, float]:
+    """How much of the penalty each source spends on the factors A, and how much of the change of B A they bring.
+
+    The penalty is that of a stage which moves every weight as far as SFT did, the change that of squared norms,
+    of which the rest is of the factors B and of both.
+    """
+    kinds = ("displacement-sft-000", "importance-sft-000", "weights-000", "weights-001")
+    moved, path, start, end = (load_file(folder / "state" / f"{kind}.safetensors") for kind in kinds)
+    sources = {
+        "path": relative_importance(moved, path),
+        "relative": relative_importance(moved),
+        "uniform": dict.fromkeys(moved, torch.ones(())),
+        "displacement": moved,
+    }
+    found = {}
+    for source, importance in sources.items():
+        paid = {name: float((importance[name].double() * each.double()).sum()) for name, each in moved.items()}
+        found[source] = sum(each for name, each in paid.items() if "lora_A" in name) / sum(paid.values())
+    own = whole = 0.0
+    for name in start:
+        if "lora_A" in name:
+            a, b = ([each[key].double() for each in (start, end)] for key in (name, name.replace("lora_A", "lora_B")))
+            own += float((b[1] @ (a[1] - a[0])).square().sum())
+            whole += float((b[1] @ a[1] - b[0] @ a[0]).square().sum())
+    return {name: round(share, 4) for name, share in {**found, "change": own / whole}.items()}
 
 
 def run_dpo(job: Job, rows: Rows, model: Path, results: Path) -> dict[str, Any]:
