@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from hbat.cli.eval_file import EvalFile
+from hbat.cli.output import Output, number_table
 from hbat.cli.run_file import parse
 from hbat.cli.yaml import read_yaml
 from hbat.engines.processes import process_count
@@ -152,11 +150,7 @@ def print_evaluation(
     folder: Path,
 ) -> None:
     """Print a table of all scores, a column for each model, and the paths of the results."""
-    console = Console(soft_wrap=True)
-    table = Table(title=", ".join([*_sizes(counts), "95 % intervals"]), title_justify="left")
-    table.add_column("")
-    for label in found:
-        table.add_column(escape(label), justify="right")
+    output, table = Output(), number_table("", *found)
     for name, (main, better) in columns.items():
         metrics = dict.fromkeys(metric for scores in found.values() for metric in scores.get(name, {}))
         for metric in sorted(metrics, key=lambda metric: metric != main):
@@ -164,14 +158,14 @@ def print_evaluation(
                 continue
             direction = f" ({better} is better)" if metric == main else ""
             cells = [_cell(scores.get(name, {}), metric) for scores in found.values()]
-            table.add_row(escape(f"{name} {metric}{direction}"), *cells, style=None if metric == main else "dim")
+            table.add_row(f"{name} {metric}{direction}", *cells, style=None if metric == main else "dim")
         table.add_section()
-    console.print(table)
-    console.print(f"Scores:      {(folder / SCORES_FILE).absolute()}", highlight=False, markup=False)
+    output.table(table, ", ".join([*_sizes(counts), "95 % intervals"]))
+    output.print(f"Scores:      {(folder / SCORES_FILE).absolute()}")
     if (folder / PLOT_FILE).is_file():
-        console.print(f"Plot:        {(folder / PLOT_FILE).absolute()}", highlight=False, markup=False)
+        output.print(f"Plot:        {(folder / PLOT_FILE).absolute()}")
     if "completions" in counts:
-        console.print(f"Completions: {folder.absolute()}/MODEL/{COMPLETIONS_FILE}", highlight=False, markup=False)
+        output.print(f"Completions: {folder.absolute()}/MODEL/{COMPLETIONS_FILE}")
 
 
 def _cell(scores: Mapping[str, float], metric: str) -> str:

@@ -4,9 +4,9 @@ import json
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from hbat.cli.output import Output, number_table
 from hbat.reports.costs import duration, tokens_per_second
 from hbat.reports.files import PROGRESS_FILE
 from hbat.reports.matrix import headline_cells, headline_columns
@@ -20,16 +20,14 @@ def print_status(folder: Path) -> None:
     Raises:
         RunStateError: If the folder holds no run.
     """
-    record, console = RunRecord.read(folder), Console(soft_wrap=True)
-    console.print(_table(record))
-    console.print(_now(record), highlight=False)
+    record, output = RunRecord.read(folder), Output()
+    output.table(_table(record))
+    output.print(_now(record))
 
 
 def _table(record: RunRecord) -> Table:
     matrix, state = record.matrix, record.state
-    table = Table("stage")
-    for column in ("steps", "time", "tokens/s", "GiB", *headline_columns(matrix)):
-        table.add_column(column, justify="right")
+    table = number_table("stage", "steps", "time", "tokens/s", "GiB", *headline_columns(matrix))
     scores = {row["stage"]: headline_cells(matrix, row["scores"]) for row in state.evaluations if "run" not in row}
     table.add_row("start", "", "", "", "", *scores.get(state.first_stage - 1, ()))
     for stage in state.plan:

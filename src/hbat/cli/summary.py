@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from hbat.cli.output import Output, number_table
 from hbat.engines.processes import is_main_process
 from hbat.model.merge import Merged
 from hbat.reports.files import FRONT_FILE, FRONT_PLOT_FILE, REPORT_FILE, SCORES_FILE
@@ -23,43 +22,40 @@ def print_result(trainer: HBATTrainer) -> None:
     """Print the scores after every stage and the paths of the results, on the main process."""
     if not is_main_process():
         return
-    console, matrix = Console(soft_wrap=True), trainer.matrix
+    output, matrix = Output(), trainer.matrix
     folder = Path(trainer.args.output_dir).absolute()
     if matrix.scored:
         head, (*rows, transfer, forgetting) = table_rows(matrix)
-        table = _table(*head, title=f"Objectives after each stage ({directions(matrix)})")
+        table = number_table(*head)
         for cells in rows:
             table.add_row(*cells)
         table.add_section()
         table.add_row(*transfer)
         table.add_row(*forgetting)
-        console.print(table)
+        output.table(table, f"Objectives after each stage ({directions(matrix)})")
         if (folder / SCORES_FILE).is_file():  # not where all rows are of the run that was continued
-            console.print(f"Scores: {folder / SCORES_FILE}", highlight=False)
+            output.print(f"Scores: {folder / SCORES_FILE}")
     if (folder / REPORT_FILE).is_file():
-        console.print(f"Report: {folder / REPORT_FILE}", highlight=False)
-    console.print(f"Model:  {folder}", highlight=False)
+        output.print(f"Report: {folder / REPORT_FILE}")
+    output.print(f"Model:  {folder}")
     size = RunFolder(folder).size() / 1e6
-    console.print(
-        f"State:  {size:.1f} MB there for `hbat front` and `continue_from`; `hbat clean` removes it.", highlight=False
-    )
+    output.print(f"State:  {size:.1f} MB there for `hbat front` and `continue_from`; `hbat clean` removes it.")
 
 
 def print_front(trainer: HBATTrainer, front: Front, saved: Path | None) -> None:
     """Print the scores along the last stage and the paths of the results, on the main process."""
     if not is_main_process():
         return
-    console, folder = Console(soft_wrap=True), Path(trainer.args.output_dir).absolute()
-    title = f"From the start (0) to the end (1) of the last stage ({directions(front)})"
-    table = _table("end_weight", *headline_columns(front), title=title)
+    output, folder = Output(), Path(trainer.args.output_dir).absolute()
+    table = number_table("end_weight", *headline_columns(front))
     for row in front.rows:
         table.add_row(f"{row['end_weight']:g}", *headline_cells(front, row["scores"]))
-    console.print(table)
-    console.print(f"Scores: {folder / FRONT_FILE}", highlight=False)
+    output.table(table, f"From the start (0) to the end (1) of the last stage ({directions(front)})")
+    output.print(f"Scores: {folder / FRONT_FILE}")
     if can_draw():
-        console.print(f"Plot:   {folder / FRONT_PLOT_FILE}", highlight=False)
+        output.print(f"Plot:   {folder / FRONT_PLOT_FILE}")
     if saved is not None:
-        console.print(f"Model:  {saved.absolute()}", highlight=False)
+        output.print(f"Model:  {saved.absolute()}")
 
 
 def describe_merged(merged: Merged, folder: Path, *, quantized: bool) -> str:
@@ -80,9 +76,9 @@ def print_plan(trainer: HBATTrainer) -> None:
     """Print what a run would train, on the main process."""
     if not is_main_process():
         return
-    console, rounds = Console(soft_wrap=True), trainer.args.num_rounds
+    output, rounds = Output(), trainer.args.num_rounds
     names = trainer.args.objective_names
-    table = _table("objective", "stages", "rows", "rows per stage", "steps per stage", "evaluation rows")
+    table = number_table("objective", "stages", "rows", "rows per stage", "steps per stage", "evaluation rows")
     total, stages = 0, plan(rounds, names, shares=trainer.args.shares)
     for name in names:
         track, parts = trainer.tracks[name], [stage.part for stage in stages if stage.objective == name]
@@ -93,43 +89,41 @@ def print_plan(trainer: HBATTrainer) -> None:
         table.add_row(
             name, f"{len(parts)}", f"{len(track.train_dataset)}", _span(rows), _span(steps), f"{evaluated}"
         )  # fmt: skip
-    console.print(table)
-    print_lengths(console, trainer)
-    print_rows(console, trainer)
+    output.table(table)
+    print_lengths(output, trainer)
+    print_rows(output, trainer)
     if trainer.continued is not None:
-        console.print(f"{trainer.continued}\n", highlight=False)
+        output.print(f"{trainer.continued}\n")
     parameters = list(trainer.model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    console.print(
+    output.print(
         f"{rounds} {'round' if rounds == 1 else 'rounds'} of {', '.join(names)}: {len(stages)} stages, "
         f"about {total} optimizer steps. "
         f"{trainable:,} of {sum(parameter.numel() for parameter in parameters):,} parameters are trainable.\n"
         "The run can start: configuration, data and model are valid. Nothing was written.",
-        highlight=False,
     )
 
 
-def print_lengths(console: Console, trainer: HBATTrainer) -> None:
+def print_lengths(output: Output, trainer: HBATTrainer) -> None:
     """Print how long rows are, and what `max_length` does to them."""
     measured = trainer.row_lengths()
     if not measured:
         return
-    columns = ("rows", "median", "95 %", "longest", "max_length", "cut", "dropped")
-    table = _table(*columns, title="Tokens per row")
+    table = number_table("rows", "median", "95 %", "longest", "max_length", "cut", "dropped")
     for found in measured:
         limit = "" if found.limit is None else f"{found.limit}"
         counts = ("" if count is None else f"{count}" for count in (found.cut, found.dropped))
         table.add_row(found.name, f"{found.median}", f"{found.most}", f"{found.longest}", limit, *counts)
-    console.print(table)
+    output.table(table, "Tokens per row")
 
 
-def print_rows(console: Console, trainer: HBATTrainer) -> None:
+def print_rows(output: Output, trainer: HBATTrainer) -> None:
     """Print the first row of every objective, with what is learned of it between « and »."""
     for shown in trainer.shown_rows():
         text = Text(f"{shown.name} (learned: «»)\n", style="bold")
         for piece, learned in shown.pieces:
             text.append(f"«{piece}»" if learned else piece, style="green" if learned else "default")
-        console.print(text, "\n", highlight=False, sep="")
+        output.print(text, "\n", sep="")
 
 
 def _span(numbers: Sequence[int]) -> str:
@@ -140,10 +134,3 @@ def end_processes() -> None:
     """Destroy the process group, so that torchrun reports no lost rank."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    return table

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
+from hbat.cli.output import Output, number_table
 from hbat.cli.run_file import RunFile, as_it_runs, parse, parse_overrides
 from hbat.cli.yaml import PlainYAMLError, load_yaml
 from hbat.model.load import is_adapter
@@ -67,7 +64,7 @@ def sweep(file: str, run: RunFile, axes: Sequence[str], words: Sequence[str]) ->
         jobs[name] = own, options
     points = []
     for number, (name, (own, options)) in enumerate(jobs.items(), start=1):
-        Console(stderr=True).print(f"{number} of {len(jobs)}: {name}", highlight=False, markup=False)
+        Output(stderr=True).print(f"{number} of {len(jobs)}: {name}")
         _train(file, whole / name, options)
         points.append(Point(own, RunRecord.read(whole / name).matrix))
     _write(whole, keys, points)
@@ -132,14 +129,11 @@ def _write(folder: Path, keys: Sequence[str], points: Sequence[Point]) -> None:
 
 def print_sweep(points: Sequence[Point], folder: Path) -> None:
     """Print each objective's headline score at the end of every run, and the paths of the results."""
-    console, matrix = Console(soft_wrap=True), points[0].matrix
-    table = Table(title=f"At the end of each run ({directions(matrix)})", title_justify="left")
-    for column in (*points[0].values, *headline_columns(matrix)):
-        table.add_column(column, justify="right")
+    output, matrix = Output(), points[0].matrix
+    table = number_table(*points[0].values, *headline_columns(matrix))
     for point in points:
-        values = (escape(_text(value)) for value in point.values.values())
-        table.add_row(*values, *headline_cells(point.matrix, point.matrix.end))
-    console.print(table)
+        table.add_row(*map(_text, point.values.values()), *headline_cells(point.matrix, point.matrix.end))
+    output.table(table, f"At the end of each run ({directions(matrix)})")
     for label, name in (("Scores", SWEEP_FILE), ("Plot", SWEEP_PLOT_FILE)):
         if (folder / name).is_file():
-            console.print(f"{label + ':':8}{(folder / name).absolute()}", highlight=False, markup=False)
+            output.print(f"{label + ':':8}{(folder / name).absolute()}")

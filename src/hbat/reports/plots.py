@@ -340,17 +340,16 @@ def draw_sweep(points: Sequence[tuple[Sequence[Any], ForgettingMatrix]], keys: S
     figure, axes = _figure(1.0 + 4.0 * len(names), 3.6, columns=len(names), grid=len(keys) == 1)
     ticks = [list(dict.fromkeys(map(str, column))) for column in zip(*(values for values, _ in points), strict=True)]
     for axis, name in zip(axes, names, strict=True):
-        metric = points[0][1].headline[name]
+        metric, better = points[0][1].headline[name], points[0][1].better_of(name)
         found = {tuple(map(str, values)): matrix.end.get(name, {}).get(metric, math.nan) for values, matrix in points}
-        axis.set_title(_label(points[0][1], name), fontsize=9)
+        axis.set_title(f"{_label(points[0][1], name)} ({better} is better)", fontsize=9)
         axis.set_xlabel(_text(keys[-1]))
         axis.set_xticks(range(len(ticks[-1])), list(map(_text, ticks[-1])))
         if len(keys) == 1:
             axis.plot([found[value,] for value in ticks[0]], "o-", color=COLOURS[0])
             continue
         grid = [[found[row, column] for column in ticks[1]] for row in ticks[0]]
-        higher = points[0][1].better_of(name) == "higher"
-        axis.imshow(grid, cmap="viridis" if higher else "viridis_r", aspect="auto")
+        axis.imshow(grid, cmap="viridis" if better == "higher" else "viridis_r", aspect="auto")
         axis.set_ylabel(_text(keys[0]))
         axis.set_yticks(range(len(ticks[0])), list(map(_text, ticks[0])))
         for row, values in enumerate(grid):
