@@ -76,6 +76,8 @@ class JudgeConfig:
             raise ValueError(
                 "`judge` needs either a `reward_model`, or the `model` of an endpoint (with its `base_url`)."
             )
+        for name in ("reward_model", "template", "against"):
+            setattr(self, name, at_home(getattr(self, name)))
         for name, low in (("parallel", 1), ("max_retries", 0)):
             check_whole(name, getattr(self, name), low)
         check_number("timeout", self.timeout, 0)

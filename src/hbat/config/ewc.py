@@ -49,12 +49,12 @@ class EWCConfig:
     source: Source = field(
         default="path",  # docs/does-it-work.md, "What brings it": ahead of every source but `relative`
         metadata={
-            "help": "What importance is computed from. `path`: how much of the other objective's loss decrease each "
-            "weight brought (its path integral), over how far it moved; needs one float32 number per trained weight "
-            "while a stage trains, and a copy of the gradient during each step. `relative`: one over how far the "
-            "other objective moved each weight. `displacement`: how far it moved, as in the paper. `fisher`: the "
-            "diagonal Fisher information of the log-likelihood on its data. `uniform` (plain L2 penalty) and "
-            "`random` are controls."
+            "help": "What importance is computed from. `path`: how much of the other objective's loss decrease "
+            "each weight brought (its path integral), over how far it moved; needs one float32 number per"
+            " trained weight while a stage trains, and a copy of the gradient during each step (on a CPU "
+            "all the time). `relative`: one over how far the other objective moved each weight. "
+            "`displacement`: how far it moved, as in the paper. `fisher`: the diagonal Fisher information"
+            " of the log-likelihood on its data. `uniform` (plain L2 penalty) and `random` are controls."
         },
     )
     damping: float = field(

@@ -248,9 +248,9 @@ def _chosen(rows: Rows, given: Mapping[str, Any], label: str) -> Rows:
 
 def _seed(given: Mapping[str, Any], label: str) -> int:
     seed = given.get("seed") or 0
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise DatasetError(f"{label}: `seed` is {shown(seed)}; it must be a whole number of at least 0.")
-    return seed
+    return int(seed)
 
 
 def _alike(parts: list[_Part]) -> list[_Part]:

@@ -342,7 +342,7 @@ def draw_sweep(points: Sequence[tuple[Sequence[Any], ForgettingMatrix]], keys: S
     for axis, name in zip(axes, names, strict=True):
         metric, better = points[0][1].headline[name], points[0][1].better_of(name)
         found = {tuple(map(str, values)): matrix.end.get(name, {}).get(metric, math.nan) for values, matrix in points}
-        axis.set_title(f"{_label(points[0][1], name)} ({better} is better)", fontsize=9)
+        axis.set_title(_label(points[0][1], name), fontsize=9)
         axis.set_xlabel(_text(keys[-1]))
         axis.set_xticks(range(len(ticks[-1])), list(map(_text, ticks[-1])))
         if len(keys) == 1:

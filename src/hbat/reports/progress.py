@@ -164,7 +164,8 @@ class Progress:
                 temporary.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Remove the bar, and the file: the state says what is done."""
+        """End the bar, and remove the file: the state says what is done."""
+        self._bar.set_description_str("done" if self._bar.n == self._bar.total else "stopped", refresh=False)
         self._bar.close()
         with suppress(OSError):
             if self._file is not None:

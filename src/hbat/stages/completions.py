@@ -66,7 +66,7 @@ class Completions:
         self._new_tokens = _NEW_TOKENS if room is None else min(_NEW_TOKENS, room - longest)
 
     def take(self, place: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Complete the prompts with the model as it is. Collective where it is sharded.
+        """Complete the prompts with the model as it is, in the caller's autocast. Collective where it is sharded.
 
         Args:
             place: `stage`, `round` and `objective` of the last stage, as in a row of the forgetting matrix.

@@ -32,8 +32,9 @@ class TRLPPOTrainer(PPOTrainer):  # type: ignore[misc]
     `num_ppo_epochs * num_mini_batches` updates, and always logged. Completions only end at `stop_token` or
     `stop_token_id`, which are not set by default.
 
-    The arguments are those of `hbat.PPOTrainer`, but `args` TRL's own, and the tokenizer has a padding token other
-    than EOS.
+    The arguments are those of `hbat.PPOTrainer`, but `args` TRL's own, `model` a loaded one whose adapter, if it has
+    one, is named `default`, and `eval_dataset` a single one. The tokenizer has a padding token other than EOS.
+    `ref_model` is by default a copy of the model, or of its adapter.
 
     Raises:
         ValueError: If TRL would ignore or misread an option, or rows, tokenizer and model do not fit each other.
