@@ -420,10 +420,11 @@ def draw(records: Sequence[Mapping[str, Any]], file: Path) -> None:
         for method in dict.fromkeys(method for method, _ in means if method != "SFT"):
             points = [after_sft, *(means[method, f"{share:g}"] for share in SHARES)]
             style = "o-" if "path" in method else "x--"
-            axis.plot([p["accuracy"][0] for p in points], [p[kept][0] for p in points], style, label=method)
-        axis.plot(after_sft["accuracy"][0], after_sft[kept][0], "k*", markersize=12, label="after SFT")
-        axis.set_xlabel("preference accuracy, held out")
-        axis.set_ylabel(f"{COLUMNS[kept]}, held out")
+            axis.plot([p["preference_loss"][0] for p in points], [p[kept][0] for p in points], style, label=method)
+        axis.plot(after_sft["preference_loss"][0], after_sft[kept][0], "k*", markersize=12, label="after SFT")
+        axis.set_xlabel("preference loss, held out (better to the right)")
+        axis.invert_xaxis()
+        axis.set_ylabel(f"{COLUMNS[kept]}, held out (lower is better)")
     axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
