@@ -70,7 +70,8 @@ def test_a_run_is_measured_after_stages_rounds_or_at_its_end(tmp_path, prompts, 
     run = build(tmp_path / "run", measured(prompts, after=after))
     run.train()
     assert [row["stage"] for row in run.matrix.rows if "rouge" in row["scores"]] == stages
-    folders = {f"stage-{stage}" for stage in stages}
+    names = ("start", "stage-000-sft", "stage-001-dpo", "stage-002-sft", "stage-003-dpo")
+    folders = {names[stage + 1] for stage in stages}
     assert {folder.name for folder in (tmp_path / "run" / "evaluation").iterdir()} == folders
 
 
@@ -104,12 +105,12 @@ def test_a_prompt_that_does_not_fit_is_refused_at_construction(tmp_path, prompts
 
 def test_a_stage_that_is_trained_again_is_completed_again(tmp_path, prompts):
     build(tmp_path / "run", measured(prompts), num_rounds=1).train()
-    before = read_rows(tmp_path / "run" / "evaluation" / "stage-1" / "completions.jsonl")
+    before = read_rows(tmp_path / "run" / "evaluation" / "stage-001-dpo" / "completions.jsonl")
     newest = max((tmp_path / "run" / "state").glob("weights*"), key=lambda file: file.stat().st_mtime_ns)
     newest.write_bytes(newest.read_bytes()[:-1])  # the run goes back to the state before
     run = build(tmp_path / "run", measured(prompts), num_rounds=1, dpo={"learning_rate": 0.5})
     run.train(resume_from_checkpoint=True, allow_changed=["dpo.learning_rate"])
-    after = read_rows(tmp_path / "run" / "evaluation" / "stage-1" / "completions.jsonl")
+    after = read_rows(tmp_path / "run" / "evaluation" / "stage-001-dpo" / "completions.jsonl")
     assert [row["text"] for row in after] != [row["text"] for row in before]
 
 

@@ -76,7 +76,8 @@ class Measurements:
             reporter.progress.between("measuring what `evaluation` names")
             # The checksums of the weights on disk: a stage that is trained again gives others.
             identity = [place["stage"], run.state.checksums]
-            folder = self._folder / f"stage-{place['stage']}"
+            name = next((stage.folder for stage in run.plan if stage.index == place["stage"]), "start")
+            folder = self._folder / name
             with computing():
                 scores = self._suite.measure(self._model, self._tokenizer, folder, identity=identity)
             data = self._suite.data
