@@ -24,12 +24,13 @@ def two(tmp_path_factory):
     """Folder of a run in two processes; the runs of a group share one start of the processes."""
 
     @functools.cache
-    def train(mode, *group):
+    def train(launcher, mode, *group):
         folder = tmp_path_factory.mktemp("two")
-        launched.succeeded(launch(folder, mode, *group))
+        launched.succeeded(launch(folder, mode, *group, launcher=launcher))
         return folder
 
-    return lambda name: train("train", *QUICK) if name in QUICK else train("train and stop", *SLOW)
+    quick, slow = (launched.FORKED, "train", *QUICK), (launched.TORCHRUN, "train and stop", *SLOW)
+    return lambda name: train(*(quick if name in QUICK else slow))
 
 
 @pytest.fixture(scope="module")
