@@ -13,8 +13,6 @@ BUILDERS = {"full": cases.tiny_llama, "lora": functools.partial(cases.lora_llama
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "cosine", "weight_decay": 0.1}
 SECTIONS = {"sft": ADAM | {"seed": 7}, "dpo": ADAM | {"seed": 9, "beta": 0.3, "gradient_accumulation_steps": 2}}
 
-each_case = pytest.mark.parametrize("case", ["full", "lora"])
-
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory):
@@ -28,7 +26,7 @@ def by_hand(tmp_path_factory):
     return train
 
 
-@each_case
+@pytest.mark.parametrize("case", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_one_round_is_two_stage_training(case, by_hand, tmp_path):
     run = runs.train(BUILDERS[case](0), tmp_path, num_rounds=1, **SECTIONS)
     assert runs.same(cases.weights(run.model), by_hand(case, 1))
