@@ -3,7 +3,6 @@ import pathlib
 import subprocess
 import sys
 
-import launched
 import pytest
 from accelerate.utils import parse_flag_from_env
 
@@ -15,30 +14,28 @@ import pathlib, sys, time
 import torch
 from hbat.engines.processes import decided_by_main, is_main_process, process_count, wait_for_everyone
 
-if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    assert torch.distributed.get_world_size() == 2
-    file = pathlib.Path(sys.argv[1])
-    if is_main_process():
-        time.sleep(1.0)
-        file.write_text("here")
-    wait_for_everyone()
-    assert file.read_text() == "here"
-    assert is_main_process() == (torch.distributed.get_rank() == 0)
-    assert process_count() == 2
-    main = is_main_process()
-    assert decided_by_main(lambda: 7 if main else 1 / 0) == 7
-    assert decided_by_main(lambda: -1) == -1
-    try:
-        decided_by_main(lambda: 1 / 0)
-    except ZeroDivisionError:
-        assert main
-    except RuntimeError as error:
-        assert not main and str(error) == "Rank 0 stopped with an error; see its message."
-    else:
-        raise AssertionError
-    torch.distributed.destroy_process_group()
-    file.with_name(f"done-{int(main)}").touch()
+torch.distributed.init_process_group("gloo")
+assert torch.distributed.get_world_size() == 2
+file = pathlib.Path(sys.argv[1])
+if is_main_process():
+    time.sleep(1.0)
+    file.write_text("here")
+wait_for_everyone()
+assert file.read_text() == "here"
+assert is_main_process() == (torch.distributed.get_rank() == 0)
+assert process_count() == 2
+main = is_main_process()
+assert decided_by_main(lambda: 7 if main else 1 / 0) == 7
+assert decided_by_main(lambda: -1) == -1
+try:
+    decided_by_main(lambda: 1 / 0)
+except ZeroDivisionError:
+    assert main
+except RuntimeError as error:
+    assert not main and str(error) == "Rank 0 stopped with an error; see its message."
+else:
+    raise AssertionError
+torch.distributed.destroy_process_group()
 """
 
 
@@ -69,8 +66,8 @@ def test_two_processes_wait_for_what_the_main_one_writes(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     source = str(pathlib.Path(hbat.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, *launched.FORKED, program, "written"],
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program, "written"],
         capture_output=True,
         check=False,
         cwd=tmp_path,
@@ -78,5 +75,4 @@ def test_two_processes_wait_for_what_the_main_one_writes(tmp_path):
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    assert {file.name for file in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    assert launched.returncode == 0, launched.stderr

@@ -15,13 +15,11 @@ import transformers
 from safetensors.torch import load_file
 
 TIMEOUT = 600  # seconds; a process that is lost leaves the other waiting
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-#: The same by two forks of one process: for a run of every test, as it imports the libraries once.
-FORKED = (str(Path(__file__).with_name("forked.py")),)
-ACCELERATE = (
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [
+    "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-)  # fmt: skip
+]  # fmt: skip
 
 #: Largest difference that the order of sums makes, far below what training moves: up to 1.3e-6 with AVX-512.
 ROUNDING = 1e-5
@@ -34,7 +32,7 @@ def launch(worker, *arguments, launcher=TORCHRUN, environment=None, timeout=TIME
     hidden = ("PYTEST", "ACCELERATE", "FSDP")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     return subprocess.run(
-        [sys.executable, *launcher, str(Path(worker.__file__)), *map(str, arguments)],
+        [sys.executable, "-m", *launcher, str(Path(worker.__file__)), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

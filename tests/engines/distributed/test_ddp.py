@@ -24,13 +24,12 @@ def two(tmp_path_factory):
     """Folder of a run in two processes; the runs of a group share one start of the processes."""
 
     @functools.cache
-    def train(launcher, mode, *group):
+    def train(mode, *group):
         folder = tmp_path_factory.mktemp("two")
-        launched.succeeded(launch(folder, mode, *group, launcher=launcher))
+        launched.succeeded(launch(folder, mode, *group))
         return folder
 
-    quick, slow = (launched.FORKED, "train", *QUICK), (launched.TORCHRUN, "train and stop", *SLOW)
-    return lambda name: train(*(quick if name in QUICK else slow))
+    return lambda name: train("train", *QUICK) if name in QUICK else train("train and stop", *SLOW)
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 each_run = launched.marked(QUICK, SLOW)
 
 
-def launch(folder, mode, *names, environment=SHARDED, launcher=launched.TORCHRUN):
+def launch(folder, mode, *names, environment=SHARDED):
     told = fsdp_runs.LAUNCHED | {"FSDP_STATE_DICT_TYPE": environment["STATE_DICT_TYPE"]} if launched.BEFORE_5 else {}
-    return launched.launch(fsdp_runs, folder, mode, *names, launcher=launcher, environment=told | environment)
+    return launched.launch(fsdp_runs, folder, mode, *names, environment=told | environment)
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +35,12 @@ def two(tmp_path_factory):
     """Folder of a run in two processes; the runs of a group share one start of the processes."""
 
     @functools.cache
-    def train(launcher, mode, *group):
+    def train(mode, *group):
         folder = tmp_path_factory.mktemp("two")
-        # Not raised here, or each test would try again.
-        return folder, launch(folder, mode, *group, launcher=launcher)
-
-    quick, slow = (launched.FORKED, "train", *QUICK), (launched.TORCHRUN, "train and check", *SLOW)
+        return folder, launch(folder, mode, *group)  # not raised here, or each test would try again
 
     def trained(name="lora"):
-        folder, done = train(*(quick if name in QUICK else slow))
+        folder, done = train("train", *QUICK) if name in QUICK else train("train and check", *SLOW)
         launched.succeeded(done)
         return folder
 
