@@ -1,10 +1,6 @@
 """PPO as the stages of a run: the right reference in each, a critic that lives on, consolidation, and resume."""
 
 import functools
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import cases
@@ -12,7 +8,7 @@ import ppo_cases
 import pytest
 import runs
 import torch
-from kills import CutOffError, Kill
+from kills import CutOffError, Kill, run_until_killed
 from ppo_stages import MODELS, SAVES, build, train
 from transformers import TrainerCallback
 
@@ -202,30 +198,16 @@ def test_a_run_that_was_cut_off_ends_as_if_it_was_not(case, kill, options, whole
     assert_equal(train(case, tmp_path, resume=True, **options), tmp_path, whole(case))
 
 
-SCRIPT = """
-import os, signal, sys
-sys.path[:0] = {paths!r}
-import kills, ppo_stages, torch
-
-class Gone(kills.Kill):
-    def _hit(self, event, step):
-        if (self.current, event, step) == (self.stage, self.event, self.step):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    ppo_stages.train("full", sys.argv[1], callbacks=[Gone(3, "step", 5)], ppo=ppo_stages.SAVES)
+PROGRAM = """
+import kills, ppo_stages
+ppo_stages.train("full", sys.argv[1], callbacks=[kills.KillProcess(3, "step", 5)], ppo=ppo_stages.SAVES)
 """
 
 
 @pytest.mark.slow  # `trainer/test_resume.py` has one with SFT and DPO
 def test_a_process_that_was_killed_resumes_in_another(whole, tmp_path):
-    root = Path(__file__).parents[2]
-    script, folder = tmp_path / "killed.py", tmp_path / "run"
-    script.write_text(SCRIPT.format(paths=[str(root / "tests" / "support"), str(root / "src")]), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, check=False, env=os.environ)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
-    assert_equal(train("full", folder, resume=True, ppo=SAVES), folder, whole("full"))
+    run_until_killed(PROGRAM, tmp_path)
+    assert_equal(train("full", tmp_path, resume=True, ppo=SAVES), tmp_path, whole("full"))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -2,16 +2,13 @@
 
 import functools
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import cases
 import ppo_cases
 import pytest
 import torch
+from kills import run_until_killed
 from ppo_cases import build, logged, trained
 
 OPTIONS = {
@@ -139,11 +136,11 @@ def test_a_checkpoint_holds_no_rollout_at_its_end_and_nothing_pickled_of_ours(tm
     assert state["skips"] is False
 
 
-SCRIPT = """
-import os, signal, sys
-sys.path[:0] = {paths!r}
-import cases, ppo_cases
-from ppo import test_resume as module
+PROGRAM = """
+sys.path.insert(0, sys.argv[4])
+import os, signal
+import ppo_cases
+import test_resume as module
 
 calls = 0
 
@@ -160,30 +157,19 @@ class InUpdate(ppo_cases.PPOTrainer):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().compute_loss(*args, **kwargs)
 
-if __name__ == "__main__":
-    import torch
-    torch.set_num_threads(1)
-    make, options = module.settings(sys.argv[3])
-    options |= module.SAVES | {{"save_steps": 3}}
-    rows = ppo_cases.prompts(8)
-    ppo_cases.build(make(0), sys.argv[1], kind=InUpdate, rows=rows, reward_funcs=letters, **options).train()
+make, options = module.settings(sys.argv[3])
+options |= module.SAVES | {"save_steps": 3}
+rows = ppo_cases.prompts(8)
+ppo_cases.build(make(0), sys.argv[1], kind=InUpdate, rows=rows, reward_funcs=letters, **options).train()
 """
 
 
 @pytest.mark.slow  # processes; above, training is interrupted in one
 @pytest.mark.parametrize(("moment", "variant", "left"), [("rollout", "full", 6), ("update", "lora", 9)])
 def test_a_process_that_was_killed_resumes_in_another(moment, variant, left, whole, tmp_path):
-    tests = Path(__file__).parents[1]
-    script, folder = tmp_path / "killed.py", tmp_path / "run"
-    script.write_text(
-        SCRIPT.format(paths=[str(tests), str(tests / "support"), str(tests.parent / "src")]), encoding="utf-8"
-    )
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), moment, variant], capture_output=True, check=False, env=os.environ
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
-    assert [each.name for each in folder.glob("checkpoint-*")] == [f"checkpoint-{left}"]
-    assert_equal(resumed(variant, folder), whole(variant))
+    run_until_killed(PROGRAM, tmp_path, moment, variant, Path(__file__).parent)
+    assert [each.name for each in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{left}"]
+    assert_equal(resumed(variant, tmp_path), whole(variant))
 
 
 def test_the_critic_is_in_the_state_and_is_trained(whole):

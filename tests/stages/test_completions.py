@@ -7,7 +7,7 @@ import cases
 import pytest
 import runs
 from datasets import Dataset
-from transformers import TrainerCallback
+from kills import CutOffError, Kill
 
 from hbat.evaluation.rows import asked
 from hbat.reports.files import COMPLETIONS_FILE
@@ -18,38 +18,32 @@ ASKED = ["2 plus 2?", [{"role": "user", "content": "3 plus 3?"}]]
 EVALUATION = {"sft": cases.sft_rows(4, seed=5), "dpo": cases.preference_rows(4, seed=5)}
 
 
-class Cut(TrainerCallback):
-    def on_train_begin(self, args, state, control, **kwargs):
-        if "stage-001" in args.output_dir:
-            raise KeyboardInterrupt
-
-
 def test_every_prompt_is_completed_at_the_start_and_after_every_stage_and_training_stays_the_same(tmp_path):
-    with_texts = runs.train(cases.tiny_llama(), tmp_path / "with", sample_prompts=ASKED)
-    without = runs.train(cases.tiny_llama(), tmp_path / "without")
+    with_texts = runs.train(cases.tiny_llama(), tmp_path / "with", sample_prompts=ASKED, num_rounds=1)
+    without = runs.train(cases.tiny_llama(), tmp_path / "without", num_rounds=1)
     assert runs.same(cases.weights(with_texts.model), cases.weights(without.model))
     rows = read_completions(tmp_path / "with")
     assert [(row["stage"], row["prompt"]) for row in rows] == [
-        (stage, prompt) for stage in (-1, 0, 1, 2, 3) for prompt in ASKED
+        (stage, prompt) for stage in (-1, 0, 1) for prompt in ASKED
     ]
-    assert [row["objective"] for row in rows[::2]] == [None, "sft", "dpo", "sft", "dpo"]
-    assert len({row["completion"] for row in rows[::2]}) == 5  # as every stage changed the model
+    assert [row["objective"] for row in rows[::2]] == [None, "sft", "dpo"]
+    assert len({row["completion"] for row in rows[::2]}) == 3  # as every stage changed the model
     assert all(0 < row["tokens"] <= 128 for row in rows)
-    assert with_texts.matrix.has(3)
+    assert with_texts.matrix.has(1)
 
 
 def test_a_run_that_is_resumed_ends_with_the_texts_of_one_that_was_not_cut_off(tmp_path):
-    options = {"sample_prompts": 1, "evaluation": EVALUATION}
+    options = {"sample_prompts": 1, "evaluation": EVALUATION, "num_rounds": 1}
     runs.train(cases.tiny_llama(), tmp_path / "whole", **options)
-    with pytest.raises(KeyboardInterrupt):
-        runs.train(cases.tiny_llama(), tmp_path / "cut", callbacks=[Cut()], **options)
+    with pytest.raises(CutOffError):
+        runs.train(cases.tiny_llama(), tmp_path / "cut", callbacks=[Kill(1, "begin")], **options)
     assert {row["stage"] for row in read_completions(tmp_path / "cut")} == {-1, 0}
     runs.train(cases.tiny_llama(), tmp_path / "cut", resume=True, **options)
     assert read_completions(tmp_path / "cut") == read_completions(tmp_path / "whole")
 
 
 def test_a_run_that_starts_over_forgets_the_texts_before(tmp_path):
-    runs.train(cases.tiny_llama(), tmp_path, sample_prompts=["old"])
+    runs.train(cases.tiny_llama(), tmp_path, sample_prompts=["old"], num_rounds=1)
     run = runs.build_run(cases.tiny_llama(), tmp_path, sample_prompts=["new"], overwrite_output_dir=True, num_rounds=1)
     run.train()
     assert [(row["stage"], row["prompt"]) for row in read_completions(tmp_path)] == [

@@ -3,8 +3,8 @@
 import cases
 import pytest
 import runs
+from kills import CutOffError, Kill
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
-from transformers import TrainerCallback
 
 from hbat.stages.callbacks import KeepEpoch
 
@@ -28,22 +28,6 @@ def test_the_epoch_of_a_sampler_only_grows():
     KeepEpoch().on_train_begin(None, None, None, train_dataloader=None)
 
 
-class CutOffError(RuntimeError):
-    pass
-
-
-class Cut(TrainerCallback):
-    def __init__(self, stage):
-        self.stage, self.current = stage, -1
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.current += 1
-
-    def on_save(self, args, state, control, **kwargs):
-        if (self.current, state.global_step) == (self.stage, 7):
-            raise CutOffError
-
-
 @pytest.mark.parametrize(
     ("case", "stage"),
     [
@@ -60,7 +44,7 @@ def test_a_stage_cut_off_in_its_second_epoch_ends_as_if_it_was_not(case, stage, 
     saving = options | {name: options[name] | saves for name in ("sft", "dpo")}
     build = cases.MODEL_CASES[case]
     with pytest.raises(CutOffError):
-        runs.train(build(0), tmp_path / "run", callbacks=[Cut(stage)], **saving)
+        runs.train(build(0), tmp_path / "run", callbacks=[Kill(stage, "save", 7)], **saving)
     resumed = runs.train(build(0), tmp_path / "run", resume=True, **saving)
     whole = runs.train(build(0), tmp_path / "whole", **options)
     assert runs.same(cases.weights(resumed.model), cases.weights(whole.model))

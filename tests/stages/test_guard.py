@@ -135,8 +135,8 @@ def test_hooks_of_gradient_checkpointing_do_not_add_up_over_stages(tmp_path):
 
 def test_checkpointed_stages_train_the_same_weights(tmp_path):
     on = {runs.CHECKPOINTING: True}
-    plain = runs.train(CASES["lora"](0), tmp_path / "plain")
-    checkpointed = runs.train(CASES["lora"](0), tmp_path / "checkpointed", sft=on, dpo=on)
+    plain = runs.train(CASES["lora"](0), tmp_path / "plain", num_rounds=1)
+    checkpointed = runs.train(CASES["lora"](0), tmp_path / "checkpointed", num_rounds=1, sft=on, dpo=on)
     assert cases.largest_difference(cases.weights(plain.model), cases.weights(checkpointed.model)) < 1e-6
 
 

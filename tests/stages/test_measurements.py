@@ -5,7 +5,7 @@ import json
 import cases
 import pytest
 import runs
-from transformers import TrainerCallback
+from kills import CutOffError, Kill
 
 from hbat.config.hbat import HBATConfig
 from hbat.evaluation.completions import read_rows
@@ -19,12 +19,6 @@ def prompts(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{n} plus 1", "completion": f" {n + 1}"}) + "\n" for n in range(3)))
     return str(file)
-
-
-class Cut(TrainerCallback):
-    def on_train_begin(self, args, state, control, **kwargs):
-        if "stage-002" in args.output_dir:
-            raise KeyboardInterrupt
 
 
 def build(folder, evaluation, callbacks=None, *, evaluation_rows=False, **options):
@@ -57,6 +51,8 @@ def test_every_stage_gets_its_scores_and_training_stays_the_same(tmp_path, promp
     ]
     assert run.matrix.better_of("rouge") == "higher"
     assert [row["stage"] for row in run.matrix.rows if row["scores"].get("rouge")] == [-1, 0, 1, 2, 3]
+    folders = {f"stage-{stage}" for stage in (-1, 0, 1, 2, 3)}
+    assert {folder.name for folder in (tmp_path / "with" / "evaluation").iterdir()} == folders
     assert output.metrics["eval_rouge/rougeL"] == run.matrix.end["rouge"]["rougeL"]
     run.save_model()
     record = RunRecord.read(tmp_path / "with")
@@ -65,8 +61,8 @@ def test_every_stage_gets_its_scores_and_training_stays_the_same(tmp_path, promp
     assert "rougeL" in (tmp_path / "with" / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("after", "stages"), [("stage", [-1, 0, 1, 2, 3]), ("round", [-1, 1, 3]), ("end", [3])])
-def test_a_run_is_measured_after_stages_rounds_or_at_its_end(tmp_path, prompts, after, stages):
+@pytest.mark.parametrize(("after", "stages"), [("round", [-1, 1, 3]), ("end", [3])])
+def test_a_run_is_measured_after_its_rounds_or_at_its_end(tmp_path, prompts, after, stages):
     run = build(tmp_path / "run", measured(prompts, after=after))
     run.train()
     assert [row["stage"] for row in run.matrix.rows if "rouge" in row["scores"]] == stages
@@ -76,14 +72,14 @@ def test_a_run_is_measured_after_stages_rounds_or_at_its_end(tmp_path, prompts, 
 
 
 def test_a_run_that_is_resumed_has_the_scores_of_one_that_was_not_cut_off(tmp_path, prompts):
-    whole = build(tmp_path / "whole", measured(prompts))
+    whole = build(tmp_path / "whole", measured(prompts), num_rounds=1)
     whole.train()
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "cut", measured(prompts), callbacks=[Cut()]).train()
-    resumed = build(tmp_path / "cut", measured(prompts))
+    with pytest.raises(CutOffError):
+        build(tmp_path / "cut", measured(prompts), callbacks=[Kill(1, "begin")], num_rounds=1).train()
+    resumed = build(tmp_path / "cut", measured(prompts), num_rounds=1)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.matrix.as_dict() == whole.matrix.as_dict()
-    again = build(tmp_path / "cut", measured(prompts))
+    again = build(tmp_path / "cut", measured(prompts), num_rounds=1)
     again.train(resume_from_checkpoint=True)  # nothing is left
     assert again.matrix.as_dict() == whole.matrix.as_dict()
 

@@ -86,6 +86,7 @@ def test_the_proximal_method_pulls_after_each_step_as_the_formula_says(tmp_path)
     assert cases.largest_difference(cases.weights(without.model), expected) > 1e-4
 
 
+@pytest.mark.slow  # `state/test_consolidation.py` has this importance, `trainer/test_ewc.py` how any acts in a run
 def test_uniform_importance_pulls_every_element_alike(tmp_path):
     """With `normalization: mean` it is an L2 pull of strength / K, whatever the stages before did."""
     strength = 20.0
@@ -107,7 +108,8 @@ def test_uniform_importance_pulls_every_element_alike(tmp_path):
     assert cases.largest_difference(cases.weights(run.model), expected) < 1e-6
 
 
-@pytest.mark.parametrize("granularity", ["element", "tensor"])
+# Slow: `trainer/test_ewc.py` has displacements of both granularities, `state/test_consolidation.py` what is drawn.
+@pytest.mark.parametrize("granularity", ["element", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_random_importance_is_drawn_from_the_seed_and_leaves_displacement_alone(granularity, tmp_path):
     ewc = {"strength": 1.0, "source": "random", "granularity": granularity}
     run = runs.train(cases.tiny_llama(), tmp_path / "run", ewc=ewc, **SECTIONS)
@@ -151,7 +153,11 @@ def example(prompt, answer):
     return before + after, [-100] * len(before) + after
 
 
-@pytest.mark.parametrize(("options", "kind"), FISHER.values(), ids=FISHER)
+# Slow: on texts the numbers are worked out above.
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [pytest.param(*each, id=name, marks=pytest.mark.slow if name == "texts" else []) for name, each in FISHER.items()],
+)
 def test_the_fisher_of_any_format_of_rows_holds_the_next_stage(options, kind, tmp_path):
     data = {"sft": cases.sft_rows(8, 3, **kind), "dpo": cases.preference_rows(8, 3, **kind)}
     run = runs.train(

@@ -63,7 +63,7 @@ def test_a_fingerprint_is_plain_json(base):
     assert json.loads(json.dumps(base)) == base
 
 
-@pytest.mark.slow  # a run that another process resumes, in tests/trainer/test_damage.py, shows it as well
+@pytest.mark.slow  # a run that another process resumes, in tests/trainer/test_resume.py, shows it as well
 def test_a_fingerprint_is_the_same_in_another_process(base):
     program = "import json, test_fingerprint; print(json.dumps(test_fingerprint.described(), sort_keys=True))"
     here = pathlib.Path(__file__).resolve().parent

@@ -1,5 +1,11 @@
 """Runs that are cut off at one moment of one stage, and what a resumed run must equal."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import cases
 import runs
 from transformers import TrainerCallback
@@ -19,7 +25,10 @@ class Kill(TrainerCallback):
 
     def _hit(self, event, step):
         if (self.current, event, step) == (self.stage, self.event, self.step):
-            raise CutOffError
+            self._end()
+
+    def _end(self):
+        raise CutOffError
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.current += 1
@@ -36,6 +45,24 @@ class Kill(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._hit("evaluate", 0)
+
+
+class KillProcess(Kill):
+    """Kills its own process at one moment of one stage."""
+
+    def _end(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")]
+
+
+def run_until_killed(program, *arguments):
+    """Run a program that ends by SIGKILL, in a process of its own that finds this folder and the library."""
+    begin = f"import sys; sys.path[:0] = {PATHS!r}; import torch; torch.set_num_threads(1)\n"
+    command = [sys.executable, "-c", begin + program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
 
 
 def options(state, save_steps=None):

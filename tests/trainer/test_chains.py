@@ -8,10 +8,16 @@ from kills import CutOffError, Kill, assert_equal, options
 from hbat import HBATConfig, HBATTrainer, RunStateError
 
 
-def test_an_objective_trains_twice_in_a_round_with_rows_of_its_own(tmp_path):
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """Rows of a round in which an objective trains twice, and the weights at the end of plain trainers on them."""
     data = {"sft": cases.sft_rows(8, 1), "dpo": cases.preference_rows(8, 2), "sft_2": cases.sft_rows(8, 3)}
-    expected = runs.by_hand(cases.tiny_llama, tmp_path / "by-hand", data=data)[-1]
-    run = runs.train(cases.tiny_llama(), tmp_path / "run", data=data, objectives=["sft", "dpo", "sft"])
+    return data, runs.by_hand(cases.tiny_llama, tmp_path_factory.mktemp("by-hand"), data=data)[-1]
+
+
+def test_an_objective_trains_twice_in_a_round_with_rows_of_its_own(twice, tmp_path):
+    data, expected = twice
+    run = runs.train(cases.tiny_llama(), tmp_path, data=data, objectives=["sft", "dpo", "sft"])
     assert runs.same(cases.weights(run.model), expected)
 
 
@@ -64,9 +70,9 @@ def test_a_share_that_leaves_too_few_rows_is_refused(tmp_path):
         runs.build_run(cases.tiny_llama(), tmp_path, num_rounds=1, rounds=[{"sft": 0.01, "dpo": 1}])
 
 
-def test_a_trainer_is_named_by_its_class_and_has_the_checks_of_its_kind(tmp_path):
+def test_a_trainer_is_named_by_its_class_and_has_the_checks_of_its_kind(twice, tmp_path):
     entry = {"name": "code", "trainer": "trl.SFTTrainer", "args": runs.section()}
-    data = {"sft": cases.sft_rows(8, 1), "dpo": cases.preference_rows(8, 2), "sft_2": cases.sft_rows(8, 3)}
+    data, expected = twice
     named = HBATConfig(
         output_dir=str(tmp_path / "run"), objectives=["sft", "dpo", entry], sft=runs.section(), dpo=runs.section(),
         num_rounds=2, ewc=None, optimizer_state="reset", disable_tqdm=True, seed=runs.SEED,
@@ -74,7 +80,7 @@ def test_a_trainer_is_named_by_its_class_and_has_the_checks_of_its_kind(tmp_path
     model = cases.tiny_llama()
     rows = {"sft": data["sft"], "dpo": data["dpo"], "code": data["sft_2"]}
     HBATTrainer(model, named, rows, processing_class=cases.tiny_tokenizer()).train()
-    assert runs.same(cases.weights(model), runs.by_hand(cases.tiny_llama, tmp_path / "by-hand", data=data)[-1])
+    assert runs.same(cases.weights(model), expected)
     rows["code"] = rows["code"].map(lambda row: row | {"completion": ""})
     with pytest.raises(ValueError, match=r"train_dataset\['code'\], row 0, field `completion`: the text is empty"):
         HBATTrainer(model, named, rows, processing_class=cases.tiny_tokenizer())

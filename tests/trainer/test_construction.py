@@ -209,8 +209,7 @@ def test_arguments_of_another_class_are_refused(tmp_path):
         HBATTrainer(cases.tiny_llama(), trl.SFTConfig(output_dir=str(tmp_path), bf16=False), runs.rows())
 
 
-@pytest.mark.parametrize("name", ["stage args", "trainer"])
-def test_construction_leaves_weights_and_folder_alone(name, tmp_path):
+def test_construction_leaves_weights_and_folder_alone(tmp_path):
     model = cases.tiny_llama()
     before = cases.weights(model)
     runs.build_run(model, tmp_path)

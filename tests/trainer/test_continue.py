@@ -4,18 +4,14 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import cases
 import pytest
 import runs
 from faults import flip_a_bit, remove, truncate
-from kills import CutOffError, Kill, options
+from kills import CutOffError, Kill, options, run_until_killed
 
 from hbat.reports.matrix import markdown_table
 from hbat.state.manifest import RunStateError
@@ -161,49 +157,42 @@ def test_a_schedule_over_the_rounds_is_that_of_the_new_rounds(first, tmp_path):
 
 # --- killed and resumed ----------------------------------------------------------------------------------------------
 
-SCRIPT = """
-import os, signal, sys
-sys.path[:0] = {paths!r}
-sys.path.insert(0, {here!r})
+
+def test_a_run_that_was_cut_off_after_its_start_resumes_without_the_other(first, whole, tmp_path):
+    source, folder = tmp_path / "first", tmp_path / "run"
+    shutil.copytree(first("full"), source)
+    with pytest.raises(CutOffError):
+        second(folder, source, callbacks=[Kill(1, "step", 2)], sft=SAVES, dpo=SAVES).train()
+    assert (folder / "stage-003-dpo" / "checkpoint-1").is_dir()
+    shutil.rmtree(source)
+    run = second(folder, source, sft=SAVES, dpo=SAVES)
+    run.train(resume_from_checkpoint=True)
+    assert_is_whole(run, folder, whole("full"))
+
+
+PROGRAM = """
+folder, source, kill, case, here = sys.argv[1:]
+sys.path.insert(0, here)
 import test_continue as here
+from kills import KillProcess
 from hbat.state.folder import RunFolder
 
-kill, case = sys.argv[3:]
-end = lambda: os.kill(os.getpid(), signal.SIGKILL)
-
-class Gone(here.Kill):
-    def _hit(self, event, step):
-        if (self.current, event, step) == (self.stage, self.event, self.step):
-            end()
-
-if __name__ == "__main__":
-    here.runs.torch.set_num_threads(1)
-    if kill == "start":
-        RunFolder.commit = lambda *arguments: end()
-    saves = {{"sft": here.SAVES, "dpo": here.SAVES}}
-    here.second(sys.argv[1], sys.argv[2], case, callbacks=[Gone(1, "step", 2)], **saves).train()
+killer = KillProcess(1, "step", 2)
+if kill == "start":
+    RunFolder.commit = lambda *arguments: killer._end()
+here.second(folder, source, case, callbacks=[killer], sft=here.SAVES, dpo=here.SAVES).train()
 """
 SAVES = options("carry", 1)["sft"]
 
 
-@pytest.mark.parametrize(
-    ("case", "kill"),
-    [
-        ("lora", "start"),
-        pytest.param("lora", "step", marks=pytest.mark.slow),
-        pytest.param("full", "start", marks=pytest.mark.slow),
-        pytest.param("full", "step", marks=pytest.mark.slow),
-    ],
-)
+# Processes: `state/test_continued.py` cuts the start off at every operation on files, and a stage is cut off above.
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", ["start", "step"])
+@both_models
 def test_a_killed_run_resumes_and_after_its_start_needs_the_other_no_more(case, kill, first, whole, tmp_path):
-    root = Path(__file__).parents[2]
-    script, folder, source = tmp_path / "killed.py", tmp_path / "run", tmp_path / "first"
+    folder, source = tmp_path / "run", tmp_path / "first"
     shutil.copytree(first(case), source)
-    paths = [str(root / "tests" / "support"), str(root / "src")]
-    script.write_text(SCRIPT.format(paths=paths, here=str(Path(__file__).parent)), encoding="utf-8")
-    command = [sys.executable, str(script), str(folder), str(source), kill, case]
-    done = subprocess.run(command, capture_output=True, check=False, env=os.environ)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    run_until_killed(PROGRAM, folder, source, kill, case, Path(__file__).parent)
     if kill == "start":
         assert (folder / "state" / "importance-dpo-001.safetensors").is_file()
         assert not (folder / "hbat_state.json").exists()
@@ -284,7 +273,7 @@ def test_another_model_is_refused(first, tmp_path):
 
 
 def test_without_ewc_no_importance_goes_along_and_without_moments_none(first, tmp_path):
-    second(tmp_path / "plain", first("full"), ewc=None, optimizer_state="reset").train()
+    second(tmp_path / "plain", first("full"), ewc=None, optimizer_state="reset", evaluation=None).train()
     assert manifest(tmp_path / "plain")["files"].keys() == {"weights", "initial"}
     other = {"optim": "sgd", "max_steps": 1}
     run = second(tmp_path / "other", first("full"), sft=other)
@@ -295,7 +284,7 @@ def test_without_ewc_no_importance_goes_along_and_without_moments_none(first, tm
 def test_a_run_without_importance_is_continued_with_a_warning(tmp_path, caplog):
     runs.train(cases.tiny_llama(), tmp_path / "plain", num_rounds=1)
     with caplog.at_level(logging.WARNING, "hbat.state.continued"):
-        run = second(tmp_path / "run", tmp_path / "plain")
+        run = second(tmp_path / "run", tmp_path / "plain", evaluation=None)
     assert "left no importance (its `ewc` was off), so it holds nothing back" in caplog.text
     run.train()
     assert {"importance-sft", "importance-dpo"} < manifest(tmp_path / "run")["files"].keys()

@@ -114,8 +114,9 @@ SILENT = {"manifest of the previous state"}  # of no use to the run unless the n
 
 #: What takes the same path as the file above it.
 SAME_PATH = {
-    "displacement of the newest state", "moments of the newest state", "checkpoint: schedule",
-    "checkpoint: random states", "checkpoint: state", "checkpoint: arguments",
+    "importance of the newest state", "displacement of the newest state", "moments of the newest state",
+    "checkpoint: optimizer", "checkpoint: schedule", "checkpoint: random states", "checkpoint: state",
+    "checkpoint: arguments", "checkpoint: path integral",
 }  # fmt: skip
 
 
@@ -275,6 +276,21 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_the_run_resumes(whole, tmp_
 
 # --- two processes on one folder -------------------------------------------------------------------------------------
 
+
+def test_a_second_run_is_kept_out_while_the_first_trains(tmp_path):
+    class Second(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(RunStateError, match=r"Another process \(process .* on .*\) trains into") as refusal:
+                second.train(resume_from_checkpoint=True)
+            refused.append(refusal)
+
+    refused, options = [], {"objectives": ["sft"], "data": {"sft": cases.sft_rows(8)}, "num_rounds": 1}
+    second = runs.build_run(cases.tiny_llama(), tmp_path, **options)
+    runs.train(cases.tiny_llama(), tmp_path, callbacks=[Second()], **options)
+    assert len(refused) == runs.STEPS
+    assert second.train(resume_from_checkpoint=True).global_step == runs.STEPS
+
+
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
@@ -292,6 +308,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow  # a process; `state/test_lock.py` kills one that holds the lock, `test_resume.py` one that trains
 def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path):
     root = Path(__file__).parents[2]
     script, folder = tmp_path / "first.py", tmp_path / "run"

@@ -33,7 +33,10 @@ ADAPTERS = {
     "IA3": IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
     "VeRA": VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
 }
-each_adapter = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+#: Slow: `model/test_adapters.py` has the copy of every kind, and what constructors compute with it.
+each_adapter = pytest.mark.parametrize(
+    "name", ["LoRA on embeddings", *(pytest.param(key, marks=pytest.mark.slow) for key in list(ADAPTERS)[1:])]
+)
 
 
 def check_start(run, preference):
@@ -51,17 +54,15 @@ def check_start(run, preference):
 
 @pytest.mark.parametrize("precompute", [True, pytest.param(False, marks=pytest.mark.slow)])
 @each_adapter
-def test_the_reference_of_an_adapter_of_any_kind_is_the_stages_start(adapter, precompute, tmp_path):
+def test_the_reference_of_an_adapter_of_any_kind_is_the_stages_start(name, precompute, tmp_path):
     dpo = {"precompute_ref_log_probs": precompute}
-    run = runs.train(cases.random_adapter(adapter), tmp_path, dpo=dpo)
+    run = runs.train(cases.random_adapter(ADAPTERS[name]), tmp_path, dpo=dpo)
     check_start(run, "dpo")
     assert any(reward != 0.0 for reward in runs.logged(run, "dpo/rewards/chosen"))
 
 
 @runs.needs_kto
-@pytest.mark.parametrize(
-    "name", ["LoRA on embeddings", *(pytest.param(key, marks=pytest.mark.slow) for key in list(ADAPTERS)[1:])]
-)
+@each_adapter
 def test_the_reference_that_kto_computes_beforehand_is_the_stages_start(name, tmp_path):
     kto = runs.section(precompute_ref_log_probs=True)
     run = runs.train(
@@ -73,8 +74,9 @@ def test_the_reference_that_kto_computes_beforehand_is_the_stages_start(name, tm
 
 @pytest.mark.parametrize("build", [cases.tiny_llama, pytest.param(cases.lora_llama, marks=pytest.mark.slow)])
 def test_precomputed_reference_log_probabilities_change_no_score(tmp_path, build):
+    evaluation = {"dpo": EVALUATION["dpo"]}
     scores = [
-        runs.train(build(), tmp_path / str(early), evaluation={"dpo": EVALUATION["dpo"]}, dpo=dpo).matrix.series("dpo")
+        runs.train(build(), tmp_path / str(early), num_rounds=1, evaluation=evaluation, dpo=dpo).matrix.series("dpo")
         for early, dpo in ((False, {}), (True, {"precompute_ref_log_probs": True}))
     ]
     assert scores[1] == pytest.approx(scores[0], abs=1e-5)

@@ -10,6 +10,7 @@ import qlora_cases
 import runs
 import torch
 import yaml
+from kills import CutOffError, Kill
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -168,24 +169,6 @@ ADAM = {"optim": "adamw_torch", "lr_scheduler_type": "cosine"}
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 
 
-class CutOffError(RuntimeError):
-    pass
-
-
-class Cut(TrainerCallback):
-    """Raises after a step of a stage."""
-
-    def __init__(self, stage, step):
-        self.stage, self.step, self.current = stage, step, -1
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.current += 1
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if (self.current, state.global_step) == (self.stage, self.step):
-            raise CutOffError
-
-
 def options(preference, optim="adamw_torch", *, saves=False):
     more = ADAM | {"optim": optim} | (SAVES if saves else {})
     steps = qlora_cases.PPO if preference == "ppo" else {"max_steps": 3}
@@ -219,15 +202,16 @@ def assert_resumes(kind, preference, cut, expected, saved, folder, optim="adamw_
 @pytest.mark.parametrize(
     ("kind", "preference", "stage"),
     [
-        ("4-bit", "dpo", 3),
         ("8-bit", "ppo", 3),
+        # With moments in 8 bits it is below.
+        pytest.param("4-bit", "dpo", 3, marks=pytest.mark.slow),
         pytest.param("4-bit", "dpo", 2, marks=pytest.mark.slow),
         pytest.param("8-bit", "dpo", 3, marks=pytest.mark.slow),
         pytest.param("4-bit", "ppo", 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_cut_off_ends_as_if_it_was_not(kind, preference, stage, whole, saved, tmp_path):
-    assert_resumes(kind, preference, Cut(stage, 2), whole(kind, preference), saved, tmp_path)
+    assert_resumes(kind, preference, Kill(stage, "step", 2), whole(kind, preference), saved, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +227,9 @@ def test_a_run_that_was_cut_off_ends_as_if_it_was_not(kind, preference, stage, w
 def test_a_run_is_not_resumed_with_another_quantisation(kind, more, named, saved, tmp_path):
     settings = options("dpo", saves=True)
     with pytest.raises(CutOffError):
-        qlora_cases.train(qlora_cases.qlora(saved, "4-bit"), tmp_path, "dpo", callbacks=[Cut(0, 1)], **settings)
+        qlora_cases.train(
+            qlora_cases.qlora(saved, "4-bit"), tmp_path, "dpo", callbacks=[Kill(0, "step", 1)], **settings
+        )
     with pytest.raises(RunStateError, match=named):
         qlora_cases.train(qlora_cases.qlora(saved, kind, **more), tmp_path, "dpo", resume=True, **settings)
 
@@ -264,6 +250,7 @@ def test_recomputed_activations_change_nothing(kind, preference, saved, tmp_path
             tmp_path / str(recompute),
             preference,
             sections={"sft": more, preference: steps | more},
+            num_rounds=1,
         )
         ends.append(cases.weights(run.model))
     assert runs.same(*ends)
@@ -294,7 +281,7 @@ def test_moments_in_eight_bits_are_carried_on_disk(optim, whole, saved, tmp_path
 @each_optimizer
 @on_the_cpu
 def test_a_run_with_moments_in_eight_bits_resumes_to_the_last_bit(optim, whole, saved, tmp_path):
-    assert_resumes("4-bit", "dpo", Cut(3, 2), whole("4-bit", "dpo", optim), saved, tmp_path, optim)
+    assert_resumes("4-bit", "dpo", Kill(3, "step", 2), whole("4-bit", "dpo", optim), saved, tmp_path, optim)
 
 
 # --- from the command line to a merged model -------------------------------------------------------------------------

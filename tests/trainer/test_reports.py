@@ -184,8 +184,9 @@ def test_evaluation_alone_before_training_changes_nothing(case, tmp_path):
     "build", [cases.tiny_llama, cases.embedding_lora, pytest.param(cases.lora_llama, marks=pytest.mark.slow)]
 )
 def test_evaluation_between_stages_does_not_change_what_is_trained(build, tmp_path):
-    with_scores = runs.train(build(0), tmp_path / "with", evaluation=EVALUATION, ewc={"strength": 1.0})
-    without = runs.train(build(0), tmp_path / "without", ewc={"strength": 1.0})
+    options = {"num_rounds": 1, "ewc": {"strength": 1.0}}
+    with_scores = runs.train(build(0), tmp_path / "with", evaluation=EVALUATION, **options)
+    without = runs.train(build(0), tmp_path / "without", **options)
     assert runs.same(cases.weights(with_scores.model), cases.weights(without.model))
 
 

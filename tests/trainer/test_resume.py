@@ -2,16 +2,11 @@
 
 import functools
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import cases
 import pytest
 import runs
-from kills import CutOffError, Kill, assert_equal, options
+from kills import CutOffError, Kill, assert_equal, options, run_until_killed
 from transformers import TrainerCallback
 
 from hbat.state.files import digest
@@ -46,8 +41,9 @@ def whole(tmp_path_factory):
     return train
 
 
-# Each way to be cut off once, and the most involved one with every model and state. Slow: what takes the same path.
-SAME_PATH = {"at the start", "between stages", "in the last stage"}
+# Each way to be cut off once, and the most involved one with every model and state. Slow: what takes the same path,
+# and what is below by the death of a process, and in every stage.
+SAME_PATH = {"at the start", "between stages", "in the last stage", "inside a stage with a checkpoint"}
 CUTS = [
     pytest.param("full", "carry", name, marks=[pytest.mark.slow] if name in SAME_PATH else []) for name in KILLS
 ] + [
@@ -69,6 +65,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_was_not(case, state, kill, whole, 
 
 
 def test_a_run_can_be_cut_off_again_and_again(whole, tmp_path):
+    """The first time it is resumed where there is no run, which starts one."""
     settings = options("carry", 1)
     for stage in range(4):  # the callback counts the stages from the one at which its run goes on
         with pytest.raises(CutOffError):
@@ -97,42 +94,20 @@ def test_a_run_cut_off_while_it_is_evaluated_evaluates_again(tmp_path, monkeypat
     assert_equal(runs.train(BUILDERS["full"](0), tmp_path / "run", resume=True, **settings), expected)
 
 
-SCRIPT = """
-import os, signal, sys
-sys.path[:0] = {paths!r}
+PROGRAM = """
 import cases, kills, runs
-
-class Gone(kills.Kill):
-    def _hit(self, event, step):
-        if (self.current, event, step) == (2, "step", 2):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-if __name__ == "__main__":
-    runs.torch.set_num_threads(1)
-    runs.train(cases.tiny_llama(), sys.argv[1], callbacks=[Gone(2, "step", 2)], **kills.options("carry", 1))
+runs.train(cases.tiny_llama(), sys.argv[1], callbacks=[kills.KillProcess(2, "step", 2)], **kills.options("carry", 1))
 """
 
 
 def test_a_process_that_was_killed_resumes_in_another(whole, tmp_path):
-    root = Path(__file__).parents[2]
-    script, folder = tmp_path / "killed.py", tmp_path / "run"
-    paths = [str(root / "tests" / "support"), str(root / "src")]
-    script.write_text(SCRIPT.format(paths=paths), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, check=False, env=os.environ)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
-    assert (folder / "stage-002-sft" / "checkpoint-1").is_dir()
-    resumed = runs.train(BUILDERS["full"](0), folder, resume=True, **options("carry", 1))
+    run_until_killed(PROGRAM, tmp_path)
+    assert (tmp_path / "stage-002-sft" / "checkpoint-1").is_dir()
+    resumed = runs.train(BUILDERS["full"](0), tmp_path, resume=True, **options("carry", 1))
     assert_equal(resumed, whole("full", "carry"))
 
 
 # --- when a run may start, and when go on ----------------------------------------------------------------------------
-
-
-def test_resuming_where_there_is_no_run_starts_one_and_a_folder_with_a_run_is_not_started_over(tmp_path):
-    runs.train(cases.tiny_llama(), tmp_path, num_rounds=1, resume=True)
-    assert json.loads((tmp_path / "hbat_state.json").read_text())["next_stage"] == 2
-    with pytest.raises(RunStateError, match=r"a run already\. Pass `resume_from_checkpoint=True`"):
-        runs.train(cases.tiny_llama(), tmp_path, num_rounds=1)
 
 
 def test_a_finished_run_returns_its_result_at_once(tmp_path):
@@ -176,14 +151,14 @@ def test_a_run_is_not_resumed_with_another_model(cut_off):
         runs.train(cases.tiny_llama(hidden=16), cut_off, resume=True)
 
 
-@pytest.mark.parametrize("allowed", [(), ("ewc.source",), ("ewc.",)])
-def test_a_run_is_not_resumed_with_another_source_of_importance(allowed, tmp_path):
+def test_a_run_is_not_resumed_with_another_source_of_importance_though_it_was_allowed(tmp_path):
     with pytest.raises(CutOffError):
         runs.train(cases.tiny_llama(), tmp_path, ewc={}, callbacks=[Kill(1, "begin")])
     run = runs.build_run(cases.tiny_llama(), tmp_path, ewc={"source": "relative"})
-    message = r"`ewc\.source` cannot change within a run: " if allowed else r"ewc\.source: 'path' -> 'relative'"
-    with pytest.raises(RunStateError, match=message):
-        run.train(resume_from_checkpoint=True, allow_changed=allowed)
+    for allowed in [(), ("ewc.source",), ("ewc.",)]:
+        message = r"`ewc\.source` cannot change within a run: " if allowed else r"ewc\.source: 'path' -> 'relative'"
+        with pytest.raises(RunStateError, match=message):
+            run.train(resume_from_checkpoint=True, allow_changed=allowed)
 
 
 def test_what_only_concerns_logs_and_checkpoints_may_change(cut_off, tmp_path):
