@@ -686,13 +686,3 @@ def test_the_command_prints_the_run_file_and_nothing_else(folder, capsys):
         assert captured.out == ""
         assert captured.err.startswith("hbat: error: ")
         assert says in captured.err
-
-
-def test_the_command_imports_nothing_heavy(folder):
-    (folder / "sft.yaml").write_text(yaml.safe_dump(SFT))
-    program = (
-        "import sys; from hbat.cli.main import main; assert main(['migrate', 'sft.yaml']) == 0;"
-        "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'peft'} & {*sys.modules}))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
