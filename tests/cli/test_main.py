@@ -8,8 +8,9 @@ import threading
 import time
 
 import pytest
+import run_files
 import yaml
-from cases import CHEAP_ARGS, preference_rows, sft_rows, tiny_llama, tiny_tokenizer
+from cases import CHEAP_ARGS, preference_rows, sft_rows
 from runs import CHECKPOINTING
 from safetensors.torch import load_file
 from transformers import TrainingArguments
@@ -24,10 +25,7 @@ HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "nump
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return run_files.save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +350,7 @@ def test_files_of_other_layouts_and_a_trainer_by_name_are_trained_on(hbat, value
     (tmp_path / "alpaca.json").write_text(json.dumps(alpaca))
     turns = [{"conversations": [{"from": "human", "value": f"Is it {number}?"}]} for number in range(8)]
     sides = {"chosen": {"from": "gpt", "value": "Yes, it is."}, "rejected": {"from": "gpt", "value": "No."}}
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | sides) + "\n" for row in turns))
+    run_files.write_rows(tmp_path / "pairs.jsonl", [row | sides for row in turns])
     (tmp_path / "watch.py").write_text(
         "from transformers import TrainerCallback\n"
         "class Watch(TrainerCallback):\n"
@@ -451,9 +449,7 @@ def test_what_the_user_can_correct_is_one_line_with_status_2_and_leaves_nothing(
 
 def test_a_faulty_row_is_named(hbat, values, tmp_path):
     rows = [*preference_rows(3).to_list(), {"prompt": "a", "chosen": " b", "rejected": " b"}]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values["datasets"]["dpo"] = str(file)
+    values["datasets"]["dpo"] = run_files.write_rows(tmp_path / "pairs.jsonl", rows)
     message = refusal(hbat("train"))
     assert "dpo" in message
     assert "row 3" in message

@@ -1,10 +1,10 @@
 """Tasks of lm-eval from local files: the same as lm-eval by hand."""
 
-import json
 import random
 
 import cases
 import pytest
+import run_files
 import torch
 
 from hbat.config.evaluation import EvalConfig
@@ -42,7 +42,7 @@ metric_list:
 @pytest.fixture
 def task(tmp_path):
     rows = [{"question": f"{number} plus 2 is ", "answer": number % 3} for number in range(9)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_files.write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "sums.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
     return str(tmp_path / "sums.yaml")
 

@@ -1,5 +1,3 @@
-import os
-
 import pytest
 import torch
 from faults import every_damage
@@ -41,10 +39,7 @@ def commit_boundary(folder, number):
     folder.commit(state)
 
 
-@pytest.fixture(autouse=True)
-def _fast_disk(monkeypatch):
-    """Waiting for the disk takes most of the time here, and a test outlives no power cut."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 
 # --- round trip ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 import json
-import os
 
 import pytest
 import torch
@@ -66,10 +65,7 @@ def finish(run, stage, *, steps=5, importance=True, moments=True, kept=None):
     )
 
 
-@pytest.fixture(autouse=True)
-def _fast_disk(monkeypatch):
-    """Waiting for the disk takes most of the time here, and a test outlives no power cut."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 
 def test_a_run_starts_with_its_weights_on_disk(tmp_path):
