@@ -45,15 +45,19 @@ MATHEMATICS = {
 #: The front door imports from everywhere; it is checked on its own.
 DOOR = "__init__.py"
 
-each_file = pytest.mark.parametrize("name", FILES)
-each_room = pytest.mark.parametrize("name", [name for name in FILES if name != DOOR])
+ROOMS = [name for name in FILES if name != DOOR]
 
 
 def module_of(name):
     return "hbat." + name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
-FILE_OF = {module_of(name): name for name in FILES if name != DOOR} | {"hbat": DOOR}
+FILE_OF = {module_of(name): name for name in ROOMS} | {"hbat": DOOR}
+
+
+def offences(found, names=FILES):
+    """What a rule finds in the files that break it, by name: all of them, so that one run of the tests names them."""
+    return {f"src/hbat/{name}": offence for name in names if (offence := found(name))}
 
 
 def imported(name):
@@ -78,14 +82,14 @@ def wing(name):
     return name.split("/")[0].removesuffix(".py")
 
 
-@each_room
-def test_a_file_imports_only_from_its_own_wing_or_one_before_it(name):
-    if name == "__main__.py":
-        return
-    wrong = [each for each in own(name) - {DOOR} if ORDER.index(wing(each)) > ORDER.index(wing(name))]
+def test_a_file_imports_only_from_its_own_wing_or_one_before_it():
+    def later(name):
+        return [each for each in own(name) - {DOOR} if ORDER.index(wing(each)) > ORDER.index(wing(name))]
+
+    wrong = offences(later, [name for name in ROOMS if name != "__main__.py"])
     assert not wrong, (
-        f"src/hbat/{name} imports {wrong}, from later wings: {' < '.join(ORDER)}. Move what it needs "
-        "to an earlier wing, or the file to a later one."
+        f"{wrong} import from later wings: {' < '.join(ORDER)}. Move what they need to an earlier wing, or the file "
+        "to a later one."
     )
 
 
@@ -110,16 +114,18 @@ def test_only_the_engines_wing_names_an_engine():
     assert {name for name in found if wing(name) != "engines"} == NAMES_ENGINES
 
 
-@each_room
-def test_every_patch_on_a_trainer_stands_in_one_file(name):
-    assigned = [
-        (node.lineno, ast.unparse(target))
-        for node in ast.walk(TREES[name])
-        if isinstance(node, ast.Assign) and ast.unparse(node.value) != "None"
-        for target in node.targets
-    ]
-    found = [(line, target) for line, target in assigned if re.search(r"(trainer|accelerator|sampler)\.\w+$", target)]
-    assert not found, f"src/hbat/{name} patches {found}: that belongs into engines/patches.py, with its undo."
+def test_every_patch_on_a_trainer_stands_in_one_file():
+    def patches(name):
+        assigned = [
+            (node.lineno, ast.unparse(target))
+            for node in ast.walk(TREES[name])
+            if isinstance(node, ast.Assign) and ast.unparse(node.value) != "None"
+            for target in node.targets
+        ]
+        return [each for each in assigned if re.search(r"(trainer|accelerator|sampler)\.\w+$", each[1])]
+
+    found = offences(patches, ROOMS)
+    assert not found, f"{found}: patches belong into engines/patches.py, with their undo."
 
 
 def test_only_the_faces_come_in_by_the_front_door():
@@ -143,10 +149,11 @@ def test_nothing_imports_in_a_circle():
         visit(name, [])
 
 
-@each_room
-def test_our_own_modules_that_are_imported_exist(name):
-    missing = [each for each in imported(name) if each.split(".")[0] == "hbat" and each not in FILE_OF]
-    assert not missing, f"src/hbat/{name} imports {missing}"
+def test_our_own_modules_that_are_imported_exist():
+    def missing(name):
+        return [each for each in imported(name) if each.split(".")[0] == "hbat" and each not in FILE_OF]
+
+    assert not offences(missing, ROOMS)
 
 
 def test_every_folder_is_a_package():
@@ -172,23 +179,22 @@ def test_no_test_imports_another():
 # --- how files look --------------------------------------------------------------------------------------------------
 
 
-@each_file
-def test_a_file_is_named_for_what_it_owns(name):
-    parts = set(pathlib.PurePath(name).with_suffix("").parts)
-    assert not {"utils", "util", "base", "common", "helpers", "misc"} & parts
+def test_a_file_is_named_for_what_it_owns():
+    vague = {"utils", "util", "base", "common", "helpers", "misc"}
+    assert not offences(lambda name: vague & {*pathlib.PurePath(name).with_suffix("").parts})
 
 
-@each_file
-def test_a_file_begins_by_saying_what_it_owns(name):
-    assert ast.get_docstring(TREES[name])
+def test_a_file_begins_by_saying_what_it_owns():
+    assert not offences(lambda name: not ast.get_docstring(TREES[name]))
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.endswith("/__init__.py")])
-def test_a_wing_says_what_each_of_its_files_does(name):
-    said = ast.get_docstring(TREES[name])
-    folder = (SOURCE / name).parent
-    files = {file.stem for file in folder.iterdir() if file.suffix == ".py" or (file / DOOR).is_file()} - {"__init__"}
-    assert not [file for file in sorted(files) if not re.search(rf"`{file}/?`", said)]
+def test_a_wing_says_what_each_of_its_files_does():
+    def untold(name):
+        said, folder = ast.get_docstring(TREES[name]), (SOURCE / name).parent
+        files = {each.stem for each in folder.iterdir() if each.suffix == ".py" or (each / DOOR).is_file()}
+        return [file for file in sorted(files - {"__init__"}) if not re.search(rf"`{file}/?`", said)]
+
+    assert not offences(untold, [name for name in FILES if name.endswith("/__init__.py")])
 
 
 def _calls(name):
@@ -197,39 +203,24 @@ def _calls(name):
             yield node.lineno, ast.unparse(node.func)
 
 
-@each_file
-def test_no_file_asserts(name):
-    found = [node.lineno for node in ast.walk(TREES[name]) if isinstance(node, ast.Assert)]
-    assert not found, f"src/hbat/{name} lines {found}: raise an exception; `python -O` drops assertions."
+def test_no_file_asserts():
+    found = offences(lambda name: [node.lineno for node in ast.walk(TREES[name]) if isinstance(node, ast.Assert)])
+    assert not found, f"{found}: raise an exception; `python -O` drops assertions."
 
 
-@each_file
-def test_no_file_but_command_line_and_demo_prints(name):
-    found = [line for line, called in _calls(name) if called == "print"]
-    assert not found or name.startswith("cli/"), f"src/hbat/{name} lines {found}"
+def test_no_file_but_command_line_and_demo_prints():
+    others = [name for name in FILES if not name.startswith("cli/")]
+    assert not offences(lambda name: [line for line, called in _calls(name) if called == "print"], others)
 
 
-@each_file
-def test_nothing_is_unpickled_or_evaluated(name):
-    forbidden = {"torch.load", "eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "__import__"}
-    found = [(line, called) for line, called in _calls(name) if called in forbidden]
-    assert not found
-    assert not {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} & {
-        each.split(".")[0] for each in imported(name)
-    }
+def test_nothing_is_unpickled_or_evaluated():
+    calls = {"torch.load", "eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "__import__"}
+    packages = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    assert not offences(lambda name: [(line, called) for line, called in _calls(name) if called in calls])
+    assert not offences(lambda name: packages & {each.split(".")[0] for each in imported(name)})
 
 
-def _functions_imported(name):
-    return {
-        (node.module, each.name)
-        for node in ast.walk(TREES[name])
-        if isinstance(node, ast.ImportFrom)
-        for each in node.names
-    }
-
-
-@each_file
-def test_what_may_not_be_called_is_not_imported_under_another_name(name):
+def test_what_may_not_be_called_is_not_imported_under_another_name():
     forbidden = {
         ("torch", "load"),
         ("yaml", "load"),
@@ -237,7 +228,12 @@ def test_what_may_not_be_called_is_not_imported_under_another_name(name):
         ("yaml", "UnsafeLoader"),
         ("yaml", "FullLoader"),
     }
-    assert not forbidden & _functions_imported(name)
+
+    def imports(name):
+        nodes = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom)]
+        return forbidden & {(node.module, each.name) for node in nodes for each in node.names}
+
+    assert not offences(imports)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -279,11 +275,10 @@ def test_the_stub_lists_every_public_name_once_and_exports_it():
     assert sorted(name.name for name in names) == sorted(set(hbat.__all__) - {"__version__"})
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_is_there_and_defined_where_it_says(name):
-    found = getattr(hbat, name)
-    assert found.__module__ == PUBLIC[name]
-    assert found.__doc__
+def test_every_public_name_is_there_and_defined_where_it_says():
+    found = {name: getattr(hbat, name) for name in PUBLIC}
+    assert {name: each.__module__ for name, each in found.items()} == PUBLIC
+    assert [name for name, each in found.items() if not each.__doc__] == []
 
 
 def test_every_error_and_warning_that_users_meet_is_public():
@@ -298,9 +293,8 @@ def test_an_unknown_public_name_is_an_attribute_error():
     assert dir(hbat) == list(hbat.__all__)
 
 
-@pytest.mark.parametrize("module", ["hbat", "hbat.cli.main"])
-def test_importing_the_package_or_the_command_loads_no_host(module):
-    program = f"import sys, json, {module}; dir(hbat); print(json.dumps(sorted(sys.modules)))"
+def test_importing_the_package_loads_no_host():
+    program = "import sys, json, hbat; dir(hbat); print(json.dumps(sorted(sys.modules)))"
     heavy = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "safetensors", "matplotlib"}
     printed = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=SOURCE.parent

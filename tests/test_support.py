@@ -39,28 +39,23 @@ def test_every_refusal_stands_in_the_table_and_every_refused_cell_has_one():
     assert all(set(each.at) <= set(EVERYWHERE) and each.at for each in REFUSALS.values())
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_a_test_that_the_table_names_exists(name):
-    path, _, function = name.partition("[")[0].partition("::")
-    tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
-    functions = [each.name for each in tree.body if isinstance(each, ast.FunctionDef)]
-    assert function in functions if function else any(each.startswith("test_") for each in functions)
-
-
-@pytest.fixture(scope="module")
-def collected():
-    """What pytest finds in the files that the table names, slow tests too."""
-    files = sorted({str(TESTS / each.partition("::")[0]) for each in NAMED})
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", "-p", "no:cacheprovider", *files]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TESTS.parent).stdout.splitlines()
-    return [each.removeprefix("tests/") for each in found if "::" in each]
+def test_every_test_that_the_table_names_exists():
+    for name in NAMED:
+        path, _, function = name.partition("[")[0].partition("::")
+        tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
+        functions = [each.name for each in tree.body if isinstance(each, ast.FunctionDef)]
+        assert function in functions if function else any(each.startswith("test_") for each in functions), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMED)
-def test_pytest_finds_what_the_table_names(name, collected):
-    """A file and a function stand for all their tests."""
-    assert any(each == name or each.startswith((f"{name}::", f"{name}[")) for each in collected)
+def test_pytest_finds_what_the_table_names():
+    """A file and a function stand for all their tests, slow ones too."""
+    files = sorted({str(TESTS / each.partition("::")[0]) for each in NAMED})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", "-p", "no:cacheprovider", *files]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TESTS.parent).stdout.splitlines()
+    collected = [each.removeprefix("tests/") for each in found if "::" in each]
+    for name in NAMED:
+        assert any(each == name or each.startswith((f"{name}::", f"{name}[")) for each in collected), name
 
 
 def test_the_checks_refuse_the_engines_that_the_table_refuses():

@@ -8,6 +8,7 @@ import time
 import cases
 import judge_server
 import pytest
+import run_files
 import runs
 
 from hbat.cli.main import main
@@ -23,12 +24,11 @@ def hbat(*words):
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run_files.write_rows(tmp_path / "prompts.jsonl", ROWS)
     (tmp_path / "eval.yaml").write_text("prompts: prompts.jsonl\nmax_new_tokens: 4\ntexts: texts.txt\n")
     (tmp_path / "texts.txt").write_text("one line\nanother line\n")
     for seed, name in enumerate(["base", "other"]):
-        cases.tiny_llama(seed).save_pretrained(tmp_path / name)
-        cases.tiny_tokenizer().save_pretrained(tmp_path / name)
+        run_files.save_model(tmp_path / name, seed)
     return tmp_path
 
 
@@ -105,9 +105,7 @@ def test_what_cannot_be_measured_is_one_line(files, capsys, words, message):
 
 def test_models_of_one_name_are_told_apart_by_their_folders(files):
     for name in ("a", "b"):
-        (files / name).mkdir()
-        cases.tiny_llama().save_pretrained(files / name / "model")
-        cases.tiny_tokenizer().save_pretrained(files / name / "model")
+        run_files.save_model(files / name / "model")
     assert hbat("eval", "a/model", "b/model", "--texts", "texts.txt") == 0
     assert set(json.loads((files / "evaluation" / "evaluation.json").read_text())["models"]) == {"a-model", "b-model"}
 
@@ -149,10 +147,7 @@ def test_two_adapters_whose_base_has_their_name_are_told_apart(files, capsys):
 
 
 def test_the_folder_where_one_is_can_be_named(files, monkeypatch, capsys):
-    (files / "lora[x]").mkdir()
-    cases.tiny_llama().save_pretrained(files / "lora[x]")
-    cases.tiny_tokenizer().save_pretrained(files / "lora[x]")
-    monkeypatch.chdir(files / "lora[x]")
+    monkeypatch.chdir(run_files.save_model(files / "lora[x]"))
     assert hbat("eval", ".", "--texts", "../texts.txt", "--output_dir", "../out") == 0
     assert "lora[x]" in capsys.readouterr().out
 

@@ -1,8 +1,6 @@
 """`hbat init` writes a first run file."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 from runs import needs_kto
@@ -100,12 +98,3 @@ def test_what_is_missing_or_unknown_is_named(words, says, capsys):
     assert captured.out == ""
     assert re.match(r"hbat: error: .*\n$", captured.err)
     assert says in captured.err
-
-
-def test_the_command_imports_nothing_heavy():
-    program = (
-        f"import sys; from hbat.cli.main import main; assert main({WORDS!r}) == 0;"
-        "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'peft'} & {*sys.modules}))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"

@@ -9,6 +9,7 @@ import sys
 
 import cases
 import pytest
+import run_files
 import torch
 import yaml
 from hypothesis import given
@@ -556,8 +557,7 @@ def test_a_run_is_uploaded_where_the_last_file_says(migrated):
 
 @pytest.mark.slow
 def test_a_migrated_run_without_a_penalty_ends_with_the_weights_of_the_commands_of_trl(folder, migrated):
-    cases.tiny_llama().save_pretrained("model")
-    cases.tiny_tokenizer().save_pretrained("model")
+    run_files.save_model("model")
     plain = {
         "learning_rate": 1e-3,
         "max_steps": 4,
@@ -650,8 +650,7 @@ def test_any_values_become_a_run_or_are_refused_in_one_line(tmp_path_factory, pl
 
 
 def test_a_migrated_run_is_ready_to_train(migrated, folder, capsys):
-    cases.tiny_llama().save_pretrained("model")
-    cases.tiny_tokenizer().save_pretrained("model")
+    run_files.save_model("model")
     cases.sft_rows(8).to_json("sft.jsonl")
     cases.preference_rows(8).to_json("dpo.jsonl")
     files = {
@@ -686,13 +685,3 @@ def test_the_command_prints_the_run_file_and_nothing_else(folder, capsys):
         assert captured.out == ""
         assert captured.err.startswith("hbat: error: ")
         assert says in captured.err
-
-
-def test_the_command_imports_nothing_heavy(folder):
-    (folder / "sft.yaml").write_text(yaml.safe_dump(SFT))
-    program = (
-        "import sys; from hbat.cli.main import main; assert main(['migrate', 'sft.yaml']) == 0;"
-        "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'peft'} & {*sys.modules}))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"

@@ -185,51 +185,48 @@ def test_fsdp_may_be_true_whatever_its_annotation_says(hint):
 
 # --- sections of TRL -------------------------------------------------------------------------------------------------
 
-TRL_CONFIGS = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}
-each_section = pytest.mark.parametrize("section", TRL_CONFIGS)
+
+def built(folder, **values):
+    return build_section("dpo", trl.DPOConfig, {"output_dir": str(folder), "use_cpu": True, "bf16": False} | values)
 
 
-@each_section
-def test_a_configuration_of_trl_is_built_with_numbers_as_text(section, tmp_path):
-    values = {"output_dir": str(tmp_path), "learning_rate": "1e-5", "max_steps": "7", "use_cpu": True, "bf16": False}
-    args = build_section(section, TRL_CONFIGS[section], values)
+def test_a_configuration_of_trl_is_built_with_numbers_as_text(tmp_path):
+    args = built(tmp_path, learning_rate="1e-5", max_steps="7")
     assert (args.learning_rate, args.max_steps) == (1e-5, 7)
 
 
-@each_section
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({"learning_rte": 1e-5}, ValueError, r"^`{}\.learning_rte` is not an option\. Did you mean `learning_rate`\?"),
-        ({"learning_rate": "fast"}, TypeError, r"^`{}\.learning_rate` is 'fast'; it must be a number"),
-        ({"max_steps": 1.5}, TypeError, r"^`{}\.max_steps` is 1\.5; it must be an integer"),
-        ({"bf16": "maybe"}, TypeError, r"^`{}\.bf16` is 'maybe'; it must be true or false"),
-        ({"optim": "adamm"}, ValueError, r"^`{}\.optim`: .*adamm"),
-        ({"lr_scheduler_type": "cosin"}, ValueError, r"^`{}\.lr_scheduler_type`: .*cosin"),
-        ({"save_strategy": "sometimes"}, ValueError, r"^`{}\.save_strategy`: .*sometimes"),
+        (
+            {"learning_rte": 1e-5},
+            ValueError,
+            r"^`dpo\.learning_rte` is not an option\. Did you mean `learning_rate`\?",
+        ),
+        ({"learning_rate": "fast"}, TypeError, r"^`dpo\.learning_rate` is 'fast'; it must be a number"),
+        ({"max_steps": 1.5}, TypeError, r"^`dpo\.max_steps` is 1\.5; it must be an integer"),
+        ({"bf16": "maybe"}, TypeError, r"^`dpo\.bf16` is 'maybe'; it must be true or false"),
+        ({"optim": "adamm"}, ValueError, r"^`dpo\.optim`: .*adamm"),
+        ({"lr_scheduler_type": "cosin"}, ValueError, r"^`dpo\.lr_scheduler_type`: .*cosin"),
+        ({"save_strategy": "sometimes"}, ValueError, r"^`dpo\.save_strategy`: .*sometimes"),
     ],
     ids=["unknown", "text", "fraction", "boolean", "optimizer", "schedule", "strategy"],
 )
-def test_what_trl_refuses_begins_with_the_section(section, values, error, message, tmp_path):
-    with pytest.raises(error, match=message.format(section)):
-        build_section(
-            section, TRL_CONFIGS[section], {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False} | values
-        )
+def test_what_trl_refuses_begins_with_the_section(values, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        built(tmp_path, **values)
 
 
-@each_section
 @pytest.mark.parametrize(
     "values", [{"max_grad_norm": None}, {"label_names": "labels"}, {"include_for_metrics": "loss"}]
 )
-def test_what_the_parser_and_the_class_of_trl_take_is_taken(section, values, tmp_path):
-    args = build_section(
-        section, TRL_CONFIGS[section], {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False} | values
-    )
+def test_what_the_parser_and_the_class_of_trl_take_is_taken(values, tmp_path):
+    args = built(tmp_path, **values)
     key, value = next(iter(values.items()))
     assert getattr(args, key) == (None if value is None else [value])
 
 
-@pytest.mark.parametrize("config_class", [*TRL_CONFIGS.values(), EWCConfig, HBATConfig])
+@pytest.mark.parametrize("config_class", [trl.SFTConfig, trl.DPOConfig, EWCConfig, HBATConfig])
 def test_every_default_is_of_its_fields_type(config_class):
     hints = get_type_hints(config_class)
     for option in dataclasses.fields(config_class):

@@ -343,25 +343,44 @@ def test_every_layout_of_a_conversation_becomes_the_same_messages(pairs, instruc
         assert (made["messages"] if "messages" in made else made["prompt"] + made["completion"]) == expected, name
 
 
-#: Layouts whose rows can be mixed, as they become columns of one format.
+#: Layouts whose rows can be mixed, as they become columns of one format; of the slow ones other tests train on rows.
 GROUPS = [
-    ("sft", ("completion", "prompt")), ("sft", ("messages",)), ("dpo", ("chosen", "prompt", "rejected")),
-    ("dpo", ("chosen", "rejected")), ("ppo", ("prompt",)),
+    ("sft", ("completion", "prompt")), ("dpo", ("chosen", "rejected")),
     pytest.param("kto", ("completion", "label", "prompt"), marks=runs.needs_kto),
 ]  # fmt: skip
+SLOW = [("sft", ("messages",)), ("dpo", ("chosen", "prompt", "rejected")), ("ppo", ("prompt",))]
 
 
-@pytest.mark.parametrize(
-    ("objective", "columns"), GROUPS, ids=lambda value: value if isinstance(value, str) else "-".join(value)
-)
-def test_files_of_every_layout_are_trained_on(objective, columns, tmp_path):
+def each_group(groups):
+    return pytest.mark.parametrize(
+        ("objective", "columns"), groups, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+    )
+
+
+def files_of(objective, columns, folder):
+    """A file of one row in every layout that becomes these columns."""
     parts = []
     for name, (kind, row, options, expected) in LAYOUTS.items():
         made = set(expected) & {"prompt", "completion", "messages", "chosen", "rejected", "label"}
         if kind == objective and made == set(columns) and not isinstance(expected.get("prompt"), str):
-            file = tmp_path / f"{name}.json"
+            file = folder / f"{name}.json"
             file.write_text(json.dumps([row]))
             parts.append({"path": str(file), **options})
+    return parts
+
+
+@each_group([*GROUPS, *SLOW])
+def test_files_of_every_layout_can_be_mixed(objective, columns, tmp_path):
+    parts = files_of(objective, columns, tmp_path)
+    rows, _ = load_rows(parts, name="data", check=CHECKS[objective])
+    assert len(rows.dataset) == len(parts) > 1
+    assert set(columns) <= set(rows.dataset.column_names)
+    check_dataset(rows.dataset, name="data", faults=CHECKS[objective], origin=rows.origin)
+
+
+@each_group([*GROUPS, *(pytest.param(*group, marks=pytest.mark.slow) for group in SLOW)])
+def test_files_of_every_layout_are_trained_on(objective, columns, tmp_path):
+    parts = files_of(objective, columns, tmp_path)
     size = {"per_device_train_batch_size": 1, "max_completion_length": 4} if objective == "ppo" else {}
     config = HBATConfig(
         output_dir=str(tmp_path / "run"), objectives=[objective], num_rounds=1, disable_tqdm=True,

@@ -1,10 +1,10 @@
 """Data as users name it: files, names and mappings, mixtures of them, and rows that are held out."""
 
-import json
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, Json
+from run_files import write_rows
 
 from hbat.data.check import check_dataset
 from hbat.data.formats import preference_faults, prompt_faults, sft_faults
@@ -12,11 +12,6 @@ from hbat.data.load import DatasetError
 from hbat.data.sources import load_rows, load_splits
 
 NAME = "`datasets.sft`"
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def load(source, check=sft_faults):
@@ -31,7 +26,7 @@ def texts(rows):
 def files(tmp_path):
     """Two files of texts, a0 to a7 and b0 to b3."""
     return [
-        write(tmp_path / f"{name}.jsonl", [{"text": f"{name}{index}"} for index in range(count)])
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name}{index}"} for index in range(count)])
         for name, count in (("a", 8), ("b", 4))
     ]
 
@@ -63,7 +58,7 @@ def test_shuffled_rows_are_others_than_the_first_and_repeat_with_their_seed(file
 
 
 def test_options_of_a_mixture_count_for_all_of_its_parts(tmp_path):
-    names = [write(tmp_path / f"{name}.jsonl", [{"q": name, "a": "Yes."}] * 2) for name in "ab"]
+    names = [write_rows(tmp_path / f"{name}.jsonl", [{"q": name, "a": "Yes."}] * 2) for name in "ab"]
     rows = load({"mixture": names, "columns": {"question": "q", "answer": "a"}, "rows": 1})
     assert [row["prompt"][0]["content"] for row in rows.dataset] == ["a", "b"]
 
@@ -97,7 +92,7 @@ def test_a_mixture_of_pairs_with_and_without_prompts_becomes_whole_conversations
 
 
 def test_a_faulty_row_is_named_with_its_file_and_its_number_there(tmp_path, files):
-    bad = write(tmp_path / "bad.jsonl", [{"text": "c"}, {"text": ""}])
+    bad = write_rows(tmp_path / "bad.jsonl", [{"text": "c"}, {"text": ""}])
     rows = load([files[0], bad])
     with pytest.raises(DatasetError, match=r"row 1 of bad\.jsonl, field `text`: the text is empty"):
         check_dataset(rows.dataset, name=NAME, faults=sft_faults, origin=rows.origin)
@@ -105,7 +100,7 @@ def test_a_faulty_row_is_named_with_its_file_and_its_number_there(tmp_path, file
 
 def test_rows_keep_their_numbers_through_shuffling_and_splitting(tmp_path):
     given = [{"question": f"Question {index}", "answer": "" if index == 17 else "Yes."} for index in range(40)]
-    source = {"path": write(tmp_path / "rows.jsonl", given), "shuffle": True, "eval_split": 0.3}
+    source = {"path": write_rows(tmp_path / "rows.jsonl", given), "shuffle": True, "eval_split": 0.3}
     for rows in load_rows(source, name=NAME, check=sft_faults):
         for index, row in enumerate(rows.dataset):
             assert row["prompt"][0]["content"] == f"Question {rows.origin.number[index]}"

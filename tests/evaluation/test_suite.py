@@ -5,6 +5,7 @@ import json
 import cases
 import judge_server
 import pytest
+import run_files
 from judge_server import judge
 
 from hbat.config.evaluation import EvalConfig
@@ -18,9 +19,7 @@ ROWS = [{"prompt": f"{number} plus 1 is", "completion": f" {number + 1}"} for nu
 
 @pytest.fixture
 def prompts(tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return str(file)
+    return run_files.write_rows(tmp_path / "prompts.jsonl", ROWS)
 
 
 def measure(folder, config, *, seed=0, identity="a"):

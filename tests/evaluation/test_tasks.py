@@ -1,10 +1,10 @@
 """Tasks of lm-eval from local files: the same as lm-eval by hand."""
 
-import json
 import random
 
 import cases
 import pytest
+import run_files
 import torch
 
 from hbat.config.evaluation import EvalConfig
@@ -12,6 +12,18 @@ from hbat.evaluation.suite import Suite
 from hbat.evaluation.tasks import headline_of
 
 lm_eval = pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def manager():
+    """One index of lm-eval's tasks, which takes it seconds to build, for all that ask for a new one."""
+    from lm_eval import tasks
+
+    made = tasks.TaskManager()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "TaskManager", lambda: made)
+        yield made
+
 
 TASK = """
 task: hbat_sums
@@ -30,14 +42,19 @@ metric_list:
 @pytest.fixture
 def task(tmp_path):
     rows = [{"question": f"{number} plus 2 is ", "answer": number % 3} for number in range(9)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_files.write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "sums.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
     return str(tmp_path / "sums.yaml")
 
 
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own
-def test_a_task_of_ones_own_scores_as_by_hand_and_disturbs_nothing(tmp_path, task):
+def test_a_task_of_ones_own_scores_as_by_hand_and_disturbs_nothing(tmp_path, task, manager):
     from lm_eval.models.huggingface import HFLM
+
+    def by_hand(**options):
+        model.eval()
+        wrapped = HFLM(model, tokenizer=tokenizer, batch_size=1)
+        return lm_eval.simple_evaluate(wrapped, tasks=[task], task_manager=manager, **options)["results"]["hbat_sums"]
 
     model, tokenizer = cases.tiny_llama().train(), cases.tiny_tokenizer()
     suite = Suite(EvalConfig(tasks=[task], batch_size=2))
@@ -46,14 +63,12 @@ def test_a_task_of_ones_own_scores_as_by_hand_and_disturbs_nothing(tmp_path, tas
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert random.getstate() == before[1]
-    by_hand = lm_eval.simple_evaluate(HFLM(model.eval(), tokenizer=tokenizer, batch_size=1), tasks=[task])
-    expected = by_hand["results"]["hbat_sums"]
+    expected = by_hand()
     assert scores["hbat_sums"]["acc"] == expected["acc,none"]
     assert scores["hbat_sums"]["acc_stderr"] == pytest.approx(expected["acc_stderr,none"])
     assert suite.headline("hbat_sums", scores["hbat_sums"]) == ("acc", "higher")
     three = Suite(EvalConfig(tasks=[task], limit=3)).measure(model, tokenizer, tmp_path, identity="a")["hbat_sums"]
-    limited = lm_eval.simple_evaluate(HFLM(model.eval(), tokenizer=tokenizer, batch_size=1), tasks=[task], limit=3)
-    assert three["acc"] == limited["results"]["hbat_sums"]["acc,none"]
+    assert three["acc"] == by_hand(limit=3)["acc,none"]
     assert three["acc_stderr"] != scores["hbat_sums"]["acc_stderr"]
 
 

@@ -1,10 +1,11 @@
 """The example scripts run, at toy size: models from a text and from pairs, runs of SFT with DPO and PPO, EWC alone."""
 
+import contextlib
+import io
 import json
 import random
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -69,9 +70,11 @@ def reward_model(toys):
     values["datasets"] = [{"path": "json", "data_files": str(toys / "pairs.jsonl")}]
     values |= {"model_name_or_path": str(toys / "model"), "output_dir": str(toys / "reward")}
     (toys / "reward.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    command = [sys.executable, "-m", "trl.scripts.reward", "--config", str(toys / "reward.yaml")]
-    done = subprocess.run(command, capture_output=True, check=True, text=True)
-    assert "eval_accuracy" in done.stdout + done.stderr
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["reward", "--config", str(toys / "reward.yaml")])
+        runpy.run_module("trl.scripts.reward", run_name="__main__")
+    assert "eval_accuracy" in printed.getvalue()
     return toys / "reward"
 
 

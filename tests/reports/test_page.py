@@ -1,5 +1,7 @@
 """The pages that show a run, and several runs: what they say is what lies in the runs' folders."""
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -78,6 +80,17 @@ def page(file):
     return read
 
 
+class Look(TrainerCallback):
+    """Asks for the status while the second stage trains."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if "stage-001" in args.output_dir and state.global_step == 1:
+            main(["status", str(self.folder)])
+
+
 class Cut(TrainerCallback):
     """Ends the run in the middle of its second stage."""
 
@@ -105,6 +118,17 @@ def other(folder):
     held_out = {"sft": cases.sft_rows(4, seed=5), "dpo": cases.preference_rows(4, seed=6)}
     runs.train(cases.tiny_llama(), where, evaluation=held_out)
     return where
+
+
+@pytest.fixture(scope="module")
+def cut_off(tmp_path_factory):
+    """A run without scores that ended in the middle of its second stage, and what was said of it just before."""
+    where, said = tmp_path_factory.mktemp("cut-off"), io.StringIO()
+    faulty = Dataset.from_list([*cases.sft_rows(8), {"prompt": "1 plus 1?", "completion": ""}])
+    options = {"data": runs.rows() | {"sft": faulty}, "on_bad_rows": "drop", "num_rounds": 1}
+    with pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(said):
+        runs.train(cases.tiny_llama(), where, callbacks=[Look(where), Cut()], **options)
+    return where, said.getvalue()
 
 
 def test_the_page_of_a_run_says_what_its_files_say(folder):
@@ -139,15 +163,15 @@ def test_the_importance_that_is_shown_sums_to_one_for_each_objective(folder):
         assert {"q_proj", "lm_head", "input_layernorm"} <= {module for _, module in shares}
 
 
-def test_the_page_of_a_run_that_was_cut_off_shows_what_is_done(tmp_path, capsys):
-    with pytest.raises(KeyboardInterrupt):
-        runs.train(cases.tiny_llama(), tmp_path, callbacks=[Cut()], num_rounds=1)
-    assert main(["report", str(tmp_path)]) == 0
-    assert str(tmp_path / "report.html") in capsys.readouterr().out
-    read = page(tmp_path / "report.html")
+def test_the_page_of_a_run_that_was_cut_off_shows_what_is_done_and_what_was_dropped(cut_off, capsys):
+    where, _ = cut_off
+    assert main(["report", str(where)]) == 0
+    assert str(where / "report.html") in capsys.readouterr().out
+    read = page(where / "report.html")
     assert "1 of 2 stages are done" in read
     assert "The run has no evaluation rows" in read
     assert [label.partition(":")[0] for label in read.drawn] == ["Training", "Time of the stages"]
+    assert "8 (completion, prompt); 1 more were faulty and dropped" in read
 
 
 def test_a_run_on_a_lora_adapter_shows_the_modules_that_it_adapts(tmp_path):
@@ -156,16 +180,6 @@ def test_a_run_on_a_lora_adapter_shows_the_modules_that_it_adapts(tmp_path):
         assert not [module for _, module in shares if module.startswith("lora")]
         assert sum(shares.values()) == pytest.approx(1.0)
         assert min(shares.values()) >= 0
-
-
-def test_rows_that_were_dropped_are_counted(tmp_path):
-    faulty = Dataset.from_list([*cases.sft_rows(8), {"prompt": "1 plus 1?", "completion": ""}])
-    run = runs.build_run(
-        cases.tiny_llama(), tmp_path, data=runs.rows() | {"sft": faulty}, on_bad_rows="drop", num_rounds=1
-    )
-    run.train()
-    run.save_model()
-    assert "8 (completion, prompt); 1 more were faulty and dropped" in page(tmp_path / "report.html")
 
 
 def test_texts_without_scores_make_no_empty_tables(tmp_path, capsys):
@@ -272,9 +286,8 @@ def test_the_comparison_shows_scores_differences_and_other_rows(folder, other, t
     assert [label.partition(":")[0] for label in read.drawn] == ["Trade-off", "Training"]
 
 
-def test_runs_without_scores_cannot_be_compared(tmp_path, capsys):
-    runs.train(cases.tiny_llama(), tmp_path, num_rounds=1)
-    assert main(["compare", str(tmp_path), "--output", str(tmp_path / "page.html")]) == 2
+def test_runs_without_scores_cannot_be_compared(cut_off, tmp_path, capsys):
+    assert main(["compare", str(cut_off[0]), "--output", str(tmp_path / "page.html")]) == 2
     assert "no objective in common that was evaluated" in capsys.readouterr().err
 
 
@@ -302,12 +315,13 @@ def test_settings_are_those_that_were_set_and_the_runs_own(folder):
 
 
 def test_what_only_reads_a_run_imports_no_library_that_trains(folder):
-    program = "import sys; from hbat.cli.main import main; main(sys.argv[1:]); print(*sys.modules)"
-    for command in ("status", "report"):
-        done = subprocess.run(
-            [sys.executable, "-c", program, command, str(folder)], capture_output=True, text=True, check=True
-        )
-        assert not {"transformers", "trl", "peft", "datasets", "accelerate"} & {*done.stdout.split()}
+    program = (
+        "import sys; from hbat.cli.main import main\n"
+        "assert main(['status', sys.argv[1]]) == main(['report', sys.argv[1]]) == 0\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
+    assert not {"transformers", "trl", "peft", "datasets", "accelerate"} & {*done.stdout.split()}
 
 
 # --- hbat status -----------------------------------------------------------------------------------------------------
@@ -322,27 +336,12 @@ def test_the_status_of_a_finished_run_is_its_table(folder, capsys):
     assert said.count("round 2: ") == 2
 
 
-class Look(TrainerCallback):
-    """Asks for the status while the second stage trains."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if "stage-001" in args.output_dir and state.global_step == 1:
-            main(["status", str(self.folder)])
+def test_the_status_of_a_run_under_way_says_where_it_is(cut_off):
+    assert re.search(r"Now \([\d:]+, process \d+\): round 1/1 dpo: 0/2", cut_off[1])
 
 
-def test_the_status_of_a_run_under_way_says_where_it_is(tmp_path, capsys):
-    runs.train(cases.tiny_llama(), tmp_path, callbacks=[Look(tmp_path)], num_rounds=1)
-    said = capsys.readouterr().out
-    assert re.search(r"Now \([\d:]+, process \d+\): round 1/1 dpo: 0/2", said)
-
-
-def test_the_status_of_a_run_that_was_cut_off_says_how_to_resume(tmp_path, capsys):
-    with pytest.raises(KeyboardInterrupt):
-        runs.train(cases.tiny_llama(), tmp_path, callbacks=[Cut()], num_rounds=1)
-    assert main(["status", str(tmp_path)]) == 0
+def test_the_status_of_a_run_that_was_cut_off_says_how_to_resume(cut_off, capsys):
+    assert main(["status", str(cut_off[0])]) == 0
     assert (
         "Interrupted: 1 of 2 stages are left. Resume with `hbat train --config FILE --resume`."
         in capsys.readouterr().out

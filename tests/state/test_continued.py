@@ -1,6 +1,5 @@
 """The start of a run that continues another is on disk whole or not at all, wherever it is cut off."""
 
-import os
 import shutil
 
 import pytest
@@ -14,10 +13,7 @@ from hbat.state.manifest import RunStateError
 from hbat.state.plan import plan
 from hbat.state.run import Run
 
-
-@pytest.fixture(autouse=True)
-def _fast_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 
 def tensors(number):

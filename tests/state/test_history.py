@@ -1,7 +1,6 @@
 """Which states stay on disk, whatever happens while they are written."""
 
 import itertools
-import os
 import shutil
 
 import pytest
@@ -17,9 +16,7 @@ KINDS = ("weights", "importance-sft")
 every_limit = pytest.mark.parametrize("limit", [1, 2, 3])
 
 
-@pytest.fixture(autouse=True)
-def _fast_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 
 def tensors(number):

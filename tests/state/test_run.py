@@ -1,9 +1,8 @@
 import json
-import os
 
 import pytest
 import torch
-from faults import Crash, at_every_operation, every_damage
+from faults import DAMAGES, Crash, at_every_operation, flip_a_bit, remove
 
 from hbat.config.ewc import EWCConfig
 from hbat.config.hbat import HBATConfig
@@ -66,10 +65,7 @@ def finish(run, stage, *, steps=5, importance=True, moments=True, kept=None):
     )
 
 
-@pytest.fixture(autouse=True)
-def _fast_disk(monkeypatch):
-    """Waiting for the disk takes most of the time here, and a test outlives no power cut."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 
 def test_a_run_starts_with_its_weights_on_disk(tmp_path):
@@ -259,12 +255,20 @@ def test_a_refused_change_leaves_everything_as_it_was(tmp_path):
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
-@every_damage
+KINDS = ["weights", "optimizer-sft", "kept-dpo", "manifest"]
+KINDS += [f"{kind}-{objective}" for kind in ("displacement", "importance") for objective in ("sft", "dpo")]
+#: One damage to each kind of file, and the manifest that is gone; other damages differ in the words about them alone.
+UNMARKED = {*((kind, flip_a_bit) for kind in KINDS), ("manifest", remove)}
+
+
 @pytest.mark.parametrize("limit", [1, 2])
 @pytest.mark.parametrize(
-    "kind",
-    ["weights", "optimizer-sft", "kept-dpo", "manifest"]
-    + [f"{kind}-{objective}" for kind in ("displacement", "importance") for objective in ("sft", "dpo")],
+    ("kind", "damage"),
+    [
+        pytest.param(kind, damage, id=f"{kind}-{name}", marks=() if (kind, damage) in UNMARKED else pytest.mark.slow)
+        for kind in KINDS
+        for name, damage in DAMAGES.items()
+    ],
 )
 def test_damage_of_any_file_is_gone_around_or_named(kind, limit, damage, tmp_path, caplog):
     run = start(tmp_path, keep_states=limit)
@@ -294,10 +298,9 @@ def test_damage_of_any_file_is_gone_around_or_named(kind, limit, damage, tmp_pat
     assert _held(resume(tmp_path)) == _expected(4)
 
 
-@every_damage
-def test_damaged_initial_weights_are_named_where_they_are_needed(damage, tmp_path):
+def test_damaged_initial_weights_are_named_where_they_are_needed(tmp_path):
     finish(start(tmp_path), PLAN[0])
-    damage(tmp_path / "state" / "weights-000.safetensors")
+    flip_a_bit(tmp_path / "state" / "weights-000.safetensors")
     assert same(resume(tmp_path).weights(), tensors(10))
     with pytest.raises(RunStateError, match=r"weights-000\.safetensors (is|has) "):
         resume(tmp_path, needs_initial=True)

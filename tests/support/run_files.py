@@ -1,4 +1,6 @@
-"""A model's folder and the YAML file of a small run on disk, and the command line on it."""
+"""A model's folder, rows and the YAML file of a small run on disk, and the command line on it."""
+
+import json
 
 import cases
 import runs
@@ -7,10 +9,16 @@ import yaml
 from hbat.cli.main import main
 
 
-def save_model(folder):
-    cases.tiny_llama().save_pretrained(folder)
+def save_model(folder, seed=0):
+    cases.tiny_llama(seed).save_pretrained(folder)
     cases.tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def write_rows(file, rows):
+    """Write rows as lines of JSON; returns the file's name."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
 
 
 def write(folder, model, **section):
