@@ -51,7 +51,7 @@ def test_every_stage_gets_its_scores_and_training_stays_the_same(tmp_path, promp
     ]
     assert run.matrix.better_of("rouge") == "higher"
     assert [row["stage"] for row in run.matrix.rows if row["scores"].get("rouge")] == [-1, 0, 1, 2, 3]
-    folders = {f"stage-{stage}" for stage in (-1, 0, 1, 2, 3)}
+    folders = {"start", "stage-000-sft", "stage-001-dpo", "stage-002-sft", "stage-003-dpo"}
     assert {folder.name for folder in (tmp_path / "with" / "evaluation").iterdir()} == folders
     assert output.metrics["eval_rouge/rougeL"] == run.matrix.end["rouge"]["rougeL"]
     run.save_model()
