@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import cases
@@ -255,3 +256,13 @@ def test_the_numbers_of_the_demo_are_those_of_its_committed_results(seed):
     assert f"{float(ours):.0f}" in README
     assert f"{ours} against {theirs}" in " ".join(PAGES["docs/does-it-work.md"].split())
     assert f"**{ours}**" in PAGES["docs/does-it-work.md"] or seed > 0
+
+
+def test_the_table_of_real_text_is_that_of_its_committed_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "alignment")
+    script = import_module("real_text")
+    made = script.table(script.read(ROOT / "docs" / "results" / "real_text")).splitlines()
+    section = PAGES["docs/does-it-work.md"].partition("## A real language model")[2].partition("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(shown) > 8
+    assert [line for line in shown if line not in made] == []
