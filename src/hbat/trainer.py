@@ -36,7 +36,7 @@ from hbat.reports.log import load_log
 from hbat.reports.matrix import ForgettingMatrix
 from hbat.reports.page import try_report
 from hbat.reports.plots import draw_front
-from hbat.reports.record import forget_results
+from hbat.reports.record import forget_results, refuse_other_results
 from hbat.reports.reporter import RunReporter, mean_loss
 from hbat.reports.scores import RunScores
 from hbat.stages.builder import TrainerBuilder
@@ -187,8 +187,9 @@ class HBATTrainer:
             TypeError: If `resume_from_checkpoint` is a path, or `allow_changed` no list.
             ValueError: If `allow_changed` is given without `resume_from_checkpoint`, `args` were changed since the
                 trainer was built, or it has trained already and is to start over.
-            RunStateError: If `output_dir` holds a different run, or any run while `resume_from_checkpoint` is not
-                set; if no complete state of the run is left; or if another process trains into it.
+            RunStateError: If `output_dir` holds a different run, any run while `resume_from_checkpoint` is not set,
+                or scores that are of no run; if no complete state of the run is left; or if another process trains
+                into it.
             StorageError: If the state cannot be written; the previously saved one stays intact.
             FloatingPointError: If a loss, gradient, weight or importance is NaN or infinite; the stage's start is on
                 disk.
@@ -197,6 +198,8 @@ class HBATTrainer:
         """
         check_request(resume_from_checkpoint, allow_changed, self.args.output_dir)
         self._require_as_built(resume=bool(resume_from_checkpoint))
+        if not self._folder.holds_run():
+            refuse_other_results(self._folder.path)
         with self._folder.locked():
             run = self._run = self._open(resume=bool(resume_from_checkpoint), allow_changed=allow_changed)
             reporter = self._make_reporter(run)
@@ -207,6 +210,7 @@ class HBATTrainer:
                         self._train_stage(stage, run, reporter)
                         self._request.raise_if_agreed()
                         self._evaluate_if_due(run, reporter)
+                        self._request.raise_if_agreed()
             finally:
                 self._close(reporter)
         metrics = run_metrics(run.state.costs) | self._scores.last()

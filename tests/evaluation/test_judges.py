@@ -45,10 +45,11 @@ def test_a_completion_wins_if_both_orders_prefer_it(tmp_path):
     assert scores["win_rate_low"] <= 0.5 <= scores["win_rate_high"]
 
 
-def test_a_judge_that_prefers_what_it_reads_first_is_found_out(tmp_path):
+def test_a_judge_that_prefers_what_it_reads_first_is_found_out(tmp_path, caplog):
     with judge(judge_server.biased) as server:
         verdicts = asked(server, tmp_path)
     assert (verdicts.points, verdicts.agreement, verdicts.first) == ([0.5, 0.5, 0.5], 0.0, 1.0)
+    assert "decided all 3 pairs by their order" in caplog.text
 
 
 @pytest.mark.parametrize("fault", [408, 409, 429, 500, 503, "slow", "cut", "nonsense", "schema"])
@@ -71,10 +72,11 @@ def test_an_answer_without_a_verdict_is_counted_and_told_of_and_not_asked_for_ag
     assert first.scores(PAIRS, 0)["win_rate"] == 0.25
 
 
-def test_a_question_without_an_answer_is_counted_and_asked_again_later(tmp_path):
+def test_a_question_without_an_answer_is_counted_and_told_of_and_asked_again_later(tmp_path, caplog):
     with judge(faults=[500, 500]) as server:
         first = asked(server, tmp_path, parallel=1, max_retries=1)
         assert (first.points[0], first.failed) == (None, 1)
+        assert "no answer to 1 of 6 questions" in caplog.text
         assert asked(server, tmp_path).points == [1.0, 0.0, 0.5]
     assert len(server.asked) == 8
 

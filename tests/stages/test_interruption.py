@@ -81,18 +81,19 @@ def test_a_signal_in_a_stages_last_step_ends_the_run_between_stages(whole, tmp_p
 
 
 class Evaluated(SFTTrainer):
-    """Sends SIGINT in its second evaluation step once `armed`; counts the steps."""
+    """Sends SIGINT in one of its evaluation steps once `armed`; counts the steps."""
 
-    armed, steps = False, 0
+    armed, steps, at = False, 0, 2
 
     def prediction_step(self, *args, **kwargs):
         Evaluated.steps += Evaluated.armed
-        if Evaluated.armed and Evaluated.steps == 2:
+        if Evaluated.armed and Evaluated.steps == Evaluated.at:
             os.kill(os.getpid(), signal.SIGINT)
         return super().prediction_step(*args, **kwargs)
 
 
-def test_a_signal_in_an_evaluation_between_stages_ends_the_run_at_its_next_batch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [2, 12], ids=["the first evaluation", "the last batch of the last one"])
+def test_a_signal_in_an_evaluation_between_stages_ends_the_run_after_its_batch(at, tmp_path, monkeypatch):
     own = Objective(
         name="own", trainer_class=Evaluated, config_class=SFTConfig, config=runs.section(per_device_eval_batch_size=1)
     )
@@ -104,9 +105,11 @@ def test_a_signal_in_an_evaluation_between_stages_ends_the_run_at_its_next_batch
         processing_class=cases.tiny_tokenizer(),
     )
     monkeypatch.setattr(Evaluated, "armed", True)
+    monkeypatch.setattr(Evaluated, "steps", 0)
+    monkeypatch.setattr(Evaluated, "at", at)
     with pytest.raises(RunInterrupted, match=r"^The run was stopped by SIGINT and is saved\. .* resumes it"):
         run.train()
-    assert Evaluated.steps == 2
+    assert Evaluated.steps == at
     monkeypatch.setattr(Evaluated, "armed", False)
     assert run.train(resume_from_checkpoint=True).global_step == runs.STEPS
 

@@ -36,6 +36,14 @@ def test_a_finished_run_is_resumed_to_nothing_or_started_over_when_asked(tmp_pat
         over.train()
 
 
+@pytest.mark.parametrize("text", ['{"models": {}}', '{"mine": 1}'])
+def test_scores_that_are_of_no_run_are_refused_and_left(text, tmp_path):
+    (tmp_path / "evaluation.json").write_text(text, encoding="utf-8")
+    with pytest.raises(RunStateError, match="holds scores that are of no run"):
+        runs.train(cases.tiny_llama(), tmp_path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"evaluation.json": text}
+
+
 def test_a_run_whose_removal_was_cut_off_is_removed_the_next_time(tmp_path, monkeypatch):
     folder = runs.train(cases.tiny_llama(), tmp_path)._folder  # noqa: SLF001 - what is removed of a real run
     monkeypatch.setattr("hbat.state.folder.shutil.rmtree", lambda *_, **__: 1 / 0)

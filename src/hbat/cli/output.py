@@ -26,5 +26,5 @@ def number_table(*columns: str) -> Table:
     """Make a table with numbers in all columns but the first."""
     table = Table(box=SIMPLE_HEAD)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
+        table.add_column(column, justify="right" if index else "left", overflow="fold", no_wrap=not index)
     return table

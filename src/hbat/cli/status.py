@@ -53,4 +53,6 @@ def _now(record: RunRecord) -> str:
     if done < planned:
         left = f"{planned - done} of {planned} stages are left"
         return f"Interrupted: {left}. Resume with `hbat train --config FILE --resume`."
+    if not any((record.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return "All stages are trained, but no model is saved. `hbat train --config FILE --resume` ends the run."
     return "Finished."

@@ -170,12 +170,20 @@ class EndpointJudge:
         self._ask({key: text for key, text in wanted.items() if key not in known}, known, file)
         verdicts = {key: read_verdict(row["answer"]) for key, row in known.items()}
         tokens = sum(known[key]["tokens"] for key in wanted if key in known)
+        if unanswered := len(wanted.keys() - known.keys()):
+            logger.warning(
+                "`judge` gave no answer to %d of %d questions. They count as failed, and are asked again.",
+                unanswered, len(wanted),
+            )  # fmt: skip
         if unread := [key for key in wanted if key in known and verdicts[key] is None]:
             logger.warning(
                 "`judge` gave no verdict in %d of %d answers; one of them: %s",
                 len(unread), len(wanted), shown(known[unread[0]]["answer"]),
             )  # fmt: skip
-        return _counted([[verdicts.get(key) for key, _ in both] for both in questions], tokens)
+        found = _counted([[verdicts.get(key) for key, _ in both] for both in questions], tokens)
+        if found.first in {0.0, 1.0} and found.agreement == 0:
+            logger.warning("`judge` decided all %d pairs by their order: its win rate says nothing.", len(pairs))
+        return found
 
     def _questions(self, pair: Pair) -> tuple[tuple[str, str], tuple[str, str]]:
         prompt = pair.prompt if isinstance(pair.prompt, str) else _conversation(pair.prompt)

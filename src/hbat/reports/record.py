@@ -158,8 +158,22 @@ def forget_results(folder: Path) -> None:
     """Remove what an earlier run has left in the folder beside its state, so that nothing shows it as this run's."""
     for name in (SCORES_FILE, PLOT_FILE, FRONT_FILE, FRONT_PLOT_FILE, COMPLETIONS_FILE):
         (folder / name).unlink(missing_ok=True)
-    for stage in (folder / EVAL_FOLDER).glob("stage-*"):  # not what a judge was paid for
-        (stage / COMPLETIONS_FILE).unlink(missing_ok=True)
+    for completions in (folder / EVAL_FOLDER).glob(f"*/{COMPLETIONS_FILE}"):  # not what a judge was paid for
+        completions.unlink()
+
+
+def refuse_other_results(folder: Path) -> None:
+    """Refuse a folder without a run whose scores are of something else, which a run would overwrite.
+
+    Raises:
+        RunStateError: If there are such.
+    """
+    file = folder / SCORES_FILE
+    if (values := _read(file)) and "rows" not in values:
+        raise RunStateError(
+            f"{file} holds scores that are of no run, such as those of `hbat eval`. Set another `output_dir`, or move "
+            "the file."
+        )
 
 
 def _text(file: Path) -> str:
