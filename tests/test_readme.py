@@ -261,8 +261,32 @@ def test_the_numbers_of_the_demo_are_those_of_its_committed_results(seed):
 def test_the_table_of_real_text_is_that_of_its_committed_records(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "alignment")
     script = import_module("real_text")
-    made = script.table(script.read(ROOT / "docs" / "results" / "real_text")).splitlines()
+    records = script.read(ROOT / "docs" / "results" / "real_text")
+    made = script.table(records).splitlines()
     section = PAGES["docs/does-it-work.md"].partition("## A real language model")[2].partition("\n## ")[0]
     shown = [line for line in section.splitlines() if line.startswith("|")]
     assert len(shown) > 8
     assert [line for line in shown if line not in made] == []
+    factors = [
+        record["lora_A"] for record in script.read(ROOT / "docs" / "results" / "real_text") if "lora_A" in record
+    ]
+    said = " ".join(PAGES["docs/method.md"].split())
+    for name in factors[0]:
+        low, high = (f"{100 * end(each[name] for each in factors):.0f}" for end in (min, max))
+        assert f"{low} %" in said if low == high else f"{low} to {high} %" in said, name
+
+
+def test_the_table_of_an_evaluation_is_that_of_its_committed_run():
+    rows = json.loads((ROOT / "docs" / "results" / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        texts, pairs, rouge, completions = (row["scores"][name] for name in ("texts", "pairs", "rouge", "completions"))
+        cells = [
+            "start" if row["objective"] is None else row["objective"].upper(),
+            "{rougeL:.3f} [{rougeL_low:.3f}, {rougeL_high:.3f}]".format(**rouge),
+            "{ended:.0%}".format(**completions).replace("%", " %"),
+            "{tokens:.1f}".format(**completions),
+            "{repetition:.3f}".format(**completions),
+            "{accuracy:.3f} [{accuracy_low:.3f}, {accuracy_high:.3f}]".format(**pairs),
+            "{loss:.3f} [{loss_low:.2f}, {loss_high:.2f}]".format(**texts),
+        ]
+        assert f"| {' | '.join(cells)} |" in PAGES["docs/evaluation.md"]

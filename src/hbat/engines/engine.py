@@ -23,11 +23,11 @@ class Trained(Protocol):
     """What an engine must know of an objective; `engines` are those that it was tested with."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...  # noqa: D102 - the class says it
     @property
-    def args(self) -> Any: ...  # noqa: D102
+    def args(self) -> Any: ...  # noqa: D102 - the class says it
     @property
-    def engines(self) -> Collection[str]: ...  # noqa: D102
+    def engines(self) -> Collection[str]: ...  # noqa: D102 - the class says it
 
 
 class Local:

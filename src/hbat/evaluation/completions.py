@@ -97,7 +97,7 @@ def _sampled(
 ) -> list[Row]:
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     sampler = CompletionSampler(model, tokenizer, max_new_tokens=new_tokens, sampling=sampling)
-    drawn = random.Random(seed).getrandbits(32) if temperature else None  # noqa: S311
+    drawn = random.Random(seed).getrandbits(32) if temperature else None  # noqa: S311 - no secret
     return sampler.complete(prompts, seed=drawn)
 
 

@@ -66,7 +66,7 @@ class Endpoint:
         for attempt in range(self._config.max_retries + 1):
             if stop.wait(wait):
                 break
-            wait = min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)  # noqa: S311
+            wait = min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
             try:
                 found = self._client.chat.completions.create(
                     model=self._config.model,

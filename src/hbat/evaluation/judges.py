@@ -182,7 +182,7 @@ class EndpointJudge:
             )  # fmt: skip
         found = _counted([[verdicts.get(key) for key, _ in both] for both in questions], tokens)
         if found.first in {0.0, 1.0} and found.agreement == 0:
-            logger.warning("`judge` decided all %d pairs by their order: its win rate says nothing.", len(pairs))
+            logger.warning("`judge` decided every pair by its order: its win rate says nothing.")
         return found
 
     def _questions(self, pair: Pair) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -6,13 +6,12 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from hbat.evaluation.metrics import estimate
 from hbat.evaluation.rows import asked
 from hbat.ppo.networks.token_model import TokenModel, evaluating
-from hbat.ppo.rollouts.prompts import context_length, prompt_tokens
+from hbat.ppo.rollouts.prompts import context_length, padded, prompt_tokens
 
 
 class Sequences(NamedTuple):
@@ -39,14 +38,9 @@ def log_likelihoods(model: Any, tokenizer: Any, sequences: Sequence[Sequences], 
     for start in tqdm(range(0, len(order), batch_size), desc="Scoring texts", unit="batch", disable=None, leave=False):
         numbers = order[start : start + batch_size]
         own = [sequences[number] for number in numbers]
-        ids, mask, scored = (
-            pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=padding).to(model.device)
-            for rows, padding in (
-                ([[*prompt, *target] for prompt, target in own], pad),
-                ([[1] * len(prompt + target) for prompt, target in own], 0),
-                ([[0] * len(prompt) + [1] * len(target) for prompt, target in own], 0),
-            )
-        )
+        ids, mask = padded([[*prompt, *target] for prompt, target in own], pad, model.device, side="right")
+        targets = [[0] * len(prompt) + [1] * len(target) for prompt, target in own]
+        scored, _ = padded(targets, 0, model.device, side="right")
         with evaluating(model):
             log_probs, _, _ = view.statistics(
                 ids, mask, ids.shape[1] - 1, temperature=1.0, with_entropy=False, scored=scored

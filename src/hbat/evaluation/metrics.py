@@ -37,7 +37,7 @@ def _phrases(text: str, length: int) -> list[tuple[str, ...]]:
 def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
     """ROUGE-1, ROUGE-2 and ROUGE-L of each text: F1 with Porter's stemmer, by rouge-score."""
     from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - an optional extra, which `Suite` asks for
-    from rouge_score.tokenizers import DefaultTokenizer  # noqa: PLC0415
+    from rouge_score.tokenizers import DefaultTokenizer  # noqa: PLC0415 - an optional extra
 
     kinds = ["rouge1", "rouge2", "rougeL"]
     # Without a tokenizer it logs that it takes this one, by a package that gives the root logger a handler.

@@ -59,8 +59,8 @@ class Tasks:
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
         """Score a model: by task its metrics, those of a filter as `metric_filter`, and standard errors."""
-        from lm_eval import evaluate  # noqa: PLC0415
-        from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
+        from lm_eval import evaluate  # noqa: PLC0415 - an optional extra
+        from lm_eval.models.huggingface import HFLM  # noqa: PLC0415 - an optional extra
 
         with _quiet(), evaluating(model), torch.no_grad():
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._batch_size)
@@ -77,7 +77,8 @@ class Tasks:
 @contextmanager
 def _quiet() -> Iterator[None]:
     # lm-eval tells of each step, and draws from global states.
-    log, drawn, of_numpy = logging.getLogger("lm_eval"), random.getstate(), np.random.get_state()  # noqa: NPY002
+    log, drawn = logging.getLogger("lm_eval"), random.getstate()
+    of_numpy = np.random.get_state()  # noqa: NPY002 - the state that lm-eval draws from
     level = log.level
     log.setLevel(logging.ERROR)
     try:
@@ -86,7 +87,7 @@ def _quiet() -> Iterator[None]:
     finally:
         log.setLevel(level)
         random.setstate(drawn)
-        np.random.set_state(of_numpy)  # noqa: NPY002
+        np.random.set_state(of_numpy)  # noqa: NPY002 - as above
 
 
 def _plain(values: Any) -> dict[str, float]:

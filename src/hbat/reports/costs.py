@@ -14,7 +14,7 @@ BESIDE = ("evaluation", "saving", "ewc")
 def tokens_per_second(*costs: Mapping[str, Any]) -> float | None:
     """Tokens per second of training in stages whose trainer counts them; None where none does.
 
-    Evaluating and saving are left out.
+    Of training alone: without evaluating and saving.
     """
     counted = [cost for cost in costs if cost.get("tokens")]
     seconds = sum(cost["seconds"] - cost.get("evaluation", 0.0) - cost.get("saving", 0.0) for cost in counted)
