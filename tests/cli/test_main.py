@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import datasets
 import pytest
 import run_files
 import yaml
@@ -135,7 +136,7 @@ def test_a_run_continues_a_finished_one_and_validate_says_with_what(hbat, values
     status, out, _ = hbat("train")
     assert status == 0
     for label in ("first, start", "first, round 1: dpo", "start", "round 2: sft", "round 2: dpo"):
-        assert f"\n  {label} " in out
+        assert f"\n {label} " in out
     card = (tmp_path / "out" / "README.md").read_text()
     assert "model at the start of the first of the runs that continue each other.\n" in card
     (tmp_path / "first").rename(tmp_path / "away")
@@ -365,8 +366,10 @@ def test_files_of_other_layouts_and_a_trainer_by_name_are_trained_on(hbat, value
         "more": values["datasets"]["sft"],
     }
     del values["eval_datasets"]["sft"]
+    datasets.enable_progress_bars()
     status, out, _ = hbat("validate")
     assert status == 0
+    assert datasets.are_progress_bars_disabled()  # as standard error is no terminal
     assert "sft, row " in out
     assert "«It is" in out
     assert "«Yes, it is." in out
@@ -424,10 +427,10 @@ def test_validation_prints_the_plan_and_changes_no_file_of_a_finished_run(hbat, 
         ({}, "--sft.output_dir x", ["`sft.output_dir`", "Set the run's `output_dir`"]),
         ({}, "--dpo.loss_type nonsense", ["nonsense"]),
         ({}, "--num_rounds 99", ["train_dataset", "16 for 99 rounds"]),
-        ({}, "--model_name_or_path ./none", ["`model_name_or_path` is './none'", "there is no folder /"]),
-        ({}, "--tokenizer_name_or_path ./none", ["`tokenizer_name_or_path` is './none'"]),
+        ({}, "--model_name_or_path ./none", ["`model_name_or_path`: there is no folder /"]),
+        ({}, "--tokenizer_name_or_path no/one", ["`tokenizer_name_or_path` is 'no/one'", "there is no folder /"]),
         ({}, "--datasets.dpo none/pairs.jsonl", ["`datasets.dpo`", "there is no file /", "none/pairs.jsonl"]),
-        ({}, "--datasets.dpo {path: a.csv.gz}", ["`datasets.dpo`", "there is no file /"]),
+        ({}, "--datasets {sft: a.jsonl, dpo: b.csv.gz}", ["`datasets.sft`: there is no", "`datasets.dpo`: there"]),
         ({}, "--eval_datasets.dpo [a.jsonl]", ["`eval_datasets.dpo`", "there is no file /"]),
         ({}, "--datasets.dpo {pat: x}", ["`datasets.dpo`", "`pat`", "`path`"]),
         ({"peft": {"rank": 3}}, "", ["`peft.rank`"]),
@@ -447,12 +450,16 @@ def test_what_the_user_can_correct_is_one_line_with_status_2_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
-def test_a_faulty_row_is_named(hbat, values, tmp_path):
-    rows = [*preference_rows(3).to_list(), {"prompt": "a", "chosen": " b", "rejected": " b"}]
-    values["datasets"]["dpo"] = run_files.write_rows(tmp_path / "pairs.jsonl", rows)
+def test_faulty_rows_of_all_data_sets_are_named(hbat, values, tmp_path):
+    pairs = [*preference_rows(3).to_list(), {"prompt": "a", "chosen": " b", "rejected": " b"}]
+    empty = [*sft_rows(4).to_list(), {"prompt": "a", "completion": ""}]
+    values["datasets"] = {
+        name: run_files.write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("dpo", pairs), ("sft", empty))
+    }
+    values["eval_datasets"] = {"dpo": run_files.write_rows(tmp_path / "held_out.jsonl", pairs[2:])}
     message = refusal(hbat("train"))
-    assert "dpo" in message
-    assert "row 3" in message
+    for part in ("train_dataset['sft'], row 4", "train_dataset['dpo'], row 3", "eval_dataset['dpo'], row 1"):
+        assert part in message
     assert not (tmp_path / "out").exists()
 
 

@@ -223,16 +223,23 @@ def test_missing_scores_are_empty_cells():
     ]
 
 
-@pytest.mark.parametrize("rows", [[], TWO_ROUNDS[:1], TWO_ROUNDS[:2], TWO_ROUNDS])
+def test_an_objective_that_was_not_evaluated_has_no_column():
+    lines = markdown_table(matrix(("sft", {"sft": 1.0}), ("dpo", {"sft": 2.0}))).splitlines()
+    assert [line.count("|") for line in lines] == [3] * 6
+    assert lines[0] == "| after | sft loss |"
+
+
+@pytest.mark.parametrize("rows", [TWO_ROUNDS[:1], TWO_ROUNDS[:2], TWO_ROUNDS])
 def test_every_line_has_as_many_cells_as_the_head(rows):
     counts = {line.count("|") for line in markdown_table(matrix(*rows)).splitlines()}
     assert counts == {4}
 
 
 def test_words_say_which_scores_are_better():
-    assert directions(matrix()) == "lower is better"
-    headline = {"ppo": "reward"}
-    assert directions(ForgettingMatrix(headline, better={"ppo": "higher"})) == "higher is better"
-    headline = {"sft": "loss", "ppo": "reward", "dpo": "loss"}
+    headline = {"sft": "loss", "ppo": "reward", "dpo": "loss", "kto": "loss"}
     mixed = ForgettingMatrix(headline, better={"ppo": "higher"})
+    for names, text in ((["sft"], "lower is better"), (["ppo"], "higher is better")):
+        mixed.rows = [{"scores": {name: {headline[name]: 1.0} for name in names}, "objective": None}]
+        assert directions(mixed) == text
+    mixed.rows = [{"scores": {name: {headline[name]: 1.0} for name in ("sft", "ppo", "dpo")}, "objective": None}]
     assert directions(mixed) == "lower is better for sft and dpo, higher is better for ppo"

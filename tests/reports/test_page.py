@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from hbat.cli.main import main
 from hbat.reports.comparison import differences, pareto, write_comparison
+from hbat.reports.matrix import ForgettingMatrix
 from hbat.reports.page import score_rows, settings, try_report
 from hbat.reports.plots import curve
 from hbat.reports.record import RunRecord, read_completions
@@ -280,10 +281,16 @@ def test_the_comparison_shows_scores_differences_and_other_rows(folder, other, t
         assert f"{last['sft']['loss']:.4f}" in read
     assert "evaluated on different rows of dpo" in read
     found = dict(differences([RunRecord.read(folder), RunRecord.read(other)]))
-    assert found["ewc.strength"] == ["0.5", ""]
-    assert found["ewc"] == ["", "null"]
-    assert not [key for key in found if not key.startswith("ewc")]
+    assert found == {"ewc": ["defaults", "none"]}
     assert [label.partition(":")[0] for label in read.drawn] == ["Trade-off", "Training"]
+
+
+def test_measurements_are_not_set_against_what_was_trained():
+    matrix = ForgettingMatrix({"sft": "loss", "dpo": "loss"})
+    for name in ("completions", "rouge", "pairs"):
+        matrix.add_column(name, "score", "higher")
+    assert matrix.traded(["sft", "dpo", "completions", "rouge", "pairs"]) == ["sft", "dpo"]
+    assert matrix.traded(["sft", "completions", "rouge", "pairs"]) == ["sft", "completions", "rouge"]
 
 
 def test_runs_without_scores_cannot_be_compared(cut_off, tmp_path, capsys):

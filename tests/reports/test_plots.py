@@ -102,7 +102,12 @@ def test_every_two_objectives_have_a_picture_of_their_own(tmp_path):
     pytest.importorskip("matplotlib")
     draw_front(front({"sft": 1.0, "dpo": 2.0}), tmp_path / "two.png")
     draw_front(front({"sft": 1.0, "dpo": 2.0, "kto": 3.0}), tmp_path / "three.png")
-    assert size(tmp_path / "three.png")[0] == 3 * size(tmp_path / "two.png")[0]
+    draw_front(front({"sft": 1.0, "dpo": 2.0, "kto": 3.0, "ppo": 4.0}), tmp_path / "six.png")
+    two = size(tmp_path / "two.png")
+    assert [size(tmp_path / name) for name in ("three.png", "six.png")] == [
+        (3 * two[0], two[1]),
+        (3 * two[0], 2 * two[1]),
+    ]
 
 
 def test_without_matplotlib_one_line_says_what_is_missing(hidden, tmp_path, caplog):

@@ -13,6 +13,7 @@ from hbat.reports.files import PROGRESS_FILE
 from hbat.reports.progress import EvaluationBar, Progress, StageProgress
 from hbat.state.plan import plan
 
+FORMAT = progress.tqdm.format_dict.fget
 PLAN = plan(2, ["sft", "dpo"])
 
 
@@ -54,6 +55,17 @@ def test_the_bar_counts_the_steps_of_the_run_and_corrects_its_total(terminal, tm
     said = terminal.readouterr().err
     for text in ("round 1/2 sft", "10/40", "10/10, loss 0.123", "round 1/2 dpo", "18/38"):
         assert text in said
+
+
+@pytest.mark.parametrize(("columns", "end"), [(60, "4/10"), (80, "run 0:06"), (90, "loss 0.123"), (200, "GiB")])
+def test_a_narrow_terminal_shows_whole_values(terminal, monkeypatch, tmp_path, clock, columns, end):
+    monkeypatch.setattr(progress.tqdm, "format_dict", property(lambda bar: FORMAT(bar) | {"ncols": columns}))
+    shown = Progress(tmp_path, 0, 10, shows=True)
+    train(shown, begin(shown, PLAN[0]), clock, 4, logs={"loss": 0.1234, "mean_token_accuracy": 0.9})
+    shown.close()
+    last = terminal.readouterr().err.split("\r")[-1].rstrip()
+    assert len(last) <= columns
+    assert last.endswith(end)
 
 
 def test_the_bar_of_a_run_that_is_resumed_starts_where_it_was(terminal, tmp_path):
@@ -165,7 +177,7 @@ def test_tokens_per_second_leave_evaluating_and_saving_out():
 
 def test_a_stage_says_in_a_line_what_it_cost_and_how_strong_its_penalty_was():
     assert stage_line(PLAN[1], COST | {"ewc_ratio": 0.3}) == (
-        "Round 1 of 2, dpo: 20 steps in 1:40, 50.0 tokens/s, peak 2.5 GiB, 10 % evaluation, 10 % saving, 1 % ewc, "
+        "Round 1 of 2, dpo: 20 steps in 1:40, 50.0 tokens/s, peak 2.5 GiB, 10 % evaluating, 10 % saving, 1 % EWC, "
         "the penalty's gradient 0.30 of the task's."
     )
 

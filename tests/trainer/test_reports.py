@@ -236,4 +236,4 @@ def test_the_state_names_the_model_and_its_adapter(tmp_path):
     model = cases.lora_llama()
     model.config._name_or_path = "some/model"  # noqa: SLF001 - where transformers keeps it
     runs.train(model, tmp_path, num_rounds=1)
-    assert json.loads((tmp_path / "hbat_state.json").read_text())["model"] == "some/model with LORA of rank 4"
+    assert json.loads((tmp_path / "hbat_state.json").read_text())["model"] == "some/model with LoRA of rank 4"

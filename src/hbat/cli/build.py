@@ -2,20 +2,27 @@
 
 import inspect
 import logging
+import re
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import transformers
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, TrainingArguments
 
 from hbat.cli.reward_functions import load_object, load_reward_functions
 from hbat.cli.run_file import RunFile, as_it_runs, parse_overrides
-from hbat.config.fields import build_section, not_an_option
+from hbat.config.fields import build_section, nearest, not_an_option
+from hbat.data.load import for_all
 from hbat.data.sources import Rows, load_splits
 from hbat.engines.processes import is_main_process
 from hbat.engines.refusals import REFUSALS
 from hbat.model.load import is_adapter, shared_init_kwargs
 from hbat.objectives.built_in import resolve
+from hbat.objectives.objective import Objective
 from hbat.reports.files import RUN_FILE
 from hbat.state.files import write_bytes
 from hbat.state.folder import RunFolder
@@ -27,7 +34,7 @@ _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
 def build_trainer(run: RunFile) -> HBATTrainer:
     """Load what a run needs and build its trainer, which checks the data and rehearses every objective."""
-    _show_log()
+    _set_output()
     adapter = peft_config(run)
     if (quantized := quantization_config(run)) is not None:
         run.config.model_init_kwargs = {**(run.config.model_init_kwargs or {}), "quantization_config": quantized}
@@ -48,8 +55,16 @@ def build_trainer(run: RunFile) -> HBATTrainer:
     )
 
 
-def _show_log() -> None:
-    """Show what the library logs at level info, such as the layouts that it recognises, on the main process."""
+def _set_output() -> None:
+    """Show what the library logs at level info, such as the layouts that it recognises, on the main process.
+
+    Other libraries draw bars on a terminal alone.
+    """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+    # Whoever runs a file cannot mend that TRL (1.16) asks transformers (5.24) for it.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     log = logging.getLogger("hbat")
     if is_main_process() and not log.handlers:
         log.setLevel(logging.INFO)
@@ -163,23 +178,31 @@ def _from_pretrained(key: str, name: str, kind: Any, kwargs: Mapping[str, Any]) 
     except Exception as error:
         what = "configuration" if kind is AutoConfig else "tokenizer"
         folder = Path(name).absolute()
+        if not folder.is_dir():
+            beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+            hint = nearest(folder.name, [path.name for path in beside if path.is_dir()])
+            if hint or re.match(r"[/.~\\]", name):
+                raise ValueError(f"`{key}`: there is no folder {folder}.{hint}") from error
         where = f"the folder {folder}" if folder.is_dir() else f"the Hub (there is no folder {folder})"
         raise ValueError(f"`{key}` is {name!r}, but no {what} could be loaded from {where}: {error}") from error
 
 
 def _load_datasets(run: RunFile) -> tuple[dict[str, Rows], dict[str, Rows]]:
-    train, evaluation = {}, {}
-    for objective in resolve(run.config):
+    def loaded(objective: Objective) -> list[Rows]:
         name = objective.name
-        train[name], *evaluated = load_splits(
+        return load_splits(
             _absolute(run.datasets[name]),
             _absolute((run.eval_datasets or {}).get(name)),
             names=(f"`datasets.{name}`", f"`eval_datasets.{name}`"),
             check=objective.row_check(),
         )
-        if evaluated:
-            evaluation[name] = evaluated[0]
-    return train, evaluation
+
+    objectives = resolve(run.config)
+    rows = {each.name: given for each, given in zip(objectives, for_all(objectives, loaded), strict=True)}
+    return (
+        {name: given[0] for name, given in rows.items()},
+        {name: given[1] for name, given in rows.items() if len(given) > 1},
+    )
 
 
 def _absolute(source: Any) -> Any:

@@ -19,12 +19,15 @@ class Output(Console):
         """Print a table below its title, which may be wider."""
         if title:
             self.print(title, style="italic")
+        if self.measure(table, options=self.options.update_width(_WIDEST)).maximum > self.width:
+            for column in table.columns:  # rich would break words of long heads before it breaks short heads
+                column.header = str(column.header).replace(" ", "\n")
         self.print(table, soft_wrap=False)
 
 
 def number_table(*columns: str) -> Table:
     """Make a table with numbers in all columns but the first."""
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold", no_wrap=not index)
     return table

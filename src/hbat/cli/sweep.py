@@ -132,7 +132,7 @@ def print_sweep(points: Sequence[Point], folder: Path) -> None:
     output, matrix = Output(), points[0].matrix
     table = number_table(*points[0].values, *headline_columns(matrix))
     for point in points:
-        table.add_row(*map(_text, point.values.values()), *headline_cells(point.matrix, point.matrix.end))
+        table.add_row(*map(_text, point.values.values()), *headline_cells(matrix, point.matrix.end))
     output.table(table, f"At the end of each run ({directions(matrix)})")
     for label, name in (("Scores", SWEEP_FILE), ("Plot", SWEEP_PLOT_FILE)):
         if (folder / name).is_file():

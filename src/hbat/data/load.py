@@ -5,9 +5,9 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from datasets import Dataset
@@ -19,8 +19,29 @@ SOURCE_KEYS = ("path", "name", "split", "data_files", "data_dir", "revision")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+
 class DatasetError(ValueError):
     """A data set that cannot be trained on. The message names it, with the row and field if there is one."""
+
+
+def for_all(items: Iterable[T], function: Callable[[T], R]) -> list[R]:
+    """Apply a function to every item, and name the faults of all data sets at once.
+
+    Raises:
+        DatasetError: If the function raised one or several.
+    """
+    results, errors = [], []
+    for item in items:
+        try:
+            results.append(function(item))
+        except DatasetError as error:
+            errors.append(error)
+    if errors:
+        raise DatasetError("\n".join(map(str, errors))) from errors[0]
+    return results
 
 
 def load(source: Mapping[str, Any], *, name: str) -> Dataset:

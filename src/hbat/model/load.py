@@ -188,7 +188,7 @@ def described(model: Any) -> str:
         return name
     rank = getattr(adapter, "r", None)
     kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
-    return f"{name} with {kind}" + (f" of rank {rank}" if rank else "")
+    return f"{name} with {'LoRA' if kind == 'LORA' else kind}" + (f" of rank {rank}" if rank else "")
 
 
 def require_adapter_parameters(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from hbat.config.fields import nearest, shown
 from hbat.config.hbat import HBATConfig
 from hbat.data.check import check_dataset
 from hbat.data.faults import RowCheck
-from hbat.data.load import DatasetError
+from hbat.data.load import DatasetError, for_all
 from hbat.data.origin import Origin
 from hbat.data.sources import load_splits
 from hbat.data.template import Limits, row_fit
@@ -135,12 +135,12 @@ def build_tracks(
         _check_keys(callbacks, "callbacks", names)
     else:
         callbacks = dict.fromkeys(names, callbacks or ())
-    tracks = []
-    for name, objective in zip(names, objectives, strict=True):
-        check = objective.row_check()
+
+    def track(objective: Objective) -> Track:
+        name, check = objective.name, objective.row_check()
         labels = [f"{argument}[{name!r}]" for argument in _ARGUMENTS]
         train, *evaluated = load_splits(train_dataset[name], evaluation.get(name), names=labels, check=check)
-        track = Track(
+        whole = Track(
             objective,
             args[name],
             train.dataset,
@@ -149,8 +149,9 @@ def build_tracks(
             dict(zip(_ARGUMENTS, [train.origin, *(rows.origin for rows in evaluated)], strict=False)),
             None if config.shares is None else config.shares[name],
         )
-        tracks.append(_checked(track, config, check))
-    return tracks
+        return _checked(whole, config, check)
+
+    return for_all(objectives, track)
 
 
 def one_chat_template(tracks: Sequence[Track], config: HBATConfig) -> tuple[str | None, list[Track]]:
@@ -185,14 +186,14 @@ def fit(tracks: Sequence[Track], config: HBATConfig, model: Any, tokenizer: Any)
         DatasetError: If columns or rows do not fit.
     """
     is_processor = hasattr(tokenizer, "tokenizer")
-    fitted = []
-    for track in tracks:
+
+    def fitted(track: Track) -> Track:
         check = track.objective.row_check()
         if check is not None and not is_processor:
             _refuse_media(track)
-        fit_check = row_fit(check, None if is_processor else tokenizer, _limits(track, model))
-        fitted.append(_checked(track, config, fit_check))
-    return fitted
+        return _checked(track, config, row_fit(check, None if is_processor else tokenizer, _limits(track, model)))
+
+    return for_all(tracks, fitted)
 
 
 def _limits(track: Track, model: Any) -> Limits:
@@ -232,32 +233,37 @@ def _check_keys(given: object, argument: str, names: Sequence[str]) -> None:
 
 
 def _checked(track: Track, config: HBATConfig, check: RowCheck | None) -> Track:
-    def kept(dataset: Dataset, argument: str, rounds: int, rows_per_round: int) -> tuple[Dataset, Origin]:
+    minimum = track.objective.minimum_rows(track.args)
+
+    def kept(argument: str) -> tuple[Dataset, Origin]:
+        is_train = argument == "train_dataset"
         concerns = getattr(check, "concerns", None)  # a check against the tokenizer looks at messages and tokens alone
         return check_dataset(
-            dataset,
+            getattr(track, argument),
             name=f"{argument}[{track.name!r}]",
-            faults=None if concerns is not None and not concerns(dataset) else check,
-            num_rounds=rounds,
-            rows_per_round=rows_per_round,
+            faults=None if concerns is not None and not concerns(getattr(track, argument)) else check,
+            num_rounds=config.num_rounds if is_train and not track.shares else 1,
+            rows_per_round=minimum if is_train else 1,
             on_bad_rows=config.on_bad_rows,
             origin=track.origins[argument],
         )
 
-    minimum = track.objective.minimum_rows(track.args)
-    train, origin = kept(track.train_dataset, "train_dataset", 1 if track.shares else config.num_rounds, minimum)
+    given = [argument for argument in _ARGUMENTS if getattr(track, argument) is not None]
+    (train, _), *held_out = rows = for_all(given, kept)
     for number, share in enumerate(track.shares or ()):
         start, end = part_bounds(len(train), config.num_rounds, number, track.shares)
-        if share > 0 and (rows := end - start) < minimum:
+        if share > 0 and (size := end - start) < minimum:
             raise DatasetError(
                 f"train_dataset[{track.name!r}] has too few rows: {share:g} of its {len(train)} (`rounds[{number}]`) "
-                f"is {rows}, but a stage needs at least {minimum}. Raise the share or provide more data."
+                f"is {size}, but a stage needs at least {minimum}. Raise the share or provide more data."
             )
-    evaluation, origins = None, {"train_dataset": origin}
-    if track.eval_dataset is not None:
-        evaluation, origins["eval_dataset"] = kept(track.eval_dataset, "eval_dataset", 1, 1)
-    dropped = track.dropped + len(track.train_dataset) - len(train)
-    return replace(track, train_dataset=train, eval_dataset=evaluation, origins=origins, dropped=dropped)
+    return replace(
+        track,
+        train_dataset=train,
+        eval_dataset=held_out[0][0] if held_out else None,
+        origins=dict(zip(given, (origin for _, origin in rows), strict=True)),
+        dropped=track.dropped + len(track.train_dataset) - len(train),
+    )
 
 
 def _refuse_media(track: Track) -> None:

@@ -1,6 +1,7 @@
 """The model card: what was trained, how, and what came out."""
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -16,8 +17,11 @@ from hbat.reports.files import PLOT_FILE
 from hbat.reports.matrix import ForgettingMatrix, directions, markdown_table
 from hbat.state.files import write_bytes
 
+logger = logging.getLogger(__name__)
+
 _PACKAGES = ("hbat-trl", "trl", "transformers", "torch", "datasets")
 
+_TAG = "hbat"
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -87,7 +91,7 @@ def write_model_card(
     trained: Sequence[str] = (),
     sources: Sequence[str] = (),
 ) -> None:
-    """Write the model card, `README.md`.
+    """Write the model card, `README.md`. One that is no card of this library stays as it is.
 
     Args:
         folder: Folder of the model.
@@ -98,6 +102,10 @@ def write_model_card(
         trained: A line for each objective: what it was trained on, and how.
         sources: Names of the data that it was trained on; the Hub gets those of its own.
     """
+    file = folder / "README.md"
+    if file.exists() and not _is_own(file):
+        logger.warning("%s is no model card of a run, so it was left as it is, and none was written.", file)
+        return
     base, name = getattr(model.config, "_name_or_path", ""), folder.resolve().name
     on_hub, is_adapter = _is_hub_name(base), hasattr(model, "peft_config")
     better, results = directions(matrix), [] if end_weight is not None else _results(matrix)
@@ -107,7 +115,7 @@ def write_model_card(
             license=_licence(base),
             datasets=[source for source in sources if _is_hub_name(source) and not Path(source).suffix] or None,
             library_name="peft" if is_adapter else "transformers",
-            tags=["hbat", "trl", *config.objective_names, *(["peft"] if is_adapter else [])],
+            tags=[_TAG, "trl", *config.objective_names, *(["peft"] if is_adapter else [])],
             model_name=name if results else None,
             eval_results=results or None,
         ),
@@ -128,7 +136,14 @@ def write_model_card(
         better=better[:1].upper() + better[1:],
         scores=markdown_table(matrix) if matrix.scored else "",
     )
-    write_bytes(folder / "README.md", f"{card}\n".encode())
+    write_bytes(file, f"{card}\n".encode())
+
+
+def _is_own(file: Path) -> bool:
+    try:
+        return _TAG in (ModelCard.load(file).data.tags or ())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
 
 
 def _own(config: EWCConfig) -> dict[str, Any]:
@@ -145,7 +160,7 @@ def _results(matrix: ForgettingMatrix) -> list[EvalResult]:
             task_type="text-generation",
             dataset_type="held-out",
             dataset_config=name,  # results are grouped by it
-            dataset_name=f"evaluation rows of {name}",
+            dataset_name="rows of `evaluation`" if name in matrix.measured else f"evaluation rows of {name}",
             metric_type=metric,
             metric_value=round(scores[name][metric], 4),
         )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,14 @@ def render(records: Sequence[RunRecord]) -> str:
         if name in shared and all(metric in other.matrix.end[name] for other in others)
     ]
     cells = [_column(records, name, metric) for name, metric in columns]
-    best = pareto([[_headline(record, name) for name in shared] for record in records])
+    traded = first.matrix.traded(shared)
+    best = pareto([[_headline(record, name) for name in traded] for record in records])
     seconds = [sum(cost["seconds"] for cost in record.state.costs) for record in records]
     differing = [name for name in shared if len({_data(record, name) for record in records}) > 1]
     return template("compare.html").render(
         title="Comparison of " + ", ".join(names),
         names=names,
-        evaluated={name: first.matrix.counts.get(name, "unknown") for name in shared},
+        evaluated={name: first.matrix.counts[name] for name in shared if name in first.matrix.counts},
         differing=differing,
         columns=[(*place, arrow(first.matrix, *place)) for place in columns],
         scores=[
@@ -63,7 +65,8 @@ def render(records: Sequence[RunRecord]) -> str:
             )
             for index, name in enumerate(names)
         ],
-        pictures=list(_pictures(records, names, shared)) if plots.can_draw() else [],
+        traded=traded,
+        pictures=list(_pictures(records, names, shared, traded)) if plots.can_draw() else [],
         differences=list(differences(records)),
     )
 
@@ -124,21 +127,36 @@ def pareto(scores: Sequence[Sequence[float]]) -> list[bool]:
 
 def differences(records: Sequence[RunRecord]) -> Iterator[tuple[str, list[str]]]:
     """Values of the configuration that are not the same in all runs."""
-    found = [settings(record, everything=True) | _versions(record) for record in records]
+    absent = {name for record in records for name, values in record.state.fingerprint.items() if values is None}
+    found = [_settings(record, absent) | _versions(record) for record in records]
     for key in dict.fromkeys(key for values in found for key in values):
         values = [own.get(key, "") for own in found]
         if len({*values}) > 1:
             yield key, values
 
 
+def _settings(record: RunRecord, absent: AbstractSet[str]) -> dict[str, str]:
+    """All values; a section that another run lacks is one of them, as what was set in it."""
+    found = {
+        key: value for key, value in settings(record, everything=True).items() if key.partition(".")[0] not in absent
+    }
+    for section in absent & record.state.fingerprint.keys():
+        values = record.state.fingerprint[section]
+        own = {key: values[key] for key in record.state.given.get(section, values)} if values else {}
+        found[section] = "none" if values is None else ", ".join(f"{key} {own[key]}" for key in own) or "defaults"
+    return found
+
+
 def _versions(record: RunRecord) -> dict[str, str]:
     return {f"version of {package}": version for package, version in record.state.versions.items()}
 
 
-def _pictures(records: Sequence[RunRecord], names: Sequence[str], shared: Sequence[str]) -> Iterator[Picture]:
-    if len(shared) > 1:
+def _pictures(
+    records: Sequence[RunRecord], names: Sequence[str], shared: Sequence[str], traded: Sequence[str]
+) -> Iterator[Picture]:
+    if len(traded) > 1:
         caption = "Where every run ends, with the line between its last stage's start and end where it was measured."
-        yield picture("Trade-off", caption, plots.ends_figure([(r.matrix, r.front) for r in records], names, shared))
+        yield picture("Trade-off", caption, plots.ends_figure([(r.matrix, r.front) for r in records], names, traded))
     keys = [key for name in shared if any((key := f"{name}/loss") in entry for entry in records[0].log)]
     if keys:
         figure = plots.overlay_figure([record.log for record in records], names, keys)

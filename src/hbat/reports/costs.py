@@ -45,7 +45,10 @@ def stage_line(stage: Stage, cost: Mapping[str, Any]) -> str:
     if (rate := tokens_per_second(cost)) is not None:
         parts.append(f"{tqdm.format_sizeof(rate)} tokens/s")
     parts.append(f"peak {cost['peak_gib']:.1f} GiB")
-    parts += [f"{100 * cost[what] / cost['seconds']:.0f} % {what}" for what in BESIDE if cost.get(what)]
+    names = {"evaluation": "evaluating", "ewc": "EWC"}
+    parts += [
+        f"{100 * cost[what] / cost['seconds']:.0f} % {names.get(what, what)}" for what in BESIDE if cost.get(what)
+    ]
     if (ratio := cost.get("ewc_ratio")) is not None:
         parts.append(f"the penalty's gradient {ratio:.2f} of the task's")
     return f"Round {stage.round} of {stage.last_round}, {stage.objective}: {', '.join(parts)}."
@@ -53,8 +56,8 @@ def stage_line(stage: Stage, cost: Mapping[str, Any]) -> str:
 
 def steps_done(cost: Mapping[str, Any]) -> str:
     """Say how many steps a stage took, and which of them its costs are about where it was resumed."""
-    resumed = cost.get("resumed_at")
-    return f"{cost['steps']} steps" if not resumed else f"{cost['steps']} steps, from {resumed} on"
+    steps, resumed = f"{cost['steps']} step{'' if cost['steps'] == 1 else 's'}", cost.get("resumed_at")
+    return f"{steps}, from {resumed} on" if resumed else steps
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """The forgetting matrix: what every objective scores after every stage, what it says, and how it reads as a table."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -92,6 +92,11 @@ class ForgettingMatrix(ScoreTable):
         row = {"stage": stage, "round": round_number, "objective": objective, "scores": dict(scores)}
         measured = {name: column for name, column in self.measured.items() if name in scores}
         self.rows.append(row | {"data": dict(self.data)} | ({"measured": measured} if measured else {}))
+
+    def traded(self, names: Sequence[str]) -> list[str]:
+        """Which of the names are shown against each other: trained objectives; the first three if that is one."""
+        trained = [name for name in names if name not in self.measured]
+        return trained if len(trained) > 1 else list(names[:3])
 
     def has(self, stage: int) -> bool:
         """Whether a stage of this run, by its index, has its row; the start's is one less than the first's."""
@@ -222,8 +227,8 @@ class ForgettingMatrix(ScoreTable):
         return f"Scores: {', '.join(parts)}." if parts else ""
 
     def lines(self) -> list[tuple[str, list[float | None]]]:
-        """For each row a label, such as `round 1: sft` or `other-run, start`, and each objective's headline score."""
-        columns = [self.series(objective) for objective in self.headline]
+        """For each row a label, such as `round 1: sft` or `other-run, start`, and headline scores of all `scored`."""
+        columns = [self.series(objective) for objective in self.scored]
         labels = [
             (f"{row['run']}, " if "run" in row else "")
             + ("start" if row["objective"] is None else f"round {row['round']}: {row['objective']}")
@@ -237,12 +242,12 @@ class ForgettingMatrix(ScoreTable):
 
 def headline_columns(table: ScoreTable) -> list[str]:
     """Name the columns of headline scores, by objective and metric."""
-    return [f"{name} {metric}" for name, metric in table.headline.items()]
+    return [f"{name} {table.headline[name]}" for name in table.scored]
 
 
 def headline_cells(table: ScoreTable, scores: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Write the headline scores of a row; empty where an objective was not evaluated."""
-    values = [scores.get(name, {}).get(metric) for name, metric in table.headline.items()]
+    values = [scores.get(name, {}).get(table.headline[name]) for name in table.scored]
     return ["" if value is None else f"{value:.4f}" for value in values]
 
 
@@ -253,7 +258,7 @@ def table_rows(matrix: ForgettingMatrix) -> tuple[list[str], list[list[str]]]:
         [label, *("" if value is None else f"{value:.4f}" for value in values)] for label, values in matrix.lines()
     ]
     for label, values in ("backward transfer", matrix.backward_transfer()), ("forgetting", matrix.forgetting()):
-        rows.append([label, *(f"{values[name]:+.4f}" if name in values else "" for name in matrix.headline)])
+        rows.append([label, *(f"{values[name]:+.4f}" if name in values else "" for name in matrix.scored)])
     return head, rows
 
 
@@ -268,7 +273,7 @@ def markdown_table(matrix: ForgettingMatrix) -> str:
 def directions(matrix: ScoreTable) -> str:
     """Say which scores are better: `lower is better`, with the names of the objectives if they differ."""
     names: dict[str, list[str]] = {}
-    for name in matrix.headline:
+    for name in matrix.scored:
         names.setdefault(matrix.better_of(name), []).append(name)
     if len(names) == 1:
         return f"{next(iter(names))} is better"

@@ -34,12 +34,12 @@ class Cell:
     Attributes:
         text: The number.
         bad: How near it is to the worst of its column, from 0 to 1; None without a colour.
-        around: Half of its 95 % interval, if it is known.
+        interval: Its 95 % interval, if it is known.
     """
 
     text: str
     bad: float | None = None
-    around: str = ""
+    interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,16 @@ def score_rows(matrix: ForgettingMatrix) -> Iterator[tuple[str, list[Cell]]]:
 
 def _cells(matrix: ForgettingMatrix, name: str, metric: str) -> list[Cell]:
     values = matrix.series(name, metric)
-    if metric.startswith("rewards/"):  # at its start a run is its own reference policy
-        values = [None if row["objective"] is None else value for row, value in zip(matrix.rows, values, strict=True)]
-    counts = [matrix.counts.get(name)] * len(values)
-    return column(values, counts, metric, higher=is_higher_better(matrix, name, metric))
+    # At its start a run is its own reference policy.
+    starts = [metric.startswith("rewards/") and row["objective"] is None for row in matrix.rows]
+    known = [None if start else value for start, value in zip(starts, values, strict=True)]
+    cells = column(
+        known, [matrix.counts.get(name)] * len(values), metric, higher=is_higher_better(matrix, name, metric)
+    )
+    return [
+        Cell("reference") if start and value is not None else cell
+        for start, value, cell in zip(starts, values, cells, strict=True)
+    ]
 
 
 def is_higher_better(matrix: ForgettingMatrix, name: str, metric: str) -> bool:
@@ -160,15 +166,18 @@ def column(values: Sequence[float | None], counts: Sequence[int | None], metric:
             cells.append(Cell("not evaluated"))
             continue
         bad = (value - best) / (worst - best) if worst != best and math.isfinite(value) else None
-        around = f"{_half_interval(value, count):.2f}" if count and metric.endswith("accuracies") else ""
-        cells.append(Cell(f"{value:.4f}", bad, around))
+        cells.append(
+            Cell(f"{value:.4f}", bad, _interval(value, count) if count and metric.endswith("accuracies") else "")
+        )
     return cells
 
 
-def _half_interval(share: float, count: int) -> float:
-    """Half of Wilson's 95 % interval of a share of so many rows."""
+def _interval(share: float, count: int) -> str:
+    """Wilson's 95 % interval of a share of so many rows."""
     z = NormalDist().inv_cdf(0.975)
-    return z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return f"[{middle - half:.2f}, {middle + half:.2f}]"
 
 
 def _signed(matrix: ForgettingMatrix, values: Mapping[str, float]) -> list[str]:
@@ -203,11 +212,11 @@ def pictures(record: RunRecord) -> Iterator[Picture]:
             f"Every objective after every stage; {directions(matrix)}.",
             plots.score_figure(matrix),
         )
-    if len(matrix.scored) > 1:
+    if len(traded := matrix.traded(matrix.scored)) > 1:
         labels = [label.replace("round ", "") for label, _ in matrix.lines()]
         caption = "Objective against objective: where the run was after each stage (grey)"
         caption += ", and the line between the last stage's start and end." if record.front else "."
-        yield picture("Trade-off", caption, plots.trade_off_figure(matrix, record.front, labels))
+        yield picture("Trade-off", caption, plots.trade_off_figure(matrix, record.front, labels, traded))
     if any("/ewc/measured" in key for entry in log for key in entry):
         yield picture(
             "Predicted and measured forgetting",

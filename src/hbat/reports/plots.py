@@ -48,7 +48,8 @@ def draw_matrix(matrix: ForgettingMatrix, file: Path) -> None:
 def draw_front(front: Front, file: Path) -> None:
     """Draw the headline scores of every two objectives against each other into a PNG file, a dot for each point."""
     if _can_draw(file):
-        trade_off_figure(front, front, [f"{point:g}" for point in front.points]).savefig(file, dpi=120)
+        labels = [f"{point:g}" for point in front.points]
+        trade_off_figure(front, front, labels, front.scored).savefig(file, dpi=120)
 
 
 def as_svg(figure: "Figure") -> str:
@@ -110,9 +111,11 @@ def colour(names: Sequence[str], name: str) -> str:
     return COLOURS[list(names).index(name) % len(COLOURS)] if name in names else _START
 
 
-def trade_off_figure(table: ScoreTable, front: Front | None, labels: Sequence[str]) -> "Figure":
+def trade_off_figure(
+    table: ScoreTable, front: Front | None, labels: Sequence[str], objectives: Sequence[str]
+) -> "Figure":
     """Headline scores of every two objectives against each other: a path through the rows, and the front if any."""
-    figure, pairs = _pairs(table, table.scored, 5.2, 4.2, margin=0.12)
+    figure, pairs = _pairs(table, objectives, 5.2, 4.2, margin=0.12)
     for axis, names in pairs:
         if table is not front:
             _draw_line(axis, table, names, labels, color=_START)
@@ -142,11 +145,15 @@ def _pairs(
 ) -> tuple["Figure", list[tuple[Any, tuple[str, str]]]]:
     """A figure with axes for every two objectives."""
     pairs = list(itertools.combinations(objectives, 2))
-    figure, axes = _figure(width * len(pairs), height, columns=len(pairs))
-    for axis, (x, y) in zip(axes, pairs, strict=True):
+    columns = min(len(pairs), 3)
+    rows = math.ceil(len(pairs) / columns)
+    figure, axes = _figure(width * columns, height * rows, rows=rows, columns=columns)
+    for axis in axes[len(pairs) :]:
+        axis.set_visible(False)
+    for axis, (x, y) in zip(axes, pairs, strict=False):
         axis.set(xlabel=_label(table, x), ylabel=_label(table, y))
         axis.margins(margin)
-    return figure, list(zip(axes, pairs, strict=True))
+    return figure, list(zip(axes, pairs, strict=False))
 
 
 def _scores(table: ScoreTable, names: Sequence[str]) -> list[list[float]]:

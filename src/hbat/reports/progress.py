@@ -1,6 +1,7 @@
 """How far a run is: a bar in a terminal, lines elsewhere, and `progress.json`, which `hbat status` reads."""
 
 import builtins
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,6 @@ from hbat.state.plan import Stage
 _FILE_EVERY = 2.0  # seconds
 _LINE_EVERY = 60.0  # seconds, where there is no bar
 _SMOOTHING = 0.8  # weight of the earlier losses in the one that is shown
-#: What matters most comes first: a narrow terminal cuts the end off.
 _BAR = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}"
 #: What trainers log that says more than their loss: the first that one logs is shown, by this name.
 _TELLING = {"rewards/accuracies": "accuracy", "reward": "reward", "mean_token_accuracy": "token accuracy"}
@@ -71,10 +71,15 @@ class StageProgress:
                 self._parts.append(f"{tqdm.format_sizeof((tokens - self._tokens) / seconds)} tokens/s")
             self._tokens, self._seconds_at_tokens = tokens, self._seconds
 
-    def shown(self, left: tuple[float, float] | None) -> str:
-        """Say how far the stage is, with the seconds that are left of it and of the run if they are known."""
+    def shown(self, left: tuple[float, float] | None, width: float = math.inf) -> str:
+        """Say how far the stage is, with the seconds that are left of it and of the run if they are known.
+
+        What does not fit into the width, in characters, is left out from the end.
+        """
         times = [] if left is None else [f"{duration(left[0])} left, of the run {duration(left[1])}"]
-        return ", ".join([f"{self.done}/{self.steps}", *times, *self._parts, f"{peak_memory():.1f} GiB"])
+        parts = [f"{self.done}/{self.steps}", *times, *self._parts, f"{peak_memory():.1f} GiB"]
+        ends = itertools.accumulate(len(part) + len(", ") for part in parts)
+        return ", ".join(part for part, end in zip(parts, ends, strict=True) if end - len(", ") <= width)
 
 
 def _redraws() -> bool:
@@ -122,10 +127,13 @@ class Progress:
         """Show how far the stage is."""
         now, ends = time.perf_counter(), at.done in {0, at.steps}
         title = f"round {at.stage.round}/{at.stage.last_round} {at.stage.objective}"
-        shown = at.shown(None if ends else self._seconds_left(at))
+        left = None if ends else self._seconds_left(at)
+        shown = at.shown(left)
         self._bar.n = self._before + at.done
         self._bar.set_description_str(title, refresh=False)
-        self._bar.set_postfix_str(shown, refresh=False)
+        columns = self._bar.format_dict["ncols"] or math.inf
+        room = columns - len(f"{title} 100%|{'':10}| {self._bar.n}/{self._bar.total}, ")
+        self._bar.set_postfix_str(at.shown(left, room), refresh=False)
         self._bar.refresh() if ends else self._bar.update(0)
         if self._bar.disable and (at.done == 0 or now - self._said > _LINE_EVERY):
             self._said = now

@@ -69,16 +69,15 @@ class RunRecord:
         state = _newest(folder)
         scores = _read(folder / SCORES_FILE, headline=dict)
         front = _read(folder / FRONT_FILE, headline=dict, rows=list, better=dict)
+        matrix = ForgettingMatrix(
+            scores.get("headline", {}), better=scores.get("better", {}), counts=scores.get("counts", {})
+        )
+        matrix.take_rows(state.evaluations)
         return cls(
             folder=folder,
             state=state,
             log=_read(folder / LOG_FILE, log_history=list).get("log_history", []),
-            matrix=ForgettingMatrix(
-                scores.get("headline", {}),
-                state.evaluations,
-                scores.get("better", {}),
-                counts=scores.get("counts", {}),
-            ),
+            matrix=matrix,
             front=Front(front["headline"], front["rows"], front["better"]) if front else None,
             completions=read_completions(folder),
             run_file=_text(folder / RUN_FILE),
