@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import datasets
 import pytest
@@ -16,6 +17,7 @@ from runs import CHECKPOINTING
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from hbat import EWCWarning
 from hbat.cli.main import main
 from hbat.config.section_fields import OBJECTIVES
 
@@ -248,6 +250,17 @@ def test_an_adapter_is_trained_with_peft_and_trained_further_from_disk(hbat, val
 
 
 @pytest.mark.slow
+def test_a_warning_of_this_library_is_a_line_without_code(hbat, monkeypatch, capfd):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back after the test
+    assert hbat("validate")[0] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        capfd.readouterr()
+        warnings.showwarning(EWCWarning("The penalty did nothing."), EWCWarning, "file.py", 1)
+        warnings.showwarning(UserWarning("Something else."), UserWarning, "file.py", 1)
+    assert capfd.readouterr().err == "EWCWarning: The penalty did nothing.\nfile.py:1: UserWarning: Something else.\n"
+
+
 def test_a_stage_that_is_not_finite_is_rolled_back_as_often_as_the_command_says(hbat, values, caplog):
     values.update(eval_datasets=None)
     words = ("--sft.learning_rate", "1e30", "--on_nan", "rollback", "--max_rollbacks", "2")

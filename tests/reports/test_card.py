@@ -134,19 +134,6 @@ def card_text(folder, **options):
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_readme_of_the_users_own_is_left_as_it_is(tmp_path, caplog):
-    for text in ("# Mine\n", "---\nlicense: mit\ntags: [llama]\n---\nA model.\n", "---\ntags: [\n---\n"):
-        (tmp_path / "README.md").write_text(text)
-        write_model_card(tmp_path, HBATConfig(output_dir=str(tmp_path)), cases.tiny_llama(), matrix())
-        assert (tmp_path / "README.md").read_text() == text
-        assert "left as it is" in caplog.text
-
-
-def test_a_card_of_a_run_is_written_anew(tmp_path):
-    card(tmp_path)
-    assert card(tmp_path, objectives=["sft", "kto"])[0]["tags"][2:] == ["sft", "kto"]
-
-
 def test_measurements_are_no_data_sets(tmp_path):
     found = matrix(*TWO_ROUNDS)
     found.add_column("rouge", "rougeL", "higher")

@@ -237,3 +237,20 @@ def test_the_state_names_the_model_and_its_adapter(tmp_path):
     model.config._name_or_path = "some/model"  # noqa: SLF001 - where transformers keeps it
     runs.train(model, tmp_path, num_rounds=1)
     assert json.loads((tmp_path / "hbat_state.json").read_text())["model"] == "some/model with LoRA of rank 4"
+
+
+@pytest.mark.parametrize("build", [cases.tiny_llama, cases.lora_llama])  # PEFT writes a README.md itself
+def test_a_readme_of_the_users_own_is_left_as_it_is_and_a_card_is_replaced(build, tmp_path, caplog):
+    run, file = runs.build_run(build(), tmp_path, num_rounds=1), tmp_path / "README.md"
+    run.save_model()
+    card = file.read_text()
+    assert "hybrid alignment training" in card
+    run.save_model()
+    assert file.read_text() == card
+    assert "left as it is" not in caplog.text
+    for text in ("# Mine\n", "---\nlicense: mit\ntags: [llama]\n---\nA model.\n"):
+        caplog.clear()
+        file.write_text(text)
+        run.save_model()
+        assert file.read_text() == text
+        assert "left as it is" in caplog.text

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import transformers
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, TrainingArguments
 
 from hbat.cli.reward_functions import load_object, load_reward_functions
@@ -63,12 +64,22 @@ def _set_output() -> None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
+    warnings.showwarning = _show_warning
     # Whoever runs a file cannot mend that TRL (1.16) asks transformers (5.24) for it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     log = logging.getLogger("hbat")
     if is_main_process() and not log.handlers:
         log.setLevel(logging.INFO)
         log.addHandler(logging.StreamHandler())
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+) -> None:
+    """Show a warning above the bar; of this library's the line of code says nothing to who runs a file."""
+    is_own = category.__module__.partition(".")[0] == "hbat"
+    text = "" if is_own else warnings.formatwarning(message, category, filename, lineno)
+    tqdm.write(text.rstrip() or f"{category.__name__}: {message}", file=sys.stderr)
 
 
 def load_of_entries(run: RunFile) -> dict[str, list[Any]]:

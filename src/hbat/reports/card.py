@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
 from hbat.config.ewc import EWCConfig
 from hbat.config.hbat import HBATConfig
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = ("hbat-trl", "trl", "transformers", "torch", "datasets")
 
+CARD_FILE = "README.md"
 _TAG = "hbat"
 _TEMPLATE = """---
 {{ card_data }}
@@ -91,7 +92,7 @@ def write_model_card(
     trained: Sequence[str] = (),
     sources: Sequence[str] = (),
 ) -> None:
-    """Write the model card, `README.md`. One that is no card of this library stays as it is.
+    """Write the model card, `README.md`.
 
     Args:
         folder: Folder of the model.
@@ -102,10 +103,6 @@ def write_model_card(
         trained: A line for each objective: what it was trained on, and how.
         sources: Names of the data that it was trained on; the Hub gets those of its own.
     """
-    file = folder / "README.md"
-    if file.exists() and not _is_own(file):
-        logger.warning("%s is no model card of a run, so it was left as it is, and none was written.", file)
-        return
     base, name = getattr(model.config, "_name_or_path", ""), folder.resolve().name
     on_hub, is_adapter = _is_hub_name(base), hasattr(model, "peft_config")
     better, results = directions(matrix), [] if end_weight is not None else _results(matrix)
@@ -136,14 +133,26 @@ def write_model_card(
         better=better[:1].upper() + better[1:],
         scores=markdown_table(matrix) if matrix.scored else "",
     )
-    write_bytes(file, f"{card}\n".encode())
+    write_bytes(folder / CARD_FILE, f"{card}\n".encode())
 
 
-def _is_own(file: Path) -> bool:
+def foreign_readme(folder: Path) -> bytes | None:
+    """Read a README.md that no trainer has written; None if there is none. PEFT writes into it as it saves."""
+    file = folder / CARD_FILE
     try:
-        return _TAG in (ModelCard.load(file).data.tags or ())
+        data = metadata_load(file) or {}
+        is_card = data.get("library_name") == "peft" or bool(
+            {_TAG, "generated_from_trainer"} & {*data.get("tags", ())}
+        )
     except (OSError, ValueError, yaml.YAMLError):
-        return False
+        is_card = False
+    return None if is_card or not file.is_file() else file.read_bytes()
+
+
+def restore_readme(folder: Path, content: bytes) -> None:
+    """Put it back, and say that there is no model card."""
+    write_bytes(folder / CARD_FILE, content)
+    logger.warning("%s is no card of a trained model, so it was left as it is.", folder / CARD_FILE)
 
 
 def _own(config: EWCConfig) -> dict[str, Any]:
