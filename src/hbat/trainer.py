@@ -28,7 +28,7 @@ from hbat.model.load import (
 from hbat.model.save import save, upload
 from hbat.objectives.rewards import reward_names
 from hbat.objectives.track import Track, build_tracks, fit, one_chat_template
-from hbat.reports.card import foreign_readme, restore_readme, write_model_card
+from hbat.reports.card import write_model_card
 from hbat.reports.costs import cost_entry, run_metrics, stage_line
 from hbat.reports.files import FRONT_FILE, FRONT_PLOT_FILE
 from hbat.reports.front import Front
@@ -436,6 +436,8 @@ class HBATTrainer:
     def save_model(self, output_dir: str | None = None) -> None:
         """Save model or adapter, tokenizer, model card and, in the run's folder, the report of the run.
 
+        The card is `README.md`; one that no trainer has written is kept.
+
         Collective: call on every rank; rank 0 writes.
 
         Args:
@@ -445,18 +447,13 @@ class HBATTrainer:
             StorageError: If the disk is full or read-only.
         """
         folder = Path(output_dir or self.args.output_dir)
-        readme = foreign_readme(folder)
         save(folder, self.model, self.processing_class)
-        if not is_main_process():
-            return
-        if readme is None:
+        if is_main_process():
             lines = [str(track) for track in self.tracks.values()]
             sources = list(dict.fromkeys(source for track in self.tracks.values() for source in track.sources))
             write_model_card(folder, self.args, self.model, self.matrix, self._moved_to, lines, sources)
-        else:
-            restore_readme(folder, readme)
-        if folder.resolve() == self._folder.path.resolve() and self._folder.holds_run():
-            try_report(folder)
+            if folder.resolve() == self._folder.path.resolve() and self._folder.holds_run():
+                try_report(folder)
 
     def push_to_hub(self, repo_id: str | None = None, *, private: bool | None = None) -> str:
         """Save and upload what `save_model` writes.

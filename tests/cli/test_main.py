@@ -249,18 +249,19 @@ def test_an_adapter_is_trained_with_peft_and_trained_further_from_disk(hbat, val
     assert not [*tmp_path.rglob("model.safetensors")]
 
 
-@pytest.mark.slow
 def test_a_warning_of_this_library_is_a_line_without_code(hbat, monkeypatch, capfd):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back after the test
     assert hbat("validate")[0] == 0
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         capfd.readouterr()
-        warnings.showwarning(EWCWarning("The penalty did nothing."), EWCWarning, "file.py", 1)
-        warnings.showwarning(UserWarning("Something else."), UserWarning, "file.py", 1)
-    assert capfd.readouterr().err == "EWCWarning: The penalty did nothing.\nfile.py:1: UserWarning: Something else.\n"
+        warnings.warn_explicit(EWCWarning("The penalty did nothing."), EWCWarning, "file.py", 1)
+        warnings.warn_explicit(UserWarning("Something else."), UserWarning, "file.py", 1)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == ["EWCWarning: The penalty did nothing.", "UserWarning: Something else. (file.py:1)"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_not_finite_is_rolled_back_as_often_as_the_command_says(hbat, values, caplog):
     values.update(eval_datasets=None)
     words = ("--sft.learning_rate", "1e30", "--on_nan", "rollback", "--max_rollbacks", "2")
@@ -442,6 +443,7 @@ def test_validation_prints_the_plan_and_changes_no_file_of_a_finished_run(hbat, 
         ({}, "--num_rounds 99", ["train_dataset", "16 for 99 rounds"]),
         ({}, "--model_name_or_path ./none", ["`model_name_or_path`: there is no folder /"]),
         ({}, "--tokenizer_name_or_path no/one", ["`tokenizer_name_or_path` is 'no/one'", "there is no folder /"]),
+        ({}, "--tokenizer_name_or_path a/b/c", ["`tokenizer_name_or_path`: there is no folder /"]),
         ({}, "--datasets.dpo none/pairs.jsonl", ["`datasets.dpo`", "there is no file /", "none/pairs.jsonl"]),
         ({}, "--datasets {sft: a.jsonl, dpo: b.csv.gz}", ["`datasets.sft`: there is no", "`datasets.dpo`: there"]),
         ({}, "--eval_datasets.dpo [a.jsonl]", ["`eval_datasets.dpo`", "there is no file /"]),
@@ -461,6 +463,14 @@ def test_what_the_user_can_correct_is_one_line_with_status_2_and_leaves_nothing(
     for part in parts:
         assert part in message
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_misspelled_folder_is_named_beside_the_error_of_the_hub(hbat, values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    message = refusal(hbat("validate", "--model_name_or_path", "smolm2"))
+    assert "could be loaded from the Hub" in message
+    assert "Did you mean `smollm2`?" in message
 
 
 def test_faulty_rows_of_all_data_sets_are_named(hbat, values, tmp_path):

@@ -290,7 +290,26 @@ def test_measurements_are_not_set_against_what_was_trained():
     for name in ("completions", "rouge", "pairs"):
         matrix.add_column(name, "score", "higher")
     assert matrix.traded(["sft", "dpo", "completions", "rouge", "pairs"]) == ["sft", "dpo"]
-    assert matrix.traded(["sft", "completions", "rouge", "pairs"]) == ["sft", "completions", "rouge"]
+    assert matrix.traded(["sft", "rouge", "pairs"]) == ["sft", "rouge", "pairs"]
+
+
+def test_a_share_has_its_interval_and_the_start_of_the_first_run_is_the_reference():
+    rows = {None: 0.5, "sft": 0.0, "dpo": 1.0}
+    scores = [{"dpo": {"loss": 0.7, "rewards/accuracies": value}} for value in rows.values()]
+    matrix = ForgettingMatrix({"dpo": "loss"}, counts={"dpo": 6})
+    for stage, (objective, each) in enumerate(zip(rows, scores, strict=True), -1):
+        matrix.add(stage=stage, round_number=1, objective=objective, scores=each)
+    accuracies = [cells[1] for _, cells in score_rows(matrix)]
+    assert [cell.text for cell in accuracies] == ["reference", "0.0000", "1.0000"]
+    assert [cell.interval for cell in accuracies] == ["", "[0.00, 0.39]", "[0.61, 1.00]"]  # Wilson's
+    matrix.rows.append({**matrix.rows[0], "stage": 2})  # the start of a run that continues this one
+    assert [cells[1].text for _, cells in score_rows(matrix)][-1] == "0.5000"
+
+
+def test_a_continued_run_without_scores_of_its_own_shows_none(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "evaluation.json").unlink()
+    assert RunRecord.read(tmp_path / "run").matrix.scored == []
 
 
 def test_runs_without_scores_cannot_be_compared(cut_off, tmp_path, capsys):

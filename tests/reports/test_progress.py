@@ -177,7 +177,7 @@ def test_tokens_per_second_leave_evaluating_and_saving_out():
 
 def test_a_stage_says_in_a_line_what_it_cost_and_how_strong_its_penalty_was():
     assert stage_line(PLAN[1], COST | {"ewc_ratio": 0.3}) == (
-        "Round 1 of 2, dpo: 20 steps in 1:40, 50.0 tokens/s, peak 2.5 GiB, 10 % evaluating, 10 % saving, 1 % EWC, "
+        "Round 1 of 2, dpo: 20 steps in 1:40, 50.0 tokens/s, peak 2.5 GiB, 10 % evaluation, 10 % saving, 1 % EWC, "
         "the penalty's gradient 0.30 of the task's."
     )
 

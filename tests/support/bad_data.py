@@ -92,8 +92,8 @@ CASES = [
 HEAD = """# Faulty rows
 
 Before the first stage, every row of every data set is checked: first against the format of its objective, then against
-the model and its tokenizer. The error names the first faulty row and field and counts all faulty rows by kind. With
-`on_bad_rows: drop`, faulty rows are dropped with a warning that counts them; a missing column is always an error.
+the model and its tokenizer. The error names the first faulty row and field of every data set and counts all by kind.
+With `on_bad_rows: drop`, faulty rows are dropped with a warning that counts them; a missing column is always an error.
 Nothing is written to disk before these checks.
 
 `python tests/support/bad_data.py` writes this page. "Met" marks kinds found in public preference and instruction data

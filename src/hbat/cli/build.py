@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import datasets
 import transformers
+from huggingface_hub.utils import validate_repo_id
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, TrainingArguments
 
@@ -25,6 +25,7 @@ from hbat.model.load import is_adapter, shared_init_kwargs
 from hbat.objectives.built_in import resolve
 from hbat.objectives.objective import Objective
 from hbat.reports.files import RUN_FILE
+from hbat.reports.progress import redraws
 from hbat.state.files import write_bytes
 from hbat.state.folder import RunFolder
 from hbat.state.manifest import RunStateError
@@ -35,7 +36,7 @@ _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
 def build_trainer(run: RunFile) -> HBATTrainer:
     """Load what a run needs and build its trainer, which checks the data and rehearses every objective."""
-    _set_output()
+    set_output()
     adapter = peft_config(run)
     if (quantized := quantization_config(run)) is not None:
         run.config.model_init_kwargs = {**(run.config.model_init_kwargs or {}), "quantization_config": quantized}
@@ -56,17 +57,17 @@ def build_trainer(run: RunFile) -> HBATTrainer:
     )
 
 
-def _set_output() -> None:
+def set_output() -> None:
     """Show what the library logs at level info, such as the layouts that it recognises, on the main process.
 
     Other libraries draw bars on a terminal alone.
     """
-    if not sys.stderr.isatty():
+    if not redraws():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
     warnings.showwarning = _show_warning
-    # Whoever runs a file cannot mend that TRL (1.16) asks transformers (5.24) for it.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # Whoever runs a file cannot change that TRL (1.16) asks transformers (5.24) for them.
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
     log = logging.getLogger("hbat")
     if is_main_process() and not log.handlers:
         log.setLevel(logging.INFO)
@@ -76,10 +77,9 @@ def _set_output() -> None:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
 ) -> None:
-    """Show a warning above the bar; of this library's the line of code says nothing to who runs a file."""
+    """Show a warning above the bar, in a line; where it comes from only if it is not of this library."""
     is_own = category.__module__.partition(".")[0] == "hbat"
-    text = "" if is_own else warnings.formatwarning(message, category, filename, lineno)
-    tqdm.write(text.rstrip() or f"{category.__name__}: {message}", file=sys.stderr)
+    tqdm.write(f"{category.__name__}: {message}{'' if is_own else f' ({filename}:{lineno})'}", file=sys.stderr)
 
 
 def load_of_entries(run: RunFile) -> dict[str, list[Any]]:
@@ -189,13 +189,20 @@ def _from_pretrained(key: str, name: str, kind: Any, kwargs: Mapping[str, Any]) 
     except Exception as error:
         what = "configuration" if kind is AutoConfig else "tokenizer"
         folder = Path(name).absolute()
-        if not folder.is_dir():
-            beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
-            hint = nearest(folder.name, [path.name for path in beside if path.is_dir()])
-            if hint or re.match(r"[/.~\\]", name):
-                raise ValueError(f"`{key}`: there is no folder {folder}.{hint}") from error
-        where = f"the folder {folder}" if folder.is_dir() else f"the Hub (there is no folder {folder})"
-        raise ValueError(f"`{key}` is {name!r}, but no {what} could be loaded from {where}: {error}") from error
+        if folder.is_dir():
+            raise ValueError(
+                f"`{key}` is {name!r}, but no {what} could be loaded from the folder {folder}: {error}"
+            ) from error
+        beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        hint = nearest(folder.name, [path.name for path in beside if path.is_dir()])
+        try:
+            validate_repo_id(name)
+        except ValueError:
+            raise ValueError(f"`{key}`: there is no folder {folder}.{hint}") from error
+        raise ValueError(
+            f"`{key}` is {name!r}, but no {what} could be loaded from the Hub (there is no folder {folder}.{hint}): "
+            f"{error}"
+        ) from error
 
 
 def _load_datasets(run: RunFile) -> tuple[dict[str, Rows], dict[str, Rows]]:

@@ -146,10 +146,12 @@ def _merge(options: argparse.Namespace, words: Sequence[str]) -> None:
         raise ValueError(f"`{words[0]}` is for a run file, and {str(source)!r} is a folder. Remove it.")
     run = None if source.is_dir() else _prepare(options, words)
     with contextlib.redirect_stdout(sys.stderr):
+        from hbat.cli.build import set_output  # noqa: PLC0415 - heavy
         from hbat.cli.summary import describe_merged  # noqa: PLC0415 - heavy
         from hbat.model.merge import merge  # noqa: PLC0415 - heavy
         from hbat.state.folder import RunFolder  # noqa: PLC0415 - heavy
 
+        set_output()
         adapter = source if run is None else Path(run.config.output_dir)
         quantized = run is not None and run.quantization is not None
         if (state := next(RunFolder(adapter).states(), None)) is not None:  # not after `hbat clean`
@@ -260,8 +262,10 @@ def _eval(options: argparse.Namespace, words: Sequence[str]) -> None:
         raise ValueError("`hbat eval` takes the models first: `hbat eval MODEL --config eval.yaml`.")
     config = parse_eval(options.config, parse_overrides(words))
     with contextlib.redirect_stdout(sys.stderr):
+        from hbat.cli.build import set_output  # noqa: PLC0415 - heavy
         from hbat.cli.evaluate import evaluate  # noqa: PLC0415 - heavy
 
+        set_output()
         print_scores = evaluate(options.models, config)
     print_scores()
 

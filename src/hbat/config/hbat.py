@@ -134,8 +134,8 @@ class HBATConfig:
     on_bad_rows: OnBadRows = field(
         default="raise",
         metadata={
-            "help": "What to do with rows that cannot be trained on: `raise` an error that names the first one, or "
-            "`drop` them with a warning that counts them by kind of fault."
+            "help": "What to do with rows that cannot be trained on: `raise` an error that names the first of each "
+            "data set, or `drop` them with a warning that counts them by kind of fault."
         },
     )
     on_nan: OnNaN = field(

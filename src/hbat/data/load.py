@@ -39,8 +39,10 @@ def for_all(items: Iterable[T], function: Callable[[T], R]) -> list[R]:
             results.append(function(item))
         except DatasetError as error:
             errors.append(error)
-    if errors:
+    if len(errors) > 1:
         raise DatasetError("\n".join(map(str, errors))) from errors[0]
+    if errors:
+        raise errors[0]
     return results
 
 

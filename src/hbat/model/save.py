@@ -1,5 +1,7 @@
 """A run's model as a folder that any library of the Hugging Face ecosystem loads, and its upload."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,22 @@ def save(folder: Path, model: Any, tokenizer: Any) -> None:
         return
     if hasattr(model, "peft_config"):
         options["selected_adapters"] = [ADAPTER]  # there can be a reference adapter
-    with storage_errors(folder), written_as_whole(model):
+    with storage_errors(folder), written_as_whole(model), _without_card(model):
         model.save_pretrained(folder, **options)
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _without_card(model: Any) -> Iterator[None]:
+    """Let PEFT (0.19) write no card of its own, which it also writes into a README.md that is the user's."""
+    if not hasattr(model, "create_or_update_model_card"):
+        yield
+        return
+    model.create_or_update_model_card = lambda *_: None
+    try:
+        yield
+    finally:
+        del model.create_or_update_model_card
 
 
 def upload(folder: Path, repo_id: str | None, *, private: bool | None) -> str:

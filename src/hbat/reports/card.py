@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = ("hbat-trl", "trl", "transformers", "torch", "datasets")
 
-CARD_FILE = "README.md"
 _TAG = "hbat"
 _TEMPLATE = """---
 {{ card_data }}
@@ -92,7 +91,7 @@ def write_model_card(
     trained: Sequence[str] = (),
     sources: Sequence[str] = (),
 ) -> None:
-    """Write the model card, `README.md`.
+    """Write the model card, `README.md`, unless there is a file of that name that no trainer has written.
 
     Args:
         folder: Folder of the model.
@@ -103,6 +102,10 @@ def write_model_card(
         trained: A line for each objective: what it was trained on, and how.
         sources: Names of the data that it was trained on; the Hub gets those of its own.
     """
+    file = folder / "README.md"
+    if file.exists() and not _is_card(file):
+        logger.warning("%s was not written by a trainer, so it was kept. Move it to get a model card.", file)
+        return
     base, name = getattr(model.config, "_name_or_path", ""), folder.resolve().name
     on_hub, is_adapter = _is_hub_name(base), hasattr(model, "peft_config")
     better, results = directions(matrix), [] if end_weight is not None else _results(matrix)
@@ -133,26 +136,16 @@ def write_model_card(
         better=better[:1].upper() + better[1:],
         scores=markdown_table(matrix) if matrix.scored else "",
     )
-    write_bytes(folder / CARD_FILE, f"{card}\n".encode())
+    write_bytes(file, f"{card}\n".encode())
 
 
-def foreign_readme(folder: Path) -> bytes | None:
-    """Read a README.md that no trainer has written; None if there is none. PEFT writes into it as it saves."""
-    file = folder / CARD_FILE
+def _is_card(file: Path) -> bool:
+    """Whether a trainer of this library or of transformers has written a README.md."""
     try:
-        data = metadata_load(file) or {}
-        is_card = data.get("library_name") == "peft" or bool(
-            {_TAG, "generated_from_trainer"} & {*data.get("tags", ())}
-        )
+        tags = (metadata_load(file) or {}).get("tags")
     except (OSError, ValueError, yaml.YAMLError):
-        is_card = False
-    return None if is_card or not file.is_file() else file.read_bytes()
-
-
-def restore_readme(folder: Path, content: bytes) -> None:
-    """Put it back, and say that there is no model card."""
-    write_bytes(folder / CARD_FILE, content)
-    logger.warning("%s is no card of a trained model, so it was left as it is.", folder / CARD_FILE)
+        return False
+    return isinstance(tags, list) and any(tag in (_TAG, "generated_from_trainer") for tag in tags)
 
 
 def _own(config: EWCConfig) -> dict[str, Any]:

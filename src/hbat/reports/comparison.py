@@ -137,13 +137,11 @@ def differences(records: Sequence[RunRecord]) -> Iterator[tuple[str, list[str]]]
 
 def _settings(record: RunRecord, absent: AbstractSet[str]) -> dict[str, str]:
     """All values; a section that another run lacks is one of them, as what was set in it."""
-    found = {
-        key: value for key, value in settings(record, everything=True).items() if key.partition(".")[0] not in absent
-    }
-    for section in absent & record.state.fingerprint.keys():
-        values = record.state.fingerprint[section]
-        own = {key: values[key] for key in record.state.given.get(section, values)} if values else {}
-        found[section] = "none" if values is None else ", ".join(f"{key} {own[key]}" for key in own) or "defaults"
+    every, given = settings(record, everything=True), settings(record)
+    found = {key: value for key, value in every.items() if key.partition(".")[0] not in absent}
+    for section in sorted(absent):
+        own = [f"{key.partition('.')[2]} {value}" for key, value in given.items() if key.startswith(f"{section}.")]
+        found[section] = "none" if record.state.fingerprint.get(section) is None else ", ".join(own) or "defaults"
     return found
 
 

@@ -7,8 +7,8 @@ from tqdm import tqdm
 
 from hbat.state.plan import Stage
 
-#: What a stage's seconds are spent on beside training.
-BESIDE = ("evaluation", "saving", "ewc")
+#: What a stage's seconds are spent on beside training, in words.
+BESIDE = {"evaluation": "evaluation", "saving": "saving", "ewc": "EWC"}
 
 
 def tokens_per_second(*costs: Mapping[str, Any]) -> float | None:
@@ -45,10 +45,7 @@ def stage_line(stage: Stage, cost: Mapping[str, Any]) -> str:
     if (rate := tokens_per_second(cost)) is not None:
         parts.append(f"{tqdm.format_sizeof(rate)} tokens/s")
     parts.append(f"peak {cost['peak_gib']:.1f} GiB")
-    names = {"evaluation": "evaluating", "ewc": "EWC"}
-    parts += [
-        f"{100 * cost[what] / cost['seconds']:.0f} % {names.get(what, what)}" for what in BESIDE if cost.get(what)
-    ]
+    parts += [f"{100 * cost[key] / cost['seconds']:.0f} % {what}" for key, what in BESIDE.items() if cost.get(key)]
     if (ratio := cost.get("ewc_ratio")) is not None:
         parts.append(f"the penalty's gradient {ratio:.2f} of the task's")
     return f"Round {stage.round} of {stage.last_round}, {stage.objective}: {', '.join(parts)}."

@@ -94,9 +94,9 @@ class ForgettingMatrix(ScoreTable):
         self.rows.append(row | {"data": dict(self.data)} | ({"measured": measured} if measured else {}))
 
     def traded(self, names: Sequence[str]) -> list[str]:
-        """Which of the names are shown against each other: trained objectives; the first three if that is one."""
+        """Which of the names are set against each other: trained objectives, or all if there are fewer than two."""
         trained = [name for name in names if name not in self.measured]
-        return trained if len(trained) > 1 else list(names[:3])
+        return trained if len(trained) > 1 else list(names)
 
     def has(self, stage: int) -> bool:
         """Whether a stage of this run, by its index, has its row; the start's is one less than the first's."""

@@ -81,6 +81,7 @@ def render(record: RunRecord) -> str:
         evaluated=matrix.counts,
         scores=list(score_rows(matrix)),
         score_columns=[(*place, arrow(matrix, *place)) for place in score_columns(matrix)],
+        referenced=any(_is_of_reference(metric) for _, metric in score_columns(matrix)),
         transfer=_signed(matrix, matrix.backward_transfer()),
         forgetting=_signed(matrix, matrix.forgetting()),
         pictures=list(pictures(record)) if plots.can_draw() else [],
@@ -137,8 +138,10 @@ def score_rows(matrix: ForgettingMatrix) -> Iterator[tuple[str, list[Cell]]]:
 
 def _cells(matrix: ForgettingMatrix, name: str, metric: str) -> list[Cell]:
     values = matrix.series(name, metric)
-    # At its start a run is its own reference policy.
-    starts = [metric.startswith("rewards/") and row["objective"] is None for row in matrix.rows]
+    # The model at the first start is the reference policy.
+    starts = [
+        _is_of_reference(metric) and index == 0 and row["objective"] is None for index, row in enumerate(matrix.rows)
+    ]
     known = [None if start else value for start, value in zip(starts, values, strict=True)]
     cells = column(
         known, [matrix.counts.get(name)] * len(values), metric, higher=is_higher_better(matrix, name, metric)
@@ -147,6 +150,11 @@ def _cells(matrix: ForgettingMatrix, name: str, metric: str) -> list[Cell]:
         Cell("reference") if start and value is not None else cell
         for start, value, cell in zip(starts, values, cells, strict=True)
     ]
+
+
+def _is_of_reference(metric: str) -> bool:
+    """Whether a metric compares with the reference policy."""
+    return metric.startswith("rewards/")
 
 
 def is_higher_better(matrix: ForgettingMatrix, name: str, metric: str) -> bool:
@@ -177,7 +185,7 @@ def _interval(share: float, count: int) -> str:
     z = NormalDist().inv_cdf(0.975)
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return f"[{middle - half:.2f}, {middle + half:.2f}]"
+    return f"[{max(0.0, middle - half):.2f}, {min(1.0, middle + half):.2f}]"
 
 
 def _signed(matrix: ForgettingMatrix, values: Mapping[str, float]) -> list[str]:

@@ -143,8 +143,8 @@ def ends_figure(
 def _pairs(
     table: ScoreTable, objectives: Sequence[str], width: float, height: float, *, margin: float
 ) -> tuple["Figure", list[tuple[Any, tuple[str, str]]]]:
-    """A figure with axes for every two objectives."""
-    pairs = list(itertools.combinations(objectives, 2))
+    """A figure with axes for every two of the first four objectives."""
+    pairs = list(itertools.combinations(objectives[:4], 2))
     columns = min(len(pairs), 3)
     rows = math.ceil(len(pairs) / columns)
     figure, axes = _figure(width * columns, height * rows, rows=rows, columns=columns)
@@ -253,7 +253,7 @@ def costs_figure(costs: Sequence[Entry], labels: Sequence[str]) -> "Figure":
     figure, (axis,) = _figure(9.0, 0.8 + 0.32 * len(costs))
     left = [0.0] * len(costs)
     rest = [cost["seconds"] - sum(cost.get(what, 0.0) for what in BESIDE) for cost in costs]
-    parts = {"training": rest} | {what: [cost.get(what, 0.0) for cost in costs] for what in BESIDE}
+    parts = {"training": rest} | {what: [cost.get(key, 0.0) for cost in costs] for key, what in BESIDE.items()}
     for (what, seconds), own in zip(parts.items(), (COLOURS[0], COLOURS[5], COLOURS[4], COLOURS[1]), strict=True):
         axis.barh(range(len(costs)), seconds, left=left, label=what, color=own)
         left = [sum(both) for both in zip(left, seconds, strict=True)]

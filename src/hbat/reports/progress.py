@@ -82,7 +82,8 @@ class StageProgress:
         return ", ".join(part for part, end in zip(parts, ends, strict=True) if end - len(", ") <= width)
 
 
-def _redraws() -> bool:
+def redraws() -> bool:
+    """Whether a bar can be drawn: in a terminal and in a notebook."""
     return sys.stderr.isatty() or hasattr(builtins, "get_ipython")  # a notebook's stderr is no terminal
 
 
@@ -102,7 +103,7 @@ class Progress:
         self._bar = tqdm(
             total=total,
             initial=done,
-            disable=not (shows and _redraws()),
+            disable=not (shows and redraws()),
             dynamic_ncols=True,
             unit="step",
             bar_format=_BAR,
@@ -198,7 +199,7 @@ class EvaluationBar(TrainerCallback):
         """Count a batch."""
         if self._bar is None:
             total = None if eval_dataloader is None else len(eval_dataloader)
-            shown = state.is_local_process_zero and _redraws()
+            shown = state.is_local_process_zero and redraws()
             self._bar = tqdm(
                 total=total, desc=f"evaluating {self._name}", leave=False, unit="batch", disable=not shown
             )

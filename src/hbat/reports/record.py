@@ -72,7 +72,10 @@ class RunRecord:
         matrix = ForgettingMatrix(
             scores.get("headline", {}), better=scores.get("better", {}), counts=scores.get("counts", {})
         )
-        matrix.take_rows(state.evaluations)
+        if scores:
+            matrix.take_rows(state.evaluations)
+        else:  # all rows are of the runs that this one continues
+            matrix.rows = state.evaluations
         return cls(
             folder=folder,
             state=state,
