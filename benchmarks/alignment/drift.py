@@ -64,7 +64,7 @@ def drift(setting: Setting, strength: float, folder: Path) -> float:
     common = SECTION | {"lr_scheduler_type": "cosine", "warmup_steps": 5, "seed": 0}
     with tempfile.TemporaryDirectory() as work:
         HBATTrainer(
-            load_base(setting.base, folder),
+            load_base(setting.base, 0, folder),
             HBATConfig(
                 output_dir=work, objectives=["sft", "dpo"], seed=0, disable_tqdm=True, ewc={"strength": strength},
                 sft=common | {"learning_rate": setting.sft}, dpo=common | {"learning_rate": setting.dpo, "beta": 0.1},

@@ -1,4 +1,4 @@
-"""The evidence's models: two sizes of a transformer, each pretrained once per output folder, and their scores."""
+"""The evidence's models: two sizes of a transformer, pretrained once for each seed, and their scores."""
 
 import tempfile
 from collections.abc import Sequence
@@ -56,7 +56,8 @@ BASES = {
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the tokenizer: one token per word."""
-    words = Tokenizer(WordLevel({word: index for index, word in enumerate(("<pad>", "<eos>", *WORDS))}))
+    vocabulary = {word: index for index, word in enumerate(("<pad>", "<eos>", *WORDS))}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))  # noqa: S106 - rewards are tried on any text
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", model_max_length=32)  # noqa: S106
 
@@ -72,24 +73,24 @@ def tokenized(rows: Sequence[Row], tokenizer: Any) -> Dataset:
     })
 
 
-def load_base(name: str, folder: Path) -> GPT2LMHeadModel:
-    """Load a base model, and pretrain it first where the folder does not have it yet."""
-    path = folder / f"base-{name}"
+def load_base(name: str, seed: int, folder: Path) -> GPT2LMHeadModel:
+    """Load a seed's base model, and pretrain it first where the folder does not have it yet."""
+    path = folder / f"base-{name}-{seed}"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            _pretrain(BASES[name], work).save_pretrained(Path(work) / "model")
+            _pretrain(BASES[name], seed, work).save_pretrained(Path(work) / "model")
             (Path(work) / "model").rename(path)
     return GPT2LMHeadModel.from_pretrained(path)
 
 
-def _pretrain(base: Base, work: str) -> Any:
+def _pretrain(base: Base, seed: int, work: str) -> Any:
     tokenizer = build_tokenizer()
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=32, n_embd=base.width, n_layer=base.layers, n_head=4,
         activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     section = SECTION | {
         "adam_beta2": 0.98, "learning_rate": base.learning_rate, "lr_scheduler_type": "cosine",
         "num_train_epochs": base.epochs, "per_device_train_batch_size": 64, "warmup_steps": 100,
@@ -97,7 +98,7 @@ def _pretrain(base: Base, work: str) -> Any:
     run = HBATConfig(
         output_dir=f"{work}/run", objectives=["sft"], num_rounds=1, sft=section, ewc=None, disable_tqdm=True
     )
-    rows = tokenized(documents(0, base.documents, SHARE_INSTRUCTIONS), tokenizer)
+    rows = tokenized(documents(seed, base.documents, SHARE_INSTRUCTIONS), tokenizer)
     trainer = HBATTrainer(GPT2LMHeadModel(config), run, {"sft": rows}, processing_class=tokenizer)
     trainer.train()
     return trainer.model

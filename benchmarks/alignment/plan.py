@@ -68,14 +68,43 @@ FREEZE = [_ewc("freeze", rounds, source="path", freeze=0.2, strength=0.0) for ro
 REPLAY = [_replay(share, rate) for share, rate in ((0.1, "6e-4"), (0.25, "6e-4"), (0.1, "3e-4"), (0.25, "3e-4"))]
 ALTERNATION = [_alternation(rounds, rate) for rounds, rate in product(ROUNDS, ("6e-4", "3e-4"))]
 #: The map of rounds and strengths; its first column and its row of one round are above.
-MAP = [_ewc("path", rounds, source="path", strength=strength) for rounds, strength in product(ROUNDS, (1, 0.25, 4))]
+MAP = [
+    _ewc("path", rounds, source="path", strength=strength) for rounds, strength in product(ROUNDS, (1, 0.25, 4, 0.5))
+]
 MAP += [_ewc("path", source="path", strength=4.0)]
+
+#: More rounds given their best chance: instructions early and preferences late, rates that fall, preferences last.
+EARLY = [{"sft": 0.4, "dpo": 0.1}, {"sft": 0.3, "dpo": 0.2}, {"sft": 0.2, "dpo": 0.3}, {"sft": 0.1, "dpo": 0.4}]
+LAST = [{"sft": 0.7, "dpo": 0.1}, {"sft": 0.3, "dpo": 0.9}]
+CHANCES: dict[str, dict[str, Any]] = {
+    "early": {"rounds": EARLY},
+    "last": {"rounds": LAST},
+    "decay": {"num_rounds": 4, "lr_schedule": {"sft": "decay"}},
+    "early, decay": {"rounds": EARLY, "lr_schedule": {"sft": "decay"}},
+    "last, decay": {"rounds": LAST, "lr_schedule": {"sft": "decay"}},
+    "one schedule": {"num_rounds": 4, "lr_schedule": "run"},
+}
+CHANCE = [
+    {
+        "method": f"rounds {name} {strength:g}", "family": "rounds at their best", "rate": RATE,
+        "options": {"ewc": {"source": "path", "strength": strength} if strength else None, **options},
+    }
+    for strength, (name, options) in product((0.5, 0.25, 0.0), CHANCES.items())
+]  # fmt: skip
 
 #: Over time: later parts train with a tenth or a quarter of old rows in place of new ones.
 OLD_ROWS = [
     _plain("3e-4", method=f"old rows {share:g} {rate}", family="old rows", rate=RATES[rate], old_rows=share,
            options={"ewc": None})
     for share, rate in ((0.1, "6e-4"), (0.25, "6e-4"), (0.1, "3e-4"), (0.25, "3e-4"))
+]  # fmt: skip
+#: The same with the penalty.
+OLD_ROWS_PATH = [
+    _ewc("path", source="path", strength=0.5) | {
+        "method": f"path strength 0.5, old rows {share:g} {rate:g}", "family": "path, old rows", "rate": rate,
+        "old_rows": share,
+    }
+    for share, rate in ((0.1, 6e-4), (0.1, 1e-3))
 ]  # fmt: skip
 #: TRL's own SFT term on the chosen answers of the pairs.
 SFT_TERM = [
@@ -96,6 +125,7 @@ PPO = [
     for method in (
         *[_plain("3e-4", method=f"two-stage {rate}", rate=value) for rate, value in PPO_RATES.items()],
         *[_ewc("path", rate=1e-3, source="path", strength=strength) for strength in (1.0, 0.5, 2.0)],
+        *[_ewc("path", rounds, rate=1e-3, source="path", strength=0.5) for rounds in (2, 4)],
     )
 ]
 SMOKE = [_plain("6e-4"), _alternation(2, "6e-4"), MIXED[0]]
@@ -130,7 +160,8 @@ def plan(seeds: int) -> Iterator[Spec]:
         ("main", "small", few, [*SOURCES, *GRANULARITY, *AUTHORS, *ALTERNATION[:4], *REPLAY, *MIXED, *SFT_TERM]),
         ("main", "small", few, [*MAP, *FREEZE, *DAMPING, *PROXIMAL, *ALTERNATION[4:]]),
         ("main", "small", few, [*CURVES, *HEAT]),
-        ("main", "small", few, PPO),
+        ("main", "small", few, [*PPO, *CHANCE]),
+        ("time2", "small", few, OLD_ROWS_PATH),
         ("weak", "small", few, [*TWO_STAGE[:4], *PATH[:4]]),
         ("strong", "small", few, [*TWO_STAGE[:4], *PATH[:4]]),
         ("time2", "large", few, [*TWO_STAGE[:4], *PATH[:4], *OLD_ROWS]),

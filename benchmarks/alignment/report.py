@@ -2,11 +2,13 @@
 
     python benchmarks/alignment/report.py [--output FOLDER]
 
-Writes `report.md` and PNG files beside `runs.jsonl`.
+Writes `report.md`, with the tables of docs/does-it-work.md first, and PNG files beside the records.
 """
 
 import argparse
+import gzip
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -17,10 +19,19 @@ from matplotlib.figure import Figure
 from metrics import Record, area, chosen_without_own_seed, interval, line
 from plan import RATE
 from run import RESULTS
+from tables import DEFAULT, tables
 
 REFERENCE = "two-stage"
 HEATS = ("T0", "T0.75", "T1")
-_SHOWN = 20  # methods in a plot of fronts
+_TITLES = {"T0": "greedy", "T0.75": "sampled at 0.75", "T1": "sampled at 1"}
+_SHOWN = (REFERENCE, "old rows", "path, old rows")  # families in a plot of fronts, beside the default
+
+
+def read(folder: Path) -> list[Record]:
+    """Read the records of a folder."""
+    file = folder / "runs.jsonl"
+    text = file.read_text() if file.exists() else gzip.decompress((folder / "runs.jsonl.gz").read_bytes()).decode()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def by(records: Iterable[Record], *names: str) -> dict[Any, list[Record]]:
@@ -109,15 +120,19 @@ def _areas(methods: list[dict[int, Record]], heat: str) -> dict[int, float]:
 def draw_fronts(records: Sequence[Record], file: Path) -> None:
     """Accuracy against style: a line a method, a point an averaging share, a star its end."""
     figure = Figure(figsize=(11, 5), layout="constrained")
-    shown = [(method, runs) for method, runs in by(records, "method").items() if runs[0]["preference"]][:_SHOWN]
+    shown = [
+        (method, runs)
+        for method, runs in sorted(by(records, "method").items())
+        if method == DEFAULT or runs[0]["family"] in _SHOWN
+    ]
     for axis, heat in zip(figure.subplots(1, 2), ("T0.75", "T1"), strict=True):
         axis.set_prop_cycle(color=colormaps["tab20"].colors)
         for method, runs in shown:
             x, y = ([mean(runs, share, heat, what) for share in runs[0]["scores"]] for what in ("style", "accuracy"))
-            dashed = "--" if runs[0]["family"] == REFERENCE else "-"
-            (drawn,) = axis.plot(x, y, dashed, marker=".", linewidth=1, label=method)
+            dashed, width = ("-", 2.5) if method == DEFAULT else ("--", 1)
+            (drawn,) = axis.plot(x, y, dashed, marker=".", linewidth=width, label=method)
             axis.scatter(x[-1:], y[-1:], marker="*", s=90, color=drawn.get_color(), zorder=3)
-        axis.set(xlabel="answers in the preferred style, %", ylabel="right answers, %", title=heat)
+        axis.set(xlabel="answers in the preferred style, %", ylabel="right answers, %", title=_TITLES[heat])
         axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     figure.savefig(file, dpi=130)
@@ -129,9 +144,13 @@ def draw_map(records: Sequence[Record], file: Path) -> None:
     for record in records:
         ewc, rounds = record["options"].get("ewc") or {}, record["options"].get("num_rounds", 1)
         plain = not ewc and record["family"] in {REFERENCE, "alternation"}
-        if record["rate"] == RATE and (plain or ewc == {"source": "path", "strength": ewc.get("strength")}):
+        path = re.fullmatch(r"path( N=\d)?", record["family"]) and ewc.keys() == {"source", "strength"}
+        if record["rate"] == RATE and (plain or path):
             cells.setdefault((rounds, float(ewc.get("strength", 0))), []).append(record)
-    rounds, strengths = sorted({n for n, _ in cells}), sorted({strength for _, strength in cells})
+    rounds, strengths = sorted({n for n, _ in cells}), sorted({strength for n, strength in cells if n > 1})
+    cells = {place: runs for place, runs in cells.items() if place[1] in strengths}
+    seeds = set.intersection(*({run["seed"] for run in runs} for runs in cells.values())) if cells else set()
+    cells = {place: [run for run in runs if run["seed"] in seeds] for place, runs in cells.items()}
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axis, heat in zip(figure.subplots(1, 2), ("T0", "T1"), strict=True):
         table = [
@@ -140,10 +159,10 @@ def draw_map(records: Sequence[Record], file: Path) -> None:
         ]
         axis.imshow(table, aspect="auto", cmap="viridis")
         for row, column in ((row, column) for row in range(len(rounds)) for column in range(len(strengths))):
-            axis.text(column, row, f"{table[row][column]:.0f}", ha="center", va="center", color="white")
+            axis.text(column, row, f"{table[row][column]:.0f}", ha="center", va="center", backgroundcolor="#ffffffb0")
         axis.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
         axis.set_yticks(range(len(rounds)), [str(n) for n in rounds])
-        axis.set(xlabel="strength", ylabel="rounds", title=f"both, {heat}, %")
+        axis.set(xlabel="strength", ylabel="rounds", title=f"right and in style, {_TITLES[heat]}, %")
     figure.savefig(file, dpi=130)
 
 
@@ -153,7 +172,12 @@ def draw_heat(records: Sequence[Record], file: Path) -> None:
     axis = figure.subplots()
     for method, runs in by(records, "method").items():
         heats = runs[0]["temperatures"]
-        axis.plot(heats, [mean(runs, "1", f"T{heat:g}", "both") for heat in heats], marker="o", label=method)
+        axis.plot(
+            heats,
+            [mean(runs, "1", f"T{heat:g}", "both") for heat in heats],
+            marker="o",
+            label=method.removesuffix(" temperatures"),
+        )
     axis.set(xlabel="temperature", ylabel="right and in the preferred style, %")
     axis.legend(fontsize=8)
     figure.savefig(file, dpi=130)
@@ -162,15 +186,17 @@ def draw_heat(records: Sequence[Record], file: Path) -> None:
 def draw_curves(records: Sequence[Record], file: Path) -> None:
     """Scores over optimizer steps (the paper's Figure 5)."""
     figure = Figure(figsize=(12, 4), layout="constrained")
-    for axis, metric in zip(figure.subplots(1, 3), ("accuracy", "style", "both"), strict=True):
+    names = {"accuracy": "right", "style": "in style", "both": "right and in style"}
+    for axis, (metric, name) in zip(figure.subplots(1, 3), names.items(), strict=True):
         for method, runs in by(records, "method").items():
             steps = [point["step"] for point in runs[0]["curve"]]
             values = [
                 [100 * run["curve"][index]["scores"]["T1"]["all"][metric] for run in runs]
                 for index in range(len(steps))
             ]
-            axis.plot(steps, [fmean(each) for each in values], label=method)
-        axis.set(xlabel="optimizer steps", title=f"{metric}, T1, %")
+            axis.plot(steps, [fmean(each) for each in values], label=method.removesuffix(" score_every"))
+        axis.grid(alpha=0.3)
+        axis.set(xlabel="optimizer steps", title=f"{name}, {_TITLES['T1']}, %")
     axis.legend(fontsize=8)
     figure.savefig(file, dpi=130)
 
@@ -180,9 +206,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
     folder = parser.parse_args().output
-    records = [json.loads(text) for text in (folder / "runs.jsonl").read_text().splitlines()]
+    records = read(folder)
     plain = [record for record in records if record["family"] not in {"score_every", "temperatures"}]
+    main_runs = [record for record in plain if (record["regime"], record["base"]) == ("main", "small")]
     text = [f"# Evidence\n\n{len(records)} runs, {sum(record['seconds']['all'] for record in records) / 3600:.1f} h\n"]
+    text += [f"## {name}\n\n{table}\n" for name, table in tables(plain)] if main_runs else []
     for (regime, base), runs in by(plain, "regime", "base").items():
         ordered = sorted(runs, key=lambda record: record["seed"])
         file = folder / f"front-{regime}-{base}.png"
@@ -191,7 +219,6 @@ def main() -> None:
             f"## {regime}, {base} base\n", methods_table(ordered), f"\nMinus {REFERENCE}, paired by seed\n",
             comparison_table(ordered), f"\n![]({file.name})\n",
         ]  # fmt: skip
-    main_runs = [record for record in plain if (record["regime"], record["base"]) == ("main", "small")]
     if main_runs:
         draw_map(main_runs, folder / "map.png")
     for family, draw in (("score_every", draw_curves), ("temperatures", draw_heat)):

@@ -52,10 +52,10 @@ def _work(spec: Spec, folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
     return train(spec, folder, **sizes)
 
 
-def _base(name: str, folder: Path) -> None:
+def _base(base: tuple[str, int], folder: Path) -> None:
     from model import load_base  # noqa: PLC0415
 
-    load_base(name, folder)
+    load_base(*base, folder)
 
 
 def run(specs: Iterable[Spec], folder: Path, sizes: dict[str, int]) -> int:
@@ -70,7 +70,7 @@ def run(specs: Iterable[Spec], folder: Path, sizes: dict[str, int]) -> int:
     failed = 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_prepare) as pool, file.open("a") as lines:
-        list(pool.map(_base, sorted({spec.base for spec in left}), [folder] * len(left)))
+        list(pool.map(_base, sorted({(spec.base, spec.seed) for spec in left}), [folder] * len(left)))
         waiting: dict[Future[dict[str, Any]], Spec] = {}
         queue = iter(left)
         while True:

@@ -78,7 +78,7 @@ def train(spec: Spec, folder: Path, size: int = ROWS, prompts: int = PROMPTS) ->
         scores = evaluate(model, tokenizer, questions, spec.seed, spec.temperatures)
         return {heat: _grouped(by_task, regime) for heat, by_task in scores.items()}
 
-    model, watch = load_base(spec.base, folder), Watch(score, spec.score_every)
+    model, watch = load_base(spec.base, spec.seed, folder), Watch(score, spec.score_every)
     with tempfile.TemporaryDirectory() as work:
         for index in range(len(regime.parts)):
             rows = _rows(spec, index, size // len(regime.parts), tokenizer)
@@ -167,8 +167,7 @@ def _grouped(by_task: dict[str, dict[str, float]], regime: Regime) -> dict[str, 
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:
-    named = policy_of(model).named_parameters()
-    return {name: value.detach().clone() for name, value in named if value.requires_grad}
+    return {name: value.detach().clone() for name, value in policy_of(model).named_parameters()}
 
 
 @torch.no_grad()
