@@ -10,13 +10,19 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def metrics():
+def scripts():
     folder = str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "alignment")
     sys.path.insert(0, folder)
     import metrics
+    import tables
 
     sys.path.remove(folder)
-    return metrics
+    return metrics, tables
+
+
+@pytest.fixture
+def metrics(scripts):
+    return scripts[0]
 
 
 def test_the_area_of_a_point_is_its_rectangle(metrics):
@@ -51,3 +57,35 @@ def test_the_interval_is_students(metrics):
 def test_a_configuration_is_chosen_without_looking_at_its_own_seed(metrics):
     lucky, steady = {0: 1.0, 1: 0.0, 2: 0.0}, {0: 0.4, 1: 0.4, 2: 0.4}
     assert metrics.chosen_without_own_seed([lucky, steady]) == {0: 0.4, 1: 0.0, 2: 0.0}
+
+
+def run(method, family, seed, middle, end):
+    """A record with right and stylish answers at the start (none), in the middle and at the end of the line."""
+    points = {"0": 0.0, "0.5": middle, "1": end}
+    scores = {
+        share: {heat: {"all": dict.fromkeys(("accuracy", "style", "both"), value)} for heat in ("T0", "T0.75", "T1")}
+        for share, value in points.items()
+    }
+    options = {"ewc": {"source": "path", "strength": 0.5} if family == "path" else None}
+    return {"method": method, "family": family, "regime": "main", "base": "small", "seed": seed, "rate": 6e-4,
+            "options": options, "scores": scores}  # fmt: skip
+
+
+def test_the_main_table_has_ends_best_points_and_paired_differences(scripts):
+    records = [
+        run("two-stage 6e-4", "two-stage", 0, 0.6, 0.2), run("two-stage 6e-4", "two-stage", 1, 0.4, 0.4),
+        run("two-stage 1e-4", "two-stage", 0, 0.1, 0.5), run("two-stage 1e-4", "two-stage", 1, 0.1, 0.1),
+        run("path strength 0.5", "path", 0, 0.9, 0.8), run("path strength 0.5", "path", 1, 0.5, 0.7),
+    ]  # fmt: skip
+    lines = [line.strip("| ").split(" | ") for line in dict(scripts[1].tables(records))["Main table"].splitlines()]
+    assert {label: cells[0] for label, *cells in lines[2:]} == {
+        "two-stage 1e-4, end": "30.0",
+        "two-stage 6e-4, end": "30.0",
+        "two-stage, best of 4": "50.0",  # the middle at 6e-4
+        "**HBAT** (`path`, strength 0.5), end": "75.0",
+        "HBAT, best of 2": "75.0",
+        "HBAT, end, minus two-stage, best of 4": "+25.0 [-38.5, +88.5]",  # 20 and 30, of which t(1) is 12.706
+        "HBAT, best of 2, minus that": "+25.0 [-38.5, +88.5]",
+        # On seed 0 the choice of seed 1, the middle or end at 6e-4; on seed 1 that of seed 0, its middle.
+        "HBAT, end, minus two-stage, one of 4 chosen on other seeds": "+25.0 [-38.5, +88.5]",
+    }

@@ -258,6 +258,24 @@ def test_the_numbers_of_the_demo_are_those_of_its_committed_results(seed):
     assert f"**{ours}**" in PAGES["docs/does-it-work.md"] or seed > 0
 
 
+def test_the_tables_of_the_evidence_are_those_of_its_committed_records(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "alignment")
+    read, tables = import_module("report").read, import_module("tables").tables
+    made = dict(tables([
+        record
+        for record in read(ROOT / "docs" / "results" / "evidence")
+        if record["family"] not in {"score_every", "temperatures"}
+    ]))  # fmt: skip
+    assert "Main table" in made
+    assert [name for name, table in made.items() if table not in PAGES["docs/does-it-work.md"]] == []
+    rows = [line.strip("| ").split(" | ") for line in made["Tasks in two parts"].splitlines()]
+    kept = {cells[0]: int(cells[-1].split(" / ")[0]) for cells in rows if re.fullmatch(r"\d+ / \d+", cells[-1])}
+    plain = max(share for name, share in kept.items() if name.startswith("two-stage"))
+    assert f"{kept['**HBAT** (`path`, strength 0.5), end, no old rows']} %" in README
+    assert f"{plain} % at most" in README
+
+
 def test_the_table_of_real_text_is_that_of_its_committed_records(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "alignment")
     script = import_module("real_text")

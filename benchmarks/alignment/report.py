@@ -120,22 +120,23 @@ def _areas(methods: list[dict[int, Record]], heat: str) -> dict[int, float]:
 def draw_fronts(records: Sequence[Record], file: Path) -> None:
     """Accuracy against style: a line a method, a point an averaging share, a star its end."""
     figure = Figure(figsize=(11, 5), layout="constrained")
+    found = by(records, "method")
     shown = [
         (method, runs)
-        for method, runs in sorted(by(records, "method").items())
-        if method == DEFAULT or runs[0]["family"] in _SHOWN
+        for method, runs in sorted(found.items())
+        if method == DEFAULT or (runs[0]["family"] in _SHOWN and len(runs) == len(found.get(DEFAULT, runs)))
     ]
     for axis, heat in zip(figure.subplots(1, 2), ("T0.75", "T1"), strict=True):
         axis.set_prop_cycle(color=colormaps["tab20"].colors)
         for method, runs in shown:
             x, y = ([mean(runs, share, heat, what) for share in runs[0]["scores"]] for what in ("style", "accuracy"))
-            dashed, width = ("-", 2.5) if method == DEFAULT else ("--", 1)
-            (drawn,) = axis.plot(x, y, dashed, marker=".", linewidth=width, label=method)
+            style = {"color": "black", "linewidth": 2.5} if method == DEFAULT else {"linestyle": "--", "linewidth": 1}
+            (drawn,) = axis.plot(x, y, marker=".", label=method, **style)
             axis.scatter(x[-1:], y[-1:], marker="*", s=90, color=drawn.get_color(), zorder=3)
         axis.set(xlabel="answers in the preferred style, %", ylabel="right answers, %", title=_TITLES[heat])
         axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=100)
 
 
 def draw_map(records: Sequence[Record], file: Path) -> None:
@@ -163,7 +164,7 @@ def draw_map(records: Sequence[Record], file: Path) -> None:
         axis.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
         axis.set_yticks(range(len(rounds)), [str(n) for n in rounds])
         axis.set(xlabel="strength", ylabel="rounds", title=f"right and in style, {_TITLES[heat]}, %")
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=100)
 
 
 def draw_heat(records: Sequence[Record], file: Path) -> None:
@@ -180,7 +181,7 @@ def draw_heat(records: Sequence[Record], file: Path) -> None:
         )
     axis.set(xlabel="temperature", ylabel="right and in the preferred style, %")
     axis.legend(fontsize=8)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=100)
 
 
 def draw_curves(records: Sequence[Record], file: Path) -> None:
@@ -198,7 +199,7 @@ def draw_curves(records: Sequence[Record], file: Path) -> None:
         axis.grid(alpha=0.3)
         axis.set(xlabel="optimizer steps", title=f"{name}, {_TITLES['T1']}, %")
     axis.legend(fontsize=8)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=100)
 
 
 def main() -> None:
@@ -221,9 +222,9 @@ def main() -> None:
         ]  # fmt: skip
     if main_runs:
         draw_map(main_runs, folder / "map.png")
-    for family, draw in (("score_every", draw_curves), ("temperatures", draw_heat)):
+    for family, draw, name in (("score_every", draw_curves, "steps"), ("temperatures", draw_heat, "temperatures")):
         if chosen := [record for record in records if record["family"] == family]:
-            draw(chosen, folder / f"{family}.png")
+            draw(chosen, folder / f"{name}.png")
     (folder / "report.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print(folder / "report.md")
 

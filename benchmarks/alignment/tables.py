@@ -1,6 +1,7 @@
 """The tables of docs/does-it-work.md, from records of the evidence: answers that are right and in style, percent."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 
 from metrics import Record, area, chosen_without_own_seed, interval, line
@@ -20,12 +21,15 @@ Row = tuple[str, Sequence[str]]  # label and cells
 _SOURCES = {
     "`path`, one value per tensor": "path granularity tensor",
     "`relative`": "relative strength",
-    "`relative`, one value per tensor": "relative granularity tensor",
     "`displacement`, the paper's": "displacement",
     "`preset: authors`": "authors strength",
     "`fisher`": "fisher",
     "`uniform`": "uniform",
     "`random`": "random",
+}
+#: Other choices of the penalty, likewise.
+_CHOICES = {
+    "`relative`, one value per tensor": "relative granularity tensor",
     "`freeze: 0.2` alone": "freeze",
     "`method: proximal`": "path proximal",
     "`damping: 0.1`": "path damping 0.1",
@@ -127,7 +131,10 @@ def _fair_differences(runs: Runs, others: Sequence[str], seeds: Sequence[int]) -
 
 def _areas(runs: Runs, seeds: Sequence[int]) -> list[str]:
     # Under the front of strengths, minus that of as many rates of two-stage training; lines are filled in.
-    known = [[name["method"] for name in methods if name["method"] in runs] for methods in (PATH, TWO_STAGE)]
+    known = [
+        [each["method"] for each in methods if set(seeds) <= set(runs.get(each["method"], {}))]
+        for methods in (PATH, TWO_STAGE)
+    ]
     count = min(map(len, known))
     cells = []
     for heat in _HEATS:
@@ -192,10 +199,10 @@ def _chosen(runs: Runs, methods: Sequence[str], seeds: Sequence[int]) -> str:
     return max(methods, key=lambda method: fmean(_scores(runs, method, _END, "T0.75", seeds)))
 
 
-def _sources(runs: Runs) -> str:
+def _sources(runs: Runs, starts: Mapping[str, str] = _SOURCES) -> str:
     found = {
         label: [method for method in runs if method.startswith(start) and "N=" not in method]
-        for label, start in _SOURCES.items()
+        for label, start in starts.items()
         if any(method.startswith(start) for method in runs)
     }
     seeds = _seeds(runs, DEFAULT, *(method for methods in found.values() for method in methods))
@@ -287,6 +294,7 @@ def tables(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
         ("Main table, larger base", _main, runs_of(records, "main", "large")),
         ("Strengths", _strengths, small),
         ("Importance", _sources, small),
+        ("Choices", partial(_sources, starts=_CHOICES), small),
         ("Other ways", _rivals, small),
         ("Rounds", _rounds, small),
         ("PPO", _ppo, {method: runs for method, runs in small.items() if method.startswith("PPO")}),

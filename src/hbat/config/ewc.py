@@ -47,7 +47,7 @@ class EWCConfig:
         },
     )
     source: Source = field(
-        default="path",  # docs/does-it-work.md, "What brings it": ahead of every source but `relative`
+        default="path",  # docs/does-it-work.md, "What brings it": ahead of every other source
         metadata={
             "help": "What importance is computed from. `path`: how much of the other objective's loss decrease "
             "each weight brought (its path integral), over how far it moved; needs one float32 number per"
@@ -58,7 +58,7 @@ class EWCConfig:
         },
     )
     damping: float = field(
-        default=1.0,  # docs/does-it-work.md, "What brings it": a tenth learns less, ten times is as good
+        default=1.0,  # docs/does-it-work.md, "What brings it": a tenth is worse, ten times is as good
         metadata={
             "help": "Multiple of a tensor's mean squared displacement that is added to the squared displacement of "
             "each of its weights before `path` and `relative` divide by it."

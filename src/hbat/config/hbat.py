@@ -109,7 +109,7 @@ class HBATConfig:
         },
     )
     end_weight: float = field(
-        default=1.0,  # docs/does-it-work.md, "The main table": averaging the default further does not help
+        default=1.0,  # docs/does-it-work.md, "The main table": sampled, the small base's best; `hbat front` chooses
         metadata={
             "help": "Weight of the end of the run's last stage in the average with its start: after that stage alone "
             "the weights are set to start + end_weight * (end - start), with a number between 0 and 1. `1.0` keeps "
