@@ -270,7 +270,7 @@ def _over_time(runs: Runs) -> str:
         ages = (fmean(_scores(runs, method, _END, "T0", seeds, group)) for group in groups)
         return label, [*_cells(runs, [method], seeds), " / ".join(f"{age:.0f}" for age in ages)]
 
-    lines = {"two-stage": rivals, "old rows": old}
+    lines = {label: methods for label, methods in (("two-stage", rivals), ("old rows", old)) if methods}
     both = [method for method in _family(runs, "path, old rows") if set(seeds) <= set(runs[method])]
     rows = [end(f"{method}, end", method) for method in (*rivals, *old)]
     rows += [
@@ -288,18 +288,22 @@ def _over_time(runs: Runs) -> str:
 
 def tables(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
     """Name and text of every table that there are runs for."""
-    small = runs_of(records, "main", "small")
+    small, large = (runs_of(records, "main", base) for base in ("small", "large"))
+    both, ppo = ("path", "two-stage"), ("PPO path", "PPO two-stage")
     made = [
-        ("Main table", _main, small),
-        ("Main table, larger base", _main, runs_of(records, "main", "large")),
-        ("Strengths", _strengths, small),
-        ("Importance", _sources, small),
-        ("Choices", partial(_sources, starts=_CHOICES), small),
-        ("Other ways", _rivals, small),
-        ("Rounds", _rounds, small),
-        ("PPO", _ppo, {method: runs for method, runs in small.items() if method.startswith("PPO")}),
-        ("Tasks in two parts", _over_time, runs_of(records, "time2", "small")),
-        ("Tasks in four parts", _over_time, runs_of(records, "time4", "small")),
+        ("Main table", _main, small, both),
+        ("Main table, larger base", _main, large, both),
+        ("Strengths", _strengths, small, both),
+        ("Strengths, larger base", _strengths, large, both),
+        ("Importance", _sources, small, both),
+        ("Choices", partial(_sources, starts=_CHOICES), small, both),
+        ("Other ways", _rivals, small, both),
+        ("Rounds", _rounds, small, both),
+        ("PPO", _ppo, small, ppo),
+        ("Tasks in two parts", _over_time, runs_of(records, "time2", "small"), both),
+        ("Tasks in four parts", _over_time, runs_of(records, "time4", "small"), both),
     ]
-    yield from ((name, make(runs)) for name, make, runs in made if runs)
+    for name, make, runs, families in made:
+        if all(_family(runs, each) for each in families):
+            yield name, make(runs)
     yield "Regimes", _regimes(records)
