@@ -21,7 +21,7 @@ html_theme_options = {
     "source_directory": "docs/",
 }
 html_math_renderer = "mathml"  # no script and no network: browsers draw it
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "results"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
