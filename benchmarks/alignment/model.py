@@ -57,7 +57,7 @@ BASES = {
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the tokenizer: one token per word."""
     vocabulary = {word: index for index, word in enumerate(("<pad>", "<eos>", *WORDS))}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))  # noqa: S106 - rewards are tried on any text
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))  # noqa: S106 - no password; PPO tries rewards on any text
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", model_max_length=32)  # noqa: S106
 

@@ -16,14 +16,12 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from metrics import Record, area, chosen_without_own_seed, interval, line
+from metrics import Record, area, chosen_without_own_seed, line
 from plan import RATE
 from run import RESULTS
-from tables import DEFAULT, tables
+from tables import DEFAULT, HEATS, minus, tables
 
 REFERENCE = "two-stage"
-HEATS = ("T0", "T0.75", "T1")
-_TITLES = {"T0": "greedy", "T0.75": "sampled at 0.75", "T1": "sampled at 1"}
 _SHOWN = (REFERENCE, "old rows", "path, old rows")  # families in a plot of fronts, beside the default
 
 
@@ -99,8 +97,7 @@ def _whole(methods: dict[str, list[Record]], seeds: Sequence[int]) -> list[dict[
 
 
 def _difference(own: dict[int, float], other: dict[int, float]) -> str:
-    middle, half = interval([100 * (own[seed] - other[seed]) for seed in own])
-    return f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"
+    return minus([100 * own[seed] for seed in own], [100 * other[seed] for seed in own])
 
 
 def _tuned(methods: list[dict[int, Record]], heat: str) -> dict[int, float]:
@@ -133,7 +130,7 @@ def draw_fronts(records: Sequence[Record], file: Path) -> None:
             style = {"color": "black", "linewidth": 2.5} if method == DEFAULT else {"linestyle": "--", "linewidth": 1}
             (drawn,) = axis.plot(x, y, marker=".", label=method, **style)
             axis.scatter(x[-1:], y[-1:], marker="*", s=90, color=drawn.get_color(), zorder=3)
-        axis.set(xlabel="answers in the preferred style, %", ylabel="right answers, %", title=_TITLES[heat])
+        axis.set(xlabel="answers in the preferred style, %", ylabel="right answers, %", title=HEATS[heat])
         axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     figure.savefig(file, dpi=100)
@@ -163,7 +160,7 @@ def draw_map(records: Sequence[Record], file: Path) -> None:
             axis.text(column, row, f"{table[row][column]:.0f}", ha="center", va="center", backgroundcolor="#ffffffb0")
         axis.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
         axis.set_yticks(range(len(rounds)), [str(n) for n in rounds])
-        axis.set(xlabel="strength", ylabel="rounds", title=f"right and in style, {_TITLES[heat]}, %")
+        axis.set(xlabel="strength", ylabel="rounds", title=f"right and in style, {HEATS[heat]}, %")
     figure.savefig(file, dpi=100)
 
 
@@ -197,7 +194,7 @@ def draw_curves(records: Sequence[Record], file: Path) -> None:
             ]
             axis.plot(steps, [fmean(each) for each in values], label=method.removesuffix(" score_every"))
         axis.grid(alpha=0.3)
-        axis.set(xlabel="optimizer steps", title=f"{name}, {_TITLES['T1']}, %")
+        axis.set(xlabel="optimizer steps", title=f"{name}, {HEATS['T1']}, %")
     axis.legend(fontsize=8)
     figure.savefig(file, dpi=100)
 

@@ -9,8 +9,7 @@ from plan import PATH, TWO_STAGE
 
 DEFAULT = "path strength 0.5"
 _HBAT = "**HBAT** (`path`, strength 0.5)"
-_HEATS = ("T0", "T0.75", "T1")
-_HEADS = ("greedy", "sampled at 0.75", "sampled at 1")
+HEATS = {"T0": "greedy", "T0.75": "sampled at 0.75", "T1": "sampled at 1"}
 _END = "1"  # share of the averaging line
 _LAST = "default minus this, 0.75"
 
@@ -99,11 +98,11 @@ def _points(runs: Runs, methods: Sequence[str]) -> list[str]:
 
 
 def _cells(runs: Runs, methods: Sequence[str], seeds: Sequence[int], shares: Sequence[str] = (_END,)) -> list[str]:
-    return [f"{fmean(_best(runs, methods, heat, seeds, shares)):.1f}" for heat in _HEATS]
+    return [f"{fmean(_best(runs, methods, heat, seeds, shares)):.1f}" for heat in HEATS]
 
 
-def _minus(own: Sequence[float], other: Sequence[float]) -> str:
-    # Paired by seed, with a 95 % interval.
+def minus(own: Sequence[float], other: Sequence[float]) -> str:
+    """Write the mean of differences, paired by seed, with its 95 % interval."""
     middle, half = interval([a - b for a, b in zip(own, other, strict=True)])
     return f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"
 
@@ -113,19 +112,17 @@ def _differences(
 ) -> list[str]:
     # The best of a method's points (by default its end) minus the best of all points of others.
     points = _points(runs, others)
-    return [
-        _minus(_best(runs, [own], heat, seeds, shares), _best(runs, others, heat, seeds, points)) for heat in _HEATS
-    ]
+    return [minus(_best(runs, [own], heat, seeds, shares), _best(runs, others, heat, seeds, points)) for heat in HEATS]
 
 
 def _fair_differences(runs: Runs, others: Sequence[str], seeds: Sequence[int]) -> list[str]:
     # The default's end minus, on every seed, the point of others that is best on the other seeds.
     points = [(method, share) for method in others for share in _points(runs, others)]
     cells = []
-    for heat in _HEATS:
+    for heat in HEATS:
         scores = [dict(zip(seeds, _scores(runs, *point, heat, seeds), strict=True)) for point in points]
         chosen = chosen_without_own_seed(scores)
-        cells.append(_minus(_scores(runs, DEFAULT, _END, heat, seeds), [chosen[seed] for seed in seeds]))
+        cells.append(minus(_scores(runs, DEFAULT, _END, heat, seeds), [chosen[seed] for seed in seeds]))
     return cells
 
 
@@ -137,12 +134,12 @@ def _areas(runs: Runs, seeds: Sequence[int]) -> list[str]:
     ]
     count = min(map(len, known))
     cells = []
-    for heat in _HEATS:
+    for heat in HEATS:
         own, other = (
             [100 * area([line(runs[method][seed], heat) for method in methods[:count]]) for seed in seeds]
             for methods in known
         )
-        cells.append(_minus(own, other))
+        cells.append(minus(own, other))
     return cells
 
 
@@ -150,7 +147,7 @@ def _rate(method: str) -> float:
     return float(method.rsplit(" ", 1)[1])
 
 
-def _table(rows: Sequence[Row], heads: Sequence[str] = _HEADS) -> str:
+def _table(rows: Sequence[Row], heads: Sequence[str] = tuple(HEATS.values())) -> str:
     lines = [["", *heads], ["---"] * (1 + len(heads)), *([label, *cells] for label, cells in rows)]
     return "\n".join(("| " + " | ".join(cells) + " |").replace("|  |", "| |") for cells in lines)
 
@@ -190,9 +187,9 @@ def _with_default(runs: Runs, chosen: Mapping[str, str], seeds: Sequence[int]) -
     own = _scores(runs, DEFAULT, _END, "T0.75", seeds)
     rows: list[Row] = [(f"{_HBAT}, the default", [*_cells(runs, [DEFAULT], seeds), ""])]
     for label, method in chosen.items():
-        last = _minus(own, _scores(runs, method, _END, "T0.75", seeds))
+        last = minus(own, _scores(runs, method, _END, "T0.75", seeds))
         rows.append((label, [*_cells(runs, [method], seeds), last]))
-    return _table(rows, [*_HEADS, _LAST])
+    return _table(rows, [*HEATS.values(), _LAST])
 
 
 def _chosen(runs: Runs, methods: Sequence[str], seeds: Sequence[int]) -> str:
@@ -283,7 +280,7 @@ def _over_time(runs: Runs) -> str:
         (f"HBAT, no old rows, minus {label}, best", [*_differences(runs, DEFAULT, methods, seeds), ""])
         for label, methods in lines.items()
     ]
-    return _table(rows, [*_HEADS, f"right, greedy: {' / '.join(groups)}"])
+    return _table(rows, [*HEATS.values(), f"right, greedy: {' / '.join(groups)}"])
 
 
 def tables(records: Sequence[Record]) -> Iterator[tuple[str, str]]:

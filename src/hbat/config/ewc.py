@@ -58,7 +58,7 @@ class EWCConfig:
         },
     )
     damping: float = field(
-        default=1.0,  # docs/does-it-work.md, "What brings it": a tenth is worse, ten times is as good
+        default=1.0,  # docs/does-it-work.md, "What brings it": neither a tenth nor ten times is better
         metadata={
             "help": "Multiple of a tensor's mean squared displacement that is added to the squared displacement of "
             "each of its weights before `path` and `relative` divide by it."

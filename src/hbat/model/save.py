@@ -38,7 +38,7 @@ def save(folder: Path, model: Any, tokenizer: Any) -> None:
 
 @contextmanager
 def _without_card(model: Any) -> Iterator[None]:
-    """Let PEFT (0.19) write no card of its own, which it also writes into a README.md that is the user's."""
+    """Let PEFT (0.21) write no card of its own, which it also writes into a README.md that is the user's."""
     if not hasattr(model, "create_or_update_model_card"):
         yield
         return

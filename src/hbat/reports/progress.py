@@ -74,7 +74,7 @@ class StageProgress:
     def shown(self, left: tuple[float, float] | None, width: float = math.inf) -> str:
         """Say how far the stage is, with the seconds that are left of it and of the run if they are known.
 
-        What does not fit into the width, in characters, is left out from the end.
+        What does not fit into the width, in characters, is dropped from the end.
         """
         times = [] if left is None else [f"{duration(left[0])} left, of the run {duration(left[1])}"]
         parts = [f"{self.done}/{self.steps}", *times, *self._parts, f"{peak_memory():.1f} GiB"]
